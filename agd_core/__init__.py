@@ -1,0 +1,1 @@
+"""The method: adapters, guidance and the adapter file. torch, einops and safetensors only."""

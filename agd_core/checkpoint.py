@@ -1,0 +1,218 @@
+"""The adapter file: safetensors with a JSON config in the metadata. Never a pickle.
+
+The metadata key `agd` holds the adapter's config, what base it was made for and how it was trained; the
+`modelspec.*` keys are what other tools show.
+"""
+
+import datetime
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .adapter import Adapter
+from .config import AdapterConfig, BaseInfo, from_json, to_json
+
+FORMAT_VERSION = 1
+_KEY = "agd"
+_LISTED = 8  # offenders named in full in one error
+
+
+class AdapterFileError(ValueError):
+    """A file that is no usable adapter. The message says what was found, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """Everything an adapter file says of itself besides its weights."""
+
+    config: AdapterConfig
+    base: BaseInfo
+    omega_range: tuple[float, float]
+    unconditional: str = "empty prompt"  # what f(x, sigma, c_neg) was in training
+    negative_mode: str = "ignored"  # whether a negative prompt has an effect: "ignored"
+    resolutions: tuple[tuple[int, int], ...] = ()  # (height, width) of the latents it was trained at
+    training: dict = field(default_factory=dict)  # a summary: iterations, evaluations, loss, gap closed, ...
+
+
+def _to_metadata(info: AdapterInfo, title: str) -> dict[str, str]:
+    prediction = {"EPS": "epsilon", "V_PREDICTION": "v"}.get(info.base.prediction, info.base.prediction.lower())
+    described = {
+        "format_version": FORMAT_VERSION,
+        "config": to_json(info.config),
+        "base": to_json(info.base),
+        "omega_range": info.omega_range,
+        "unconditional": info.unconditional,
+        "negative_mode": info.negative_mode,
+        "resolutions": info.resolutions,
+        "training": info.training,
+    }
+    return {
+        _KEY: json.dumps(described),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{info.base.family.lower()}/agd-adapter",
+        "modelspec.implementation": "agd-adapters",
+        "modelspec.title": title,
+        "modelspec.description": "Guidance distilled into an adapter (AGD): one model evaluation per step.",
+        "modelspec.prediction_type": prediction,
+        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _from_metadata(path: Path, metadata: dict[str, str]) -> AdapterInfo:
+    if _KEY not in metadata:
+        found = ", ".join(sorted(metadata)[:_LISTED]) or "none"
+        raise AdapterFileError(
+            f"{path} is a safetensors file but no AGD adapter: its metadata has no {_KEY!r} entry (found: {found}). "
+            "A LoRA or checkpoint belongs into its own folder; adapters come from AGD Train or `agd train`."
+        )
+    try:
+        data = json.loads(metadata[_KEY])
+        version = data["format_version"]
+        if version > FORMAT_VERSION:
+            raise AdapterFileError(
+                f"{path} has adapter format {version}, but this version of AGD reads up to {FORMAT_VERSION}: "
+                "update the node pack."
+            )
+        return AdapterInfo(
+            config=from_json(AdapterConfig, data["config"]),
+            base=from_json(BaseInfo, data["base"]),
+            omega_range=tuple(data["omega_range"]),
+            unconditional=data["unconditional"],
+            negative_mode=data["negative_mode"],
+            resolutions=tuple(map(tuple, data["resolutions"])),
+            training=data["training"],
+        )
+    except AdapterFileError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(
+            f"{path} says it is an AGD adapter, but its description is damaged ({error}). Copy or train it again."
+        ) from error
+
+
+def _open(path: Path):
+    if not path.is_file():
+        raise AdapterFileError(f"There is no adapter file {path}. Choose another, or train one with AGD Train.")
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a readable safetensors file: {error}. "
+            "It is damaged or incomplete; copy or train it again."
+        ) from error
+
+
+def read_info(path: str | Path) -> AdapterInfo:
+    """What the file says of itself, without loading its weights. Raises `AdapterFileError`."""
+    path = Path(path)
+    with _open(path) as file:
+        return _from_metadata(path, file.metadata() or {})
+
+
+def _mismatches(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
+    wrong = [f"{key}: missing" for key in expected.keys() - found.keys()]
+    wrong += [f"{key}: unknown" for key in found.keys() - expected.keys()]
+    for key in expected.keys() & found.keys():
+        if expected[key].shape != found[key].shape:
+            wrong.append(f"{key}: shape {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}")
+        elif not found[key].isfinite().all():
+            wrong.append(f"{key}: holds NaN or infinity")
+    return sorted(wrong)
+
+
+def load_state(path: str | Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
+    """Info and weights, checked against each other key by key. Raises `AdapterFileError`."""
+    path = Path(path)
+    with _open(path) as file:
+        info = _from_metadata(path, file.metadata() or {})
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    with torch.device("meta"):
+        expected = Adapter(info.config).state_dict()
+    wrong = _mismatches(expected, state)
+    if wrong:
+        more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
+        raise AdapterFileError(
+            f"{path} does not hold the weights that its own description asks for: {'; '.join(wrong[:_LISTED])}{more}. "
+            "It is damaged; copy or train it again."
+        )
+    return info, state
+
+
+def load(path: str | Path, operations=nn) -> tuple[AdapterInfo, Adapter]:
+    """The adapter with its weights, on the CPU. Raises `AdapterFileError`."""
+    info, state = load_state(path)
+    adapter = Adapter(info.config, operations)
+    adapter.load_state_dict(state)
+    return info, adapter
+
+
+def save(path: str | Path, adapter: Adapter, info: AdapterInfo) -> Path:
+    """Write the file atomically: an earlier file at `path` stays whole until the new one is. Returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Cloned: weights made by ComfyUI may share storage, which safetensors refuses.
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in adapter.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary, metadata=_to_metadata(info, path.stem))
+    return path
+
+
+class replacing:
+    """`with replacing(path) as temporary`: what is written to `temporary` takes the place of `path` on success."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> str:
+        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        os.close(handle)
+        return self.temporary
+
+    def __exit__(self, kind, value, trace) -> None:
+        if kind is None:
+            os.chmod(self.temporary, 0o644)  # mkstemp makes it readable by its owner alone
+            os.replace(self.temporary, self.path)
+        else:
+            os.unlink(self.temporary)
+
+
+def check_base(info: AdapterInfo, base: BaseInfo, path: str | Path) -> None:
+    """Refuse a base that is no sibling of the adapter's own, naming both sides and every site that differs."""
+    if info.base.sibling_of(base):
+        return
+    ours, theirs = set(info.base.sites), set(base.sites)
+    differ = sorted({site.name for site in ours ^ theirs})
+    sites = f" Sites that differ: {', '.join(differ)}." if differ else ""
+    raise AdapterFileError(
+        f"The adapter {path} was made for {info.base.describe()}, but this model is {base.describe()}.{sites} "
+        "Choose an adapter of this model's family, or train one with AGD Train."
+    )
+
+
+def describe(info: AdapterInfo, path: str | Path) -> str:
+    """A page for people: what `agd inspect` prints."""
+    with torch.device("meta"):
+        parameters = Adapter(info.config).parameter_count()
+    low, high = info.omega_range
+    lines = {
+        "file": path,
+        "base": info.base.describe(),
+        "base fingerprint": info.base.fingerprint,
+        "adapter": f"{info.config.kind}, hidden {info.config.hidden}, {parameters:,} parameters",
+        "gain": "(omega - 1)" if info.config.gain else "none",
+        "omega embedding": info.config.omega_embedding,
+        "omega range": f"{low:g} to {high:g}",
+        "unconditional": info.unconditional,
+        "negative prompt": info.negative_mode,
+        "latent sizes": ", ".join(f"{h}x{w}" for h, w in info.resolutions) or "unknown",
+    }
+    lines |= {f"training: {key}": json.dumps(value) for key, value in info.training.items()}
+    width = max(map(len, lines))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())

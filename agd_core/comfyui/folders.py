@@ -1,0 +1,39 @@
+"""`models/agd`, where adapters live, as one of ComfyUI's model folders."""
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+KEY = "agd"
+
+
+def register() -> None:
+    """Add `models/agd` to ComfyUI's folders, beside those that extra_model_paths.yaml gave the key already."""
+    folder_paths.add_model_folder_path(KEY, os.path.join(folder_paths.models_dir, KEY))
+    folder_paths.folder_names_and_paths[KEY][1].add(".safetensors")  # a new key starts without extensions
+
+
+def adapters() -> list[str]:
+    """The adapter files' names, relative to their folders."""
+    return folder_paths.get_filename_list(KEY)
+
+
+def adapter_path(name: str) -> Path:
+    """The file of that name. Raises `FileNotFoundError` saying where adapters are looked for."""
+    path = folder_paths.get_full_path(KEY, name)
+    if path is None:
+        looked = ", ".join(folder_paths.get_folder_paths(KEY))
+        raise FileNotFoundError(
+            f"There is no adapter {name!r} in {looked}. Put adapter files there, or make one with AGD Train."
+        )
+    return Path(path)
+
+
+def new_adapter_path(name: str) -> Path:
+    """Where an adapter called `name` is saved: in the first of the folders. Raises `ValueError` outside of it."""
+    folder = Path(folder_paths.get_folder_paths(KEY)[0]).resolve()
+    path = (folder / f"{name.removesuffix('.safetensors')}.safetensors").resolve()
+    if not path.is_relative_to(folder) or not path.stem:
+        raise ValueError(f"An adapter can't be saved as {name!r}: give a name inside {folder}, such as 'my_adapter'.")
+    return path

@@ -1,0 +1,122 @@
+"""A ComfyUI MODEL and CLIP as the trainer sees them: conditions, noise levels, teacher and student evaluations."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.patcher_extension import merge_nested_dicts
+from torch import nn
+
+from ..adapter import Adapter
+from .patch import AdapterPatch
+from .sites import describe_base
+
+
+def _without_inference_tensors(module: nn.Module) -> None:
+    """Replace parameters that were made under `torch.inference_mode`, as ComfyUI's loader nodes make them.
+
+    Autograd refuses to save such tensors for the backward pass, even frozen. The values stay the same to the bit.
+    """
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None and parameter.is_inference():
+                child._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
+
+
+class ComfyHost:
+    """Implements `training.host.Host`. Conditions are dicts of ComfyUI's own COND objects, one dict per prompt."""
+
+    def __init__(self, model: comfy.model_patcher.ModelPatcher, clip, *, autocast: torch.dtype | None = None):
+        """`autocast`: compute the evaluations in this dtype; None leaves the base as ComfyUI loaded it."""
+        self.base = describe_base(model.model)
+        self.device = model.load_device
+        self._model = model.clone()
+        self._clip = clip
+        self._autocast = autocast
+        self._patches: dict[int, tuple[AdapterPatch, dict]] = {}
+
+    @property
+    def _sampling(self):
+        return self._model.get_model_object("model_sampling")
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latent of a picture of width x height pixels."""
+        latent = self._model.get_model_object("latent_format")
+        factor = latent.spacial_downscale_ratio
+        return latent.latent_channels, height // factor, width // factor
+
+    def encode(self, prompts: list[str], shape: tuple[int, int, int], kind: str = "positive") -> list[dict]:
+        """Conditions for latents of `shape` (c, h, w); `kind` is "positive" or "negative". Unloads no base."""
+        noise = torch.zeros(1, *shape)
+        encoded = []
+        with torch.inference_mode(False), torch.no_grad():
+            for prompt in prompts:
+                conds = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))
+                conds = comfy.sampler_helpers.convert_cond(conds)
+                model = self._model.model
+                conds = comfy.samplers.encode_model_conds(model.extra_conds, conds, noise, self.device, kind)
+                encoded.append(conds[0]["model_conds"])
+        return encoded
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """The base is loaded and ready for gradients inside; what was set up for that is undone after."""
+        with torch.inference_mode(False), torch.enable_grad():
+            comfy.model_management.load_models_gpu([self._model], force_full_load=True)
+            _without_inference_tensors(self._model.model)
+            self._model.pre_run()
+            try:
+                yield
+            finally:
+                self._model.cleanup()
+                self._patches.clear()
+
+    def sigmas(self, scheduler: str, steps: int) -> torch.Tensor:
+        """(steps + 1,) noise levels of one of ComfyUI's schedulers, the last one 0."""
+        return comfy.samplers.calculate_sigmas(self._sampling, scheduler, steps).float().cpu()
+
+    def start(self, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Where a sampler starts: unit noise (b, c, h, w) brought to sigma (b,)."""
+        sigma = sigma.reshape(-1, 1, 1, 1).to(noise)
+        return self._sampling.noise_scaling(sigma, noise, torch.zeros_like(noise), max_denoise=True)
+
+    def _options(self, model: comfy.model_patcher.ModelPatcher) -> dict:
+        """The transformer_options that a sampler would build for `model`."""
+        options = comfy.model_patcher.create_model_options_clone(model.model_options)["transformer_options"]
+        merge_nested_dicts(options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
+        merge_nested_dicts(options.setdefault("callbacks", {}), model.callbacks, copy_dict1=False)
+        return options
+
+    def _evaluate(self, x: torch.Tensor, sigma: torch.Tensor, conditions: list[dict], options: dict) -> torch.Tensor:
+        rows = [{k: cond.process_cond(batch_size=1, area=None) for k, cond in row.items()} for row in conditions]
+        conds = comfy.samplers.cond_cat(rows, device=self.device)
+        options = {
+            **options,
+            "cond_or_uncond": [0] * len(rows),
+            "uuids": [],
+            "sigmas": sigma,
+            "sample_sigmas": sigma,
+        }
+        x, sigma = x.to(self.device), sigma.to(self.device)
+        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+            return self._model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
+
+    @torch.no_grad()
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, conditions: list[dict]) -> torch.Tensor:
+        """f(x, sigma, c): the frozen base. x (b, c, h, w), sigma (b,), one condition per row -> (b, c, h, w) fp32."""
+        return self._evaluate(x, sigma, conditions, self._options(self._model))
+
+    def student(
+        self, adapter: Adapter, x: torch.Tensor, sigma: torch.Tensor, conditions: list[dict], omega: torch.Tensor
+    ) -> torch.Tensor:
+        """f_psi(x, sigma, c, omega): as `denoise`, with the adapter's hooks and its gradients. omega: (b,)."""
+        if id(adapter) not in self._patches:
+            patch, model = AdapterPatch(adapter), self._model.clone()
+            patch.register(model)
+            self._patches[id(adapter)] = patch, self._options(model)
+        patch, options = self._patches[id(adapter)]
+        return self._evaluate(x, sigma, conditions, patch.switch_on(options, omega.to(self.device)))

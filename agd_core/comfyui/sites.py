@@ -1,0 +1,76 @@
+"""What a ComfyUI model is, read from its structure: its cross-attention sites and its kind."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..config import BaseInfo, Site
+
+
+class UnsupportedModel(ValueError):
+    """A model whose structure AGD cannot adapt."""
+
+
+def site_name(block: tuple[str, int], index: int) -> str:
+    """The name of a site from what ComfyUI tells attention patches: ("input", 1) and 0 -> "input_1_0"."""
+    return f"{block[0]}_{block[1]}_{index}"
+
+
+def _blocks(unet: nn.Module) -> Iterator[tuple[tuple[str, int], nn.Module]]:
+    """The blocks under the names that `UNetModel._forward` puts into `transformer_options["block"]`."""
+    yield from ((("input", i), block) for i, block in enumerate(unet.input_blocks))
+    if unet.middle_block is not None:
+        yield ("middle", 0), unet.middle_block
+    yield from ((("output", i), block) for i, block in enumerate(unet.output_blocks))
+
+
+def find_sites(unet: nn.Module) -> tuple[Site, ...]:
+    """Every cross-attention of a ComfyUI `UNetModel`, in the order of evaluation. Works on the meta device.
+
+    Raises `UnsupportedModel` for anything that is not built that way.
+    """
+    if not all(hasattr(unet, name) for name in ("input_blocks", "middle_block", "output_blocks")):
+        raise UnsupportedModel(
+            f"AGD adapts UNets (SD 1.x, SD 2.x, SDXL and their derivatives), but this model is a "
+            f"{type(unet).__name__}, which has no input_blocks, middle_block and output_blocks."
+        )
+    sites = []
+    for place, block in _blocks(unet):
+        transformers = [module for module in block if hasattr(module, "transformer_blocks")]
+        if len(transformers) > 1 or any(hasattr(module, "time_stack") for module in transformers):
+            raise UnsupportedModel(f"AGD adapts image UNets, but block {place} of this one is a video block.")
+        for module in transformers:
+            for index, transformer in enumerate(module.transformer_blocks):
+                attention = transformer.attn2
+                if attention is not None and not transformer.switch_temporal_ca_to_sa:
+                    width, context_dim = attention.to_q.weight.shape[1], attention.to_k.weight.shape[1]
+                    sites.append(Site(site_name(place, index), width, context_dim))
+    if not sites:
+        raise UnsupportedModel("This UNet has no cross-attention, so there is nothing that AGD could adapt.")
+    return tuple(sites)
+
+
+def _fingerprint(unet: nn.Module) -> str:
+    """A short name for these weights, from the first and the last layer; empty on the meta device."""
+    tensors = [unet.input_blocks[0][0].weight, unet.out[-1].weight]
+    if any(tensor.is_meta for tensor in tensors):
+        return ""
+    # Rounded to bf16: the same checkpoint loaded in another precision should mostly keep its name.
+    parts = [tensor.detach().cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes() for tensor in tensors]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def describe_base(model) -> BaseInfo:
+    """What a ComfyUI `BaseModel` is. Raises `UnsupportedModel`."""
+    unet, config = model.diffusion_model, model.model_config.unet_config
+    sites = find_sites(unet)
+    kept = ("model_channels", "in_channels", "out_channels", "adm_in_channels", "context_dim", "channel_mult")
+    return BaseInfo(
+        family=type(model.model_config).__name__,
+        prediction=model.model_type.name,
+        sites=sites,
+        architecture={key: config[key] for key in kept if config.get(key) is not None},
+        fingerprint=_fingerprint(unet),
+    )

@@ -1,0 +1,95 @@
+"""What an adapter is made of, as data: this is what the adapter file's metadata holds."""
+
+from dataclasses import asdict, dataclass, field, fields
+
+KINDS = ("cross_attention", "offset")
+OMEGA_EMBEDDINGS = ("log", "fourier")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One cross-attention of the base that gets an adapter.
+
+    `name` is the place ("input_1_0": block kind, block number, index of the transformer block in it), `width` the
+    channels of the attention's input, `context_dim` the channels of the prompt tokens.
+    """
+
+    name: str
+    width: int
+    context_dim: int
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The adapter's architecture. The defaults are ours; the comments give the paper's choice (arXiv 2503.07274)."""
+
+    sites: tuple[Site, ...]
+    kind: str = "cross_attention"  # the paper's better adapter; its other one is "offset"
+    hidden: int = 128  # H: width of the adapter's attention or MLP
+    gain: bool = True  # multiply the residual by (omega - 1); paper: no
+    omega_embedding: str = "log"  # smooth in log(omega); paper: "fourier", random features of omega
+    shared_encoder: bool = True  # one omega/t encoder for all sites; paper: one per site
+    encoder_width: int = 128  # channels inside the omega/t encoder
+
+    def __post_init__(self):
+        checks = {
+            f"kind {self.kind!r} is none of {', '.join(KINDS)}": self.kind not in KINDS,
+            f"omega_embedding {self.omega_embedding!r} is none of {', '.join(OMEGA_EMBEDDINGS)}": (
+                self.omega_embedding not in OMEGA_EMBEDDINGS
+            ),
+            f"hidden is {self.hidden}, but must be positive and, above 64, a multiple of 64": (
+                self.hidden < 1 or (self.hidden > 64 and self.hidden % 64 != 0)
+            ),
+            f"encoder_width is {self.encoder_width}, but must be even and positive": (
+                self.encoder_width < 2 or self.encoder_width % 2 != 0
+            ),
+            "there are no sites": not self.sites,
+            "the sites' context_dim differ": len({site.context_dim for site in self.sites}) > 1,
+            "two sites have the same name": len({site.name for site in self.sites}) != len(self.sites),
+        }
+        wrong = [message for message, fails in checks.items() if fails]
+        if wrong:
+            raise ValueError(f"This is no valid adapter config: {'; '.join(wrong)}.")
+
+    @property
+    def context_dim(self) -> int:
+        return self.sites[0].context_dim
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What is known of a base model: enough to tell whether an adapter fits it, and to name it in an error.
+
+    Two bases with equal `family`, `prediction` and sites are siblings: an adapter of one loads onto the other.
+    `fingerprint` tells one sibling's weights from another's, for information only.
+    """
+
+    family: str
+    prediction: str
+    sites: tuple[Site, ...]
+    architecture: dict = field(default_factory=dict)
+    fingerprint: str = ""
+
+    def describe(self) -> str:
+        widths = sorted({site.width for site in self.sites})
+        return (
+            f"{self.family} ({self.prediction}-prediction, {len(self.sites)} cross-attentions of width "
+            f"{'/'.join(map(str, widths))}, context {self.sites[0].context_dim if self.sites else 0})"
+        )
+
+    def sibling_of(self, other: "BaseInfo") -> bool:
+        return (self.family, self.prediction, self.sites) == (other.family, other.prediction, other.sites)
+
+
+def to_json(value) -> dict:
+    """A dataclass of this module as plain JSON data."""
+    return asdict(value)
+
+
+def from_json(kind, data: dict):
+    """The inverse of `to_json`. Unknown or missing fields raise `ValueError` naming them."""
+    known = {f.name for f in fields(kind)}
+    if set(data) != known:
+        missing, unknown = sorted(known - set(data)), sorted(set(data) - known)
+        raise ValueError(f"{kind.__name__}: missing fields {missing}, unknown fields {unknown}")
+    return kind(**{**data, "sites": tuple(Site(**site) for site in data["sites"])})

@@ -1,0 +1,50 @@
+"""Guidance as pure functions of tensors, and how far a student has come.
+
+`cond` is f(x, sigma, c), `uncond` f(x, sigma, c_neg), `target` the guided prediction, `student` f_psi; all are
+denoised predictions of one shape (b, ...), in the notation of arXiv 2503.07274.
+"""
+
+import torch
+
+
+def cfg(cond: torch.Tensor, uncond: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022): uncond + omega (cond - uncond). omega: (b,)."""
+    return uncond + per_row(omega, cond) * (cond - uncond)
+
+
+def per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(b,) -> (b, 1, 1, ...), broadcastable to `like`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1)).to(like)
+
+
+def square_norm(x: torch.Tensor) -> torch.Tensor:
+    """||x||^2 of each row: (b, ...) -> (b,), fp32."""
+    return x.float().flatten(1).square().sum(1)
+
+
+def balanced_loss(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """||student - target||^2 / ||target - cond||^2 for each row (b,): what of the gap is still open.
+
+    Plain MSE grows with (omega - 1)^2 and with sigma; this gives every row of the batch the same weight.
+    """
+    gap = square_norm(target - cond)
+    return square_norm(student - target) / gap.clamp(min=1e-8)
+
+
+def plain_loss(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The paper's loss: mean squared error of each row (b,)."""
+    return (student - target).float().flatten(1).square().mean(1)
+
+
+def gap_closed(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor) -> float:
+    """1 - sum ||student - target||^2 / sum ||cond - target||^2: 0 is no guidance, 1 exactly the target."""
+    open_now, open_before = square_norm(student - target).sum(), square_norm(cond - target).sum()
+    if open_before == 0:
+        raise ValueError("The gap between the unguided and the guided prediction is zero, so no share of it exists.")
+    return 1 - (open_now / open_before).item()
+
+
+def direction_cosine(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor) -> float:
+    """Mean cosine between what the student adds, student - cond, and what guidance adds, target - cond."""
+    added, wanted = (student - cond).float().flatten(1), (target - cond).float().flatten(1)
+    return torch.cosine_similarity(added, wanted, dim=1).mean().item()
