@@ -1,0 +1,15 @@
+"""ComfyUI nodes: schema in, one call, result out."""
+
+from comfy_api.v0_0_2 import ComfyExtension, io
+
+from ..agd_core.comfyui import folders
+from .loader import AGDAdapterLoader
+from .train import AGDTrain
+
+
+class AGDExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        folders.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [AGDAdapterLoader, AGDTrain]
