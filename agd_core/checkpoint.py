@@ -1,4 +1,4 @@
-"""The adapter file: safetensors with a JSON config in the metadata. Never a pickle.
+"""The adapter file: safetensors with a JSON config in the metadata. Loading one runs no code.
 
 The metadata key `agd` holds the adapter's config, what base it was made for and how it was trained; the
 `modelspec.*` keys are what other tools show.

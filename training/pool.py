@@ -101,7 +101,12 @@ class TrajectoryPool:
 
     def draw(self) -> Visit:
         """A batch of slots, none twice."""
+        self._before_draw = self.generator.get_state()
         return self._visit(torch.randperm(self.size, generator=self.generator)[: self.config.batch])
+
+    def undo_draw(self) -> None:
+        """As if the last `draw`, whose visit was not used, had not been."""
+        self.generator.set_state(self._before_draw)
 
     def advance(self, visit: Visit, denoised: torch.Tensor) -> None:
         """Move the visited slots one step on along the guided prediction; finished ones start anew."""

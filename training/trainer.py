@@ -90,7 +90,7 @@ class _Run:
         self.average = copy.deepcopy(self.adapter).requires_grad_(False)
         self.optimiser = torch.optim.AdamW(self.adapter.parameters(), lr=config.learning_rate, weight_decay=0.0)
         self.pool, self.step, self.evaluations, self.losses = pool, 0, 0, []
-        self.whole = False  # between two iterations, where a saved state leads to the uninterrupted run's result
+        self.whole = False  # whether this is the state after an iteration, from which a run goes on unchanged
 
     def update_average(self, decay: float) -> None:
         # Early on the average would be mostly the zero start; it may follow faster there.
@@ -168,16 +168,14 @@ def train(
                 run.evaluations += run.pool.fill(
                     lambda done, total: callbacks.on_progress(Progress("rollout", done, total))
                 )
+            run.whole = True
             _fit(host, run, config, callbacks, state, identity)
+            evaluation = _evaluate_held_out(host, run, config, held_out_conditions, unconditional[0], shape)
         except BaseException:  # ComfyUI's interrupt and KeyboardInterrupt among them
             if state is not None and run.whole:
                 run.save(state, identity)
             raise
-        evaluation = None
-        if held_out_conditions:
-            middle = round(math.sqrt(max(1.0, config.omega_min) * config.omega_max), 1)
-            omegas = sorted({middle, config.omega_max})
-            evaluation = evaluate(host, run.average, held_out_conditions, unconditional[0], shape, omegas)
+        adapter = run.average.cpu()
     if state is not None:
         state.unlink(missing_ok=True)
     summary = {
@@ -191,14 +189,23 @@ def train(
         "config": asdict(config),
     }
     info = AdapterInfo(
-        config=run.average.config,
+        config=adapter.config,
         base=host.base,
         omega_range=(config.omega_min, config.omega_max),
         unconditional="empty prompt" if not any(negative) else "negative prompts of the training",
         resolutions=(shape[1:],),
         training=summary,
     )
-    return Trained(run.average.cpu(), info, run.losses, evaluation)
+    return Trained(adapter, info, run.losses, evaluation)
+
+
+def _evaluate_held_out(
+    host: Host, run: _Run, config: TrainConfig, positive: list, negative: object, shape: tuple[int, int, int]
+) -> Evaluation | None:
+    if not positive:
+        return None
+    middle = round(math.sqrt(max(1.0, config.omega_min) * config.omega_max), 1)
+    return evaluate(host, run.average, positive, negative, shape, sorted({middle, config.omega_max}))
 
 
 def _fit(host: Host, run: _Run, config: TrainConfig, callbacks: Callbacks, state: Path | None, identity: dict) -> None:
@@ -206,17 +213,21 @@ def _fit(host: Host, run: _Run, config: TrainConfig, callbacks: Callbacks, state
     while run.step < config.iterations:
         for group in run.optimiser.param_groups:
             group["lr"] = learning_rate(run.step, config)
-        run.whole = False
         visit = run.pool.draw()
-        teacher = ask_teacher(host, visit)
-        student = host.student(run.adapter, visit.x, visit.sigma, visit.positive, visit.omega)
-        loss = row_loss(student, teacher.cond, teacher.target).mean()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"The loss became {value} at iteration {run.step + 1}; "
-                f"train again with a smaller learning rate than {config.learning_rate:g}."
-            )
+        try:
+            teacher = ask_teacher(host, visit)
+            student = host.student(run.adapter, visit.x, visit.sigma, visit.positive, visit.omega)
+            loss = row_loss(student, teacher.cond, teacher.target).mean()
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"The loss became {value} at iteration {run.step + 1}; "
+                    f"train again with a smaller learning rate than {config.learning_rate:g}."
+                )
+        except BaseException:
+            run.pool.undo_draw()  # ComfyUI's layers raise on interrupt: leave the state of the last whole iteration
+            raise
+        run.whole = False
         run.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(run.adapter.parameters(), config.clip)

@@ -8,9 +8,13 @@ import folder_paths
 KEY = "agd"
 
 
+def _own_folder() -> str:
+    return os.path.join(folder_paths.models_dir, KEY)
+
+
 def register() -> None:
     """Add `models/agd` to ComfyUI's folders, beside those that extra_model_paths.yaml gave the key already."""
-    folder_paths.add_model_folder_path(KEY, os.path.join(folder_paths.models_dir, KEY))
+    folder_paths.add_model_folder_path(KEY, _own_folder())
     folder_paths.folder_names_and_paths[KEY][1].add(".safetensors")  # a new key starts without extensions
 
 
@@ -31,8 +35,8 @@ def adapter_path(name: str) -> Path:
 
 
 def new_adapter_path(name: str) -> Path:
-    """Where an adapter called `name` is saved: in the first of the folders. Raises `ValueError` outside of it."""
-    folder = Path(folder_paths.get_folder_paths(KEY)[0]).resolve()
+    """Where an adapter called `name` is saved, in `models/agd`. Raises `ValueError` outside of it."""
+    folder = Path(_own_folder()).resolve()
     path = (folder / f"{name.removesuffix('.safetensors')}.safetensors").resolve()
     if not path.is_relative_to(folder) or not path.stem:
         raise ValueError(f"An adapter can't be saved as {name!r}: give a name inside {folder}, such as 'my_adapter'.")

@@ -57,8 +57,10 @@ class ComfyHost:
             for prompt in prompts:
                 conds = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))
                 conds = comfy.sampler_helpers.convert_cond(conds)
-                model = self._model.model
-                conds = comfy.samplers.encode_model_conds(model.extra_conds, conds, noise, self.device, kind)
+                make = self._model.model.extra_conds
+                conds = comfy.samplers.encode_model_conds(
+                    make, conds, noise, self.device, kind, latent_image=noise, denoise_mask=None
+                )
                 encoded.append(conds[0]["model_conds"])
         return encoded
 

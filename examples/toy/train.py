@@ -1,0 +1,210 @@
+"""Makes the toy's committed weights: `python -m comfyui_agd.examples.toy train vae base judge`.
+
+About an hour on two CPU cores, in bf16 autocast. Every stage is seeded and appends its figures to
+`weights/training_log.json`; `measure.py` then measures the result and writes the model card.
+"""
+
+import argparse
+import copy
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from comfy.ldm.modules.attention import optimized_attention_for_device
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import trange
+
+from . import model as toy
+from .autoencoder import Autoencoder
+from .judge import HEADS, IGNORE, Judge, answers, correct, prompt_accuracy
+from .scenes import draw_scenes, render, training_caption
+
+SEED = 2503
+POOL = 40_000
+AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
+
+
+def initialise(module: nn.Module) -> nn.Module:
+    """ComfyUI's layers skip torch's own initialisation; give it back to them."""
+    for layer in module.modules():
+        for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding):
+            if isinstance(layer, kind):
+                kind.reset_parameters(layer)
+    return module
+
+
+class Training:
+    """AdamW with linear warm-up and cosine decay, gradient clipping at 1, and an EMA of the weights."""
+
+    def __init__(self, modules: list[nn.Module], steps: int, lr: float, decay: float):
+        self.live = nn.ModuleList(modules)
+        self.ema = copy.deepcopy(self.live).requires_grad_(False)
+        self.decay = decay
+        self.optimiser = torch.optim.AdamW(self.live.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimiser, lambda i: min(1, (i + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * min(1, i / steps)))
+        )
+        self.step_number = 0
+
+    def step(self, loss: torch.Tensor) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.live.parameters(), 1.0)
+        self.optimiser.step()
+        self.schedule.step()
+        self.step_number += 1
+        decay = min(self.decay, (1 + self.step_number) / (10 + self.step_number))
+        for ema, live in zip(self.ema.parameters(), self.live.parameters(), strict=True):
+            ema.lerp_(live.detach(), 1 - decay)
+
+
+def save(state: dict[str, torch.Tensor], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    save_file({key: value.detach().half().contiguous() for key, value in state.items()}, path)
+
+
+def log(folder: Path, stage: str, figures: dict) -> None:
+    path = folder / "training_log.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | {stage: figures}, indent=2) + "\n")
+    print(stage, figures)
+
+
+def batches(count: int, size: int, seed: int):
+    """`count` batches of (scenes, images), from scenes that are not held out."""
+    scenes = draw_scenes(POOL, seed, held=False)
+    rng = random.Random(seed)
+    for i in trange(count, mininterval=10):
+        batch = rng.sample(scenes, size)
+        yield batch, render(batch, seed=seed * 1_000_003 + i)
+
+
+def train_vae(folder: Path, steps: int) -> None:
+    start, vae = time.time(), Autoencoder(toy.LATENT_CHANNELS)
+    training = Training([vae], steps, lr=2e-3, decay=0.99)
+    for _, images in batches(steps, 32, SEED):
+        x = images * 2 - 1
+        with torch.autocast(**AUTOCAST):
+            z = vae.encode(x).float()
+            # A little noise keeps the latent space smooth, which the diffusion model's own errors need.
+            out = vae.decode(z + 0.05 * z.detach().std() * torch.randn_like(z)).float()
+        training.step(2 * (out - x).square().mean() + (out - x).abs().mean())
+    vae = training.ema[0]
+    with torch.no_grad():
+        vae.normalise(vae.encode(render(draw_scenes(1000, 5, held=False), 5) * 2 - 1))
+        images = render(draw_scenes(500, 7, held=True), 7)
+        z = vae.encode(images * 2 - 1)
+        error = (vae.decode(z).clamp(-1, 1) / 2 + 0.5 - images).square().mean().item()
+    save(vae.state_dict(), folder / "vae.safetensors")
+    figures = {"psnr_held_out_db": round(-10 * math.log10(error), 2), "latent_std": round(z.std().item(), 3)}
+    log(folder, "vae", figures | {"steps": steps, "seconds": round(time.time() - start)})
+
+
+def load_vae(folder: Path) -> nn.Module:
+    return toy.load_vae(folder / "vae.safetensors").first_stage_model.requires_grad_(False)
+
+
+@torch.no_grad()
+@torch.autocast(**AUTOCAST)
+def through(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return (vae.decode(vae.encode(images * 2 - 1)).float() / 2 + 0.5).clamp(0, 1)
+
+
+def train_judge(folder: Path, steps: int) -> None:
+    """Half of its pictures have been through the autoencoder and all carry some noise, as samples do."""
+    start, vae = time.time(), load_vae(folder)
+    judge = Judge()
+    training = Training([judge], steps, lr=2e-3, decay=0.995)
+    for scenes, images in batches(steps, 64, SEED + 1):
+        images = torch.cat([through(vae, images[:16]), images[16:]])
+        images = (images + torch.randn_like(images) * torch.rand(len(images), 1, 1, 1) * 0.04).clamp(0, 1)
+        wanted = answers(scenes)
+        with torch.autocast(**AUTOCAST):
+            logits = judge(images)
+        loss = sum(F.cross_entropy(logits[name].float(), wanted[name], ignore_index=IGNORE) for name in HEADS)
+        training.step(loss)
+    judge = training.ema[0]
+    scenes = draw_scenes(4000, 11, held=True)
+    images = render(scenes, 11)
+    rebuilt = torch.cat([through(vae, part) for part in images.split(250)])
+    each = {name: round(right.float().mean().item(), 4) for name, right in correct(judge, images, scenes).items()}
+    save(judge.state_dict(), folder / "judge.safetensors")
+    figures = {
+        "held_out_accuracy_all_attributes": round(prompt_accuracy(judge, images, scenes), 4),
+        "held_out_accuracy_all_attributes_through_vae": round(prompt_accuracy(judge, rebuilt, scenes), 4),
+        "held_out_accuracy_each": each,
+    }
+    log(folder, "judge", figures | {"steps": steps, "seconds": round(time.time() - start)})
+
+
+def encode_text(text: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """`CLIPTextModel` without its in-place additions, which autograd refuses: (b, n) -> (b, n, c)."""
+    inner = text.text_model
+    x = inner.embeddings(ids)
+    mask = torch.full((ids.shape[1],) * 2, -torch.inf).triu_(1)
+    attention = optimized_attention_for_device(x.device, mask=True, small_input=True)
+    for layer in inner.encoder.layers:
+        x = x + layer.self_attn(layer.layer_norm1(x), mask, attention)
+        x = x + layer.mlp(layer.layer_norm2(x))
+    return inner.final_layer_norm(x)
+
+
+def token_ids(captions: list[str]) -> torch.Tensor:
+    tokenizer = toy.ToyTokenizer()
+    return torch.tensor([[token for token, _ in tokenizer.tokenize_with_weights(c)["toy"][0]] for c in captions])
+
+
+def train_base(folder: Path, steps: int, batch: int = 64, dropout: float = 0.12) -> None:
+    start, vae = time.time(), load_vae(folder)
+    scenes = draw_scenes(POOL, SEED + 2, held=False)
+    with torch.no_grad(), torch.autocast(**AUTOCAST):
+        parts = [vae.encode(render(scenes[i : i + 50], i) * 2 - 1).float() for i in trange(0, POOL, 50)]
+    latents = torch.cat(parts)
+    model = toy.build_model()
+    unet = initialise(model.diffusion_model).requires_grad_(True)
+    for module in unet.modules():  # residual branches start at zero
+        for last in (getattr(module, "proj_out", None), getattr(module, "out_layers", [None])[-1]):
+            if last is not None:
+                nn.init.zeros_(last.weight)
+    import comfy.ops
+
+    text = initialise(toy.ToyTextModel(toy.TEXT_CONFIG, torch.float32, "cpu", comfy.ops.manual_cast))
+    text.text_projection.requires_grad_(False)
+    training = Training([unet, text], steps, lr=1e-3, decay=0.9995)
+    sigmas, rng, losses, curve = model.model_sampling.sigmas, random.Random(SEED), [], {}
+    for i in trange(steps, mininterval=30):
+        chosen = torch.randint(0, POOL, (batch,))
+        captions = [training_caption(scenes[j], rng) if rng.random() > dropout else "" for j in chosen.tolist()]
+        t = torch.randint(0, 1000, (batch,))
+        sigma = sigmas[t][:, None, None, None]
+        eps = torch.randn(batch, *latents.shape[1:])
+        x = (latents[chosen] + sigma * eps) / (sigma**2 + 1).sqrt()
+        with torch.autocast(**AUTOCAST):
+            context = encode_text(text, token_ids(captions))
+            predicted = unet(x, t.float(), context=context)
+        loss = (predicted.float() - eps).square().mean()
+        training.step(loss)
+        losses.append(loss.item())
+        if (i + 1) % 500 == 0:
+            curve[i + 1] = round(sum(losses[-500:]) / 500, 4)
+            save(training.ema[0].state_dict(), folder / "unet.safetensors")
+            save(training.ema[1].state_dict(), folder / "text_encoder.safetensors")
+            log(folder, "base", {"loss": curve, "steps": i + 1, "seconds": round(time.time() - start)})
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stages", nargs="+", choices=("vae", "judge", "base"))
+    parser.add_argument("--folder", type=Path, default=toy.WEIGHTS, help="where the weights are written")
+    parser.add_argument("--steps", type=int, help="instead of the stage's own number of steps")
+    args = parser.parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for stage in args.stages:
+        torch.manual_seed(SEED)
+        train, steps = {"vae": (train_vae, 4000), "judge": (train_judge, 2000), "base": (train_base, 9000)}[stage]
+        train(args.folder, args.steps or steps)

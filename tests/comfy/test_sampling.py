@@ -1,0 +1,222 @@
+"""Sampling with an adapter: one evaluation per step everywhere, and the base itself wherever it should be."""
+
+import logging
+
+import nodes
+import pytest
+import torch
+from runtime import (
+    CFG,
+    STEPS,
+    TinyUNet,
+    TinyXL,
+    custom_sampler,
+    ksampler,
+    latent,
+    patched,
+    random_prompts,
+    rows_of,
+    tiny,
+)
+from small import info_for, randomised
+
+from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.checkpoint import AdapterFileError
+from comfyui_agd.agd_core.comfyui.patch import apply_adapter, managed
+from comfyui_agd.agd_core.comfyui.sites import describe_base
+
+SAMPLERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_sde", "uni_pc", "ddim", "lcm")
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny(TinyUNet())
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return random_prompts()
+
+
+@pytest.fixture(scope="module")
+def file(base, save_adapter):
+    return save_adapter(base)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_ksampler_spends_half_the_rows_of_cfg(base, prompts, file, sampler):
+    cfg, agd = (rows_of(model, ksampler, prompts, sampler=sampler) for model in (base, patched(base, file)))
+    assert sum(agd) * 2 == sum(cfg)
+    assert set(agd) == {1}
+
+
+def test_ksampler_advanced_spends_one_row_per_step(base, prompts, file):
+    def run(model):
+        with torch.inference_mode():
+            nodes.KSamplerAdvanced().sample(
+                model, "enable", 7, STEPS, CFG, "euler", "normal", prompts.positive, prompts.negative, latent(),
+                0, STEPS, "disable",
+            )  # fmt: skip
+
+    assert rows_of(patched(base, file), run) == [1] * STEPS
+
+
+@pytest.mark.parametrize("guider", ["SamplerCustom", "CFGGuider"])
+def test_custom_samplers_spend_one_row_per_step(base, prompts, file, guider):
+    assert rows_of(base, custom_sampler, prompts, guider) == [2] * STEPS
+    assert rows_of(patched(base, file), custom_sampler, prompts, guider) == [1] * STEPS
+
+
+def test_basic_guider_takes_guidance_from_the_override(base, prompts, file):
+    model = patched(base, file, guidance_scale=CFG)
+    assert rows_of(model, custom_sampler, prompts, "BasicGuider") == [1] * STEPS
+    guided = custom_sampler(model, prompts, "BasicGuider")
+    assert torch.equal(guided, custom_sampler(patched(base, file), prompts, "CFGGuider"))
+    assert not torch.equal(guided, custom_sampler(base, prompts, "BasicGuider"))
+
+
+def test_basic_guider_without_override_is_the_base(base, prompts, file):
+    expected = custom_sampler(base, prompts, "BasicGuider")
+    assert torch.equal(custom_sampler(patched(base, file), prompts, "BasicGuider"), expected)
+
+
+def test_the_override_wins_over_the_samplers_cfg(base, prompts, file):
+    overridden = ksampler(patched(base, file, guidance_scale=3.0), prompts, cfg=8.0)
+    assert torch.equal(overridden, ksampler(patched(base, file), prompts, cfg=3.0))
+
+
+def test_omega_is_the_samplers_cfg(base, prompts, file):
+    model = patched(base, file)
+    assert not torch.equal(ksampler(model, prompts, cfg=3.0), ksampler(model, prompts, cfg=4.0))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_every_picture_of_a_batch_costs_one_row(base, prompts, file, batch):
+    assert rows_of(patched(base, file), ksampler, prompts, at=latent(batch)) == [batch] * STEPS
+
+
+def test_a_batch_gives_what_its_pictures_give_alone(base, prompts, file):
+    model = patched(base, file)
+    noise = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(1))
+    together = ksampler(model, prompts, at={"samples": noise}, denoise=0.5)
+    # Row 0 draws the same noise in both.
+    alone = ksampler(model, prompts, at={"samples": noise[:1]}, denoise=0.5)
+    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 12), (12, 8), (7, 9), (16, 4)])
+def test_any_latent_size(base, prompts, file, height, width):
+    out = ksampler(patched(base, file), prompts, at=latent(2, height, width))
+    assert out.shape == (2, 12, height, width)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("lengths", [(16, 48), (48, 16), (16, 24)])
+def test_prompts_of_different_lengths(base, file, lengths):
+    assert rows_of(patched(base, file), ksampler, random_prompts(lengths=lengths)) == [1] * STEPS
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "offset"])
+def test_a_model_with_y(kind, save_adapter):
+    base, prompts = tiny(TinyXL()), random_prompts(pooled=1280)
+    model, at = patched(base, save_adapter(base, kind=kind)), latent(2, channels=4)
+    assert rows_of(model, ksampler, prompts, at=at) == [2] * STEPS
+    assert not torch.equal(ksampler(model, prompts, at=at), ksampler(base, prompts, at=at))
+
+
+def test_strength_0_is_the_base_with_its_own_cfg(base, prompts, file):
+    assert torch.equal(ksampler(patched(base, file, strength=0.0), prompts), ksampler(base, prompts))
+
+
+def test_omega_1_is_the_base_unguided(base, prompts, file):
+    assert torch.equal(ksampler(patched(base, file), prompts, cfg=1.0), ksampler(base, prompts, cfg=1.0))
+    overridden = ksampler(patched(base, file, guidance_scale=1.0), prompts, cfg=CFG)
+    assert torch.equal(overridden, ksampler(base, prompts, cfg=1.0))
+
+
+def test_a_new_adapter_is_the_base_unguided(base, prompts):
+    info = info_for(describe_base(base.model), hidden=8, encoder_width=8)
+    model = apply_adapter(base, info, managed(info, Adapter(info.config).state_dict()), source="new")
+    assert torch.equal(ksampler(model, prompts), ksampler(base, prompts, cfg=1.0))
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (1.0, 1.0), (0.0, 0.0)])
+def test_an_empty_range_is_the_base_with_its_own_cfg(base, prompts, file, start, end):
+    model = patched(base, file, start_percent=start, end_percent=end)
+    assert torch.equal(ksampler(model, prompts), ksampler(base, prompts))
+
+
+def test_steps_outside_the_range_are_the_bases_own(base, prompts, file):
+    rows = rows_of(patched(base, file, start_percent=0.3, end_percent=0.8), ksampler, prompts)
+    assert rows == [2, 2, 1, 1] or rows == [2, 1, 1, 2]
+
+
+def test_bypassing_gives_the_bases_own_pictures_before_and_after(base, prompts, file):
+    before = ksampler(base, prompts)
+    with_adapter = ksampler(patched(base, file), prompts)
+    assert torch.equal(ksampler(base, prompts), before)
+    assert not torch.equal(with_adapter, before)
+
+
+def test_the_guiders_cfg_is_restored_after_an_error(base, prompts, file):
+    from comfy.samplers import CFGGuider
+
+    model, seen = patched(base, file), []
+
+    def fail(executor, x, *args, **kwargs):
+        raise RuntimeError("out of luck")
+
+    model.add_wrapper_with_key("diffusion_model", "test", fail)
+    guider = CFGGuider(model)
+    guider.set_conds(prompts.positive, prompts.negative)
+    guider.set_cfg(CFG)
+    with pytest.raises(RuntimeError, match="out of luck"), torch.inference_mode():
+        guider.sample(torch.randn(1, 12, 8, 8), torch.zeros(1, 12, 8, 8), *_euler(model))
+    seen.append(guider.cfg)
+    assert seen == [CFG]
+
+
+def _euler(model):
+    import comfy.samplers
+
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
+    return comfy.samplers.sampler_object("euler"), sigmas
+
+
+def test_guidance_outside_the_trained_range_is_said_once(base, prompts, file, caplog):
+    with caplog.at_level(logging.WARNING):
+        ksampler(patched(base, file), prompts, cfg=20.0)
+    warnings = [record.message for record in caplog.records if "trained range" in record.message]
+    assert warnings == ["AGD: guidance 20 lies outside the adapter's trained range, 1 to 12."]
+
+
+def test_an_adapter_of_another_base_is_refused(base, save_adapter):
+    other = save_adapter(tiny(TinyXL()))
+    with pytest.raises(AdapterFileError, match=r"made for TinyXL .* but this model is TinyUNet"):
+        patched(base, other)
+
+
+def test_the_adapter_is_a_model_of_its_own_to_the_memory_manager(base, prompts, file):
+    model = patched(base, file)
+    (adapter,) = model.get_nested_additional_models()
+    info, loaded = checkpoint.load(file)
+    assert adapter.model_size() == sum(t.numel() * t.element_size() for t in loaded.state_dict().values())
+    assert loaded.parameter_count() == Adapter(info.config).parameter_count()
+
+
+def test_half_precision_bases_run_the_adapter_in_their_dtype(save_adapter, prompts):
+    for dtype in (torch.float16, torch.bfloat16):
+        config = TinyUNet()
+        config.set_inference_dtype(dtype, None)
+        base = tiny(config)
+        base.model.to(dtype)
+        out = ksampler(patched(base, save_adapter(base)), prompts)
+        assert torch.isfinite(out).all()
+
+
+def test_two_adapters_of_different_seeds_differ(base, prompts, file):
+    info = info_for(describe_base(base.model), hidden=8, encoder_width=8)
+    other = managed(info, randomised(Adapter(info.config), seed=9).state_dict())
+    first, second = patched(base, file), apply_adapter(base, info, other, source="other")
+    assert not torch.equal(ksampler(first, prompts), ksampler(second, prompts))

@@ -1,0 +1,226 @@
+"""The pack as ComfyUI's users meet it: the real server, its API, its files."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from live_server import ROOT, PromptError, Server, to_api
+from PIL import Image
+
+from comfyui_agd.agd_core import checkpoint
+
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+PROMPTS = "\n".join(
+    f"a {size} {colour} {shape} on a white background"
+    for size in ("small", "large")
+    for colour in ("red", "blue", "green")
+    for shape in ("circle", "star", "ring")
+)
+NODES = ("AGDAdapterLoader", "AGDTrain")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("comfyui"))
+    yield server
+    server.close()
+
+
+def base_graph(*, cfg: float = 3.0, seed: int = 5, prompt: str = "a large red star on a white background") -> dict:
+    """Toy -> KSampler -> SaveImage; the MODEL of the sampler is node "model", output 0, unless replaced."""
+    return {
+        "toy": {"class_type": "AGDToyLoader", "inputs": {}},
+        "positive": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["toy", 1], "text": prompt}},
+        "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["toy", 1], "text": ""}},
+        "latent": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "sampler": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["toy", 0],
+                "positive": ["positive", 0],
+                "negative": ["negative", 0],
+                "latent_image": ["latent", 0],
+                "seed": seed,
+                "steps": 6,
+                "cfg": cfg,
+                "sampler_name": "euler",
+                "scheduler": "normal",
+                "denoise": 1.0,
+            },
+        },
+        "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sampler", 0], "vae": ["toy", 2]}},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "test"}},
+    }
+
+
+def train_graph(name: str, iterations: int, **settings) -> dict:
+    inputs = {
+        "model": ["toy", 0],
+        "clip": ["toy", 1],
+        "prompts": PROMPTS,
+        "adapter_name": name,
+        "iterations": iterations,
+        "batch": 8,
+        "width": 64,
+        "height": 64,
+        "omega_max": 6.0,
+        "learning_rate": 2e-3,
+        "hidden": 32,
+        "seed": 0,
+        "negative": "",
+        "precision": "bf16",
+        **settings,
+    }
+    return {
+        "toy": {"class_type": "AGDToyLoader", "inputs": {}},
+        "train": {"class_type": "AGDTrain", "inputs": inputs},
+        "plot": {"class_type": "PreviewImage", "inputs": {"images": ["train", 2]}},
+    }
+
+
+def with_adapter(graph: dict, name: str, **settings) -> dict:
+    defaults = {"strength": 1.0, "guidance_scale": 0.0, "start_percent": 0.0, "end_percent": 1.0}
+    inputs = {"model": ["toy", 0], "adapter_name": name, **defaults, **settings}
+    graph = json.loads(json.dumps(graph))
+    graph["agd"] = {"class_type": "AGDAdapterLoader", "inputs": inputs}
+    graph["sampler"]["inputs"]["model"] = ["agd", 0]
+    return graph
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def trained(server) -> str:
+    """The name of an adapter that AGD Train made through the API."""
+    outputs = server.run(train_graph("first", 40))
+    plot = pixels(server.image(outputs, "plot"))
+    assert plot.shape == (480, 800, 3)
+    assert len(np.unique(plot.reshape(-1, 3), axis=0)) > 3
+    return "first.safetensors"
+
+
+def test_the_pack_loads_without_complaint(server):
+    log = server.log.read_text()
+    assert "IMPORT FAILED" not in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_nodes_explain_themselves(server, node):
+    info = server.get(f"/object_info/{node}")[node]
+    assert info["description"]
+    assert info["search_aliases"]
+    assert all(info["output_tooltips"])
+    for group in info["input"].values():
+        without = [name for name, (_, *options) in group.items() if group is not info["input"].get("hidden")
+                   and not (options and options[0].get("tooltip"))]  # fmt: skip
+        assert without == []
+    assert (ROOT / "web" / "docs" / f"{node}.md").exists()
+
+
+def test_an_adapter_is_trained_where_the_loader_finds_it(server, trained):
+    info = server.get("/object_info/AGDAdapterLoader")["AGDAdapterLoader"]
+    (kind, options) = info["input"]["required"]["adapter_name"]
+    assert trained in (kind if isinstance(kind, list) else options["options"])
+    described = checkpoint.load_state(server.adapters / trained)[0]
+    assert described.training["iterations"] == 40
+    assert described.omega_range == (1.0, 6.0)
+
+
+def test_sampling_with_the_adapter_and_without_it_before_and_after(server, trained):
+    before = server.image(server.run(base_graph()), "save")
+    guided = server.image(server.run(with_adapter(base_graph(), trained)), "save")
+    other = server.image(server.run(with_adapter(base_graph(), trained, strength=0.5)), "save")
+    unguided = server.image(server.run(base_graph(cfg=1.0)), "save")
+    after = server.image(server.run(base_graph(seed=6)), "save"), server.image(server.run(base_graph()), "save")
+    assert not np.array_equal(pixels(guided), pixels(unguided))
+    assert not np.array_equal(pixels(guided), pixels(other))
+    assert np.array_equal(pixels(after[1]), pixels(before))
+    assert not np.array_equal(pixels(after[0]), pixels(before))
+
+
+def test_adapters_of_extra_model_paths_are_found(server, trained):
+    (server.extra / "elsewhere.safetensors").write_bytes((server.adapters / trained).read_bytes())
+    server.run(with_adapter(base_graph(), "elsewhere.safetensors"))
+
+
+def test_a_changed_file_is_noticed(server, trained):
+    copy = server.adapters / "changing.safetensors"
+    copy.write_bytes((server.adapters / trained).read_bytes())
+    first = server.image(server.run(with_adapter(base_graph(), copy.name)), "save")
+    info, adapter = checkpoint.load(copy)
+    for parameter in adapter.parameters():
+        parameter.data *= 1.5
+    checkpoint.save(copy, adapter, info)
+    second = server.image(server.run(with_adapter(base_graph(), copy.name)), "save")
+    assert not np.array_equal(pixels(first), pixels(second))
+
+
+def test_a_damaged_adapter_is_one_clear_error(server, trained):
+    (server.adapters / "damaged.safetensors").write_bytes(b"half of a file")
+    with pytest.raises(PromptError, match=r"damaged.safetensors .14 bytes. is not a readable safetensors file"):
+        server.run(with_adapter(base_graph(), "damaged.safetensors"))
+
+
+def test_a_missing_adapter_is_refused_before_anything_runs(server):
+    with pytest.raises(PromptError, match="not in"):
+        server.run(with_adapter(base_graph(), "no_such.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"prompts": " \n "}, "no prompts to train with"), ({"adapter_name": "../../escape"}, "can't be saved as")],
+)
+def test_bad_training_input_is_one_clear_sentence(server, settings, message):
+    with pytest.raises(PromptError, match=message):
+        server.run(train_graph("bad", 5, **settings))
+
+
+def test_an_interrupted_training_keeps_its_state_and_goes_on(server):
+    graph = train_graph("interrupted", 60, seed=3)
+    prompt_id, types = server.queue(graph), []
+    for event in server.events(prompt_id):
+        types.append(event["type"])
+        if event["type"] == "progress" and event["data"]["value"] == 10:
+            server.post("/interrupt", {})
+    assert types[-1] == "execution_interrupted"
+    file, state = server.adapters / "interrupted.safetensors", server.adapters / "interrupted.state"
+    assert not file.exists()
+    assert state.exists()
+
+    prompt_id, first = server.queue(graph), None
+    for event in server.events(prompt_id):
+        if event["type"] == "progress" and first is None:
+            first = event["data"]["value"]
+        assert event["type"] != "execution_error"
+    assert first > 10
+    assert not state.exists()
+    assert file.exists()
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
+def test_example_workflows_run(server, trained, file):
+    """As they are, but on the toy instead of a checkpoint, and with its sizes."""
+    prompt = to_api(json.loads(file.read_text()), server.get("/object_info"))
+    for node in prompt.values():
+        if node["class_type"] == "CheckpointLoaderSimple":
+            node.update(class_type="AGDToyLoader", inputs={})
+        for size in ("width", "height"):
+            if size in node["inputs"]:
+                node["inputs"][size] = 64
+        if node["class_type"] == "AGDTrain":
+            node["inputs"].update(iterations=5, hidden=32)
+        if node["class_type"] == "AGDAdapterLoader":
+            node["inputs"]["adapter_name"] = trained
+    outputs = server.run(prompt)
+    saved = next(id for id, node in prompt.items() if node["class_type"] == "SaveImage")
+    assert pixels(server.image(outputs, saved)).shape == (64, 64, 3)
+
+
+def test_there_is_one_example_workflow_per_node():
+    used = {node["type"] for file in WORKFLOWS for node in json.loads(file.read_text())["nodes"]}
+    assert set(NODES) <= used
+    assert {file.stem for file in WORKFLOWS} == {"AGD Adapter Loader", "AGD Train"}

@@ -1,0 +1,141 @@
+"""The real ComfyUI server as a subprocess, and a client that queues API prompts and waits for them."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
+
+import websocket
+
+from comfyui_agd.agd_core.comfyui.runtime import find_comfyui
+
+ROOT = Path(__file__).resolve().parents[2]
+_START_SECONDS = 180
+
+
+class PromptError(Exception):
+    """The server refused a prompt or it failed; the message is the server's own."""
+
+
+class Server:
+    """ComfyUI in a folder of its own, with this pack and the toy pack linked into custom_nodes."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "custom_nodes").mkdir(parents=True)
+        for name, source in (("a-renamed-agd", ROOT), ("agd_toy", ROOT / "examples" / "toy")):
+            (folder / "custom_nodes" / name).symlink_to(source, target_is_directory=True)
+        self.adapters, self.extra = folder / "models" / "agd", folder / "elsewhere"
+        self.extra.mkdir()
+        paths = folder / "extra_model_paths.yaml"
+        paths.write_text(f"mine:\n  base_path: {self.extra}\n  agd: .\n")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(folder)]
+        command += ["--extra-model-paths-config", str(paths), "--disable-auto-launch", "--disable-api-nodes"]
+        self.log = folder / "server.log"
+        self.process = subprocess.Popen(
+            command,
+            cwd=find_comfyui(),
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        self._wait()
+        self.client = uuid.uuid4().hex
+        self.socket = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}", timeout=300)
+
+    def _wait(self) -> None:
+        for _ in range(_START_SECONDS * 2):
+            if self.process.poll() is not None:
+                raise RuntimeError(f"The server ended at start:\n{self.log.read_text()[-3000:]}")
+            try:
+                self.get("/system_stats")
+                return
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.5)
+        raise RuntimeError(f"The server did not answer in {_START_SECONDS} s:\n{self.log.read_text()[-3000:]}")
+
+    def close(self) -> None:
+        self.socket.close()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        shutil.rmtree(self.folder / "custom_nodes")
+
+    def get(self, path: str) -> dict:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            return json.loads(answer.read())
+
+    def post(self, path: str, data: dict) -> dict:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(data).encode())
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                body = answer.read()
+                return json.loads(body) if body else {}
+        except urllib.error.HTTPError as error:
+            raise PromptError(error.read().decode()) from error
+
+    def queue(self, prompt: dict) -> str:
+        return self.post("/prompt", {"prompt": prompt, "client_id": self.client})["prompt_id"]
+
+    def events(self, prompt_id: str):
+        """The websocket's messages about a prompt, until it is over."""
+        while True:
+            message = self.socket.recv()
+            if isinstance(message, bytes):
+                continue
+            event = json.loads(message)
+            data = event.get("data", {})
+            if data.get("prompt_id") != prompt_id:
+                continue
+            # The last one, sent when the history is written.
+            if event["type"] == "executing" and data.get("node") is None:
+                return
+            yield event
+
+    def run(self, prompt: dict) -> dict:
+        """The outputs of a prompt by node. Raises `PromptError`."""
+        prompt_id, failed = self.queue(prompt), None
+        for event in self.events(prompt_id):
+            if event["type"] in ("execution_error", "execution_interrupted"):
+                failed = event["data"].get("exception_message", event["type"])
+        if failed:
+            raise PromptError(failed)
+        return self.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+
+    def image(self, outputs: dict, node: str) -> bytes:
+        """The first picture that a SaveImage or PreviewImage node made."""
+        found = outputs[node]["images"][0]
+        return (self.folder / found["type"] / found["subfolder"] / found["filename"]).read_bytes()
+
+
+def to_api(workflow: dict, object_info: dict) -> dict:
+    """A workflow as ComfyUI's editor saves it, as the API takes it."""
+    links = {link[0]: (str(link[1]), link[2]) for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] not in object_info:
+            continue  # notes
+        inputs = {i["name"]: list(links[i["link"]]) for i in node["inputs"] if i.get("link") is not None}
+        values = iter(node["widgets_values"])
+        known = object_info[node["type"]]["input"]
+        for name, (kind, *options) in {**known.get("required", {}), **known.get("optional", {})}.items():
+            if name in inputs or not (isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")):
+                continue
+            inputs[name] = next(values)
+            if options and options[0].get("control_after_generate"):
+                next(values)
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt

@@ -1,0 +1,142 @@
+"""The embedded default: its world, its committed weights, and that ComfyUI's core nodes work on it."""
+
+import random
+
+import nodes
+import pytest
+import torch
+from comfy_extras.nodes_train import LoraModelLoader
+
+from comfyui_agd.examples.toy import model as toy_model
+from comfyui_agd.examples.toy.measure import CARD, MEASURED, omega_star
+from comfyui_agd.examples.toy.sampling import Jury, Toy, held_out_captions, sample
+from comfyui_agd.examples.toy.scenes import (
+    COLOURS,
+    SHAPES,
+    WORDS,
+    caption,
+    draw_scenes,
+    held_out,
+    render,
+    training_caption,
+)
+from comfyui_agd.examples.toy.train import encode_text, token_ids
+
+LIMIT = 12_000_000
+PROMPT = "a small red circle left of a large green star on a white background"
+
+
+@pytest.fixture(scope="module")
+def parts() -> Toy:
+    return Toy.load()
+
+
+@pytest.fixture(scope="module")
+def jury() -> Jury:
+    return Jury()
+
+
+def test_the_world_is_rich_enough():
+    assert len(SHAPES) >= 6
+    assert len(COLOURS) >= 8
+
+
+def test_held_out_scenes_are_never_trained():
+    training, held = set(draw_scenes(2000, 0, held=False)), set(draw_scenes(500, 0, held=True))
+    assert not training & held
+    assert all(held_out(scene) for scene in held)
+
+
+def test_every_caption_uses_known_words_and_fits():
+    rng = random.Random(0)
+    scenes = draw_scenes(1000, 1, held=False)
+    captions = [training_caption(scene, rng) for scene in scenes] + [caption(scene, swapped=True) for scene in scenes]
+    assert {word for text in captions for word in text.split()} <= set(WORDS)
+    assert token_ids(captions).shape == (2000, toy_model.MAX_TOKENS)
+
+
+def test_drawings_are_the_same_for_the_same_seed():
+    scenes = draw_scenes(4, 2, held=False)
+    assert torch.equal(render(scenes, 3), render(scenes, 3))
+    assert not torch.equal(render(scenes, 3), render(scenes, 4))
+
+
+def test_unknown_words_are_an_error_that_lists_the_known(parts):
+    with pytest.raises(ValueError, match=r"does not know 'dog' in the prompt 'a red dog'; it knows only .*circle"):
+        nodes.CLIPTextEncode().encode(parts.clip, "a red dog")
+
+
+def test_the_weights_are_small():
+    assert sum(path.stat().st_size for path in toy_model.WEIGHTS.glob("*.safetensors")) <= LIMIT
+
+
+def test_training_and_comfyui_encode_text_alike(parts):
+    ids = token_ids([PROMPT, ""])
+    text = parts.clip.cond_stage_model.clip_toy.transformer.float()
+    with torch.no_grad():
+        expected = [nodes.CLIPTextEncode().encode(parts.clip, prompt)[0][0][0] for prompt in (PROMPT, "")]
+        torch.testing.assert_close(encode_text(text, ids), torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_prompt_weights_work(parts):
+    encode = nodes.CLIPTextEncode()
+    plain, weighted = (encode.encode(parts.clip, text)[0][0][0] for text in ("a red star", "a (red:1.3) star"))
+    assert not torch.equal(plain, weighted)
+
+
+def test_the_autoencoder_keeps_pictures(parts):
+    pixels = render(draw_scenes(16, 3, held=True), 3).movedim(1, -1)
+    latents = nodes.VAEEncode().encode(parts.vae, pixels)[0]["samples"]
+    assert latents.shape == (16, toy_model.LATENT_CHANNELS, 8, 8)
+    error = (nodes.VAEDecode().decode(parts.vae, {"samples": latents})[0] - pixels).square().mean()
+    assert -10 * error.log10() > 28
+
+
+def test_the_judge_is_right_on_held_out_pictures(jury):
+    scenes = draw_scenes(1000, 41, held=True)
+    assert jury.accuracy(render(scenes, 41), scenes) >= 0.97
+
+
+def test_the_judge_notices_wrong_pictures(jury):
+    scenes = draw_scenes(200, 43, held=True)
+    assert jury.accuracy(render(scenes[1:] + scenes[:1], 43), scenes) < 0.05
+
+
+def test_frechet_distance_tells_real_from_noise(jury):
+    real = jury.frechet(render(draw_scenes(1000, 45, held=True), 45))
+    noise = jury.frechet(torch.rand(1000, 3, 64, 64))
+    assert real < noise / 20
+
+
+def test_guidance_matters_as_the_model_card_says():
+    import json
+
+    measured = json.loads(MEASURED.read_text())
+    assert omega_star() >= 2
+    assert measured["lead"] >= 0.10
+    assert f"omega* = {omega_star():g}" in CARD.read_text()
+
+
+@pytest.mark.slow
+def test_guidance_matters_when_sampled(parts, jury):
+    scenes, captions = held_out_captions(96, 47)
+    unguided, guided = (sample(parts, parts.model, captions, cfg=cfg, seed=1) for cfg in (1.0, omega_star()))
+    assert jury.accuracy(guided, scenes) >= jury.accuracy(unguided, scenes) + 0.05
+
+
+@torch.inference_mode()
+def test_core_lora_works(parts):
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
+    lora = {f"{key}.lora_up.weight": torch.randn(128, 4), f"{key}.lora_down.weight": torch.randn(4, 128)}
+    patched = LoraModelLoader.execute(parts.model, lora, 1.0).args[0]
+    plain, changed = (sample(parts, model, [PROMPT], cfg=2.0, seed=1, steps=2) for model in (parts.model, patched))
+    assert not torch.equal(plain, changed)
+    assert torch.equal(sample(parts, parts.model, [PROMPT], cfg=2.0, seed=1, steps=2), plain)
+
+
+@torch.inference_mode()
+def test_other_sizes_work(parts):
+    latent = nodes.EmptyLatentImage().generate(96, 64, 1)[0]
+    positive = nodes.CLIPTextEncode().encode(parts.clip, PROMPT)[0]
+    out = nodes.KSampler().sample(parts.model, 1, 2, 2.0, "euler", "normal", positive, positive, latent)[0]
+    assert nodes.VAEDecode().decode(parts.vae, out)[0].shape == (1, 64, 96, 3)

@@ -1,0 +1,137 @@
+"""The adapter file: what is written comes back, and every damaged or foreign file says what is wrong with it."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.checkpoint import AdapterFileError
+from comfyui_agd.agd_core.config import Site
+
+
+@pytest.fixture
+def file(tmp_path, adapter, info):
+    return checkpoint.save(tmp_path / "adapter.safetensors", adapter, info)
+
+
+def rewrite(file, change_state=lambda state: None, change_data=lambda data: None) -> None:
+    with safe_open(str(file), framework="pt") as opened:
+        state, metadata = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
+    data = json.loads(metadata["agd"])
+    change_state(state)
+    change_data(data)
+    save_file(state, str(file), {**metadata, "agd": json.dumps(data)})
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "offset"])
+@pytest.mark.parametrize("omega_embedding", ["log", "fourier"])
+def test_round_trip(tmp_path, info, kind, omega_embedding):
+    config = dataclasses.replace(info.config, kind=kind, omega_embedding=omega_embedding)
+    info = dataclasses.replace(info, config=config, resolutions=((8, 12),), training={"iterations": 3})
+    torch.manual_seed(1)
+    adapter = Adapter(config)
+    file = checkpoint.save(tmp_path / "a.safetensors", adapter, info)
+    torch.manual_seed(2)
+    loaded_info, loaded = checkpoint.load(file)
+    assert loaded_info == info
+    expected = adapter.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+
+
+def test_inspect_shows_what_matters(file, info):
+    text = checkpoint.describe(checkpoint.read_info(file), file)
+    for part in ("Small (EPS-prediction, 2 cross-attentions", "cross_attention, hidden 8", "1 to 12", "empty prompt"):
+        assert part in text
+
+
+def test_other_tools_find_modelspec_fields(file):
+    with safe_open(str(file), framework="pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["modelspec.architecture"] == "small/agd-adapter"
+    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert metadata["modelspec.title"] == "adapter"
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(AdapterFileError, match=r"There is no adapter file .*gone.safetensors"):
+        checkpoint.load(tmp_path / "gone.safetensors")
+
+
+def test_corrupted_file(file):
+    file.write_bytes(b"not a tensor in sight")
+    with pytest.raises(AdapterFileError, match=r"21 bytes\) is not a readable safetensors file"):
+        checkpoint.load(file)
+
+
+def test_truncated_file(file):
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(AdapterFileError, match="damaged or incomplete"):
+        checkpoint.load(file)
+
+
+def test_foreign_file(tmp_path):
+    file = tmp_path / "lora.safetensors"
+    save_file({"lora_up.weight": torch.zeros(2)}, str(file), {"ss_network_dim": "4"})
+    with pytest.raises(AdapterFileError, match=r"no AGD adapter.*found: ss_network_dim"):
+        checkpoint.load(file)
+
+
+def test_newer_format(file):
+    rewrite(file, change_data=lambda data: data.update(format_version=99))
+    with pytest.raises(AdapterFileError, match=r"format 99.*reads up to 1: update the node pack"):
+        checkpoint.load(file)
+
+
+def test_damaged_description(file):
+    rewrite(file, change_data=lambda data: data["config"].pop("hidden"))
+    with pytest.raises(AdapterFileError, match=r"missing fields \['hidden'\]"):
+        checkpoint.load(file)
+
+
+def test_every_offending_key_is_named(file):
+    def damage(state):
+        del state["encoders.0.omega.0.bias"]
+        state["stranger"] = torch.zeros(1)
+        state["sites.middle_0_0.to_out.bias"] = torch.zeros(5)
+        state["sites.input_1_0.to_out.bias"][0] = float("nan")
+
+    rewrite(file, damage)
+    with pytest.raises(AdapterFileError) as error:
+        checkpoint.load(file)
+    for part in (
+        "encoders.0.omega.0.bias: missing",
+        "stranger: unknown",
+        "sites.middle_0_0.to_out.bias: shape (5,) instead of (32,)",
+        "sites.input_1_0.to_out.bias: holds NaN",
+    ):
+        assert part in str(error.value)
+
+
+def test_another_base_is_refused_naming_both(info, base):
+    other = dataclasses.replace(base, family="Other", sites=(base.sites[0], Site("middle_0_0", 64, 16)))
+    with pytest.raises(AdapterFileError, match=r"made for Small .* but this model is Other .*differ: middle_0_0"):
+        checkpoint.check_base(info, other, "a.safetensors")
+
+
+def test_another_prediction_is_refused(info, base):
+    with pytest.raises(AdapterFileError, match=r"EPS-prediction.*V_PREDICTION-prediction"):
+        checkpoint.check_base(info, dataclasses.replace(base, prediction="V_PREDICTION"), "a.safetensors")
+
+
+def test_a_sibling_with_other_weights_is_taken(info, base):
+    checkpoint.check_base(info, dataclasses.replace(base, fingerprint="other"), "a.safetensors")
+
+
+def test_a_failed_save_leaves_the_old_file(file, adapter, info, monkeypatch):
+    before = file.read_bytes()
+    monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(file, adapter, info)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]

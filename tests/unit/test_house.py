@@ -1,0 +1,116 @@
+"""The house rules: which way imports point, and what the published archive holds."""
+
+import ast
+import fnmatch
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCH_ONLY = {"torch", "einops", "safetensors"}
+STANDARD = set(__import__("sys").stdlib_module_names)
+COMFYUI = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server"}
+
+
+def imports(file: Path) -> set[str]:
+    """What a file imports: outside modules by their first name, the pack's own as paths "./..." from its root."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            folder = file.parents[node.level - 1].relative_to(ROOT)
+            found |= {f"./{folder / (node.module or alias.name).replace('.', '/')}" for alias in node.names}
+    return found
+
+
+def outside(file: Path) -> set[str]:
+    return {name for name in imports(file) if not name.startswith("./")} - STANDARD
+
+
+def rooms(file: Path) -> set[str]:
+    """The top folders of the pack that a file imports from."""
+    return {name.split("/")[1] for name in imports(file) if name.startswith("./")}
+
+
+def files(*folders: str) -> list[Path]:
+    return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+CORE = [file for file in files("agd_core") if "comfyui" not in file.relative_to(ROOT).parts]
+BRIDGE = files("agd_core/comfyui")
+
+
+@pytest.mark.parametrize("file", CORE, ids=lambda f: f.name)
+def test_the_core_is_torch_only(file):
+    assert outside(file) <= TORCH_ONLY
+    assert rooms(file) <= {"agd_core"}
+    assert not any(name.startswith("./agd_core/comfyui") for name in imports(file))
+
+
+@pytest.mark.parametrize("file", BRIDGE, ids=lambda f: f.name)
+def test_the_bridge_imports_comfyui_and_the_core(file):
+    assert outside(file) <= TORCH_ONLY | COMFYUI - {"nodes", "server"}
+    assert rooms(file) <= {"agd_core"}
+
+
+@pytest.mark.parametrize("file", files("training"), ids=lambda f: f.name)
+def test_training_holds_no_ui_and_meets_comfyui_through_the_bridge(file):
+    # The command line alone loads a checkpoint, as ComfyUI's loader node would.
+    allowed = {"comfy"} if file.name == "cli.py" else set()
+    assert outside(file) <= TORCH_ONLY | {"tqdm", "PIL"} | allowed
+    assert rooms(file) <= {"agd_core", "training"}
+
+
+@pytest.mark.parametrize("file", files("nodes"), ids=lambda f: f.name)
+def test_nodes_import_downwards(file):
+    assert outside(file) <= TORCH_ONLY | COMFYUI | {"numpy"}
+    assert rooms(file) <= {"agd_core", "training", "nodes"}
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def published() -> list[str]:
+    patterns = [line.rstrip("/") for line in (ROOT / ".comfyignore").read_text().split("\n") if line and line[0] != "#"]
+    kept = []
+    for name in tracked():
+        parts = [*map(str, list(Path(name).parents)[:-1]), name]
+        if not any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in patterns):
+            kept.append(name)
+    return kept
+
+
+def test_the_published_archive_holds_the_runtime_only():
+    tops = {Path(name).parts[0] for name in published()}
+    assert {"__init__.py", "agd_core", "nodes", "training", "web", "example_workflows", "pyproject.toml"} <= tops
+    assert not tops & {"tests", "tools", "benchmarks", "examples", ".ci", "Makefile"}
+
+
+def test_the_published_archive_has_nothing_that_the_registry_flags():
+    flagged = re.compile(r"\b(eval|exec|__import__)\(|subprocess|os\.system|urllib|requests|socket|pip install|pickle")
+    found = {name: flagged.findall((ROOT / name).read_text()) for name in published() if name.endswith(".py")}
+    assert {name: hits for name, hits in found.items() if hits} == {}
+
+
+def test_requirements_bring_nothing_that_comfyui_does_not():
+    comfyui = sorted((ROOT / ".comfyui").glob("ComfyUI-*/requirements.txt"))
+    if not comfyui:
+        pytest.skip("another ComfyUI is in use; its requirements are its own")
+
+    def names(file: Path) -> set[str]:
+        return {re.split(r"[<>=~ ]", line)[0].lower() for line in file.read_text().splitlines() if line[:1].isalpha()}
+
+    assert names(ROOT / "requirements.txt") <= names(comfyui[-1])
+
+
+def test_no_machine_paths_in_tracked_files():
+    pattern = re.compile(r"(^|[^A-Za-z0-9_.])/(home|root|Users)/\w")
+    texts = [name for name in tracked() if name.endswith((".py", ".md", ".json", ".toml", ".txt", "Makefile"))]
+    assert [name for name in texts if pattern.search((ROOT / name).read_text()) and name != "LICENSE"] == []
