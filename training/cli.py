@@ -119,7 +119,8 @@ def _train(args: argparse.Namespace) -> None:
     loss_plot(trained.losses).save(plot)
     print(f"Wrote {args.output} and {plot}.")
     if trained.evaluation:
-        print(f"On {config.held_out} held-out prompts: {json.dumps(trained.evaluation.summary())}")
+        held_out = trained.info.training["held_out_prompts"]
+        print(f"On {held_out} held-out prompts: {json.dumps(trained.evaluation.summary())}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -182,6 +182,7 @@ def train(
         "iterations": config.iterations,
         "batch": config.batch,
         "prompts": len(training_prompts),
+        "held_out_prompts": len(held_out),
         "teacher_evaluations": run.evaluations,
         "seconds_of_last_session": round(time.monotonic() - start),
         "final_loss": round(sum(run.losses[-50:]) / len(run.losses[-50:]), 5),
