@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.model_patcher
@@ -13,7 +14,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from .patch import AdapterPatch
-from .sites import describe_base
+from .sites import describe_base, fingerprint
 
 
 def _without_inference_tensors(module: nn.Module) -> None:
@@ -32,7 +33,7 @@ class ComfyHost:
 
     def __init__(self, model: comfy.model_patcher.ModelPatcher, clip, *, autocast: torch.dtype | None = None):
         """`autocast`: compute the evaluations in this dtype; None leaves the base as ComfyUI loaded it."""
-        self.base = describe_base(model.model)
+        self.base = replace(describe_base(model.model), fingerprint=fingerprint(model.model.diffusion_model))
         self.device = model.load_device
         self._model = model.clone()
         self._clip = clip

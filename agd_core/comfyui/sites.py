@@ -45,32 +45,28 @@ def find_sites(unet: nn.Module) -> tuple[Site, ...]:
             for index, transformer in enumerate(module.transformer_blocks):
                 attention = transformer.attn2
                 if attention is not None and not transformer.switch_temporal_ca_to_sa:
-                    width, context_dim = attention.to_q.weight.shape[1], attention.to_k.weight.shape[1]
+                    width, context_dim = attention.to_q.in_features, attention.to_k.in_features
                     sites.append(Site(site_name(place, index), width, context_dim))
     if not sites:
         raise UnsupportedModel("This UNet has no cross-attention, so there is nothing that AGD could adapt.")
     return tuple(sites)
 
 
-def _fingerprint(unet: nn.Module) -> str:
-    """A short name for these weights, from the first and the last layer; empty on the meta device."""
+def fingerprint(unet: nn.Module) -> str:
+    """A short name for these weights, from the first and the last layer."""
     tensors = [unet.input_blocks[0][0].weight, unet.out[-1].weight]
-    if any(tensor.is_meta for tensor in tensors):
-        return ""
     # Rounded to bf16: the same checkpoint loaded in another precision should mostly keep its name.
     parts = [tensor.detach().cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes() for tensor in tensors]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def describe_base(model) -> BaseInfo:
-    """What a ComfyUI `BaseModel` is. Raises `UnsupportedModel`."""
-    unet, config = model.diffusion_model, model.model_config.unet_config
-    sites = find_sites(unet)
+    """What a ComfyUI `BaseModel` is, read without touching its weights. Raises `UnsupportedModel`."""
+    config = model.model_config.unet_config
     kept = ("model_channels", "in_channels", "out_channels", "adm_in_channels", "context_dim", "channel_mult")
     return BaseInfo(
         family=type(model.model_config).__name__,
         prediction=model.model_type.name,
-        sites=sites,
+        sites=find_sites(model.diffusion_model),
         architecture={key: config[key] for key in kept if config.get(key) is not None},
-        fingerprint=_fingerprint(unet),
     )
