@@ -1,7 +1,7 @@
 """The adapters of "Efficient Distillation of Classifier-Free Guidance using Adapters" (arXiv 2503.07274).
 
 At each cross-attention site of the frozen base the output becomes `attn2(h) + g_psi(h, omega, t, c)`, with `h` the
-normalised input of that attention (section 3.2 of the paper). `psi` are the only trained parameters.
+normalised input of that attention. `psi` are the only trained parameters.
 
 Shapes: b rows, n image tokens, m prompt tokens, d their channels (`context_dim`), w channels of a site, H `hidden`.
 """

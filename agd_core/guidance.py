@@ -6,6 +6,8 @@ denoised predictions of one shape (b, ...), in the notation of arXiv 2503.07274.
 
 import torch
 
+_SMALL_GAP = 0.02  # of the batch's mean gap: where `balanced_loss` begins to trust a row less
+
 
 def cfg(cond: torch.Tensor, uncond: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
     """Classifier-free guidance (Ho & Salimans 2022): uncond + omega (cond - uncond). omega: (b,)."""
@@ -22,18 +24,22 @@ def square_norm(x: torch.Tensor) -> torch.Tensor:
     return x.float().flatten(1).square().sum(1)
 
 
-def balanced_loss(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """||student - target||^2 / ||target - cond||^2 for each row (b,): what of the gap is still open.
+def balanced_loss(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The share of the batch's gap that is still open, every row weighing about the same: 1 without an adapter.
 
-    Plain MSE grows with (omega - 1)^2 and with sigma; this gives every row of the batch the same weight.
+    Plain MSE grows with (omega - 1)^2 and, of denoised predictions, with sigma^2. Here errors are those of eps, and
+    each row is divided by its own gap. Rows whose gap is far below the batch's mean, those of omega near 1, count
+    less: there the rounding errors of a bf16 base are larger than the gap. sigma: (b,).
     """
-    gap = square_norm(target - cond)
-    return square_norm(student - target) / gap.clamp(min=1e-8)
+    error = square_norm((student - target) / per_row(sigma, target))
+    gap = square_norm((target - cond) / per_row(sigma, target))
+    weight = 1 / (gap + _SMALL_GAP * gap.mean() + 1e-12)
+    return (weight * error).sum() / (weight * gap).sum().clamp(min=1e-12)
 
 
-def plain_loss(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The paper's loss: mean squared error of each row (b,)."""
-    return (student - target).float().flatten(1).square().mean(1)
+def plain_loss(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The paper's loss: mean squared error of eps (arXiv 2503.07274)."""
+    return ((student - target) / per_row(sigma, target)).float().square().mean()
 
 
 def gap_closed(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor) -> float:

@@ -52,7 +52,7 @@ def euler_step(
     ancestral: torch.Tensor,
     noise: torch.Tensor,
 ) -> torch.Tensor:
-    """One Euler step of dx/dsigma = (x - denoised) / sigma (Karras et al. 2022, eq. 1); `ancestral` rows (b,) go
+    """One Euler step of dx/dsigma = (x - denoised) / sigma (Karras et al. 2022); `ancestral` rows (b,) go
     below sigma_next and add noise back up to it. sigmas: (b,)."""
     up = torch.minimum(sigma_next, (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2).clamp(min=0).sqrt())
     up = torch.where(ancestral, up, torch.zeros_like(up))

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..agd_core.adapter import Adapter
 from ..agd_core.checkpoint import AdapterInfo, replacing
+from ..agd_core.config import AdapterConfig
 from ..agd_core.guidance import balanced_loss, plain_loss
 from .config import TrainConfig
 from .evaluate import Evaluation, evaluate
@@ -83,10 +84,10 @@ def _run_identity(config: TrainConfig, prompts: Sequence[str], negative: Sequenc
 class _Run:
     """All that changes while training, and how it is saved and restored."""
 
-    def __init__(self, host: Host, config: TrainConfig, pool: TrajectoryPool):
+    def __init__(self, host: Host, config: TrainConfig, adapter_config: AdapterConfig, pool: TrajectoryPool):
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.adapter = Adapter(config.adapter_config(host.base)).to(host.device)
+            self.adapter = Adapter(adapter_config).to(host.device)
         self.average = copy.deepcopy(self.adapter).requires_grad_(False)
         self.optimiser = torch.optim.AdamW(self.adapter.parameters(), lr=config.learning_rate, weight_decay=0.0)
         self.pool, self.step, self.evaluations, self.losses = pool, 0, 0, []
@@ -145,7 +146,7 @@ def train(
     negative: Sequence[str] = ("",),
     state: Path | None = None,
 ) -> Trained:
-    """Distil the base's guidance into a new adapter (DESIGN 1.6, 1.7; the loss is arXiv 2503.07274, eq. 9).
+    """Distil the base's guidance into a new adapter by online rollouts (the method: arXiv 2503.07274).
 
     `negative` are the prompts of the unconditional branch, one drawn per prompt; the default is the empty one.
     With `state`, the run is saved there every `config.save_every` iterations and whenever it is stopped, goes on from
@@ -153,14 +154,15 @@ def train(
     is another run's.
     """
     training_prompts, held_out = split_prompts(prompts, config)
-    negative = list(negative)
+    adapter_config, negative = config.adapter_config(host.base), list(negative)
     shape = host.latent_shape(config.width, config.height)
     positive = host.encode(training_prompts, shape)
     unconditional = host.encode(negative, shape, "negative")
     held_out_conditions = host.encode(held_out, shape)
     identity, start = _run_identity(config, prompts, negative, host), time.monotonic()
     with host.session():
-        run = _Run(host, config, TrajectoryPool(host, positive, unconditional, shape, config))
+        pool = TrajectoryPool(host, positive, unconditional, shape, config)
+        run = _Run(host, config, adapter_config, pool)
         try:
             if state is not None and state.exists():
                 run.restore(state, identity)
@@ -190,7 +192,7 @@ def train(
         "config": asdict(config),
     }
     info = AdapterInfo(
-        config=adapter.config,
+        config=adapter_config,
         base=host.base,
         omega_range=(config.omega_min, config.omega_max),
         unconditional="empty prompt" if not any(negative) else "negative prompts of the training",
@@ -210,7 +212,7 @@ def _evaluate_held_out(
 
 
 def _fit(host: Host, run: _Run, config: TrainConfig, callbacks: Callbacks, state: Path | None, identity: dict) -> None:
-    row_loss = _LOSSES[config.loss]
+    loss_of = _LOSSES[config.loss]
     while run.step < config.iterations:
         for group in run.optimiser.param_groups:
             group["lr"] = learning_rate(run.step, config)
@@ -218,7 +220,7 @@ def _fit(host: Host, run: _Run, config: TrainConfig, callbacks: Callbacks, state
         try:
             teacher = ask_teacher(host, visit)
             student = host.student(run.adapter, visit.x, visit.sigma, visit.positive, visit.omega)
-            loss = row_loss(student, teacher.cond, teacher.target).mean()
+            loss = loss_of(student, teacher.cond, teacher.target, visit.sigma)
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(

@@ -71,7 +71,7 @@ def prompt_accuracy(judge: Judge, images: torch.Tensor, scenes: list[Scene]) -> 
 
 
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
-    """Fréchet distance between two sets of features (n, d), each taken as a Gaussian (Heusel et al. 2017, eq. 6)."""
+    """Fréchet distance between two sets of features (n, d), each taken as a Gaussian (Heusel et al. 2017)."""
     x, y = features.double(), reference.double()
     cov_x, cov_y = torch.cov(x.T), torch.cov(y.T)
     # tr sqrt(A B) = sum of sqrt of the eigenvalues of A B, which are real and not negative for covariances.

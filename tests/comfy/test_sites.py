@@ -65,7 +65,7 @@ def test_every_cross_attention_is_found(unet_config, family, count, widths, cont
 
 
 def test_the_papers_size_on_sdxl():
-    """H = 128 is about 2 % of SDXL (arXiv 2503.07274, section 4)."""
+    """H = 128 is about 2 % of SDXL (arXiv 2503.07274)."""
     model = on_meta(SDXL)
     with torch.device("meta"):
         adapter = Adapter(AdapterConfig(find_sites(model.diffusion_model), hidden=128))

@@ -34,12 +34,33 @@ def test_direction_cosine_ignores_length(share, cosine):
     assert direction_cosine(cond + share * (target - cond), cond, target) == pytest.approx(cosine, abs=1e-5)
 
 
-def test_balanced_loss_weighs_every_omega_alike():
-    student = COND + 0.5 * (TARGET - COND)
-    torch.testing.assert_close(balanced_loss(student, COND, TARGET)[1:], torch.full((2,), 0.25))
-    plain = plain_loss(student, COND, TARGET)
-    assert plain[2] > 10 * plain[1]
+SIGMA = torch.tensor([1.0, 0.5, 8.0])
 
 
-def test_balanced_loss_survives_omega_1():
-    assert torch.isfinite(balanced_loss(COND, COND, COND)).all()
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_balanced_loss_is_the_share_of_the_gap_that_is_open(share):
+    student = COND + share * (TARGET - COND)
+    assert balanced_loss(student, COND, TARGET, SIGMA).item() == pytest.approx((1 - share) ** 2, abs=1e-5)
+
+
+def test_balanced_loss_weighs_small_and_large_guidance_alike():
+    """Half of row 1 done and nothing of row 2, and the other way round, cost the same; under MSE they do not."""
+    losses, plain = [], []
+    for done in (1, 2):
+        student = COND.clone()
+        student[done] = TARGET[done]
+        losses.append(balanced_loss(student, COND, TARGET, SIGMA).item())
+        plain.append(plain_loss(student, COND, TARGET, torch.ones(3)).item())
+    assert losses == pytest.approx([0.5, 0.5], abs=0.15)
+    assert max(plain) > 10 * min(plain)
+
+
+def test_balanced_loss_hardly_hears_rounding_errors_at_omega_near_1():
+    target = cfg(COND, UNCOND, torch.tensor([1.001, 2.0, 2.0]))
+    student = target.clone()
+    student[0] += 0.01 * torch.randn(4, 5, 6)
+    assert balanced_loss(student, COND, target, torch.ones(3)).item() < 0.01
+
+
+def test_balanced_loss_survives_a_batch_without_guidance():
+    assert torch.isfinite(balanced_loss(COND, COND, COND, SIGMA))
