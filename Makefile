@@ -26,5 +26,5 @@ lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 toy: setup
-	@$(BIN)/python -m comfyui_agd.examples.toy train vae base judge
+	@$(BIN)/python -m comfyui_agd.examples.toy train vae base cooldown judge
 	@$(BIN)/python -m comfyui_agd.examples.toy measure

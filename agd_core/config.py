@@ -37,8 +37,9 @@ class AdapterConfig:
             f"omega_embedding {self.omega_embedding!r} is none of {', '.join(OMEGA_EMBEDDINGS)}": (
                 self.omega_embedding not in OMEGA_EMBEDDINGS
             ),
-            f"hidden is {self.hidden}, but must be positive and, above 64, a multiple of 64": (
-                self.hidden < 1 or (self.hidden > 64 and self.hidden % 64 != 0)
+            # Four heads, each small enough for fused attention kernels.
+            f"hidden is {self.hidden}, but must be a multiple of 4 from 4 to 512": (
+                self.hidden % 4 != 0 or not 4 <= self.hidden <= 512
             ),
             f"encoder_width is {self.encoder_width}, but must be even and positive": (
                 self.encoder_width < 2 or self.encoder_width % 2 != 0

@@ -99,9 +99,9 @@ class AGDTrain(io.ComfyNode):
                     "hidden",
                     default=_DEFAULTS.hidden,
                     min=8,
-                    max=1024,
+                    max=512,
                     step=8,
-                    tooltip="Width of the adapter: 128 is about 2 % of SDXL. Above 64 it must be a multiple of 64.",
+                    tooltip="Width of the adapter: 128 is about 2 % of SDXL.",
                 ),
                 io.Int.Input(
                     "seed",

@@ -35,6 +35,7 @@ class TrainConfig:
     steps_max: int = option(30, "most steps of a trajectory")
     schedulers: tuple[str, ...] = option(("normal", "karras"), "ComfyUI's schedulers that trajectories follow")
     ancestral: float = option(0.5, "share of trajectories that add noise at each step, as ancestral samplers do")
+    on_policy: float = option(0.0, "share of trajectories that follow the student instead of the teacher")
     precision: str = option("base", "compute in the base's own dtype, or under bf16 autocast", PRECISIONS)
     seed: int = option(0, "seed of everything random")
     held_out: int = option(8, "prompts kept out of training to measure gap closed at the end; 0 measures nothing")
@@ -60,7 +61,7 @@ class TrainConfig:
             wrong.append(f"omega goes from {self.omega_min} to {self.omega_max}, but must rise from above 0 to above 1")
         if self.steps_max < self.steps_min:
             wrong.append(f"steps_max is {self.steps_max}, less than steps_min, {self.steps_min}")
-        shares = ("warmup", "ancestral", "ema")
+        shares = ("warmup", "ancestral", "on_policy", "ema")
         wrong += [
             f"{name} is {getattr(self, name)}, but is a share, 0 to 1"
             for name in shares

@@ -1,8 +1,9 @@
 """Live trajectories: the states that a CFG sampler visits, rolled out while training and never stored.
 
 Each slot of the pool is one guided trajectory of the base under its own prompt, omega, schedule and solver, at its
-own phase. A training step takes some slots, asks the teacher for the guided prediction there, which is the target,
-and with it moves the slots on: one pair of teacher evaluations serves both.
+own phase; a share of them follows the student instead of the teacher ("on policy"). A training step takes some
+slots, asks the teacher for the guided prediction there, which is the target, and with it moves the slots on: one
+pair of teacher evaluations serves both.
 """
 
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def euler_step(
 class TrajectoryPool:
     """`pool` times `batch` trajectories. Everything random comes from one CPU generator."""
 
-    _STATE = ("x", "omega", "prompt", "scheduler", "steps", "position", "ancestral")
+    _STATE = ("x", "omega", "prompt", "scheduler", "steps", "position", "ancestral", "on_policy")
 
     def __init__(
         self,
@@ -83,7 +84,8 @@ class TrajectoryPool:
             for name in config.schedulers
         ]
         self.x = torch.zeros(self.size, *shape)
-        self.omega, self.ancestral = torch.ones(self.size), torch.zeros(self.size, dtype=torch.bool)
+        self.omega = torch.ones(self.size)
+        self.ancestral, self.on_policy = torch.zeros(2, self.size, dtype=torch.bool).unbind()
         self.prompt, self.scheduler, self.steps, self.position = torch.zeros(4, self.size, dtype=torch.long).unbind()
 
     def fill(self, progress=lambda done, total: None) -> int:
@@ -94,7 +96,7 @@ class TrajectoryPool:
         for i in range(last):
             for slots in (phase > i).nonzero()[:, 0].split(self.config.batch):
                 visit = self._visit(slots)
-                self.advance(visit, ask_teacher(self.host, visit).target)
+                self._move(visit, ask_teacher(self.host, visit).target)
                 spent += 2 * len(slots)
             progress(i + 1, last)
         return spent
@@ -108,8 +110,13 @@ class TrajectoryPool:
         """As if the last `draw`, whose visit was not used, had not been."""
         self.generator.set_state(self._before_draw)
 
-    def advance(self, visit: Visit, denoised: torch.Tensor) -> None:
-        """Move the visited slots one step on along the guided prediction; finished ones start anew."""
+    def advance(self, visit: Visit, target: torch.Tensor, student: torch.Tensor) -> None:
+        """Move the visited slots one step on, along the teacher's guided prediction or, on policy, the student's."""
+        on_policy = self.on_policy[visit.slots].to(target.device)
+        self._move(visit, torch.where(per_row(on_policy, target).bool(), student.detach(), target))
+
+    def _move(self, visit: Visit, denoised: torch.Tensor) -> None:
+        """One solver step towards `denoised`; finished trajectories start anew."""
         slots = visit.slots
         self.position[slots] += 1
         sigma_next = self._sigma(slots)
@@ -140,6 +147,7 @@ class TrajectoryPool:
         else:
             self.omega[slots] = low + share * (high - low)
         self.ancestral[slots] = torch.rand(count, generator=self.generator) < config.ancestral
+        self.on_policy[slots] = torch.rand(count, generator=self.generator) < config.on_policy
         self.prompt[slots] = self._integers(0, len(self.positive), count)
         self.scheduler[slots] = self._integers(0, len(self._schedules), count)
         self.steps[slots] = self._integers(config.steps_min, config.steps_max + 1, count)

@@ -148,7 +148,7 @@ def train(
 ) -> Trained:
     """Distil the base's guidance into a new adapter by online rollouts (the method: arXiv 2503.07274).
 
-    `negative` are the prompts of the unconditional branch, one drawn per prompt; the default is the empty one.
+    `negative` are the prompts of the unconditional branch, dealt out to `prompts` in turn; the default is empty.
     With `state`, the run is saved there every `config.save_every` iterations and whenever it is stopped, goes on from
     there if it is called again, to the same result, and removes it at the end. `DifferentRun` is raised if the file
     is another run's.
@@ -235,7 +235,7 @@ def _fit(host: Host, run: _Run, config: TrainConfig, callbacks: Callbacks, state
         loss.backward()
         nn.utils.clip_grad_norm_(run.adapter.parameters(), config.clip)
         run.optimiser.step()
-        run.pool.advance(visit, teacher.target)
+        run.pool.advance(visit, teacher.target, student)
         run.step += 1
         run.evaluations += 2 * len(visit.slots)
         run.losses.append(value)

@@ -23,7 +23,7 @@ from comfyui_agd.training.trainer import Callbacks, Trained, train
 
 from .measure import omega_star
 from .picture import contact_sheet
-from .sampling import SAMPLER, SCHEDULER, STEPS, Jury, Toy, held_out_captions, sample
+from .sampling import SAMPLER, SCHEDULER, STEPS, Jury, Toy, encode, held_out_captions, sample
 from .scenes import IMAGE_SIZE, caption, draw_scenes
 
 PROMPTS, HELD_OUT = 2000, 32  # captions to train with, captions to measure the gap with
@@ -72,7 +72,7 @@ def distil(parts: Toy, config: TrainConfig, omegas: list[float]) -> tuple[Traine
 def warm_up(parts: Toy, models: list, omega: float) -> None:
     """The first pictures of a process pay for loading; no method should."""
     for model in models:
-        sample(parts, model, held_out_captions(4, 0)[1], cfg=omega, seed=0, steps=2)
+        sample(parts, model, encode(parts.clip, held_out_captions(4, 0)[1]), cfg=omega, seed=0, steps=2)
 
 
 def main(argv: list[str]) -> None:
@@ -94,17 +94,16 @@ def main(argv: list[str]) -> None:
     base, base_rows = counted(parts.model)
     agd, agd_rows = counted(apply_adapter(parts.model, info, adapter, source=str(file)))
     scenes, captions = held_out_captions(args.captions, _CAPTIONS_SEED)
-    jury, results, rows = Jury(), {}, []
+    prompts, jury, results, rows = encode(parts.clip, captions), Jury(), {}, []
     warm_up(parts, [base, agd], best)
     settings = [("unguided", base, base_rows, 1.0)]
     for omega in omegas:
         settings += [("cfg", base, base_rows, omega), ("agd", agd, agd_rows, omega)]
     for method, model, counter, omega in tqdm(settings, desc="methods"):
         counter.clear()
-        start = time.monotonic()
-        images = sample(parts, model, captions, cfg=omega, seed=_NOISE_SEED)
+        images, spent = sample(parts, model, prompts, cfg=omega, seed=_NOISE_SEED)
         results[method, omega] = {
-            "seconds_per_image": (time.monotonic() - start) / len(images),
+            "seconds_per_image": spent / len(images),
             "evaluations_per_step": counter.total / (len(images) * STEPS),
             "prompt_accuracy": jury.accuracy(images, scenes),
             "frechet_to_real": jury.frechet(images),

@@ -1,5 +1,6 @@
 """Sampling the toy through ComfyUI's own nodes, and judging what comes out."""
 
+import time
 from dataclasses import dataclass
 
 import comfy.utils
@@ -11,7 +12,7 @@ from . import model as toy
 from .judge import Judge, frechet_distance, prompt_accuracy
 from .scenes import IMAGE_SIZE, Scene, caption, draw_scenes, render
 
-BATCH = 32
+BATCH = 64
 STEPS = 20
 SAMPLER, SCHEDULER = "euler", "normal"
 REFERENCE_IMAGES = 4096
@@ -30,28 +31,37 @@ class Toy:
         return cls(toy.load_unet(), toy.load_clip(), toy.load_vae())
 
 
-def conditioning(clip, prompts: list[str]) -> list:
-    """CONDITIONING with one prompt per row of the batch, from one CLIPTextEncode each."""
-    encode = nodes.CLIPTextEncode()
-    entries = [encode.encode(clip, prompt)[0][0] for prompt in prompts]
-    pooled = torch.cat([entry[1]["pooled_output"] for entry in entries])
-    return [[torch.cat([entry[0] for entry in entries]), {"pooled_output": pooled}]]
+@torch.inference_mode()
+def encode(clip, prompts: list[str]) -> list[list]:
+    """CONDITIONING for batches of `BATCH` prompts, one prompt per row, from one CLIPTextEncode each."""
+    node = nodes.CLIPTextEncode()
+    entries = [node.encode(clip, prompt)[0][0] for prompt in prompts]
+    batches = [entries[first : first + BATCH] for first in range(0, len(entries), BATCH)]
+    return [
+        [[torch.cat([cond for cond, _ in batch]), {"pooled_output": torch.cat([x["pooled_output"] for _, x in batch])}]]
+        for batch in batches
+    ]
 
 
 @torch.inference_mode()
-def sample(parts: Toy, model, prompts: list[str], *, cfg: float, seed: int, steps: int = STEPS) -> torch.Tensor:
-    """One picture per prompt through CLIPTextEncode, EmptyLatentImage, KSampler and VAEDecode: (n, 3, 64, 64)."""
-    comfy.utils.PROGRESS_BAR_ENABLED = False  # ours counts pictures, not the steps of one batch
-    negative, images = conditioning(parts.clip, [""]), []
-    for first in tqdm(range(0, len(prompts), BATCH), desc=f"sampling at cfg {cfg:g}", leave=False):
-        batch = prompts[first : first + BATCH]
-        latent = nodes.EmptyLatentImage().generate(IMAGE_SIZE, IMAGE_SIZE, len(batch))[0]
-        positive = conditioning(parts.clip, batch)
+def sample(
+    parts: Toy, model, prompts: list[list], *, cfg: float, seed: int, steps: int = STEPS
+) -> tuple[torch.Tensor, float]:
+    """One picture per encoded prompt through EmptyLatentImage, KSampler and VAEDecode.
+
+    Returns the pictures (n, 3, 64, 64) and the seconds spent inside KSampler.
+    """
+    comfy.utils.PROGRESS_BAR_ENABLED = False  # ours counts batches, not the steps of one
+    negative, images, seconds = encode(parts.clip, [""])[0], [], 0.0
+    for i, positive in enumerate(tqdm(prompts, desc=f"sampling at cfg {cfg:g}", leave=False)):
+        latent = nodes.EmptyLatentImage().generate(IMAGE_SIZE, IMAGE_SIZE, len(positive[0][0]))[0]
+        start = time.perf_counter()
         latent = nodes.KSampler().sample(
-            model, seed + first, steps, cfg, SAMPLER, SCHEDULER, positive, negative, latent, denoise=1.0
+            model, seed + i, steps, cfg, SAMPLER, SCHEDULER, positive, negative, latent, denoise=1.0
         )[0]
+        seconds += time.perf_counter() - start
         images.append(nodes.VAEDecode().decode(parts.vae, latent)[0].movedim(-1, 1).clamp(0, 1))
-    return torch.cat(images).clone()
+    return torch.cat(images).clone(), seconds
 
 
 class Jury:

@@ -1,4 +1,4 @@
-"""Makes the toy's committed weights: `python -m comfyui_agd.examples.toy train vae base judge`.
+"""Makes the toy's committed weights: `python -m comfyui_agd.examples.toy train vae base cooldown judge`.
 
 About an hour on two CPU cores, in bf16 autocast. Every stage is seeded and appends its figures to
 `weights/training_log.json`; `measure.py` then measures the result and writes the model card.
@@ -12,6 +12,8 @@ import random
 import time
 from pathlib import Path
 
+import comfy.ops
+import comfy.utils
 import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.attention import optimized_attention_for_device
@@ -25,7 +27,7 @@ from .judge import HEADS, IGNORE, Judge, answers, correct, prompt_accuracy
 from .scenes import draw_scenes, render, training_caption
 
 SEED = 2503
-POOL = 40_000
+POOL, DROPOUT = 40_000, 0.12
 AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
 
 
@@ -159,27 +161,19 @@ def token_ids(captions: list[str]) -> torch.Tensor:
     return torch.tensor([[token for token, _ in tokenizer.tokenize_with_weights(c)["toy"][0]] for c in captions])
 
 
-def train_base(folder: Path, steps: int, batch: int = 64, dropout: float = 0.12) -> None:
+def fit_diffusion(
+    stage: str, folder: Path, model, text: nn.Module, training: "Training", steps: int, batch: int = 64
+) -> None:
+    """Noise prediction on latents of drawings, with one caption in eight dropped for the unconditional."""
     start, vae = time.time(), load_vae(folder)
     scenes = draw_scenes(POOL, SEED + 2, held=False)
     with torch.no_grad(), torch.autocast(**AUTOCAST):
         parts = [vae.encode(render(scenes[i : i + 50], i) * 2 - 1).float() for i in trange(0, POOL, 50)]
-    latents = torch.cat(parts)
-    model = toy.build_model()
-    unet = initialise(model.diffusion_model).requires_grad_(True)
-    for module in unet.modules():  # residual branches start at zero
-        for last in (getattr(module, "proj_out", None), getattr(module, "out_layers", [None])[-1]):
-            if last is not None:
-                nn.init.zeros_(last.weight)
-    import comfy.ops
-
-    text = initialise(toy.ToyTextModel(toy.TEXT_CONFIG, torch.float32, "cpu", comfy.ops.manual_cast))
-    text.text_projection.requires_grad_(False)
-    training = Training([unet, text], steps, lr=1e-3, decay=0.9995)
+    latents, unet = torch.cat(parts), model.diffusion_model
     sigmas, rng, losses, curve = model.model_sampling.sigmas, random.Random(SEED), [], {}
     for i in trange(steps, mininterval=30):
         chosen = torch.randint(0, POOL, (batch,))
-        captions = [training_caption(scenes[j], rng) if rng.random() > dropout else "" for j in chosen.tolist()]
+        captions = [training_caption(scenes[j], rng) if rng.random() > DROPOUT else "" for j in chosen.tolist()]
         t = torch.randint(0, 1000, (batch,))
         sigma = sigmas[t][:, None, None, None]
         eps = torch.randn(batch, *latents.shape[1:])
@@ -190,21 +184,57 @@ def train_base(folder: Path, steps: int, batch: int = 64, dropout: float = 0.12)
         loss = (predicted.float() - eps).square().mean()
         training.step(loss)
         losses.append(loss.item())
-        if (i + 1) % 500 == 0:
-            curve[i + 1] = round(sum(losses[-500:]) / 500, 4)
+        if (i + 1) % 100 == 0:
+            curve[i + 1] = round(sum(losses[-100:]) / 100, 4)
             save(training.ema[0].state_dict(), folder / "unet.safetensors")
             save(training.ema[1].state_dict(), folder / "text_encoder.safetensors")
-            log(folder, "base", {"loss": curve, "steps": i + 1, "seconds": round(time.time() - start)})
+            log(folder, stage, {"loss": curve, "steps": i + 1, "seconds": round(time.time() - start)})
+
+
+def new_text_model() -> nn.Module:
+    text = toy.ToyTextModel(toy.TEXT_CONFIG, torch.float32, "cpu", comfy.ops.manual_cast)
+    text.text_projection.requires_grad_(False)
+    return text
+
+
+def train_base(folder: Path, steps: int) -> None:
+    """Stopped in the middle of its schedule, on purpose: a base that is trained to the end on so small a world gets
+    96 % of the prompts right without guidance (after 9000 steps), and a toy that needs no guidance is too easy."""
+    model, text = toy.build_model(), initialise(new_text_model())
+    unet = initialise(model.diffusion_model).requires_grad_(True)
+    for module in unet.modules():  # residual branches start at zero
+        for last in (getattr(module, "proj_out", None), getattr(module, "out_layers", [None])[-1]):
+            if last is not None:
+                nn.init.zeros_(last.weight)
+    training = Training([unet, text], 2 * steps, lr=1e-3, decay=0.9995)
+    fit_diffusion("base", folder, model, text, training, steps)
+
+
+def cool_down(folder: Path, steps: int) -> None:
+    """A short decay of the learning rate to 0 from the base's saved weights, for cleaner pictures."""
+    model, text = toy.build_model(), new_text_model()
+    model.load_model_weights(comfy.utils.load_torch_file(str(folder / "unet.safetensors")))
+    text.load_state_dict(comfy.utils.load_torch_file(str(folder / "text_encoder.safetensors")))
+    unet = model.diffusion_model.requires_grad_(True)
+    fit_diffusion("cooldown", folder, model, text, Training([unet, text], steps, lr=3e-4, decay=0.99), steps)
+
+
+STAGES = {
+    "vae": (train_vae, 4000),
+    "judge": (train_judge, 2000),
+    "base": (train_base, 4500),
+    "cooldown": (cool_down, 500),
+}
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="+", choices=("vae", "judge", "base"))
+    parser.add_argument("stages", nargs="+", choices=tuple(STAGES))
     parser.add_argument("--folder", type=Path, default=toy.WEIGHTS, help="where the weights are written")
     parser.add_argument("--steps", type=int, help="instead of the stage's own number of steps")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     for stage in args.stages:
         torch.manual_seed(SEED)
-        train, steps = {"vae": (train_vae, 4000), "judge": (train_judge, 2000), "base": (train_base, 9000)}[stage]
+        train, steps = STAGES[stage]
         train(args.folder, args.steps or steps)

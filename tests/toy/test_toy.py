@@ -9,7 +9,7 @@ from comfy_extras.nodes_train import LoraModelLoader
 
 from comfyui_agd.examples.toy import model as toy_model
 from comfyui_agd.examples.toy.measure import CARD, MEASURED, omega_star
-from comfyui_agd.examples.toy.sampling import Jury, Toy, held_out_captions, sample
+from comfyui_agd.examples.toy.sampling import Jury, Toy, encode, held_out_captions, sample
 from comfyui_agd.examples.toy.scenes import (
     COLOURS,
     SHAPES,
@@ -120,7 +120,8 @@ def test_guidance_matters_as_the_model_card_says():
 @pytest.mark.slow
 def test_guidance_matters_when_sampled(parts, jury):
     scenes, captions = held_out_captions(96, 47)
-    unguided, guided = (sample(parts, parts.model, captions, cfg=cfg, seed=1) for cfg in (1.0, omega_star()))
+    prompts = encode(parts.clip, captions)
+    unguided, guided = (sample(parts, parts.model, prompts, cfg=cfg, seed=1)[0] for cfg in (1.0, omega_star()))
     assert jury.accuracy(guided, scenes) >= jury.accuracy(unguided, scenes) + 0.05
 
 
@@ -129,9 +130,11 @@ def test_core_lora_works(parts):
     key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
     lora = {f"{key}.lora_up.weight": torch.randn(128, 4), f"{key}.lora_down.weight": torch.randn(4, 128)}
     patched = LoraModelLoader.execute(parts.model, lora, 1.0).args[0]
-    plain, changed = (sample(parts, model, [PROMPT], cfg=2.0, seed=1, steps=2) for model in (parts.model, patched))
-    assert not torch.equal(plain, changed)
-    assert torch.equal(sample(parts, parts.model, [PROMPT], cfg=2.0, seed=1, steps=2), plain)
+    prompt = encode(parts.clip, [PROMPT])
+    models = (parts.model, patched, parts.model)
+    before, changed, after = (sample(parts, model, prompt, cfg=2.0, seed=1, steps=2)[0] for model in models)
+    assert not torch.equal(before, changed)
+    assert torch.equal(before, after)
 
 
 @torch.inference_mode()

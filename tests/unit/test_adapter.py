@@ -87,7 +87,7 @@ def test_a_shared_encoder_is_evaluated_once():
     ("wrong", "message"),
     [
         ({"kind": "lora"}, "kind 'lora' is none of cross_attention, offset"),
-        ({"hidden": 100}, "hidden is 100"),
+        ({"hidden": 30}, "hidden is 30"),
         ({"encoder_width": 7}, "encoder_width is 7"),
         ({"sites": ()}, "there are no sites"),
         ({"sites": (Site("a", 8, 16), Site("b", 8, 32))}, "context_dim differ"),
