@@ -78,7 +78,7 @@ def warm_up(parts: Toy, models: list, omega: float) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the results")
-    parser.add_argument("--iterations", type=int, default=900, help="of training")
+    parser.add_argument("--iterations", type=int, default=1500, help="of training")
     parser.add_argument("--captions", type=int, default=512, help="pictures per method and omega")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
