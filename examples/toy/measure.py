@@ -55,8 +55,8 @@ makes (`scenes.py`). It is the embedded default of the demo and the tests. This 
 - **Autoencoder**: {training["vae"]["steps"]} steps of batch 32, {training["vae"]["seconds"]} s; PSNR on held-out
   pictures {training["vae"]["psnr_held_out_db"]} dB.
 - **Judge**: {judge["steps"]} steps of batch 64, {judge["seconds"]} s. On 4,000 held-out pictures *all* attributes are
-  right in {100 * judge["held_out_accuracy_all_attributes"]:.1f} % (after the autoencoder:
-  {100 * judge["held_out_accuracy_all_attributes_through_vae"]:.1f} %); each alone: {each}.
+  right in {100 * judge["held_out_accuracy_all_attributes"]:.2f} % (after the autoencoder:
+  {100 * judge["held_out_accuracy_all_attributes_through_vae"]:.2f} %); each alone: {each}.
 
 ## Guidance matters
 
