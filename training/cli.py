@@ -1,4 +1,4 @@
-"""The `agd` command: train, inspect. Everything ComfyUI is imported only once a command needs it."""
+"""The `agd` command: train, inspect. ComfyUI is loaded, through the bridge, only once a command needs it."""
 
 import argparse
 import importlib
@@ -86,14 +86,11 @@ def _load_base(args: argparse.Namespace):
             return getattr(importlib.import_module(module), function)()
         except (ImportError, AttributeError) as error:
             raise UsageError(f"--loader {args.loader} names no function MODULE:FUNCTION ({error}).") from error
-    import comfy.sd
+    from ..agd_core.comfyui.host import load_checkpoint
 
     if not args.checkpoint.is_file():
         raise UsageError(f"There is no checkpoint {args.checkpoint}.")
-    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(args.checkpoint), output_vae=False)
-    if clip is None:
-        raise UsageError(f"{args.checkpoint} holds no text encoder; AGD needs a full checkpoint.")
-    return model, clip
+    return load_checkpoint(args.checkpoint)
 
 
 def _train(args: argparse.Namespace) -> None:

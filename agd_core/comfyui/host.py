@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.sd
 import torch
 from comfy.patcher_extension import merge_nested_dicts
 from torch import nn
@@ -26,6 +28,14 @@ def _without_inference_tensors(module: nn.Module) -> None:
         for name, parameter in child._parameters.items():
             if parameter is not None and parameter.is_inference():
                 child._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
+
+
+def load_checkpoint(path: Path):
+    """(MODEL, CLIP) of a full checkpoint file, as CheckpointLoaderSimple loads it. Raises `ValueError`."""
+    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False)
+    if model is None or clip is None:
+        raise ValueError(f"{path} lacks a diffusion model or a text encoder; AGD needs a full checkpoint.")
+    return model, clip
 
 
 class ComfyHost:
@@ -51,7 +61,7 @@ class ComfyHost:
         return latent.latent_channels, height // factor, width // factor
 
     def encode(self, prompts: list[str], shape: tuple[int, int, int], kind: str = "positive") -> list[dict]:
-        """Conditions for latents of `shape` (c, h, w); `kind` is "positive" or "negative". Unloads no base."""
+        """Conditions for latents of `shape` (c, h, w); `kind` is "positive" or "negative"."""
         noise = torch.zeros(1, *shape)
         encoded = []
         with torch.inference_mode(False), torch.no_grad():

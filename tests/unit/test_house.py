@@ -60,9 +60,7 @@ def test_the_bridge_imports_comfyui_and_the_core(file):
 
 @pytest.mark.parametrize("file", files("training"), ids=lambda f: f.name)
 def test_training_holds_no_ui_and_meets_comfyui_through_the_bridge(file):
-    # The command line alone loads a checkpoint, as ComfyUI's loader node would.
-    allowed = {"comfy"} if file.name == "cli.py" else set()
-    assert outside(file) <= TORCH_ONLY | {"tqdm", "PIL"} | allowed
+    assert outside(file) <= TORCH_ONLY | {"tqdm", "PIL"}
     assert rooms(file) <= {"agd_core", "training"}
 
 
