@@ -3,19 +3,23 @@
 At each cross-attention site of the frozen base the output becomes `attn2(h) + g_psi(h, omega, t, c)`, with `h` the
 normalised input of that attention. `psi` are the only trained parameters.
 
-Shapes: b rows, n image tokens, m prompt tokens, d their channels (`context_dim`), w channels of a site, H `hidden`.
+What depends on (omega, t, c) alone is computed for all sites together, once per evaluation (`Adapter.prepare`); what
+is left at a site is its query, its attention and its output (`Adapter.add`).
+
+Shapes: b rows, n image tokens, m prompt tokens, d their channels (`context_dim`), w channels of a site, H `hidden`,
+S sites, E encoders of (omega, t): 1, or S if every site has its own.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import nn
 
-from .config import AdapterConfig, Site
+from .config import AdapterConfig
 
 # Attention heads of an adapter; up to H = 512 each stays within the 128 channels of fused attention kernels.
 HEADS = 4
@@ -65,59 +69,82 @@ class GuidanceEncoder(nn.Module):
 
 
 class CrossAttentionAdapter(nn.Module):
-    """Queries from `h`, keys and values from [omega token, t token, prompt tokens]; the output starts at zero."""
+    """Queries from `h`, keys and values from [omega token, t token, prompt tokens]; the output starts at zero.
 
-    def __init__(self, site: Site, config: AdapterConfig, operations=nn):
+    The keys and values of all sites come from one matrix, so that they cost one product per evaluation.
+    """
+
+    def __init__(self, config: AdapterConfig, operations=nn):
         super().__init__()
-        w, d, hidden = site.width, site.context_dim, config.hidden
-        self.to_q = operations.Linear(w, hidden, bias=False)
-        self.to_k = operations.Linear(d, hidden, bias=False)
-        self.to_v = operations.Linear(d, hidden, bias=False)
-        self.to_out = operations.Linear(hidden, w)
+        self.count, self.prompt_tokens = len(config.sites), config.prompt_tokens
+        self.to_kv = operations.Linear(config.context_dim, self.count * 2 * config.hidden, bias=False)
+        self.to_q = nn.ModuleDict({s.name: operations.Linear(s.width, config.hidden, bias=False) for s in config.sites})
+        self.to_out = nn.ModuleDict({s.name: operations.Linear(config.hidden, s.width) for s in config.sites})
 
-    def last(self) -> nn.Module:
-        return self.to_out
+    def prepare(self, tokens: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """tokens (b, E, 2, d), context (b, m, d) -> keys and values (S, 2, b, heads, 2 r + m, H / heads).
 
-    def forward(self, h: torch.Tensor, context: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """h (b, n, w), context (b, m, d), tokens (b, 2, d) -> (b, n, w)."""
-        sequence = torch.cat([tokens, context], dim=1)  # (b, 2 + m, d)
-        q, k, v = (
-            rearrange(x, "b n (h d) -> b h n d", h=HEADS)
-            for x in (self.to_q(h), self.to_k(sequence), self.to_v(sequence))
-        )
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        Where a prompt shares a batch with a longer one, ComfyUI pads it by repetition, which plain attention does
+        not notice. The omega and t tokens are repeated as often (r), so this attention doesn't either.
+        """
+        E, r = tokens.shape[1], max(1, context.shape[1] // self.prompt_tokens)
+        tokens = repeat(tokens, "b e k d -> b (r e k) d", r=r)
+        kv = self.to_kv(torch.cat([tokens, context], dim=1))
+        kv = rearrange(kv, "b n (s p h d) -> s p b h n d", s=self.count, p=2, h=HEADS)
+        if E == 1:
+            return kv
+        # Of the tokens each site attends to its own only.
+        guidance, prompt = kv.split([tokens.shape[1], context.shape[1]], dim=-2)
+        own = torch.stack([g.unflatten(-2, (r, E, 2))[..., site, :, :] for site, g in enumerate(guidance)])
+        return torch.cat([own.flatten(-3, -2), prompt], dim=-2)
+
+    def forward(self, name: str, h: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """A site's h (b, n, w) and its keys and values (2, b, heads, 2 r + m, H / heads) -> (b, n, w)."""
+        q = rearrange(self.to_q[name](h), "b n (h d) -> b h n d", h=HEADS)
+        out = F.scaled_dot_product_attention(q, kv[0], kv[1])
+        return self.to_out[name](rearrange(out, "b h n d -> b n (h d)"))
 
 
 class OffsetAdapter(nn.Module):
     """One vector from (omega, t, pooled condition), added to every token. The pooled condition is the tokens' mean."""
 
-    def __init__(self, site: Site, config: AdapterConfig, operations=nn):
+    def __init__(self, config: AdapterConfig, operations=nn):
         super().__init__()
-        self.into = operations.Linear(3 * site.context_dim, config.hidden)
-        self.out = operations.Linear(config.hidden, site.width)
+        self.count, d = len(config.sites), config.context_dim
+        # One layer over [omega token, t token, pooled condition], in two parts: the first may differ from site to site.
+        self.from_tokens = operations.Linear(2 * d, self.count * config.hidden)
+        self.from_pooled = operations.Linear(d, self.count * config.hidden, bias=False)
+        self.to_out = nn.ModuleDict({s.name: operations.Linear(config.hidden, s.width) for s in config.sites})
 
-    def last(self) -> nn.Module:
-        return self.out
+    def prepare(self, tokens: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """tokens (b, E, 2, d), context (b, m, d) -> hidden activations (S, b, 1, H)."""
+        E = tokens.shape[1]
+        hidden = rearrange(self.from_tokens(tokens.flatten(2)), "b e (s h) -> s b e h", s=self.count)
+        if E > 1:
+            hidden = torch.stack([own[:, site, None] for site, own in enumerate(hidden)])
+        pooled = self.from_pooled(context.mean(dim=1, keepdim=True))
+        return F.silu(hidden + rearrange(pooled, "b n (s h) -> s b n h", s=self.count))
 
-    def forward(self, h: torch.Tensor, context: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """h (b, n, w), context (b, m, d), tokens (b, 2, d) -> (b, 1, w), the same for each of the n tokens."""
-        condition = torch.cat([tokens.flatten(1), context.mean(1)], dim=-1)  # (b, 3 d)
-        return self.out(F.silu(self.into(condition)))[:, None]
+    def forward(self, name: str, h: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """A site's h (b, n, w) and its hidden activations (b, 1, H) -> (b, 1, w), the same for all tokens."""
+        return self.to_out[name](hidden)
 
 
 _KINDS = {"cross_attention": CrossAttentionAdapter, "offset": OffsetAdapter}
 
 
 @dataclass
-class Guidance:
-    """What all sites need in one evaluation, made once by `Adapter.encode`.
+class Prepared:
+    """What an evaluation's sites share, made by `Adapter.prepare`.
 
-    `tokens`: (b, 2, d) per encoder (one if it is shared); `gain`: (b, 1, 1), the factor of every residual.
+    `tokens`: (b, E, 2, d) of omega and t; `gain`: (b, 1, 1), the factor of every residual; `context`: the prompt that
+    `shared`, the kind's own part, was made for.
     """
 
-    tokens: list[torch.Tensor]
+    tokens: torch.Tensor
     gain: torch.Tensor
+    context: torch.Tensor
+    shared: torch.Tensor
 
 
 class Adapter(nn.Module):
@@ -126,30 +153,43 @@ class Adapter(nn.Module):
     def __init__(self, config: AdapterConfig, operations=nn):
         super().__init__()
         self.config = config
-        encoders = 1 if config.shared_encoder else len(config.sites)
-        self.encoders = nn.ModuleList(GuidanceEncoder(config, operations) for _ in range(encoders))
-        build = _KINDS[config.kind]
-        self.sites = nn.ModuleDict({site.name: build(site, config, operations) for site in config.sites})
-        self._encoder_of = {site.name: i if encoders > 1 else 0 for i, site in enumerate(config.sites)}
+        count = 1 if config.shared_encoder else len(config.sites)
+        self.encoders = nn.ModuleList(GuidanceEncoder(config, operations) for _ in range(count))
+        self.sites = _KINDS[config.kind](config, operations)
+        # Not trained: the mean prompt token of the unconditional, to tell another negative prompt from it.
+        self.register_buffer("unconditional", torch.zeros(config.context_dim))
+        self._index = {site.name: index for index, site in enumerate(config.sites)}
         if operations is nn:  # comfy.ops layers hold nothing yet and are only ever loaded into
-            for site in self.sites.values():
-                zero_init(site.last())
+            zero_init(self.sites.to_out)
 
-    def encode(self, omega: torch.Tensor, t: torch.Tensor, *, dtype: torch.dtype, strength: float = 1.0) -> Guidance:
-        """omega (b,) or (1,), t (b,) -> what the sites need. `strength` multiplies every residual."""
-        omega = omega.to(t.device).expand(t.shape[0])
-        gain = strength * (omega.float() - 1) if self.config.gain else torch.full_like(omega, strength).float()
-        tokens = [encoder(omega, t, dtype) for encoder in self.encoders]
-        return Guidance(tokens, gain.to(dtype)[:, None, None])
+    def prepare(
+        self, omega: torch.Tensor, t: torch.Tensor, context: torch.Tensor, *, dtype: torch.dtype, strength=1.0
+    ) -> Prepared:
+        """omega (b,) or (1,), t (b,), context (b, m, d) -> what the sites need. `strength` multiplies the residuals.
 
-    def residual(self, name: str, h: torch.Tensor, context: torch.Tensor, guidance: Guidance) -> torch.Tensor:
-        """The residual of one site, broadcastable to h: (b, n, w), context (b, m, d) -> (b, n or 1, w)."""
-        tokens = guidance.tokens[self._encoder_of[name]]
-        return guidance.gain * self.sites[name](h, context, tokens)
+        Without the gain omega = 1 would not be the base itself, so residuals are dropped there.
+        """
+        omega = omega.to(t.device).expand(t.shape[0]).float()
+        gain = strength * (omega - 1 if self.config.gain else (omega != 1).float())
+        tokens = torch.stack([encoder(omega, t, dtype) for encoder in self.encoders], dim=1)
+        return Prepared(tokens, gain.to(dtype)[:, None, None], context, self.sites.prepare(tokens, context))
+
+    def add(
+        self, name: str, out: torch.Tensor, h: torch.Tensor, context: torch.Tensor, prepared: Prepared
+    ) -> torch.Tensor:
+        """A site's attention output `out` (b, n, w) with its residual: h (b, n, w), context (b, m, d) -> (b, n, w)."""
+        if context is not prepared.context:  # another patch gives this site, or all from here on, another prompt
+            prepared.context, prepared.shared = context, self.sites.prepare(prepared.tokens, context)
+        residual = self.sites(name, h, prepared.shared[self._index[name]])
+        return torch.addcmul(out, prepared.gain, residual)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """psi: every parameter, by name. There is nothing else to freeze, save or load but the Fourier buffers."""
+        """psi: every parameter, by name. There is nothing else to freeze, save or load but the buffers."""
         return self.named_parameters()
+
+    def last(self) -> Iterable[nn.Module]:
+        """The layers that a new adapter starts at zero, one per site."""
+        return self.sites.to_out.values()
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for _, parameter in self.trained())

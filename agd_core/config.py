@@ -30,6 +30,7 @@ class AdapterConfig:
     omega_embedding: str = "log"  # smooth in log(omega); paper: "fourier", random features of omega
     shared_encoder: bool = True  # one omega/t encoder for all sites; paper: one per site
     encoder_width: int = 128  # channels inside the omega/t encoder
+    prompt_tokens: int = 77  # length of the context of a short prompt: CLIP's
 
     def __post_init__(self):
         checks = {
@@ -44,6 +45,7 @@ class AdapterConfig:
             f"encoder_width is {self.encoder_width}, but must be even and positive": (
                 self.encoder_width < 2 or self.encoder_width % 2 != 0
             ),
+            f"prompt_tokens is {self.prompt_tokens}, but must be positive": self.prompt_tokens < 1,
             "there are no sites": not self.sites,
             "the sites' context_dim differ": len({site.context_dim for site in self.sites}) > 1,
             "two sites have the same name": len({site.name for site in self.sites}) != len(self.sites),

@@ -3,7 +3,8 @@
 from comfy_api.v0_0_2 import io
 
 from ..agd_core.comfyui import folders
-from ..agd_core.comfyui.patch import apply_adapter, load_managed
+from ..agd_core import checkpoint
+from ..agd_core.comfyui.embedded import apply_adapter
 
 
 class AGDAdapterLoader(io.ComfyNode):
@@ -77,11 +78,9 @@ class AGDAdapterLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model, adapter_name, strength, guidance_scale, start_percent, end_percent) -> io.NodeOutput:
         path = folders.adapter_path(adapter_name)
-        info, adapter = load_managed(path)
         patched = apply_adapter(
             model,
-            info,
-            adapter,
+            *checkpoint.load_state(path),
             source=str(path),
             guidance_scale=guidance_scale or None,
             strength=strength,

@@ -10,7 +10,7 @@ from server import PromptServer
 from ..agd_core import checkpoint
 from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.host import ComfyHost
-from ..agd_core.comfyui.patch import apply_adapter, managed
+from ..agd_core.comfyui.embedded import apply_adapter
 from ..training.config import PRECISIONS, TrainConfig
 from ..training.plot import loss_plot
 from ..training.trainer import Callbacks, Progress, train
@@ -160,7 +160,6 @@ class AGDTrain(io.ComfyNode):
             state=path.with_suffix(".state"),
         )
         checkpoint.save(path, trained.adapter, trained.info)
-        adapter = managed(trained.info, trained.adapter.state_dict())
-        patched = apply_adapter(model, trained.info, adapter, source=str(path))
+        patched = apply_adapter(model, trained.info, trained.adapter.state_dict(), source=str(path))
         plot = torch.from_numpy(np.asarray(loss_plot(trained.losses), dtype=np.float32) / 255)[None]
         return io.NodeOutput(patched, path.name, plot)

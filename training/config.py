@@ -72,7 +72,8 @@ class TrainConfig:
         if wrong:
             raise ValueError(f"These training settings can't work: {'; '.join(wrong)}.")
 
-    def adapter_config(self, base: BaseInfo) -> AdapterConfig:
+    def adapter_config(self, base: BaseInfo, prompt_tokens: int) -> AdapterConfig:
+        """`prompt_tokens`: the length of a short prompt's context."""
         return AdapterConfig(
             sites=base.sites,
             kind=self.kind,
@@ -81,4 +82,5 @@ class TrainConfig:
             omega_embedding=self.omega_embedding,
             shared_encoder=self.shared_encoder,
             encoder_width=self.encoder_width,
+            prompt_tokens=prompt_tokens,
         )

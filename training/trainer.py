@@ -93,6 +93,12 @@ class _Run:
         self.pool, self.step, self.evaluations, self.losses = pool, 0, 0, []
         self.whole = False  # whether this is the state after an iteration, from which a run goes on unchanged
 
+    def remember_unconditional(self, contexts: Sequence[torch.Tensor]) -> None:
+        """`contexts`: (m, d) each."""
+        mean = torch.stack([context.float().mean(0) for context in contexts]).mean(0)
+        for adapter in (self.adapter, self.average):
+            adapter.unconditional.copy_(mean)
+
     def update_average(self, decay: float) -> None:
         # Early on the average would be mostly the zero start; it may follow faster there.
         decay = min(decay, (1 + self.step) / (10 + self.step))
@@ -154,15 +160,18 @@ def train(
     is another run's.
     """
     training_prompts, held_out = split_prompts(prompts, config)
-    adapter_config, negative = config.adapter_config(host.base), list(negative)
-    shape = host.latent_shape(config.width, config.height)
+    negative, shape = list(negative), host.latent_shape(config.width, config.height)
     positive = host.encode(training_prompts, shape)
     unconditional = host.encode(negative, shape, "negative")
     held_out_conditions = host.encode(held_out, shape)
+    away_from = [host.context(condition) for condition in unconditional]
+    shortest = min(len(host.context(condition)) for condition in positive + unconditional)
+    adapter_config = config.adapter_config(host.base, prompt_tokens=shortest)
     identity, start = _run_identity(config, prompts, negative, host), time.monotonic()
     with host.session():
         pool = TrajectoryPool(host, positive, unconditional, shape, config)
         run = _Run(host, config, adapter_config, pool)
+        run.remember_unconditional(away_from)
         try:
             if state is not None and state.exists():
                 run.restore(state, identity)
@@ -195,11 +204,17 @@ def train(
         config=adapter_config,
         base=host.base,
         omega_range=(config.omega_min, config.omega_max),
-        unconditional="empty prompt" if not any(negative) else "negative prompts of the training",
+        unconditional=_describe_unconditional(negative),
         resolutions=(shape[1:],),
         training=summary,
     )
     return Trained(adapter, info, run.losses, evaluation)
+
+
+def _describe_unconditional(negative: Sequence[str]) -> str:
+    if not any(negative):
+        return "empty prompt"
+    return f"negative prompt {negative[0]!r}" if len(negative) == 1 else f"{len(negative)} negative prompts of training"
 
 
 def _evaluate_held_out(

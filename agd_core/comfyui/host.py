@@ -15,7 +15,7 @@ from comfy.patcher_extension import merge_nested_dicts
 from torch import nn
 
 from ..adapter import Adapter
-from .patch import AdapterPatch
+from .patch import Active, Step, register, take_part
 from .sites import describe_base, fingerprint
 
 
@@ -48,7 +48,7 @@ class ComfyHost:
         self._model = model.clone()
         self._clip = clip
         self._autocast = autocast
-        self._patches: dict[int, tuple[AdapterPatch, dict]] = {}
+        self._options: dict = {}  # transformer_options with our hooks, which do nothing without a step
 
     @property
     def _sampling(self):
@@ -75,6 +75,10 @@ class ComfyHost:
                 encoded.append(conds[0]["model_conds"])
         return encoded
 
+    def context(self, condition: dict) -> torch.Tensor:
+        """The prompt tokens (m, d) of a condition that `encode` made."""
+        return condition["c_crossattn"].cond[0]
+
     @contextmanager
     def session(self) -> Iterator[None]:
         """The base is loaded and ready for gradients inside; what was set up for that is undone after."""
@@ -82,11 +86,21 @@ class ComfyHost:
             comfy.model_management.load_models_gpu([self._model], force_full_load=True)
             _without_inference_tensors(self._model.model)
             self._model.pre_run()
+            self._options = self._build_options()
             try:
                 yield
             finally:
                 self._model.cleanup()
-                self._patches.clear()
+                self._options = {}
+
+    def _build_options(self) -> dict:
+        """The transformer_options that a sampler would build for the model with our hooks."""
+        model = self._model.clone()
+        register(model)
+        options = comfy.model_patcher.create_model_options_clone(model.model_options)["transformer_options"]
+        merge_nested_dicts(options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
+        merge_nested_dicts(options.setdefault("callbacks", {}), model.callbacks, copy_dict1=False)
+        return options
 
     def sigmas(self, scheduler: str, steps: int) -> torch.Tensor:
         """(steps + 1,) noise levels of one of ComfyUI's schedulers, the last one 0."""
@@ -96,13 +110,6 @@ class ComfyHost:
         """Where a sampler starts: unit noise (b, c, h, w) brought to sigma (b,)."""
         sigma = sigma.reshape(-1, 1, 1, 1).to(noise)
         return self._sampling.noise_scaling(sigma, noise, torch.zeros_like(noise), max_denoise=True)
-
-    def _options(self, model: comfy.model_patcher.ModelPatcher) -> dict:
-        """The transformer_options that a sampler would build for `model`."""
-        options = comfy.model_patcher.create_model_options_clone(model.model_options)["transformer_options"]
-        merge_nested_dicts(options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
-        merge_nested_dicts(options.setdefault("callbacks", {}), model.callbacks, copy_dict1=False)
-        return options
 
     def _evaluate(self, x: torch.Tensor, sigma: torch.Tensor, conditions: list[dict], options: dict) -> torch.Tensor:
         rows = [{k: cond.process_cond(batch_size=1, area=None) for k, cond in row.items()} for row in conditions]
@@ -121,15 +128,11 @@ class ComfyHost:
     @torch.no_grad()
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, conditions: list[dict]) -> torch.Tensor:
         """f(x, sigma, c): the frozen base. x (b, c, h, w), sigma (b,), one condition per row -> (b, c, h, w) fp32."""
-        return self._evaluate(x, sigma, conditions, self._options(self._model))
+        return self._evaluate(x, sigma, conditions, self._options)
 
     def student(
         self, adapter: Adapter, x: torch.Tensor, sigma: torch.Tensor, conditions: list[dict], omega: torch.Tensor
     ) -> torch.Tensor:
         """f_psi(x, sigma, c, omega): as `denoise`, with the adapter's hooks and its gradients. omega: (b,)."""
-        if id(adapter) not in self._patches:
-            patch, model = AdapterPatch(adapter), self._model.clone()
-            patch.register(model)
-            self._patches[id(adapter)] = patch, self._options(model)
-        patch, options = self._patches[id(adapter)]
-        return self._evaluate(x, sigma, conditions, patch.switch_on(options, omega.to(self.device)))
+        active = Active(adapter, omega.to(self.device), torch.ones(1, device=self.device))
+        return self._evaluate(x, sigma, conditions, take_part(self._options, Step((active,))))

@@ -1,19 +1,15 @@
-"""Putting an adapter into a ModelPatcher, for sampling and for training alike.
+"""The hooks that let adapters take part in a model's evaluations, for sampling and for training alike.
 
-Three hooks, all registered on a clone and none of them global:
+Three stateless hooks on a clone of the model; what an evaluation needs travels with it, as a `Step`:
 
-1. PREDICT_NOISE wrapper (sampling only): takes omega from the guider's cfg, sets cfg to 1 for the call, so that
-   ComfyUI leaves out the unconditional, and switches the adapter on for this step through `transformer_options`.
-2. DIFFUSION_MODEL wrapper: encodes (omega, t) once per evaluation.
+1. An APPLY_MODEL wrapper hands the step on to the diffusion model as an argument of its own.
+2. A DIFFUSION_MODEL wrapper prepares the adapters: once per evaluation, what does not depend on the image.
 3. attn2_patch and attn2_output_patch: remember a site's input, then add the site's residual to its output.
 
-With nothing in `transformer_options[key]` the last two pass everything through untouched.
+Without a step in `transformer_options` they pass everything through untouched.
 """
 
-import logging
-import math
-import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import comfy.model_management
 import comfy.model_patcher
@@ -22,142 +18,142 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..adapter import Adapter
-from ..checkpoint import AdapterInfo, check_base, load_state
-from .sites import describe_base, site_name
+from ..checkpoint import AdapterFileError, AdapterInfo
+from .sites import site_name
 
-log = logging.getLogger(__name__)
+# Under this name ComfyUI keeps our wrappers and additional models, and transformer_options what the hooks pass on.
+KEY = "agd"
+_PREPARED = "agd_prepared"
+_INPUT = "agd_input"
+_COMPILE = "torch.compile"  # ComfyUI's key of what its compile nodes register
 
 
-class AdapterPatch:
-    """The hooks of one adapter. `adapter` may be ComfyUI-managed (sampling) or plain torch (training)."""
+@dataclass(frozen=True)
+class Active:
+    """An adapter at work. Numbers are tensors, for torch.compile would take plain ones for constants.
 
-    def __init__(self, adapter: Adapter, strength: float = 1.0):
-        self.adapter = adapter
-        self.strength = strength
-        self.key = f"agd_{uuid.uuid4().hex}"  # two adapters on one model keep apart
+    `omega`: (1,) or (b,), one per row; `strength`: (1,).
+    """
 
-    def switch_on(self, transformer_options: dict, omega: torch.Tensor) -> dict:
-        """A copy of `transformer_options` in which the adapter is active with omega (1,) or (b,)."""
-        return {**transformer_options, self.key: omega}
-
-    def diffusion_model(self, executor, x, timesteps, context, y=None, control=None, transformer_options={}, **kwargs):
-        """DIFFUSION_MODEL wrapper: x (b, c, h, w), timesteps (b,), context (b, m, d)."""
-        omega = transformer_options.get(self.key)
-        if omega is not None:
-            guidance = self.adapter.encode(omega, timesteps, dtype=x.dtype, strength=self.strength)
-            transformer_options = {**transformer_options, self.key: guidance}
-        return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
-
-    def remember_input(self, n, context, value, extra_options):
-        """attn2_patch: n (b, tokens, w) is norm2's output, context (b, m, d)."""
-        if self.key in extra_options:
-            # A dict of this block's evaluation alone: nothing outlives it.
-            extra_options[f"{self.key}_input"] = (n, context)
-        return n, context, value
-
-    def add_residual(self, out, extra_options):
-        """attn2_output_patch: out (b, tokens, w)."""
-        remembered = extra_options.pop(f"{self.key}_input", None)
-        if remembered is None:
-            return out
-        name = site_name(extra_options["block"], extra_options["block_index"])
-        return out + self.adapter.residual(name, *remembered, extra_options[self.key])
-
-    def register(self, model: comfy.model_patcher.ModelPatcher) -> None:
-        """Add everything but the PREDICT_NOISE wrapper to `model`, which the caller has cloned."""
-        model.set_model_attn2_patch(self.remember_input)
-        model.set_model_attn2_output_patch(self.add_residual)
-        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, self.key, self.diffusion_model)
+    adapter: Adapter
+    omega: torch.Tensor
+    strength: torch.Tensor
 
 
 @dataclass
-class OmegaFromGuider:
-    """PREDICT_NOISE wrapper: which omega a step gets, and whether the adapter takes part in it at all."""
+class Step:
+    """What the hooks need in one step of sampling or training; `visited` lists the sites of the last evaluation."""
 
-    patch: AdapterPatch
-    guidance_scale: float | None
-    sigma_start: float
-    sigma_end: float
-    omega_range: tuple[float, float]
-    warned: bool = False
+    active: tuple[Active, ...]
+    visited: list[str] = field(default_factory=list)
 
-    def __call__(self, executor, x, timestep, model_options={}, seed=None):
-        guider = executor.class_obj
-        if not self._in_range(timestep):
-            return executor(x, timestep, model_options, seed)
-        omega = guider.cfg if self.guidance_scale is None else self.guidance_scale
-        if not math.isclose(omega, 1.0):
-            self._warn_once(omega)
-            options = model_options.get("transformer_options", {})
-            on = self.patch.switch_on(options, torch.tensor([omega], device=x.device, dtype=torch.float32))
-            model_options = {**model_options, "transformer_options": on}
-        saved, guider.cfg = guider.cfg, 1.0
-        try:
-            return executor(x, timestep, model_options, seed)
-        finally:
-            guider.cfg = saved
-
-    def _in_range(self, timestep: torch.Tensor) -> bool:
-        if self.sigma_start == math.inf and self.sigma_end == 0.0:
-            return True  # the usual case, without reading a value back from the device
-        return self.sigma_end <= float(timestep.flatten()[0]) <= self.sigma_start
-
-    def _warn_once(self, omega: float) -> None:
-        low, high = self.omega_range
-        if not self.warned and not low <= omega <= high:
-            log.warning("AGD: guidance %g lies outside the adapter's trained range, %g to %g.", omega, low, high)
-            self.warned = True
+    def sites(self) -> list[str]:
+        """All sites in the order of evaluation."""
+        return [site.name for site in self.active[0].adapter.config.sites]
 
 
-def load_managed(path: str) -> tuple[AdapterInfo, comfy.model_patcher.ModelPatcher]:
-    """An adapter file as a ModelPatcher of its own, which ComfyUI counts, offloads and unloads."""
-    info, state = load_state(path)
-    return info, managed(info, state)
+class Scrambled(Exception):
+    """A compiled model ran other sites than an evaluation has.
+
+    That is how torch.compile shows that it broke the graph inside a block: the guards on the block's name being
+    dropped, the code compiled for one block runs for others too. Whole graphs are right.
+    """
 
 
-def managed(info: AdapterInfo, state: dict[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
-    """Weights as a ModelPatcher of `comfy.ops` layers, which cast to the base's compute dtype as they run."""
+def is_compiled(transformer_options: dict) -> bool:
+    return bool(transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(_COMPILE))
+
+
+def without_compile(transformer_options: dict) -> dict:
+    """A copy of `transformer_options` with which the model runs as it is."""
+    wrappers = transformer_options["wrappers"]
+    kept = {key: value for key, value in wrappers[WrappersMP.APPLY_MODEL].items() if key != _COMPILE}
+    return {**transformer_options, "wrappers": {**wrappers, WrappersMP.APPLY_MODEL: kept}}
+
+
+def take_part(transformer_options: dict, step: Step) -> dict:
+    """A copy of `transformer_options` with which the hooks carry out `step`."""
+    return {**transformer_options, KEY: step}
+
+
+def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+    """APPLY_MODEL wrapper. The step becomes an argument of the diffusion model.
+
+    ComfyUI's compile node drops every guard on `transformer_options`: a graph compiled without adapters, or with
+    others, would run on. On an argument of its own the guards stay.
+    """
+    step = transformer_options.get(KEY)
+    if step is None:
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    step.visited = []
+    denoised = executor(x, t, c_concat, c_crossattn, control, transformer_options, **{**kwargs, KEY: step})
+    if is_compiled(transformer_options) and step.visited != step.sites():
+        raise Scrambled
+    return denoised
+
+
+def diffusion_model(executor, x, timesteps, context=None, y=None, control=None, transformer_options={}, **kwargs):
+    """DIFFUSION_MODEL wrapper: x (b, c, h, w), timesteps (b,), context (b, m, d)."""
+    step = kwargs.pop(KEY, None)
+    if step is not None:
+        prepared = [
+            (a.adapter, a.adapter.prepare(a.omega, timesteps, context, dtype=x.dtype, strength=a.strength))
+            for a in step.active
+        ]
+        transformer_options = {**transformer_options, _PREPARED: (step, prepared)}
+    return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+
+
+def remember_input(n, context, value, extra_options):
+    """attn2_patch: n (b, tokens, w) is norm2's output, context (b, m, d)."""
+    if _PREPARED in extra_options:
+        # A dict of this block's evaluation alone: nothing outlives it.
+        extra_options[_INPUT] = (n, context)
+    return n, context, value
+
+
+def add_residual(out, extra_options):
+    """attn2_output_patch: out (b, tokens, w)."""
+    remembered = extra_options.pop(_INPUT, None)
+    if remembered is None:
+        return out
+    step, prepared = extra_options[_PREPARED]
+    name = site_name(extra_options["block"], extra_options["block_index"])
+    step.visited.append(name)
+    for adapter, shared in prepared:
+        out = adapter.add(name, out, *remembered, shared)
+    return out
+
+
+def register(model: comfy.model_patcher.ModelPatcher) -> None:
+    """Put the hooks into `model`, which the caller has cloned, unless they are there."""
+    patches = model.model_options["transformer_options"].get("patches", {})
+    if remember_input in patches.get("attn2_patch", []):
+        return
+    model.set_model_attn2_patch(remember_input)
+    model.set_model_attn2_output_patch(add_residual)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, diffusion_model)
+
+
+def managed(
+    info: AdapterInfo, state: dict[str, torch.Tensor], base: comfy.model_patcher.ModelPatcher, source: str
+) -> comfy.model_patcher.ModelPatcher:
+    """Weights as a ModelPatcher of its own, which ComfyUI counts, offloads and unloads, in `base`'s compute dtype.
+
+    Raises `AdapterFileError` naming `source` where a weight is too large for that dtype.
+    """
+    dtype = base.model.manual_cast_dtype or base.model.get_dtype()
+    state = {key: tensor.to(dtype, copy=True) for key, tensor in state.items()}  # copied: files may be mapped
+    overflown = sorted(key for key, tensor in state.items() if not tensor.isfinite().all())
+    if overflown:
+        raise AdapterFileError(
+            f"Weights of the adapter {source} are NaN or too large for {dtype}, in which this model computes "
+            f"({', '.join(overflown[:8])}): run the model in bf16 or fp32, or train the adapter again."
+        )
     adapter = Adapter(info.config, comfy.ops.manual_cast).requires_grad_(False)
     patcher = comfy.model_patcher.CoreModelPatcher(
-        adapter,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
+        adapter, load_device=base.load_device, offload_device=comfy.model_management.unet_offload_device()
     )
-    adapter.load_state_dict(state, assign=patcher.is_dynamic())
+    adapter.load_state_dict(state, assign=True)
     return patcher
-
-
-def apply_adapter(
-    model: comfy.model_patcher.ModelPatcher,
-    info: AdapterInfo,
-    adapter: comfy.model_patcher.ModelPatcher,
-    *,
-    source: str,
-    guidance_scale: float | None = None,
-    strength: float = 1.0,
-    start_percent: float = 0.0,
-    end_percent: float = 1.0,
-) -> comfy.model_patcher.ModelPatcher:
-    """A clone of `model` that samples with guidance embedded, one evaluation per step.
-
-    `guidance_scale` None takes omega from the guider's cfg. At strength 0, and for steps outside
-    [start_percent, end_percent], the model runs as if there were no adapter. Raises `AdapterFileError` where the
-    adapter was made for another base; `source` names it there.
-    """
-    check_base(info, describe_base(model.model), source)
-    clone = model.clone()
-    if strength == 0 or start_percent >= end_percent:
-        return clone
-    sampling = model.get_model_object("model_sampling")
-    patch = AdapterPatch(adapter.model, strength)
-    patch.register(clone)
-    wrapper = OmegaFromGuider(
-        patch,
-        guidance_scale,
-        sigma_start=math.inf if start_percent <= 0 else float(sampling.percent_to_sigma(start_percent)),
-        sigma_end=0.0 if end_percent >= 1 else float(sampling.percent_to_sigma(end_percent)),
-        omega_range=info.omega_range,
-    )
-    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, patch.key, wrapper)
-    clone.set_additional_models(patch.key, [adapter])
-    return clone

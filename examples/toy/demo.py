@@ -14,7 +14,7 @@ from tqdm import tqdm
 from comfyui_agd.agd_core import checkpoint
 from comfyui_agd.agd_core.comfyui.counting import counted
 from comfyui_agd.agd_core.comfyui.host import ComfyHost
-from comfyui_agd.agd_core.comfyui.patch import apply_adapter, load_managed
+from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 from comfyui_agd.training.cli import ProgressBar
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.evaluate import Evaluation, evaluate
@@ -90,9 +90,8 @@ def main(argv: list[str]) -> None:
     loss_plot(trained.losses).save(args.out / "loss.png")
 
     # From here on as a user would: the adapter comes from its file, pictures from ComfyUI's KSampler.
-    info, adapter = load_managed(file)
     base, base_rows = counted(parts.model)
-    agd, agd_rows = counted(apply_adapter(parts.model, info, adapter, source=str(file)))
+    agd, agd_rows = counted(apply_adapter(parts.model, *checkpoint.load_state(file), source=str(file)))
     scenes, captions = held_out_captions(args.captions, _CAPTIONS_SEED)
     prompts, jury, results, rows = encode(parts.clip, captions), Jury(), {}, []
     warm_up(parts, [base, agd], best)

@@ -29,7 +29,7 @@ def save_adapter(tmp_path_factory):
     """Writes an adapter for a model, by default one that visibly does something; returns the file."""
 
     def save(model, **config):
-        info = info_for(describe_base(model.model), **{"hidden": 8, "encoder_width": 8, **config})
+        info = info_for(describe_base(model.model), **{"hidden": 8, "encoder_width": 8, "prompt_tokens": 16, **config})
         torch.manual_seed(3)
         adapter = randomised(Adapter(info.config), seed=4)
         return checkpoint.save(tmp_path_factory.mktemp("adapters") / "random.safetensors", adapter, info)

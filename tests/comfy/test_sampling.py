@@ -23,7 +23,7 @@ from small import info_for, randomised
 from comfyui_agd.agd_core import checkpoint
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.checkpoint import AdapterFileError
-from comfyui_agd.agd_core.comfyui.patch import apply_adapter, managed
+from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 from comfyui_agd.agd_core.comfyui.sites import describe_base
 
 SAMPLERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_sde", "uni_pc", "ddim", "lcm")
@@ -137,7 +137,7 @@ def test_omega_1_is_the_base_unguided(base, prompts, file):
 
 def test_a_new_adapter_is_the_base_unguided(base, prompts):
     info = info_for(describe_base(base.model), hidden=8, encoder_width=8)
-    model = apply_adapter(base, info, managed(info, Adapter(info.config).state_dict()), source="new")
+    model = apply_adapter(base, info, Adapter(info.config).state_dict(), source="new")
     assert torch.equal(ksampler(model, prompts), ksampler(base, prompts, cfg=1.0))
 
 
@@ -217,6 +217,6 @@ def test_half_precision_bases_run_the_adapter_in_their_dtype(save_adapter, promp
 
 def test_two_adapters_of_different_seeds_differ(base, prompts, file):
     info = info_for(describe_base(base.model), hidden=8, encoder_width=8)
-    other = managed(info, randomised(Adapter(info.config), seed=9).state_dict())
+    other = randomised(Adapter(info.config), seed=9).state_dict()
     first, second = patched(base, file), apply_adapter(base, info, other, source="other")
     assert not torch.equal(ksampler(first, prompts), ksampler(second, prompts))

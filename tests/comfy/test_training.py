@@ -78,7 +78,7 @@ def test_every_parameter_of_the_adapter_moves(host, kind):
     trained = train(host, PROMPTS, config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        start = dict(Adapter(config.adapter_config(host.base)).trained())
+        start = dict(Adapter(config.adapter_config(host.base, 16)).trained())
     still = [name for name, parameter in trained.adapter.trained() if torch.equal(parameter, start[name])]
     assert still == []
 
@@ -195,6 +195,8 @@ def test_the_gap_of_a_new_adapter_is_open(host):
     shape = host.latent_shape(64, 64)
     positive, negative = host.encode(PROMPTS[:2], shape), host.encode([""], shape, "negative")[0]
     with host.session():
-        result = evaluate(host, Adapter(CONFIG.adapter_config(host.base)), positive, negative, shape, [3.0], steps=3)
+        result = evaluate(
+            host, Adapter(CONFIG.adapter_config(host.base, 16)), positive, negative, shape, [3.0], steps=3
+        )
     assert result.gap_closed[3.0] == pytest.approx(0.0, abs=1e-4)
     assert [sigma for sigma, _ in result.by_sigma[3.0]] == host.sigmas("normal", 3)[:3].tolist()

@@ -15,8 +15,8 @@ def randomised(adapter: Adapter, seed: int = 0) -> Adapter:
     """An adapter whose zero-initialised layers are not zero, so that it does something."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for site in adapter.sites.values():
-            for parameter in site.last().parameters():
+        for layer in adapter.last():
+            for parameter in layer.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return adapter
 

@@ -19,12 +19,24 @@ def build(switches: dict, **more) -> Adapter:
     return Adapter(AdapterConfig(sites=small_sites(), **{"hidden": 8, "encoder_width": 8, **switches, **more}))
 
 
-def residuals(adapter: Adapter, omega: float, rows: int = 2) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    guidance = adapter.encode(torch.tensor([omega]), torch.full((rows,), 500.0), dtype=torch.float32)
-    context = torch.randn(rows, 5, 16, generator=generator)
-    inputs = {site.name: torch.randn(rows, 9, site.width, generator=generator) for site in small_sites()}
-    return {name: adapter.residual(name, h, context, guidance) for name, h in inputs.items()}
+def prompt(rows: int = 2, length: int = 5) -> torch.Tensor:
+    return torch.randn(rows, length, 16, generator=torch.Generator().manual_seed(2))
+
+
+def prepare(adapter: Adapter, omega: float = 4.0, context=None, **more):
+    context = prompt() if context is None else context
+    t = torch.full((context.shape[0],), 500.0)
+    return adapter.prepare(torch.tensor([omega]), t, context, dtype=torch.float32, **more)
+
+
+def residuals(adapter: Adapter, omega: float = 4.0, context=None, **more) -> dict[str, torch.Tensor]:
+    prepared = prepare(adapter, omega, context, **more)
+    generator, rows = torch.Generator().manual_seed(1), prepared.context.shape[0]
+    found = {}
+    for site in small_sites():
+        h = torch.randn(rows, 9, site.width, generator=generator)
+        found[site.name] = adapter.add(site.name, torch.zeros_like(h), h, prepared.context, prepared)
+    return found
 
 
 @VARIANTS
@@ -43,13 +55,7 @@ def test_every_parameter_is_trained(switches):
 
 
 @VARIANTS
-def test_residuals_broadcast_to_the_attention_output(switches):
-    shapes = {name: torch.broadcast_shapes(r.shape, (2, 9, 1)) for name, r in residuals(build(switches), 2.0).items()}
-    assert shapes == {site.name: (2, 9, site.width) for site in small_sites()}
-
-
-@pytest.mark.parametrize("switches", [OURS, OFFSET], ids=str)
-def test_with_gain_omega_1_adds_exactly_nothing(switches):
+def test_omega_1_adds_exactly_nothing(switches):
     for residual in residuals(randomised(build(switches)), omega=1.0).values():
         assert torch.count_nonzero(residual) == 0
 
@@ -63,12 +69,56 @@ def test_omega_matters(switches):
 
 def test_strength_scales_the_residual():
     adapter = randomised(build(OURS))
-    h, context = torch.randn(1, 4, 24), torch.randn(1, 3, 16)
-    one, half = (
-        adapter.encode(torch.tensor([4.0]), torch.tensor([10.0]), dtype=torch.float32, strength=s) for s in (1.0, 0.5)
-    )
-    expected = 0.5 * adapter.residual("input_1_0", h, context, one)
-    torch.testing.assert_close(adapter.residual("input_1_0", h, context, half), expected)
+    one, half = residuals(adapter), residuals(adapter, strength=0.5)
+    for name, residual in one.items():
+        torch.testing.assert_close(half[name], 0.5 * residual)
+
+
+@VARIANTS
+def test_the_residual_is_added_to_what_is_there(switches):
+    adapter = randomised(build(switches))
+    prepared, h = prepare(adapter), torch.randn(2, 9, 24)
+    alone = adapter.add("input_1_0", torch.zeros_like(h), h, prepared.context, prepared)
+    torch.testing.assert_close(adapter.add("input_1_0", h, h, prepared.context, prepared), h + alone)
+
+
+@VARIANTS
+def test_a_prompt_padded_by_repetition_gives_the_same(switches):
+    """ComfyUI pads a short prompt so where it shares a batch with a longer one."""
+    adapter = randomised(build(switches, prompt_tokens=5))
+    once, thrice = residuals(adapter), residuals(adapter, context=prompt().repeat(1, 3, 1))
+    for name, residual in once.items():
+        torch.testing.assert_close(thrice[name], residual)
+
+
+@VARIANTS
+def test_rows_do_not_see_each_other(switches):
+    adapter, context = randomised(build(switches)), prompt()
+    together = residuals(adapter, context=context)
+    other = residuals(adapter, context=torch.stack([context[0], context[1] + 1]))
+    for name in together:
+        torch.testing.assert_close(together[name][0], other[name][0])
+        assert not torch.allclose(together[name][1], other[name][1])
+
+
+@VARIANTS
+def test_a_site_with_another_prompt_uses_it(switches):
+    """Other patches may give single blocks a prompt of their own."""
+    adapter, h = randomised(build(switches)), torch.randn(2, 9, 24)
+    zeros, other = torch.zeros_like(h), prompt() * 2
+    changed = adapter.add("input_1_0", zeros, h, other, prepare(adapter))
+    expected = adapter.add("input_1_0", zeros, h, other, prepare(adapter, context=other))
+    torch.testing.assert_close(changed, expected)
+
+
+def test_every_site_of_the_paper_has_its_own_omega_and_t_tokens():
+    adapter = randomised(build(PAPER))
+    before = residuals(adapter)
+    with torch.no_grad():
+        adapter.encoders[1].omega[2].bias += 1.0
+    after = residuals(adapter)
+    assert torch.equal(before["input_1_0"], after["input_1_0"])
+    assert not torch.allclose(before["middle_0_0"], after["middle_0_0"])
 
 
 def test_log_omega_is_smooth_where_guidance_is_used():
@@ -79,8 +129,8 @@ def test_log_omega_is_smooth_where_guidance_is_used():
 
 
 def test_a_shared_encoder_is_evaluated_once():
-    assert len(build(OURS).encode(torch.tensor([2.0]), torch.tensor([1.0]), dtype=torch.float32).tokens) == 1
-    assert len(build(PAPER).encode(torch.tensor([2.0]), torch.tensor([1.0]), dtype=torch.float32).tokens) == 2
+    assert prepare(build(OURS)).tokens.shape == (2, 1, 2, 16)
+    assert prepare(build(PAPER)).tokens.shape == (2, 2, 2, 16)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +139,7 @@ def test_a_shared_encoder_is_evaluated_once():
         ({"kind": "lora"}, "kind 'lora' is none of cross_attention, offset"),
         ({"hidden": 30}, "hidden is 30"),
         ({"encoder_width": 7}, "encoder_width is 7"),
+        ({"prompt_tokens": 0}, "prompt_tokens is 0"),
         ({"sites": ()}, "there are no sites"),
         ({"sites": (Site("a", 8, 16), Site("b", 8, 32))}, "context_dim differ"),
         ({"sites": (Site("a", 8, 16), Site("a", 8, 16))}, "same name"),

@@ -98,8 +98,8 @@ def test_every_offending_key_is_named(file):
     def damage(state):
         del state["encoders.0.omega.0.bias"]
         state["stranger"] = torch.zeros(1)
-        state["sites.middle_0_0.to_out.bias"] = torch.zeros(5)
-        state["sites.input_1_0.to_out.bias"][0] = float("nan")
+        state["sites.to_out.middle_0_0.bias"] = torch.zeros(5)
+        state["sites.to_out.input_1_0.bias"][0] = float("nan")
 
     rewrite(file, damage)
     with pytest.raises(AdapterFileError) as error:
@@ -107,8 +107,8 @@ def test_every_offending_key_is_named(file):
     for part in (
         "encoders.0.omega.0.bias: missing",
         "stranger: unknown",
-        "sites.middle_0_0.to_out.bias: shape (5,) instead of (32,)",
-        "sites.input_1_0.to_out.bias: holds NaN",
+        "sites.to_out.middle_0_0.bias: shape (5,) instead of (32,)",
+        "sites.to_out.input_1_0.bias: holds NaN",
     ):
         assert part in str(error.value)
 

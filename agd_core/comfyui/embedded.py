@@ -1,0 +1,218 @@
+"""Sampling with guidance embedded: what AGD Adapter Loader and AGD Apply Adapter do to a MODEL."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ..checkpoint import AdapterInfo, check_base
+from .patch import KEY, Active, Scrambled, Step, managed, register, take_part, without_compile
+from .sites import describe_base
+from .two_passes import who_needs_both
+
+log = logging.getLogger(__name__)
+
+# Latents of up to twice the pixels of a trained size, or down to half of them, are not worth a word.
+_FAR = 2.0
+# A negative prompt this much nearer to the trained unconditional than the positive one is taken for it.
+_SAME = 0.25
+# Adapters whose strengths sum up to more than this are hardly meant to work in the same step.
+_TOGETHER = 1.25
+
+
+def say_in_log(message: str) -> None:
+    log.warning("AGD: %s", message)
+
+
+@dataclass(frozen=True)
+class Use:
+    """One adapter as one node uses it. `guidance_scale` None takes omega from the guider's cfg."""
+
+    info: AdapterInfo
+    patcher: comfy.model_patcher.ModelPatcher
+    guidance_scale: float | None
+    strength: float
+    sigma_start: float
+    sigma_end: float
+
+    def covers(self, timestep: torch.Tensor) -> bool:
+        if self.sigma_start == math.inf and self.sigma_end == 0.0:
+            return True  # the usual case, without reading a value back from the device
+        return self.sigma_end <= float(timestep.flatten()[0]) <= self.sigma_start
+
+
+@contextmanager
+def _with_cfg(guider, cfg: float) -> Iterator[None]:
+    saved, guider.cfg = guider.cfg, cfg
+    try:
+        yield
+    finally:
+        guider.cfg = saved
+
+
+@dataclass
+class EmbeddedGuidance:
+    """OUTER_SAMPLE wrapper: every sampling gets a `Sampling` of its own, so that nothing lasts longer than it does.
+
+    `notify` hears what the user should know, each sentence once.
+    """
+
+    uses: tuple[Use, ...]
+    notify: Callable[[str], None] = say_in_log
+    said: set[str] = field(default_factory=set)
+
+    def __call__(self, executor, *args, **kwargs):
+        # The guider's options are this sampling's own copy. Last in, so innermost: CFGOverride and the like, before
+        # or after our node, have already set the cfg that is meant for a step.
+        wrappers = executor.class_obj.model_options["transformer_options"]["wrappers"]
+        wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = [Sampling(self)]
+        return executor(*args, **kwargs)
+
+    def say(self, message: str) -> None:
+        if message not in self.said:
+            self.said.add(message)
+            self.notify(message)
+
+
+def _mean_tokens(conds: list[dict]) -> list[torch.Tensor]:
+    """The mean prompt token (d,) of each condition that has a prompt. ConditioningZeroOut is nobody's prompt."""
+    contexts = [cond["cross_attn"] for cond in conds if cond.get("cross_attn") is not None]
+    return [mean for context in contexts if (mean := context.float().mean(dim=(0, 1)).cpu()).any()]
+
+
+def _has_negative_prompt(guider, trained: torch.Tensor) -> bool:
+    """Whether the negative is another than the unconditional of the training, whose mean token `trained` is."""
+    positive, negative = (_mean_tokens(guider.conds.get(kind) or []) for kind in ("positive", "negative"))
+    if not positive or not negative:
+        return False
+    usual = min(float((mean - trained).norm()) for mean in positive)
+    return max(float((mean - trained).norm()) for mean in negative) > _SAME * usual
+
+
+@dataclass
+class Sampling:
+    """PREDICT_NOISE wrapper of one sampling: which omega a step gets, and whether adapters take part in it at all."""
+
+    embedded: EmbeddedGuidance
+    compiled: bool = True
+    looked: bool = False
+    tensors: dict[float, torch.Tensor] = field(default_factory=dict)
+
+    def __call__(self, executor, x, timestep, model_options={}, seed=None):
+        guider = executor.class_obj
+        uses = [use for use in self.embedded.uses if use.covers(timestep)]
+        if not uses:
+            return executor(x, timestep, model_options, seed)
+        needs_both = who_needs_both(guider, model_options)
+        omegas = [guider.cfg if use.guidance_scale is None else use.guidance_scale for use in uses]
+        if needs_both:
+            self.embedded.say(
+                f"{needs_both} needs the unconditional prediction, so every step takes two passes all the same; the "
+                "model's own cfg is used instead of the adapter, and nothing is gained here."
+            )
+            with _with_cfg(guider, omegas[-1]):
+                return executor(x, timestep, model_options, seed)
+        guiding = [(use, omega) for use, omega in zip(uses, omegas, strict=True) if not math.isclose(omega, 1.0)]
+        with _with_cfg(guider, 1.0):
+            if not guiding:
+                return executor(x, timestep, model_options, seed)
+            if not self.looked:
+                self.looked = True
+                self._look_at(guider, guiding, x)
+            step = Step(tuple(self._active(use, omega, x) for use, omega in guiding))
+            return self._one_pass(executor, x, timestep, model_options, seed, step)
+
+    def _look_at(self, guider, guiding: list[tuple[Use, float]], x: torch.Tensor) -> None:
+        """Say, once per sampling at its first step, what may surprise."""
+        height, width = x.shape[-2:]
+        for use, _ in guiding:
+            trained = use.info.resolutions
+            ratios = [height * width / (h * w) for h, w in trained]
+            if ratios and not any(1 / _FAR <= ratio <= _FAR for ratio in ratios):
+                sizes = ", ".join(f"{w}x{h}" for h, w in trained)
+                self.embedded.say(
+                    f"this latent is {width}x{height}, far from what the adapter was trained at, {sizes}."
+                )
+            if use.info.negative_mode == "ignored" and _has_negative_prompt(
+                guider, use.patcher.model.unconditional.float().cpu()
+            ):
+                self.embedded.say(
+                    "the negative prompt has no effect with this adapter: it learned guidance away from the "
+                    f"{use.info.unconditional}."
+                )
+        if len(guiding) > 1 and sum(use.strength for use, _ in guiding) > _TOGETHER:
+            self.embedded.say(
+                f"{len(guiding)} adapters work in the same step and their guidance adds up; give them strengths that "
+                "sum up to 1, or parts of the sampling that don't overlap."
+            )
+
+    def _active(self, use: Use, omega: float, x: torch.Tensor) -> Active:
+        low, high = use.info.omega_range
+        if not low <= omega <= high:
+            self.embedded.say(f"guidance {omega:g} lies outside the adapter's trained range, {low:g} to {high:g}.")
+        return Active(use.patcher.model, self._on_device(omega, x), self._on_device(use.strength, x))
+
+    def _on_device(self, value: float, x: torch.Tensor) -> torch.Tensor:
+        """(1,) fp32. Made by the device itself: sending it there would wait for all that is queued before."""
+        if value not in self.tensors:
+            self.tensors[value] = torch.full((1,), value, device=x.device, dtype=torch.float32)
+        return self.tensors[value]
+
+    def _one_pass(self, executor, x, timestep, model_options: dict, seed, step: Step) -> torch.Tensor:
+        options = take_part(model_options.get("transformer_options", {}), step)
+        if self.compiled:
+            try:
+                return executor(x, timestep, {**model_options, "transformer_options": options}, seed)
+            except Scrambled:
+                self.compiled = False
+                self.embedded.say(
+                    "torch.compile breaks this model's graph inside its blocks, where patches can't be compiled "
+                    "rightly; the model runs uncompiled with the adapter."
+                )
+        return executor(x, timestep, {**model_options, "transformer_options": without_compile(options)}, seed)
+
+
+def apply_adapter(
+    model: comfy.model_patcher.ModelPatcher,
+    info: AdapterInfo,
+    state: dict[str, torch.Tensor],
+    *,
+    source: str,
+    guidance_scale: float | None = None,
+    strength: float = 1.0,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+    notify: Callable[[str], None] = say_in_log,
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of `model` that samples with guidance embedded, one evaluation per step.
+
+    `state` are the adapter's weights; `guidance_scale` None takes omega from the guider's cfg. At strength 0, and for
+    steps outside [start_percent, end_percent], the model runs as if there were no adapter; on a model that has
+    adapters already, this one's residuals are added to theirs. Raises `AdapterFileError` where the adapter was made
+    for another base or its weights can't be used; `source` names it there.
+    """
+    check_base(info, describe_base(model.model), source)
+    clone = model.clone()
+    if strength == 0 or start_percent >= end_percent:
+        return clone
+    sampling = model.get_model_object("model_sampling")
+    use = Use(
+        info,
+        managed(info, state, model, source),
+        guidance_scale,
+        strength,
+        sigma_start=math.inf if start_percent <= 0 else float(sampling.percent_to_sigma(start_percent)),
+        sigma_end=0.0 if end_percent >= 1 else float(sampling.percent_to_sigma(end_percent)),
+    )
+    before = [use for embedded in clone.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY) for use in embedded.uses]
+    embedded = EmbeddedGuidance((*before, use), notify)
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, embedded)
+    clone.set_additional_models(KEY, [use.patcher for use in embedded.uses])
+    register(clone)
+    return clone

@@ -1,0 +1,54 @@
+"""Who needs the unconditional prediction too, so that a step takes two passes whatever an adapter does."""
+
+from collections.abc import Callable
+from types import CodeType
+
+from comfy.samplers import CFGGuider
+
+
+def _reads(code: CodeType, text: str) -> bool:
+    """Whether a string constant of the function, or of one inside it, contains `text`."""
+    constants = code.co_consts
+    return any(isinstance(c, str) and text in c for c in constants) or any(
+        _reads(c, text) for c in constants if isinstance(c, CodeType)
+    )
+
+
+def _needs_unconditional(post_cfg: Callable) -> bool:
+    # A post-CFG function is given both predictions, whether it wants them or not; most adjust the result alone.
+    code = getattr(getattr(post_cfg, "__func__", post_cfg), "__code__", None)
+    return code is not None and _reads(code, "uncond")
+
+
+def _name(function: Callable) -> str:
+    """The node or sampler that made `function`: RescaleCFG.execute.<locals>.rescale_cfg -> RescaleCFG."""
+    name = getattr(function, "__qualname__", type(function).__qualname__).split(".")[0]
+    return f"the sampler {name.removeprefix('sample_')}" if name.startswith("sample_") else name
+
+
+def _patches(model_options: dict) -> list[Callable]:
+    patches = model_options.get("transformer_options", {}).get("patches", {})
+    ours = __name__.rpartition(".")[0]
+    return [p for group in patches.values() for p in group if getattr(p, "__module__", "").rpartition(".")[0] != ours]
+
+
+def who_needs_both(guider: CFGGuider, model_options: dict) -> str | None:
+    """The name of what needs both predictions in this step, or None if one is enough.
+
+    Guiders that combine predictions in their own way, nodes that replace or precede cfg's combination, samplers and
+    nodes that ask for the unconditional even at cfg 1.
+    """
+    if type(guider).predict_noise is not CFGGuider.predict_noise:
+        return f"the guider {type(guider).__name__}"
+    if guider.conds.get("negative") is None:
+        return None  # as with BasicGuider: there is nothing for a second pass
+    before = list(model_options.get("sampler_pre_cfg_function", []))
+    for key in ("sampler_cfg_function", "sampler_calc_cond_batch_function"):
+        before += [model_options[key]] if key in model_options else []
+    after = [fn for fn in model_options.get("sampler_post_cfg_function", []) if _needs_unconditional(fn)]
+    if model_options.get("disable_cfg1_optimization", False):
+        # The flag does not say who set it: one of these functions, or else a node with an attention patch.
+        makers = before + after or _patches(model_options)
+        return " or ".join(dict.fromkeys(map(_name, makers))) or "a node of this workflow"
+    makers = before + after
+    return " and ".join(dict.fromkeys(map(_name, makers))) or None
