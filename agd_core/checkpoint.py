@@ -189,10 +189,13 @@ def check_base(info: AdapterInfo, base: BaseInfo, path: str | Path) -> None:
         return
     ours, theirs = set(info.base.sites), set(base.sites)
     differ = sorted({site.name for site in ours ^ theirs})
-    sites = f" Sites that differ: {', '.join(differ)}." if differ else ""
+    reasons = f" Sites that differ: {', '.join(differ)}." if differ else ""
+    if info.base.prediction != base.prediction:
+        kinds = f"{info.base.prediction} and {base.prediction}"
+        reasons += f" Guidance is learnt through the prediction: {kinds} don't mix."
     raise AdapterFileError(
-        f"The adapter {path} was made for {info.base.describe()}, but this model is {base.describe()}.{sites} "
-        "Choose an adapter of this model's family, or train one with AGD Train."
+        f"The adapter {path} was made for {info.base.describe()}, but this model is {base.describe()}.{reasons} "
+        "Choose an adapter that was made for such a model, or train one with AGD Train."
     )
 
 

@@ -64,6 +64,8 @@ class BaseInfo:
     """What is known of a base model: enough to tell whether an adapter fits it, and to name it in an error.
 
     Two bases with equal `family`, `prediction` and sites are siblings: an adapter of one loads onto the other.
+    More input channels (inpainting) or another noise schedule (zero terminal SNR) keep them siblings: both reach an
+    adapter only through `h` and `t`. Another prediction doesn't: the same change of `h` is another guidance there.
     `fingerprint` tells one sibling's weights from another's, for information only.
     """
 

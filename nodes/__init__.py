@@ -3,6 +3,7 @@
 from comfy_api.v0_0_2 import ComfyExtension, io
 
 from ..agd_core.comfyui import folders
+from .apply import AGDApplyAdapter
 from .loader import AGDAdapterLoader
 from .train import AGDTrain
 
@@ -12,4 +13,4 @@ class AGDExtension(ComfyExtension):
         folders.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [AGDAdapterLoader, AGDTrain]
+        return [AGDAdapterLoader, AGDApplyAdapter, AGDTrain]

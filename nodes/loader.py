@@ -2,9 +2,9 @@
 
 from comfy_api.v0_0_2 import io
 
-from ..agd_core.comfyui import folders
 from ..agd_core import checkpoint
-from ..agd_core.comfyui.embedded import apply_adapter
+from ..agd_core.comfyui import folders
+from .common import AdapterValue, use_adapter, use_inputs
 
 
 class AGDAdapterLoader(io.ComfyNode):
@@ -26,48 +26,18 @@ class AGDAdapterLoader(io.ComfyNode):
                     options=folders.adapters(),
                     tooltip="An adapter file from models/agd. AGD Train makes one from your own checkpoint.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    tooltip="Multiplies what the adapter adds. 0 is the model without this node, cfg and all.",
-                ),
-                io.Float.Input(
-                    "guidance_scale",
-                    default=0.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    advanced=True,
-                    tooltip=(
-                        "The guidance scale (omega). 0 takes the sampler's own cfg. Set it where the sampler has no "
-                        "cfg, as with BasicGuider."
-                    ),
-                ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    advanced=True,
-                    tooltip="Where in sampling the adapter begins. Before it the model runs as without this node.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    advanced=True,
-                    tooltip="Where in sampling the adapter ends. After it the model runs as without this node.",
-                ),
+                *use_inputs(),
             ],
-            outputs=[io.Model.Output(tooltip="The model, sampling with guidance at one evaluation per step.")],
+            outputs=[
+                io.Model.Output(tooltip="The model, sampling with guidance at one evaluation per step."),
+                io.String.Output("info", tooltip="What the file says of itself: its base, its training, its range."),
+            ],
+            hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, adapter_name=None):
+        return True if adapter_name is None else folders.why_missing(adapter_name) or True
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name, **kwargs):
@@ -76,15 +46,8 @@ class AGDAdapterLoader(io.ComfyNode):
         return f"{stat.st_mtime_ns}-{stat.st_size}"
 
     @classmethod
-    def execute(cls, model, adapter_name, strength, guidance_scale, start_percent, end_percent) -> io.NodeOutput:
+    def execute(cls, model, adapter_name, **use) -> io.NodeOutput:
         path = folders.adapter_path(adapter_name)
-        patched = apply_adapter(
-            model,
-            *checkpoint.load_state(path),
-            source=str(path),
-            guidance_scale=guidance_scale or None,
-            strength=strength,
-            start_percent=start_percent,
-            end_percent=end_percent,
-        )
-        return io.NodeOutput(patched)
+        adapter = AdapterValue(*checkpoint.load_state(path), source=str(path))
+        patched = use_adapter(model, adapter, cls.hidden.unique_id, **use)
+        return io.NodeOutput(patched, checkpoint.describe(adapter.info, path))

@@ -5,15 +5,14 @@ import comfy.utils
 import numpy as np
 import torch
 from comfy_api.v0_0_2 import io
-from server import PromptServer
 
 from ..agd_core import checkpoint
 from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.host import ComfyHost
-from ..agd_core.comfyui.embedded import apply_adapter
 from ..training.config import PRECISIONS, TrainConfig
 from ..training.plot import loss_plot
 from ..training.trainer import Callbacks, Progress, train
+from .common import AdapterType, AdapterValue, show_on_node, use_adapter
 
 _DEFAULTS = TrainConfig()
 
@@ -21,19 +20,16 @@ _DEFAULTS = TrainConfig()
 def _callbacks(node_id: str) -> Callbacks:
     """Shows progress on the node and in ComfyUI's own bar, and lets an interrupt through at every step."""
     bar: comfy.utils.ProgressBar | None = None
-    mean = None
 
     def on_progress(progress: Progress) -> None:
-        nonlocal bar, mean
+        nonlocal bar
         comfy.model_management.throw_exception_if_processing_interrupted()
         text = f"Rolling out the first trajectories: {progress.step}/{progress.total}"
         if progress.phase == "train":
             bar = bar or comfy.utils.ProgressBar(progress.total, node_id=node_id)
-            mean = progress.loss if mean is None else 0.95 * mean + 0.05 * progress.loss
             bar.update_absolute(progress.step, progress.total)
-            text = f"Iteration {progress.step}/{progress.total}, loss {mean:.4f}"
-        if PromptServer.instance is not None:
-            PromptServer.instance.send_progress_text(text, node_id)
+            text = f"Iteration {progress.step}/{progress.total}, loss {progress.loss:.4f}"
+        show_on_node(node_id, text)
 
     return Callbacks(on_progress)
 
@@ -129,6 +125,7 @@ class AGDTrain(io.ComfyNode):
                 io.Model.Output(tooltip="The model with the new adapter, as AGD Adapter Loader would give it."),
                 io.String.Output("adapter_name", tooltip="The name of the file in models/agd."),
                 io.Image.Output("loss_plot", tooltip="Loss by iteration: the share of the guidance gap still open."),
+                AdapterType.Output("adapter", tooltip="The adapter itself, for AGD Apply Adapter."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -149,17 +146,18 @@ class AGDTrain(io.ComfyNode):
             seed=seed,
             precision=precision,
         )
-        path = folders.new_adapter_path(adapter_name)
-        host = ComfyHost(model, clip, autocast=torch.bfloat16 if precision == "bf16" else None)
+        node_id, path = cls.hidden.unique_id, folders.new_adapter_path(adapter_name)
+        host = ComfyHost(model, clip, autocast=config.autocast)
         trained = train(
             host,
             prompts.splitlines(),
             config,
-            _callbacks(cls.hidden.unique_id),
+            _callbacks(node_id),
             negative=[negative],
             state=path.with_suffix(".state"),
         )
         checkpoint.save(path, trained.adapter, trained.info)
-        patched = apply_adapter(model, trained.info, trained.adapter.state_dict(), source=str(path))
+        adapter = AdapterValue(trained.info, trained.adapter.state_dict(), f"of AGD Train, {path.name}")
+        patched = use_adapter(model, adapter, node_id, guidance_scale=0)
         plot = torch.from_numpy(np.asarray(loss_plot(trained.losses), dtype=np.float32) / 255)[None]
-        return io.NodeOutput(patched, path.name, plot)
+        return io.NodeOutput(patched, path.name, plot, adapter)

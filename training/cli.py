@@ -9,7 +9,6 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ..agd_core import checkpoint
@@ -28,7 +27,6 @@ class ProgressBar:
     def __init__(self):
         self.bar: tqdm | None = None
         self.phase = ""
-        self.mean: float | None = None
         self.stopped = False
 
     def stop(self, *_) -> None:
@@ -40,8 +38,7 @@ class ProgressBar:
             self.phase = progress.phase
             self.bar = tqdm(total=progress.total, desc=progress.phase, initial=progress.step - 1)
         if progress.loss is not None:
-            self.mean = progress.loss if self.mean is None else 0.95 * self.mean + 0.05 * progress.loss
-            self.bar.set_postfix(loss=f"{self.mean:.4f}", refresh=False)
+            self.bar.set_postfix(loss=f"{progress.loss:.4f}", refresh=False)
         self.bar.update(progress.step - self.bar.n)
         if self.stopped:
             raise KeyboardInterrupt
@@ -101,7 +98,7 @@ def _train(args: argparse.Namespace) -> None:
     from ..agd_core.comfyui.host import ComfyHost
 
     model, clip = _load_base(args)
-    host = ComfyHost(model, clip, autocast=torch.bfloat16 if config.precision == "bf16" else None)
+    host = ComfyHost(model, clip, autocast=config.autocast)
     progress, state = ProgressBar(), args.output.with_suffix(".state")
     before = signal.signal(signal.SIGINT, progress.stop)
     try:

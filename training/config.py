@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field, fields
 
+import torch
+
 from ..agd_core.config import KINDS, OMEGA_EMBEDDINGS, AdapterConfig, BaseInfo
 
 LOSSES = ("balanced", "plain")
@@ -71,6 +73,11 @@ class TrainConfig:
             wrong.append("schedulers is empty")
         if wrong:
             raise ValueError(f"These training settings can't work: {'; '.join(wrong)}.")
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype to compute evaluations in; None is the base's own."""
+        return torch.bfloat16 if self.precision == "bf16" else None
 
     def adapter_config(self, base: BaseInfo, prompt_tokens: int) -> AdapterConfig:
         """`prompt_tokens`: the length of a short prompt's context."""

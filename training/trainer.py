@@ -26,7 +26,10 @@ _STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after an iteration. `phase` is "rollout" (filling the pool) or "train"."""
+    """Where a run stands after an iteration. `phase` is "rollout" (filling the pool) or "train".
+
+    `loss` is the mean of the last 50 iterations', for a single one tells little.
+    """
 
     phase: str
     step: int
@@ -98,6 +101,10 @@ class _Run:
         mean = torch.stack([context.float().mean(0) for context in contexts]).mean(0)
         for adapter in (self.adapter, self.average):
             adapter.unconditional.copy_(mean)
+
+    def recent_loss(self) -> float:
+        recent = self.losses[-50:]
+        return sum(recent) / len(recent)
 
     def update_average(self, decay: float) -> None:
         # Early on the average would be mostly the zero start; it may follow faster there.
@@ -196,7 +203,7 @@ def train(
         "held_out_prompts": len(held_out),
         "teacher_evaluations": run.evaluations,
         "seconds_of_last_session": round(time.monotonic() - start),
-        "final_loss": round(sum(run.losses[-50:]) / len(run.losses[-50:]), 5),
+        "final_loss": round(run.recent_loss(), 5),
         **(evaluation.summary() if evaluation else {}),
         "config": asdict(config),
     }
@@ -258,4 +265,4 @@ def _fit(host: Host, run: _Run, config: TrainConfig, callbacks: Callbacks, state
         run.whole = True
         if state is not None and config.save_every and run.step % config.save_every == 0:
             run.save(state, identity)
-        callbacks.on_progress(Progress("train", run.step, config.iterations, value))
+        callbacks.on_progress(Progress("train", run.step, config.iterations, run.recent_loss()))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import comfy.model_patcher
+import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 
@@ -66,12 +67,12 @@ class EmbeddedGuidance:
     notify: Callable[[str], None] = say_in_log
     said: set[str] = field(default_factory=set)
 
-    def __call__(self, executor, *args, **kwargs):
+    def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs):
         # The guider's options are this sampling's own copy. Last in, so innermost: CFGOverride and the like, before
         # or after our node, have already set the cfg that is meant for a step.
         wrappers = executor.class_obj.model_options["transformer_options"]["wrappers"]
-        wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = [Sampling(self)]
-        return executor(*args, **kwargs)
+        wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = [Sampling(self, sampler)]
+        return executor(noise, latent_image, sampler, *args, **kwargs)
 
     def say(self, message: str) -> None:
         if message not in self.said:
@@ -81,7 +82,8 @@ class EmbeddedGuidance:
 
 def _mean_tokens(conds: list[dict]) -> list[torch.Tensor]:
     """The mean prompt token (d,) of each condition that has a prompt. ConditioningZeroOut is nobody's prompt."""
-    contexts = [cond["cross_attn"] for cond in conds if cond.get("cross_attn") is not None]
+    # Not "cross_attn": for each area of the positive ComfyUI adds a copy of it with the negative's model_conds.
+    contexts = [cond["model_conds"]["c_crossattn"].cond for cond in conds if "c_crossattn" in cond["model_conds"]]
     return [mean for context in contexts if (mean := context.float().mean(dim=(0, 1)).cpu()).any()]
 
 
@@ -99,6 +101,7 @@ class Sampling:
     """PREDICT_NOISE wrapper of one sampling: which omega a step gets, and whether adapters take part in it at all."""
 
     embedded: EmbeddedGuidance
+    sampler: comfy.samplers.Sampler
     compiled: bool = True
     looked: bool = False
     tensors: dict[float, torch.Tensor] = field(default_factory=dict)
@@ -108,7 +111,7 @@ class Sampling:
         uses = [use for use in self.embedded.uses if use.covers(timestep)]
         if not uses:
             return executor(x, timestep, model_options, seed)
-        needs_both = who_needs_both(guider, model_options)
+        needs_both = who_needs_both(guider, self.sampler, model_options)
         omegas = [guider.cfg if use.guidance_scale is None else use.guidance_scale for use in uses]
         if needs_both:
             self.embedded.say(
@@ -196,11 +199,11 @@ def apply_adapter(
     adapters already, this one's residuals are added to theirs. Raises `AdapterFileError` where the adapter was made
     for another base or its weights can't be used; `source` names it there.
     """
-    check_base(info, describe_base(model.model), source)
+    sampling = model.get_model_object("model_sampling")
+    check_base(info, describe_base(model.model, sampling), source)
     clone = model.clone()
     if strength == 0 or start_percent >= end_percent:
         return clone
-    sampling = model.get_model_object("model_sampling")
     use = Use(
         info,
         managed(info, state, model, source),

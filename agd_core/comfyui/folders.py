@@ -23,15 +23,20 @@ def adapters() -> list[str]:
     return folder_paths.get_filename_list(KEY)
 
 
+def why_missing(name: str) -> str | None:
+    """Why there is no adapter of that name, in one sentence, or None if there is one."""
+    if name and folder_paths.get_full_path(KEY, name) is not None:
+        return None
+    found = f"There is no adapter {name!r}" if name else "There are no adapters yet"
+    looked = ", ".join(folder_paths.get_folder_paths(KEY))
+    return f"{found} in {looked}. Put adapter files there, or make one with AGD Train."
+
+
 def adapter_path(name: str) -> Path:
     """The file of that name. Raises `FileNotFoundError` saying where adapters are looked for."""
-    path = folder_paths.get_full_path(KEY, name)
-    if path is None:
-        looked = ", ".join(folder_paths.get_folder_paths(KEY))
-        raise FileNotFoundError(
-            f"There is no adapter {name!r} in {looked}. Put adapter files there, or make one with AGD Train."
-        )
-    return Path(path)
+    if missing := why_missing(name):
+        raise FileNotFoundError(missing)
+    return Path(folder_paths.get_full_path(KEY, name))
 
 
 def new_adapter_path(name: str) -> Path:

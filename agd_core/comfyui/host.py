@@ -43,7 +43,8 @@ class ComfyHost:
 
     def __init__(self, model: comfy.model_patcher.ModelPatcher, clip, *, autocast: torch.dtype | None = None):
         """`autocast`: compute the evaluations in this dtype; None leaves the base as ComfyUI loaded it."""
-        self.base = replace(describe_base(model.model), fingerprint=fingerprint(model.model.diffusion_model))
+        described = describe_base(model.model, model.get_model_object("model_sampling"))
+        self.base = replace(described, fingerprint=fingerprint(model.model.diffusion_model))
         self.device = model.load_device
         self._model = model.clone()
         self._clip = clip

@@ -4,9 +4,19 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
+from comfy import model_sampling
 from torch import nn
 
 from ..config import BaseInfo, Site
+
+# How the model's output is read, under the names of ComfyUI's ModelType; subclasses come first.
+_PREDICTIONS = (
+    (model_sampling.EDM, "EDM"),
+    (model_sampling.V_PREDICTION, "V_PREDICTION"),
+    (model_sampling.IMG_TO_IMG, "IMG_TO_IMG"),
+    (model_sampling.X0, "X0"),
+    (model_sampling.EPS, "EPS"),
+)
 
 
 class UnsupportedModel(ValueError):
@@ -60,13 +70,24 @@ def fingerprint(unet: nn.Module) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def describe_base(model) -> BaseInfo:
-    """What a ComfyUI `BaseModel` is, read without touching its weights. Raises `UnsupportedModel`."""
+def _prediction(sampling, otherwise: str) -> str:
+    name = next((name for kind, name in _PREDICTIONS if isinstance(sampling, kind)), otherwise)
+    if name == "V_PREDICTION" and isinstance(sampling, model_sampling.ModelSamplingContinuousEDM):
+        return "V_PREDICTION_EDM"
+    return name
+
+
+def describe_base(model, sampling=None) -> BaseInfo:
+    """What a ComfyUI `BaseModel` is, read without touching its weights. Raises `UnsupportedModel`.
+
+    `sampling` is the MODEL's `get_model_object("model_sampling")`: nodes such as ModelSamplingDiscrete set another
+    prediction there than the one that ComfyUI detected in the checkpoint.
+    """
     config = model.model_config.unet_config
     kept = ("model_channels", "in_channels", "out_channels", "adm_in_channels", "context_dim", "channel_mult")
     return BaseInfo(
         family=type(model.model_config).__name__,
-        prediction=model.model_type.name,
+        prediction=_prediction(sampling, otherwise=model.model_type.name),
         sites=find_sites(model.diffusion_model),
         architecture={key: config[key] for key in kept if config.get(key) is not None},
     )

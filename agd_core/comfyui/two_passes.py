@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from types import CodeType
 
-from comfy.samplers import CFGGuider
+from comfy.samplers import CFGGuider, Sampler
 
 
 def _reads(code: CodeType, text: str) -> bool:
@@ -20,10 +20,13 @@ def _needs_unconditional(post_cfg: Callable) -> bool:
     return code is not None and _reads(code, "uncond")
 
 
-def _name(function: Callable) -> str:
-    """The node or sampler that made `function`: RescaleCFG.execute.<locals>.rescale_cfg -> RescaleCFG."""
-    name = getattr(function, "__qualname__", type(function).__qualname__).split(".")[0]
-    return f"the sampler {name.removeprefix('sample_')}" if name.startswith("sample_") else name
+def _name(function: Callable, sampler: Sampler) -> str:
+    """The node or sampler that made `function`: RescaleCFG.patch.<locals>.rescale_cfg -> RescaleCFG."""
+    sample = getattr(sampler, "sampler_function", None)
+    # Samplers share code (euler_cfg_pp is euler_ancestral_cfg_pp), so only the one in use has the name that was chosen.
+    if sample is not None and getattr(function, "__module__", None) == sample.__module__:
+        return f"the sampler {sample.__name__.removeprefix('sample_')}"
+    return getattr(function, "__qualname__", type(function).__qualname__).split(".")[0]
 
 
 def _patches(model_options: dict) -> list[Callable]:
@@ -32,7 +35,7 @@ def _patches(model_options: dict) -> list[Callable]:
     return [p for group in patches.values() for p in group if getattr(p, "__module__", "").rpartition(".")[0] != ours]
 
 
-def who_needs_both(guider: CFGGuider, model_options: dict) -> str | None:
+def who_needs_both(guider: CFGGuider, sampler: Sampler, model_options: dict) -> str | None:
     """The name of what needs both predictions in this step, or None if one is enough.
 
     Guiders that combine predictions in their own way, nodes that replace or precede cfg's combination, samplers and
@@ -49,6 +52,5 @@ def who_needs_both(guider: CFGGuider, model_options: dict) -> str | None:
     if model_options.get("disable_cfg1_optimization", False):
         # The flag does not say who set it: one of these functions, or else a node with an attention patch.
         makers = before + after or _patches(model_options)
-        return " or ".join(dict.fromkeys(map(_name, makers))) or "a node of this workflow"
-    makers = before + after
-    return " and ".join(dict.fromkeys(map(_name, makers))) or None
+        return " or ".join(dict.fromkeys(_name(maker, sampler) for maker in makers)) or "a node of this workflow"
+    return " and ".join(dict.fromkeys(_name(maker, sampler) for maker in before + after)) or None

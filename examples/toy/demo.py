@@ -8,13 +8,12 @@ import json
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from comfyui_agd.agd_core import checkpoint
 from comfyui_agd.agd_core.comfyui.counting import counted
-from comfyui_agd.agd_core.comfyui.host import ComfyHost
 from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
+from comfyui_agd.agd_core.comfyui.host import ComfyHost
 from comfyui_agd.training.cli import ProgressBar
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.evaluate import Evaluation, evaluate
@@ -23,8 +22,8 @@ from comfyui_agd.training.trainer import Callbacks, Trained, train
 
 from .measure import omega_star
 from .picture import contact_sheet
-from .sampling import SAMPLER, SCHEDULER, STEPS, Jury, Toy, encode, held_out_captions, sample
-from .scenes import IMAGE_SIZE, caption, draw_scenes
+from .sampling import SAMPLER, SCHEDULER, STEPS, Jury, Toy, captions_of, encode, held_out_captions, sample
+from .scenes import IMAGE_SIZE, draw_scenes
 
 PROMPTS, HELD_OUT = 2000, 32  # captions to train with, captions to measure the gap with
 _PROMPTS_SEED, _GAP_SEED, _CAPTIONS_SEED, _NOISE_SEED = 3, 29, 31, 50_000
@@ -50,10 +49,8 @@ def training_config(iterations: int, omega_max: float) -> TrainConfig:
 
 def distil(parts: Toy, config: TrainConfig, omegas: list[float]) -> tuple[Trained, Evaluation, float]:
     """The adapter, its gap on held-out captions, and the seconds of the training alone."""
-    prompts = [
-        caption(scene, swapped=i % 2 == 1) for i, scene in enumerate(draw_scenes(PROMPTS, _PROMPTS_SEED, held=False))
-    ]
-    host = ComfyHost(parts.model, parts.clip, autocast=torch.bfloat16)
+    prompts = captions_of(draw_scenes(PROMPTS, _PROMPTS_SEED, held=False))
+    host = ComfyHost(parts.model, parts.clip, autocast=config.autocast)
     bar, start = ProgressBar(), time.monotonic()
     try:
         trained = train(host, prompts, config, Callbacks(bar))

@@ -87,7 +87,12 @@ class Jury:
         return frechet_distance(self.features(images), self.reference)
 
 
+def captions_of(scenes: list[Scene]) -> list[str]:
+    """Their full captions; every other pair is told the other way round."""
+    return [caption(scene, swapped=i % 2 == 1) for i, scene in enumerate(scenes)]
+
+
 def held_out_captions(count: int, seed: int) -> tuple[list[Scene], list[str]]:
-    """Scenes that no training saw, with their full captions; every other pair is told the other way round."""
+    """Scenes that no training saw, with their full captions."""
     scenes = draw_scenes(count, seed, held=True)
-    return scenes, [caption(scene, swapped=i % 2 == 1) for i, scene in enumerate(scenes)]
+    return scenes, captions_of(scenes)

@@ -17,7 +17,7 @@ PROMPTS = "\n".join(
     for colour in ("red", "blue", "green")
     for shape in ("circle", "star", "ring")
 )
-NODES = ("AGDAdapterLoader", "AGDTrain")
+NODES = ("AGDAdapterLoader", "AGDApplyAdapter", "AGDTrain")
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +165,54 @@ def test_a_damaged_adapter_is_one_clear_error(server, trained):
         server.run(with_adapter(base_graph(), "damaged.safetensors"))
 
 
-def test_a_missing_adapter_is_refused_before_anything_runs(server):
-    with pytest.raises(PromptError, match="not in"):
-        server.run(with_adapter(base_graph(), "no_such.safetensors"))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("no_such.safetensors", "There is no adapter 'no_such.safetensors' in"), ("", "There are no adapters yet in")],
+)
+def test_a_missing_adapter_is_refused_before_anything_runs(server, name, message):
+    with pytest.raises(PromptError, match=message) as error:
+        server.run(with_adapter(base_graph(), name))
+    assert str(server.adapters) in str(error.value)
+    assert "make one with AGD Train" in str(error.value)
+
+
+def test_the_loader_tells_what_a_file_was_trained_on(server, trained):
+    graph = with_adapter(base_graph(), trained)
+    graph["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["agd", 1]}}
+    (text,) = server.run(graph)["show"]["text"]
+    assert "ToyConfig (EPS-prediction, 7 cross-attentions of width 64/128, context 128)" in text
+    assert "omega range" in text
+    assert '"iterations": 40' in text or "training: iterations" in text
+
+
+def test_an_adapter_straight_from_training_gives_what_its_file_gives(server, trained):
+    graph = {**base_graph(), **train_graph("first", 40)}
+    use = {"strength": 1.0, "guidance_scale": 0.0, "start_percent": 0.0, "end_percent": 1.0}
+    inputs = {"model": ["toy", 0], "adapter": ["train", 3], **use}
+    graph["apply"] = {"class_type": "AGDApplyAdapter", "inputs": inputs}
+    graph["sampler"]["inputs"]["model"] = ["apply", 0]
+    direct = server.image(server.run(graph), "save")
+    assert np.array_equal(pixels(direct), pixels(server.image(server.run(with_adapter(base_graph(), trained)), "save")))
+
+
+def test_what_the_user_should_know_is_on_the_node_and_in_the_log_once(server, trained):
+    # A range of its own, so that no other test's loader is reused.
+    def graph(seed: int, negative: str, sampler: str) -> dict:
+        graph = with_adapter(base_graph(cfg=30.0, seed=seed), trained, end_percent=0.999)
+        graph["negative"]["inputs"]["text"] = negative
+        graph["sampler"]["inputs"]["sampler_name"] = sampler
+        return graph
+
+    server.run(graph(1, "", "euler"))
+    assert server.texts["agd"] == "Guidance 30 lies outside the adapter's trained range, 1 to 6."
+    server.run(graph(2, "a large blue ring", "euler"))
+    assert "The negative prompt has no effect with this adapter" in server.texts["agd"]
+    server.run(graph(3, "", "euler_cfg_pp"))
+    assert "The sampler euler_cfg_pp needs the unconditional prediction" in server.texts["agd"]
+    server.run(graph(4, "", "euler_cfg_pp"))
+    log = server.log.read_text()
+    assert log.count("AGD: the sampler euler_cfg_pp needs the unconditional") == 1
+    assert log.count("AGD: guidance 30 lies outside") == 1
 
 
 @pytest.mark.parametrize(
@@ -223,4 +268,4 @@ def test_example_workflows_run(server, trained, file):
 def test_there_is_one_example_workflow_per_node():
     used = {node["type"] for file in WORKFLOWS for node in json.loads(file.read_text())["nodes"]}
     assert set(NODES) <= used
-    assert {file.stem for file in WORKFLOWS} == {"AGD Adapter Loader", "AGD Train"}
+    assert {file.stem for file in WORKFLOWS} == {"AGD Adapter Loader", "AGD Apply Adapter", "AGD Train"}

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from comfyui_agd.agd_core.comfyui.runtime import find_comfyui
 
 ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 180
+_TEXT_EVENT = 3
 
 
 class PromptError(Exception):
@@ -52,6 +54,7 @@ class Server:
         )
         self._wait()
         self.client = uuid.uuid4().hex
+        self.texts: dict[str, str] = {}
         self.socket = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}", timeout=300)
 
     def _wait(self) -> None:
@@ -95,6 +98,7 @@ class Server:
         while True:
             message = self.socket.recv()
             if isinstance(message, bytes):
+                self._remember_text(message)
                 continue
             event = json.loads(message)
             data = event.get("data", {})
@@ -104,6 +108,12 @@ class Server:
             if event["type"] == "executing" and data.get("node") is None:
                 return
             yield event
+
+    def _remember_text(self, message: bytes) -> None:
+        """What the editor shows on a node: event type, length of the node's id, the id, the text."""
+        kind, length = struct.unpack(">II", message[:8])
+        if kind == _TEXT_EVENT:
+            self.texts[message[8 : 8 + length].decode()] = message[8 + length :].decode()
 
     def run(self, prompt: dict) -> dict:
         """The outputs of a prompt by node. Raises `PromptError`."""

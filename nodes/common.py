@@ -1,0 +1,99 @@
+"""What the nodes share: the inputs of an adapter in use, the adapter as a value, messages on the node."""
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from comfy_api.v0_0_2 import io
+from server import PromptServer
+
+from ..agd_core.checkpoint import AdapterInfo
+from ..agd_core.comfyui.embedded import apply_adapter
+
+log = logging.getLogger(__name__)
+
+AdapterType = io.Custom("AGD_ADAPTER")
+
+
+class AdapterValue(NamedTuple):
+    """An adapter on its way between nodes. `source` is its name in messages."""
+
+    info: AdapterInfo
+    state: dict[str, torch.Tensor]
+    source: str
+
+
+def use_inputs() -> list[io.Input]:
+    """How an adapter is used: the inputs of every node that applies one, by `apply_adapter`'s names."""
+    return [
+        io.Float.Input(
+            "strength",
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.01,
+            tooltip="Multiplies what the adapter adds. 0 is the model without this node, cfg and all.",
+        ),
+        io.Float.Input(
+            "guidance_scale",
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            advanced=True,
+            tooltip=(
+                "The guidance scale (omega). 0 takes the sampler's own cfg. Set it where the sampler has no cfg, as "
+                "with BasicGuider."
+            ),
+        ),
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            advanced=True,
+            tooltip="Where in sampling the adapter begins. Before it the model runs as without this node.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            advanced=True,
+            tooltip="Where in sampling the adapter ends. After it the model runs as without this node.",
+        ),
+    ]
+
+
+def show_on_node(node_id: str, text: str) -> None:
+    if PromptServer.instance is not None:
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
+def notices(node_id: str) -> Callable[[str], None]:
+    """For `apply_adapter`'s `notify`: what the user should know goes to the log and, all of it, onto the node."""
+    said = []
+
+    def notify(message: str) -> None:
+        log.warning("AGD: %s", message)
+        said.append(message[0].upper() + message[1:])
+        show_on_node(node_id, "\n\n".join(said))
+
+    return notify
+
+
+def use_adapter(model, adapter: AdapterValue, node_id: str, *, guidance_scale: float, **settings):
+    """The patched clone of `model` for a node with `use_inputs`."""
+    return apply_adapter(
+        model,
+        adapter.info,
+        adapter.state,
+        source=adapter.source,
+        guidance_scale=guidance_scale or None,
+        notify=notices(node_id),
+        **settings,
+    )

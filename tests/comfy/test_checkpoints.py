@@ -1,0 +1,162 @@
+"""Full checkpoints of true size with random weights, loaded and sampled by ComfyUI's own nodes."""
+
+import ctypes
+import gc
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import folder_paths
+import nodes
+import pytest
+import torch
+from checkpoints import on_meta, write_checkpoint
+from comfy.cli_args import args
+from runtime import CFG, Prompts, latent, patched, rows_of
+
+from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core.checkpoint import AdapterFileError
+from comfyui_agd.agd_core.comfyui.sites import describe_base
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Base:
+    model: comfy.model_patcher.ModelPatcher
+    prompts: Prompts
+    vae: object
+
+    @torch.inference_mode()
+    def sample(self, model, *, cfg: float = CFG, steps: int = 2) -> torch.Tensor:
+        """KSampler's latent of a picture of 64 x 64 pixels; `model` is the base's own or a patched one."""
+        return nodes.KSampler().sample(
+            model, 7, steps, cfg, "euler", "normal", self.prompts.positive, self.prompts.negative,
+            latent(channels=4),
+        )[0]["samples"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Iterator[Path]:
+    """A folder that ComfyUI knows as its checkpoints folder."""
+    path = tmp_path_factory.mktemp("checkpoints")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(path)], {".safetensors"}))
+        yield path
+
+
+@pytest.fixture(scope="module")
+def sd15(folder) -> Iterator[Path]:
+    path = write_checkpoint(folder / "sd15.safetensors", "SD 1.5")
+    yield path
+    path.unlink()
+
+
+@contextmanager
+def loaded(file: Path) -> Iterator[Base]:
+    """As a workflow loads a checkpoint and encodes prompts with it; all memory is given back after."""
+    model, clip, vae = nodes.CheckpointLoaderSimple().load_checkpoint(file.name)
+    encode = nodes.CLIPTextEncode()
+    with torch.inference_mode():
+        prompts = Prompts(encode.encode(clip, "a photo of a red fox in the snow")[0], encode.encode(clip, "")[0])
+    base = Base(model, prompts, vae)
+    del model, clip, vae
+    try:
+        yield base
+    finally:
+        base.model = base.vae = None
+        comfy.model_management.unload_all_models()
+        gc.collect()
+        # Under `make`, glibc would keep what is freed.
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
+
+
+def check_sampling(base: Base, adapter: Path) -> None:
+    results = []
+
+    def run(model, **options):
+        results.append(base.sample(model, **options))
+
+    assert rows_of(base.model, run, steps=1) == [2]
+    assert rows_of(base.model, run, cfg=1.0) == [1, 1]
+    assert rows_of(patched(base.model, adapter), run) == [1, 1]
+    before, unguided, guided = results
+    assert all(torch.isfinite(result).all() for result in results)
+    assert not torch.equal(guided, unguided)
+    assert torch.equal(base.sample(base.model, steps=1), before)
+    with torch.inference_mode():
+        picture = nodes.VAEDecode().decode(base.vae, {"samples": guided})[0]
+    assert picture.shape == (1, 64, 64, 3)
+    assert torch.isfinite(picture).all()
+
+
+def test_sd15_samples_with_one_evaluation_per_step(sd15, save_adapter):
+    with loaded(sd15) as base:
+        assert (describe_base(base.model.model).family, len(describe_base(base.model.model).sites)) == ("SD15", 16)
+        check_sampling(base, save_adapter(base.model, hidden=128, encoder_width=128, prompt_tokens=77))
+
+
+@pytest.fixture(scope="module")
+def trained(sd15, tmp_path_factory) -> Path:
+    """An adapter that `agd train` made of the SD 1.5 checkpoint, in a process of its own."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "prompts.txt").write_text("a red fox\na blue bird\n")
+    settings = "--width 64 --height 64 --hidden 8 --encoder-width 8 --batch 1 --pool 1 --steps-min 2 --steps-max 2"
+    run = "from comfyui_agd.training.cli import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", run, "train", "--checkpoint", str(sd15), "--prompts", "prompts.txt"]
+    command += ["--output", "adapter.safetensors", "--iterations", "2", "--held-out", "0", *settings.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder / "adapter.safetensors"
+
+
+def test_agd_train_makes_an_adapter_of_a_checkpoint_file(trained):
+    info, adapter = checkpoint.load(trained)
+    assert info.base.describe() == "SD15 (EPS-prediction, 16 cross-attentions of width 320/640/1280, context 768)"
+    assert info.base.fingerprint
+    assert info.training["iterations"] == 2
+    assert all(layer.weight.any() for layer in adapter.last())
+
+
+def test_it_samples_another_checkpoint_of_that_structure(trained, folder):
+    file = write_checkpoint(folder / "sibling.safetensors", "SD 1.5", seed=1)
+    with loaded(file) as base:
+        file.unlink()
+        assert rows_of(patched(base.model, trained), base.sample) == [1, 1]
+
+
+def meta_patcher(name: str) -> comfy.model_patcher.ModelPatcher:
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.CoreModelPatcher(on_meta(name), load_device=cpu, offload_device=cpu)
+
+
+def test_it_loads_onto_inpainting_models_of_that_structure(trained):
+    assert patched(meta_patcher("SD 1.5 inpainting"), trained).get_nested_additional_models()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("SD 2.1", r"made for SD15 \(.* context 768\), but this model is SD20 \(.* context 1024\)\..*don't mix"),
+        ("SDXL", r"made for SD15 \(.* 16 cross-.*\), but this model is SDXL \(.* 70 cross-.*\)\. Sites that differ: "),
+    ],
+)
+def test_other_structures_refuse_it_naming_both(trained, name, message):
+    with pytest.raises(AdapterFileError, match=message):
+        patched(meta_patcher(name), trained)
+
+
+def test_sdxl_samples_with_one_evaluation_per_step(folder, save_adapter, monkeypatch):
+    # ComfyUI would compute in fp32 on a CPU: 10 GB. fp8 in the file, as some checkpoints have it, keeps that small too.
+    monkeypatch.setattr(args, "bf16_unet", True)
+    file = write_checkpoint(folder / "sdxl.safetensors", "SDXL", unet_dtype=torch.float8_e4m3fn)
+    with loaded(file) as base:
+        file.unlink()
+        assert (describe_base(base.model.model).family, len(describe_base(base.model.model).sites)) == ("SDXL", 70)
+        check_sampling(base, save_adapter(base.model, hidden=128, encoder_width=128, prompt_tokens=77))
