@@ -38,7 +38,7 @@ class TrainConfig:
     schedulers: tuple[str, ...] = option(("normal", "karras"), "ComfyUI's schedulers that trajectories follow")
     ancestral: float = option(0.5, "share of trajectories that add noise at each step, as ancestral samplers do")
     on_policy: float = option(0.0, "share of trajectories that follow the student instead of the teacher")
-    precision: str = option("base", "compute in the base's own dtype, or under bf16 autocast", PRECISIONS)
+    precision: str = option("base", "compute in the base's own dtype, or in bf16 where the device has it", PRECISIONS)
     seed: int = option(0, "seed of everything random")
     held_out: int = option(8, "prompts kept out of training to measure gap closed at the end; 0 measures nothing")
     save_every: int = option(250, "iterations between two saved states; 0 saves one on interrupt only")

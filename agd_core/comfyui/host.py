@@ -1,5 +1,6 @@
 """A ComfyUI MODEL and CLIP as the trainer sees them: conditions, noise levels, teacher and student evaluations."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,8 @@ from ..adapter import Adapter
 from .patch import Active, Step, register, take_part
 from .sites import describe_base, fingerprint
 
+log = logging.getLogger(__name__)
+
 
 def _without_inference_tensors(module: nn.Module) -> None:
     """Replace parameters that were made under `torch.inference_mode`, as ComfyUI's loader nodes make them.
@@ -28,6 +31,11 @@ def _without_inference_tensors(module: nn.Module) -> None:
         for name, parameter in child._parameters.items():
             if parameter is not None and parameter.is_inference():
                 child._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether bf16 is worth its rounding there: without AVX-512 an x86 CPU emulates it, a hundred times slower."""
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def load_checkpoint(path: Path):
@@ -42,12 +50,18 @@ class ComfyHost:
     """Implements `training.host.Host`. Conditions are dicts of ComfyUI's own COND objects, one dict per prompt."""
 
     def __init__(self, model: comfy.model_patcher.ModelPatcher, clip, *, autocast: torch.dtype | None = None):
-        """`autocast`: compute the evaluations in this dtype; None leaves the base as ComfyUI loaded it."""
+        """`autocast`: compute the evaluations in this dtype; None leaves the base as ComfyUI loaded it.
+
+        On a CPU that would only emulate bf16 the base's own precision is used instead, and the log says so.
+        """
         described = describe_base(model.model, model.get_model_object("model_sampling"))
         self.base = replace(described, fingerprint=fingerprint(model.model.diffusion_model))
         self.device = model.load_device
         self._model = model.clone()
         self._clip = clip
+        if autocast is torch.bfloat16 and not computes_bf16(self.device):
+            log.warning("AGD: this CPU can't compute in bf16, so the model's own precision is used, which is faster.")
+            autocast = None
         self._autocast = autocast
         self._options: dict = {}  # transformer_options with our hooks, which do nothing without a step
 

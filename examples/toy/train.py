@@ -1,6 +1,6 @@
 """Makes the toy's committed weights: `python -m comfyui_agd.examples.toy train vae base cooldown judge`.
 
-About an hour on two CPU cores, in bf16 autocast. Every stage is seeded and appends its figures to
+About an hour on two CPU cores, in bf16 autocast where the CPU has it. Every stage is seeded and appends its figures to
 `weights/training_log.json`; `measure.py` then measures the result and writes the model card.
 """
 
@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import trange
 
+from comfyui_agd.agd_core.comfyui.host import computes_bf16
+
 from . import model as toy
 from .autoencoder import Autoencoder
 from .judge import HEADS, IGNORE, Judge, answers, correct, prompt_accuracy
@@ -28,7 +30,7 @@ from .scenes import draw_scenes, render, training_caption
 
 SEED = 2503
 POOL, DROPOUT = 40_000, 0.12
-AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
+AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16, "enabled": computes_bf16(torch.device("cpu"))}
 
 
 def initialise(module: nn.Module) -> nn.Module:
