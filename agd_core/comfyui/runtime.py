@@ -2,14 +2,34 @@
 
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
+# The oldest release on which the tests pass (`make test-matrix`); pyproject's requires-comfyui says the same.
+OLDEST_COMFYUI = "0.16.3"
 _PACK = Path(__file__).resolve().parents[2]
 
 
 class ComfyUINotFound(RuntimeError):
     """There is no ComfyUI where one was looked for."""
+
+
+class ComfyUITooOld(ImportError):
+    """This pack needs a newer ComfyUI than the one that loads it."""
+
+
+def require_comfyui() -> None:
+    """Raise `ComfyUITooOld` inside a ComfyUI that is too old to use this pack. Outside of one this does nothing."""
+    try:
+        from comfyui_version import __version__ as found
+    except ImportError:
+        if "comfy" not in sys.modules:
+            return
+        found = "a release before versions"
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", found)
+    if numbers is None or tuple(map(int, numbers.groups())) < tuple(map(int, OLDEST_COMFYUI.split("."))):
+        raise ComfyUITooOld(f"AGD needs ComfyUI {OLDEST_COMFYUI} or newer, but this is {found}: update ComfyUI.")
 
 
 def _is_comfyui(folder: Path) -> bool:

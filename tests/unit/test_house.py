@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TORCH_ONLY = {"torch", "einops", "safetensors"}
 STANDARD = set(__import__("sys").stdlib_module_names)
-COMFYUI = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server"}
+COMFYUI = {"comfy", "comfyui_version", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server"}
 
 
 def imports(file: Path) -> set[str]:
