@@ -1,12 +1,11 @@
 """The pack as ComfyUI's users meet it: the real server, its API, its files."""
 
-import io
 import json
 
 import numpy as np
 import pytest
+from graphs import base_graph, pixels, with_adapter
 from live_server import ROOT, PromptError, Server, to_api
-from PIL import Image
 
 from comfyui_agd.agd_core import checkpoint
 
@@ -25,33 +24,6 @@ def server(tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("comfyui"))
     yield server
     server.close()
-
-
-def base_graph(*, cfg: float = 3.0, seed: int = 5, prompt: str = "a large red star on a white background") -> dict:
-    """Toy -> KSampler -> SaveImage; the MODEL of the sampler is node "model", output 0, unless replaced."""
-    return {
-        "toy": {"class_type": "AGDToyLoader", "inputs": {}},
-        "positive": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["toy", 1], "text": prompt}},
-        "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["toy", 1], "text": ""}},
-        "latent": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-        "sampler": {
-            "class_type": "KSampler",
-            "inputs": {
-                "model": ["toy", 0],
-                "positive": ["positive", 0],
-                "negative": ["negative", 0],
-                "latent_image": ["latent", 0],
-                "seed": seed,
-                "steps": 6,
-                "cfg": cfg,
-                "sampler_name": "euler",
-                "scheduler": "normal",
-                "denoise": 1.0,
-            },
-        },
-        "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sampler", 0], "vae": ["toy", 2]}},
-        "save": {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "test"}},
-    }
 
 
 def train_graph(name: str, iterations: int, **settings) -> dict:
@@ -77,19 +49,6 @@ def train_graph(name: str, iterations: int, **settings) -> dict:
         "train": {"class_type": "AGDTrain", "inputs": inputs},
         "plot": {"class_type": "PreviewImage", "inputs": {"images": ["train", 2]}},
     }
-
-
-def with_adapter(graph: dict, name: str, **settings) -> dict:
-    defaults = {"strength": 1.0, "guidance_scale": 0.0, "start_percent": 0.0, "end_percent": 1.0}
-    inputs = {"model": ["toy", 0], "adapter_name": name, **defaults, **settings}
-    graph = json.loads(json.dumps(graph))
-    graph["agd"] = {"class_type": "AGDAdapterLoader", "inputs": inputs}
-    graph["sampler"]["inputs"]["model"] = ["agd", 0]
-    return graph
-
-
-def pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 @pytest.fixture(scope="module")

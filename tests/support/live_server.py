@@ -28,10 +28,10 @@ class PromptError(Exception):
 
 
 class Server:
-    """ComfyUI in a folder of its own, with this pack and the toy pack linked into custom_nodes."""
+    """ComfyUI in a folder of its own, with this pack and the toy pack linked into custom_nodes. `flags` are its own."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, *flags: str):
+        self.folder, self.flags = folder, flags
         (folder / "custom_nodes").mkdir(parents=True)
         for name, source in (("a-renamed-agd", ROOT), ("agd_toy", ROOT / "examples" / "toy")):
             (folder / "custom_nodes" / name).symlink_to(source, target_is_directory=True)
@@ -44,6 +44,7 @@ class Server:
             self.port = free.getsockname()[1]
         command = [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(folder)]
         command += ["--extra-model-paths-config", str(paths), "--disable-auto-launch", "--disable-api-nodes"]
+        command += flags
         self.log = folder / "server.log"
         self.process = subprocess.Popen(
             command,

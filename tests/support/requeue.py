@@ -1,0 +1,99 @@
+"""What a user changes between one prompt in the queue and the next, and a session that reacts as ComfyUI's does."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    from comfyui_agd.agd_core.comfyui.runtime import find_comfyui
+
+    sys.path.insert(0, str(find_comfyui()))
+    settings, results, *flags = sys.argv[1:]
+    sys.argv[1:] = [*flags, "--disable-all-custom-nodes"]
+    import main  # noqa: F401  ComfyUI's own start, without its server: devices, VRAM state, dynamic VRAM
+
+import comfy.model_management
+import torch
+from runtime import TinyUNet, ksampler, patched, random_prompts, tiny
+from small import info_for, randomised
+
+from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.comfyui.sites import describe_base
+from comfyui_agd.examples.toy.model import load_unet
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`base`: the seed of a tiny model, or "toy"; `adapter`: a file, or None for a bypassed loader."""
+
+    base: int | str = 0
+    adapter: str | None = None
+    omega: float = 5.0
+    strength: float = 1.0
+    prompt: int = 0
+
+
+def load_base(name: int | str):
+    return load_unet() if name == "toy" else tiny(TinyUNet(), seed=name)
+
+
+def write_adapter(folder: Path, model, seed: int = 0, **config) -> str:
+    """An adapter file for `model` that visibly does something."""
+    info = info_for(describe_base(model.model), **{"hidden": 8, "encoder_width": 8, "prompt_tokens": 16, **config})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapter = randomised(Adapter(info.config), seed)
+    return str(checkpoint.save(folder / f"adapter_{seed}.safetensors", adapter, info))
+
+
+class Session:
+    """Keeps of the last prompt what the next one does not change, as ComfyUI's cache does."""
+
+    def __init__(self):
+        self.setting = self.base = self.model = None
+
+    def queue(self, setting: Setting) -> torch.Tensor:
+        last, self.setting = self.setting, setting
+        if last is None or last.base != setting.base:
+            self.base = self.model = None
+            self.base = load_base(setting.base)
+        if self.model is None or (last.adapter, last.strength) != (setting.adapter, setting.strength):
+            self.model = self.base
+            if setting.adapter is not None:
+                self.model = patched(self.base, setting.adapter, strength=setting.strength)
+        return ksampler(self.model, random_prompts(seed=setting.prompt), cfg=setting.omega)
+
+
+def loaded() -> dict[str, tuple[int, int]]:
+    """Bytes loaded and bytes counted of the models that ComfyUI has loaded now, by class."""
+    held = [loaded.model for loaded in comfy.model_management.current_loaded_models]
+    return {type(patcher.model).__name__: (patcher.loaded_size(), patcher.model_size()) for patcher in held}
+
+
+def sample_each(settings: list[Setting]) -> list[dict]:
+    results = []
+    for setting in settings:
+        session = Session()
+        picture = session.queue(setting)
+        # Once more with everything loaded already, as it is for the second prompt in a queue.
+        again = session.queue(setting)
+        results.append({"picture": picture, "again": again, "loaded": loaded()})
+        comfy.model_management.unload_all_models()
+    return results
+
+
+def from_scratch(settings: list[Setting], folder: Path, *flags: str) -> list[dict]:
+    """What `sample_each` gives in a ComfyUI started with `flags`, which has never sampled anything else."""
+    asked, results = folder / "settings.json", folder / "results.pt"
+    asked.write_text(json.dumps([asdict(setting) for setting in settings]))
+    ended = subprocess.run([sys.executable, __file__, asked, results, *flags], capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(f"Sampling with {' '.join(flags)} failed:\n{ended.stderr[-3000:]}")
+    return torch.load(results)
+
+
+if __name__ == "__main__":
+    torch.save(sample_each([Setting(**each) for each in json.loads(Path(settings).read_text())]), results)
