@@ -1,9 +1,12 @@
 """AGD for ComfyUI: guidance without the second pass. This file is ComfyUI's entry point and nothing else."""
 
-from .agd_core.comfyui.runtime import require_comfyui
+import sys
 
-# At import, because a ComfyUI that is too old may not know the entry point below.
-require_comfyui()
+if "comfy" in sys.modules:
+    # At import, because a ComfyUI that is too old may not know the entry point below.
+    from .agd_core.comfyui.runtime import require_comfyui
+
+    require_comfyui()
 
 WEB_DIRECTORY = "./web"
 

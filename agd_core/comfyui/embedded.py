@@ -12,7 +12,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..checkpoint import AdapterInfo, check_base
-from .patch import KEY, Active, Scrambled, Step, managed, register, take_part, without_compile
+from .patch import KEY, Active, Broken, Step, managed, register, take_part, without_compile
 from .sites import describe_base
 from .two_passes import who_needs_both
 
@@ -60,12 +60,13 @@ def _with_cfg(guider, cfg: float) -> Iterator[None]:
 class EmbeddedGuidance:
     """OUTER_SAMPLE wrapper: every sampling gets a `Sampling` of its own, so that nothing lasts longer than it does.
 
-    `notify` hears what the user should know, each sentence once.
+    `notify` hears what the user should know, each sentence once. `compiled`: a compiled model may run as it is.
     """
 
     uses: tuple[Use, ...]
     notify: Callable[[str], None] = say_in_log
     said: set[str] = field(default_factory=set)
+    compiled: bool = True
 
     def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs):
         # The guider's options are this sampling's own copy. Last in, so innermost: CFGOverride and the like, before
@@ -102,7 +103,6 @@ class Sampling:
 
     embedded: EmbeddedGuidance
     sampler: comfy.samplers.Sampler
-    compiled: bool = True
     looked: bool = False
     tensors: dict[float, torch.Tensor] = field(default_factory=dict)
 
@@ -168,14 +168,16 @@ class Sampling:
 
     def _one_pass(self, executor, x, timestep, model_options: dict, seed, step: Step) -> torch.Tensor:
         options = take_part(model_options.get("transformer_options", {}), step)
-        if self.compiled:
+        if self.embedded.compiled:
             try:
                 return executor(x, timestep, {**model_options, "transformer_options": options}, seed)
-            except Scrambled:
-                self.compiled = False
+            except Broken:
+                self.embedded.compiled = False
+                # What has just been compiled would run for the model without adapters, too.
+                torch.compiler.reset()
                 self.embedded.say(
-                    "torch.compile breaks this model's graph inside its blocks, where patches can't be compiled "
-                    "rightly; the model runs uncompiled with the adapter."
+                    "torch.compile breaks this model into several graphs, in which patches don't work rightly; with "
+                    "the adapter the model runs uncompiled."
                 )
         return executor(x, timestep, {**model_options, "transformer_options": without_compile(options)}, seed)
 

@@ -16,7 +16,7 @@ from comfy.patcher_extension import merge_nested_dicts
 from torch import nn
 
 from ..adapter import Adapter
-from .patch import Active, Step, register, take_part
+from .patch import Active, Step, register, take_part, without_compile
 from .sites import describe_base, fingerprint
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class ComfyHost:
         with torch.inference_mode(False), torch.enable_grad():
             comfy.model_management.load_models_gpu([self._model], force_full_load=True)
             _without_inference_tensors(self._model.model)
+            self._model.model.requires_grad_(False)  # ComfyUI itself freezes its models from 0.30 on
             self._model.pre_run()
             self._options = self._build_options()
             try:
@@ -115,7 +116,7 @@ class ComfyHost:
         options = comfy.model_patcher.create_model_options_clone(model.model_options)["transformer_options"]
         merge_nested_dicts(options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
         merge_nested_dicts(options.setdefault("callbacks", {}), model.callbacks, copy_dict1=False)
-        return options
+        return without_compile(options)
 
     def sigmas(self, scheduler: str, steps: int) -> torch.Tensor:
         """(steps + 1,) noise levels of one of ComfyUI's schedulers, the last one 0."""
@@ -128,7 +129,7 @@ class ComfyHost:
 
     def _evaluate(self, x: torch.Tensor, sigma: torch.Tensor, conditions: list[dict], options: dict) -> torch.Tensor:
         rows = [{k: cond.process_cond(batch_size=1, area=None) for k, cond in row.items()} for row in conditions]
-        conds = comfy.samplers.cond_cat(rows, device=self.device)
+        conds = comfy.samplers.cond_cat(rows)  # apply_model brings them to the device
         options = {
             **options,
             "cond_or_uncond": [0] * len(rows),

@@ -52,12 +52,18 @@ class Step:
         return [site.name for site in self.active[0].adapter.config.sites]
 
 
-class Scrambled(Exception):
-    """A compiled model ran other sites than an evaluation has.
+class Broken(Exception):
+    """torch.compile did not make one graph of the model with its adapters.
 
-    That is how torch.compile shows that it broke the graph inside a block: the guards on the block's name being
-    dropped, the code compiled for one block runs for others too. Whole graphs are right.
+    Inside a broken graph the guards on a block's name and on its patches are dropped: code compiled for one block runs
+    for others, and code compiled with adapters for the model without them. Whole graphs are right.
     """
+
+
+def _graph_breaks() -> int:
+    from torch._dynamo.utils import counters  # slow to import, but loaded where anything is compiled
+
+    return sum(counters["graph_break"].values())
 
 
 def is_compiled(transformer_options: dict) -> bool:
@@ -85,10 +91,12 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     step = transformer_options.get(KEY)
     if step is None:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    compiled = is_compiled(transformer_options)
+    before = _graph_breaks() if compiled else 0
     step.visited = []
     denoised = executor(x, t, c_concat, c_crossattn, control, transformer_options, **{**kwargs, KEY: step})
-    if is_compiled(transformer_options) and step.visited != step.sites():
-        raise Scrambled
+    if compiled and (step.visited != step.sites() or _graph_breaks() > before):
+        raise Broken
     return denoised
 
 

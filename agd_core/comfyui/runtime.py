@@ -15,17 +15,15 @@ class ComfyUINotFound(RuntimeError):
     """There is no ComfyUI where one was looked for."""
 
 
-class ComfyUITooOld(ImportError):
+class ComfyUITooOld(RuntimeError):
     """This pack needs a newer ComfyUI than the one that loads it."""
 
 
 def require_comfyui() -> None:
-    """Raise `ComfyUITooOld` inside a ComfyUI that is too old to use this pack. Outside of one this does nothing."""
+    """Raise `ComfyUITooOld` if the ComfyUI that is imported is too old to use this pack."""
     try:
         from comfyui_version import __version__ as found
     except ImportError:
-        if "comfy" not in sys.modules:
-            return
         found = "a release before versions"
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", found)
     if numbers is None or tuple(map(int, numbers.groups())) < tuple(map(int, OLDEST_COMFYUI.split("."))):
@@ -69,6 +67,7 @@ def use_comfyui(path: str | Path | None = None, *, cpu: bool = False) -> Path | 
     folder = find_comfyui(path)
     # First, so that ComfyUI's own `nodes` and `utils` win over anything else of that name.
     sys.path.insert(0, str(folder))
+    require_comfyui()
     import torch
     from comfy.cli_args import args
 

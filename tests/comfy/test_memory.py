@@ -18,7 +18,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from requeue import Session, Setting, from_scratch, write_adapter
-from runtime import CFG, STEPS, TinyUNet, custom_sampler, ksampler, patched, random_prompts, tiny
+from runtime import CFG, STEPS, TinyUNet, custom_sampler, is_from, ksampler, patched, random_prompts, tiny
 
 from comfyui_agd.agd_core import checkpoint
 from comfyui_agd.agd_core.adapter import Adapter, Prepared
@@ -180,7 +180,9 @@ def test_a_part_is_loaded_where_there_is_room_for_a_part(base, tmp_path, prompts
     assert torch.equal(ksampler(model, prompts), expected)
     ((loaded, counted),) = loaded_adapters()
     assert counted == size
-    assert 0 < loaded <= share * size
+    assert loaded <= share * size
+    if is_from("0.26.0"):  # older ones load a set of models, in any order: the base may take all the room
+        assert loaded > 0
     # From now on the two models compete for the card.
     assert torch.equal(ksampler(model, prompts), expected)
     assert torch.equal(ksampler(model, prompts), expected)

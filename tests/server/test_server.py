@@ -41,7 +41,7 @@ def train_graph(name: str, iterations: int, **settings) -> dict:
         "hidden": 32,
         "seed": 0,
         "negative": "",
-        "precision": "bf16",
+        "precision": "base",
         **settings,
     }
     return {

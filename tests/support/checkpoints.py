@@ -140,7 +140,8 @@ def detect(state: dict[str, torch.Tensor]) -> comfy.supported_models_base.BASE:
 def on_meta(name: str) -> comfy.model_base.BaseModel:
     """The model that ComfyUI makes of such a checkpoint, on the meta device."""
     state = names_and_shapes(name)
-    return detect(state).get_model(state, _UNET, device="meta")
+    with torch.no_grad():  # Stable Zero123 fills a layer in place
+        return detect(state).get_model(state, _UNET, device="meta")
 
 
 def _whole(name: str) -> dict[str, torch.Tensor]:
@@ -183,6 +184,20 @@ class RandomWeights:
             yield piece
             left -= len(piece)
             self.start = (self.start + len(piece)) % len(block)
+
+
+def random_model(name: str, dtype: torch.dtype, device: torch.device) -> comfy.model_base.BaseModel:
+    """The model that ComfyUI would make of such a checkpoint with random weights, without the file."""
+    state, weights = names_and_shapes(name), RandomWeights(0)
+    config = detect(state)
+    config.set_inference_dtype(dtype, None)
+    model = config.get_model(state, _UNET, device=device)
+    for key, parameter in model.diffusion_model.named_parameters():
+        flat = parameter.data.view(-1)
+        for piece in weights.pieces(key, parameter.shape, dtype):
+            flat[: len(piece)] = piece.to(device)
+            flat = flat[len(piece) :]
+    return model
 
 
 _DTYPES = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}

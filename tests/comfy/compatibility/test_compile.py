@@ -1,0 +1,60 @@
+"""Core's TorchCompileModel, in processes of their own: the attention is chosen before ComfyUI is imported."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runtime import STEPS
+from workflows import ROWS
+
+SCRIPT = Path(__file__).resolve().parents[2] / "support" / "compiled.py"
+(ROW,) = [row for row in ROWS if row.what.startswith("torch.compile")]
+UNGUIDED = ("the base", "cfg 1", "bypassed")  # cases whose picture is the base's own
+COSTS = {"the base": ROW.without, "cfg 1": 1, "bypassed": ROW.without}
+COSTS |= dict.fromkeys(("an adapter", "another omega", "another adapter"), ROW.with_agd)
+COSTS |= {"the loader after the compile node": ROW.with_agd}
+
+
+def sample_compiled(attention: str, backend: str, folder: Path, *cases: str) -> dict:
+    command = [sys.executable, str(SCRIPT), attention, backend, str(folder), *cases]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    for name, case in report["cases"].items():
+        assert case["error"] < 1e-4, name
+        assert (case["from_base"] < 1e-4) == (name in UNGUIDED), name
+    return report
+
+
+def costs(report: dict) -> dict[str, float]:
+    return {name: case["evaluations"] for name, case in report["cases"].items()}
+
+
+# What matters happens before a model reaches the compiler's backend, so the one that does nothing is enough here.
+
+
+@pytest.mark.slow
+def test_a_model_that_is_one_graph_stays_right_whatever_changes(tmp_path):
+    report = sample_compiled("pytorch", "eager", tmp_path)
+    assert costs(report) == COSTS
+    assert report["said"] == []
+
+
+@pytest.mark.slow
+def test_a_model_that_breaks_into_several_graphs_runs_uncompiled_and_says_so(tmp_path):
+    report = sample_compiled("sub-quadratic", "eager", tmp_path)
+    # Each patched MODEL finds out once, at the first step of its first sampling.
+    first = ("an adapter", "another adapter", "the loader after the compile node")
+    assert costs(report) == COSTS | {name: COSTS[name] + 1 / STEPS for name in first}
+    assert len(report["said"]) == len(first)
+    assert all(message.startswith("torch.compile breaks this model into several graphs") for message in report["said"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_the_nodes_own_backend(tmp_path):
+    report = sample_compiled("pytorch", "inductor", tmp_path, "an adapter", "another omega")
+    assert costs(report) == {name: COSTS[name] for name in ("an adapter", "another omega")}

@@ -1,0 +1,65 @@
+"""Every row of docs/compatibility.md in the real runtime: what it costs, and whose picture it is."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from runtime import ksampler, patched, since
+from workflows import AROUND, PROMPTS, ROWS, Row, Watch, no_agd
+
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "compatibility.md"
+
+
+@pytest.fixture(scope="module")
+def plain(base):
+    return ksampler(base, PROMPTS, steps=1)
+
+
+def evaluate(row: Row, variant: str, base, agd) -> tuple[torch.Tensor, float]:
+    """The sampled latent, and the evaluations that one prediction took."""
+    watch = Watch()
+    with torch.inference_mode():
+        sampled = row.run(lambda model, **options: watch(agd(model, **options)), base, variant)
+    return sampled, watch.evaluations
+
+
+def cases():
+    for row in ROWS:
+        for variant in row.variants[:1] if row.variants == AROUND else row.variants:
+            yield pytest.param(row, variant, id=f"{row.what}-{variant}" if variant else row.what)
+
+
+@pytest.mark.parametrize(("row", "variant"), cases())
+def test_row(base, file, new, plain, row, variant):
+    if row.since:
+        since(row.since)
+    said = []
+    agd = partial(patched, file=file, notify=said.append)
+    without, evaluations = evaluate(row, variant, base, no_agd)
+    assert evaluations == pytest.approx(row.without)
+    with_agd, evaluations = evaluate(row, variant, base, agd)
+    assert evaluations == pytest.approx(row.with_agd)
+    assert torch.isfinite(with_agd).all()
+    if row.aside or row.as_base:
+        assert torch.equal(with_agd, without)
+    else:
+        unguided, _ = evaluate(row, variant, base, partial(patched, file=new))
+        assert not torch.equal(with_agd, unguided)
+    if row.variants == AROUND:
+        assert torch.equal(evaluate(row, "after", base, partial(patched, file=file))[0], with_agd)
+    expected = [f"{row.aside.format(variant)} needs the unconditional prediction"] if row.aside else []
+    assert [message.partition(", so")[0] for message in said] == expected
+    assert torch.equal(ksampler(base, PROMPTS, steps=1), plain)
+
+
+def table() -> dict[str, tuple[float, float]]:
+    """Evaluations without and with AGD for each row of the documentation's table."""
+    rows = [line.strip("| ") for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    cells = [re.split(r"\s*\|\s*", row) for row in rows[2:]]
+    return {what: (float(without), float(with_agd)) for what, without, with_agd, *_ in cells}
+
+
+def test_the_documented_table_is_what_is_tested():
+    assert table() == {row.what: (row.without, row.with_agd) for row in ROWS}
