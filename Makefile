@@ -8,12 +8,13 @@ export MALLOC_TRIM_THRESHOLD_ = 4000000000
 # The other releases of ComfyUI that the runtime part of the tests must pass on; the oldest is requires-comfyui.
 MATRIX := 0.16.3 0.18.2 0.26.0
 
-.PHONY: help setup demo test test-matrix lint toy
+.PHONY: help setup demo test test-matrix bench lint toy
 
 help:
 	@echo "make demo          distil the toy model's guidance and sample it through ComfyUI: demo_out/"
 	@echo "make test          the whole test suite, real ComfyUI runtime and server included"
 	@echo "make test-matrix   its runtime part on older ComfyUI releases: $(MATRIX)"
+	@echo "make bench         what a step costs, unguided, with CFG and with AGD, at true sizes (20 minutes)"
 	@echo "make lint          ruff, check and format"
 	@echo "make toy           train the toy model's committed weights again (about an hour)"
 
@@ -34,6 +35,9 @@ test-matrix:
 	  then passed="$$passed $$release"; else failed="$$failed $$release"; fi; \
 	done; \
 	echo "ComfyUI releases that passed:$${passed:- none}; that failed:$${failed:- none}"; test -z "$$failed"
+
+bench: setup
+	@$(BIN)/python benchmarks/inference.py
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -35,21 +35,24 @@ PAPER = {"gain": False, "omega_embedding": "fourier", "shared_encoder": False}
 ADAPTERS = {"agd": {}, "paper-128": {**PAPER, "hidden": 128}, "paper-320": {**PAPER, "hidden": 320}}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OMEGA = 7.0
+STEPS_INSIDE = 2
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model at a picture size, and how many rounds are measured."""
+    """A model at a picture size, how many rounds are measured, and whether people sample at larger sizes."""
 
     model: str
     pixels: int
     rounds: int
     pooled: int = 768
+    reduced: bool = False
 
 
-FULL = {"cpu": [Case("SD 1.5", 512, 12), Case("SDXL", 512, 5, 1280)]}
+FULL = {"cpu": [Case("SD 1.5", 512, 6), Case("SDXL", 256, 6, 1280, reduced=True)]}
 FULL["cuda"] = [Case("SD 1.5", 512, 40), Case("SDXL", 1024, 40, 1280)]
-QUICK = {"cpu": [Case("SD 1.5", 256, 7)], "cuda": [Case("SD 1.5", 512, 10), Case("SDXL", 1024, 10, 1280)]}
+QUICK = {"cpu": [Case("SD 1.5", 256, 5, reduced=True)]}
+QUICK["cuda"] = [Case("SD 1.5", 512, 10), Case("SDXL", 1024, 10, 1280)]
 
 
 @dataclass
@@ -231,18 +234,18 @@ def look_inside(methods: list[Method], device: torch.device, clock: Clock, compi
         found["flops_per_step"] = flops.get_total_flops()
         if method.adapter is not None:
             with Doors(method.adapter, clock) as doors:
-                spent = sum(method.sampling(3))
+                spent = sum(method.sampling(STEPS_INSIDE))
             weights = sum(parameter.nbytes for parameter in method.adapter.parameters())
-            found |= {"inside": doors.seconds() / spent, "floor_bytes": weights + doors.moved // 3}
+            found |= {"inside": doors.seconds() / spent, "floor_bytes": weights + doors.moved // STEPS_INSIDE}
 
 
 def measure(methods: list[Method], rounds: int) -> None:
     for method in methods:
-        method.sampling(2)  # loading, autotuning, compiling
+        method.sampling(1)  # loading, autotuning, compiling
     for done in range(rounds):
         for method in methods:
-            method.seconds += method.sampling(2)[1:]  # the first one follows another method's weights and caches
-        print(f"  round {done + 1} of {rounds}", end="\r", flush=True)
+            method.seconds += method.sampling(1)
+        print(f"  round {done + 1} of {rounds}", flush=True)
 
 
 def rows_of(case: Case, dtype: str, device: str, compiled: bool, methods: list[Method]) -> list[dict]:
@@ -256,6 +259,7 @@ def rows_of(case: Case, dtype: str, device: str, compiled: bool, methods: list[M
         row = {
             "model": case.model,
             "size": f"{case.pixels}x{case.pixels}",
+            "reduced": case.reduced,
             "device": device,
             "dtype": dtype,
             "compiled": compiled,
@@ -287,10 +291,18 @@ def print_table(rows: list[dict]) -> None:
               f"{inside} {floor} {moved}")  # fmt: skip
 
 
+def default_dtypes(device: torch.device) -> list[str]:
+    from comfyui_agd.agd_core.comfyui.host import computes_bf16
+
+    if device.type == "cuda":
+        return ["fp16", "bf16"]
+    return ["bf16" if computes_bf16(device) else "fp32"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bf16 on a CPU, fp16 and bf16 on a GPU")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: what the device computes fast")
     parser.add_argument("--model", choices=("SD 1.5", "SDXL"), help="only this one")
     parser.add_argument("--rounds", type=int, help="instead of each case's own number")
     parser.add_argument("--compile", action="store_true", help="through ComfyUI's TorchCompileModel")
@@ -304,9 +316,10 @@ def main() -> None:
     for case in (QUICK if args.quick else FULL)[args.device]:
         if args.model not in (None, case.model):
             continue
-        for dtype in args.dtype or (["bf16"] if args.device == "cpu" else ["fp16", "bf16"]):
-            print(f"\n{case.model} at {case.pixels}x{case.pixels}, {dtype}, {name}, {torch.get_num_threads()} threads"
-                  f"{', compiled' if args.compile else ''}", flush=True)  # fmt: skip
+        for dtype in args.dtype or default_dtypes(device):
+            notes = [name, f"{torch.get_num_threads()} threads", dtype]
+            notes += ["smaller than people sample at"] * case.reduced + ["compiled"] * args.compile
+            print(f"\n{case.model} at {case.pixels}x{case.pixels} ({', '.join(notes)})", flush=True)
             methods = make_methods(case, DTYPES[dtype], device, args.compile, clock)
             measure(methods, args.rounds or case.rounds)
             look_inside(methods, device, clock, args.compile)

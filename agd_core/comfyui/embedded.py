@@ -44,7 +44,8 @@ class Use:
     def covers(self, timestep: torch.Tensor) -> bool:
         if self.sigma_start == math.inf and self.sigma_end == 0.0:
             return True  # the usual case, without reading a value back from the device
-        return self.sigma_end <= float(timestep.flatten()[0]) <= self.sigma_start
+        # The end is not part of it, so that of two uses that meet there one takes the step.
+        return self.sigma_end < float(timestep.flatten()[0]) <= self.sigma_start
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Writes adapter.safetensors, comparison.png, loss.png and report.json, and prints
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -28,6 +29,9 @@ from .scenes import IMAGE_SIZE, draw_scenes
 PROMPTS, HELD_OUT = 2000, 32  # captions to train with, captions to measure the gap with
 _PROMPTS_SEED, _GAP_SEED, _CAPTIONS_SEED, _NOISE_SEED = 3, 29, 31, 50_000
 _SHOWN = 10
+ITERATIONS, CAPTIONS = 1500, 512
+# The demo ends within ten minutes on two CPU cores; all of it takes as long as this many iterations of its training.
+_SECONDS, _ALL_IN_ITERATIONS = 510, 2900
 
 
 def training_config(iterations: int, omega_max: float) -> TrainConfig:
@@ -66,6 +70,16 @@ def distil(parts: Toy, config: TrainConfig, omegas: list[float]) -> tuple[Traine
     return trained, gap, seconds
 
 
+def share_that_fits(parts: Toy) -> float:
+    """How much of the demo, at most all of it, this machine does in time; told by a few iterations of a trial."""
+    config, moments = dataclasses.replace(training_config(8, 6.0), pool=1), []
+    host = ComfyHost(parts.model, parts.clip, autocast=config.autocast)
+    captions = captions_of(draw_scenes(16, 0, held=False))
+    train(host, captions, config, Callbacks(lambda progress: moments.append(time.monotonic())))
+    per_iteration = (moments[-1] - moments[-6]) / 5
+    return min(1.0, _SECONDS / (_ALL_IN_ITERATIONS * per_iteration))
+
+
 def warm_up(parts: Toy, models: list, omega: float) -> None:
     """The first pictures of a process pay for loading; no method should."""
     for model in models:
@@ -75,21 +89,25 @@ def warm_up(parts: Toy, models: list, omega: float) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the results")
-    parser.add_argument("--iterations", type=int, default=1500, help="of training")
-    parser.add_argument("--captions", type=int, default=512, help="pictures per method and omega")
+    parser.add_argument("--iterations", type=int, help=f"of training; default: {ITERATIONS}, or what fits into time")
+    parser.add_argument("--captions", type=int, help=f"pictures per method and omega; default: {CAPTIONS}, likewise")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     parts, best = Toy.load(), omega_star()
     omegas = [(1 + best) / 2, best, 2 * best - 1]
     print(f"Distilling the toy's guidance (omega* = {best:g}) from {PROMPTS} captions, no pictures.", flush=True)
-    trained, gap, seconds = distil(parts, training_config(args.iterations, 2 * best), omegas)
+    share = 1.0 if args.iterations and args.captions else share_that_fits(parts)
+    if share < 1:
+        print(f"This machine is slow: {share:.0%} of the training and of the pictures, to be done in time.", flush=True)
+    iterations, captions = args.iterations or round(share * ITERATIONS), args.captions or round(share * CAPTIONS)
+    trained, gap, seconds = distil(parts, training_config(iterations, 2 * best), omegas)
     file = checkpoint.save(args.out / "adapter.safetensors", trained.adapter, trained.info)
     loss_plot(trained.losses).save(args.out / "loss.png")
 
     # From here on as a user would: the adapter comes from its file, pictures from ComfyUI's KSampler.
     base, base_rows = counted(parts.model)
     agd, agd_rows = counted(apply_adapter(parts.model, *checkpoint.load_state(file), source=str(file)))
-    scenes, captions = held_out_captions(args.captions, _CAPTIONS_SEED)
+    scenes, captions = held_out_captions(captions, _CAPTIONS_SEED)
     prompts, jury, results, rows = encode(parts.clip, captions), Jury(), {}, []
     warm_up(parts, [base, agd], best)
     settings = [("unguided", base, base_rows, 1.0)]
