@@ -192,32 +192,47 @@ def peak_bytes(method: Method, device: torch.device) -> int | None:
 
 
 class Doors:
-    """Wraps an adapter's `prepare` and `add` for some steps: seconds spent inside, bytes moved at its sites."""
+    """Wraps an adapter's `prepare` and `add`, and its layers, for some steps: seconds inside, bytes moved at sites."""
 
     def __init__(self, adapter: torch.nn.Module, clock: Clock):
-        self.adapter, self.clock, self.moments, self.moved = adapter, clock, [], 0
+        self.adapter, self.clock, self.moved = adapter, clock, 0
+        sites = adapter.sites
+        groups = {"encoder": adapter.encoders, "to_kv": [sites.to_kv]}
+        groups |= {"to_q": sites.to_q.values(), "to_out": sites.to_out.values()}
+        self.calls = [(adapter, "prepare", "doors"), (adapter, "add", "doors")]
+        self.calls += [(layer, "forward", name) for name, layers in groups.items() for layer in layers]
+        self.moments: dict[str, list] = {name: [] for name in ("doors", *groups)}
 
     def __enter__(self):
-        for name in ("prepare", "add"):
-            setattr(self.adapter, name, self._timed(getattr(self.adapter, name)))
+        for owner, method, name in self.calls:
+            setattr(owner, method, self._timed(getattr(owner, method), self.moments[name], counts=method == "add"))
         return self
 
     def __exit__(self, *_):
-        del self.adapter.prepare, self.adapter.add
+        for owner, method, _ in self.calls:
+            delattr(owner, method)
 
-    def _timed(self, function):
+    def _timed(self, function, moments: list, counts: bool):
         def timed(*args, **kwargs):
             start = self.clock.moment()
             result = function(*args, **kwargs)
-            self.moments.append((start, self.clock.moment()))
-            if isinstance(result, torch.Tensor):  # of add: its sum, the attention's output and the site's input
+            moments.append((start, self.clock.moment()))
+            if counts:  # the sum, the attention's output and the site's input
                 self.moved += 3 * result.nbytes
             return result
 
         return timed
 
     def seconds(self) -> float:
-        return sum(self.clock.between(*pair) for pair in self.moments)
+        return self._total("doors")
+
+    def shares(self) -> dict[str, float]:
+        """Of the seconds inside: by layer, and what is left for the attention, reshaping and adding up."""
+        shares = {name: self._total(name) / self.seconds() for name in self.moments if name != "doors"}
+        return shares | {"attention and adding": 1 - sum(shares.values())}
+
+    def _total(self, name: str) -> float:
+        return sum(self.clock.between(*pair) for pair in self.moments[name])
 
 
 def look_inside(methods: list[Method], device: torch.device, clock: Clock, compiled: bool) -> None:
@@ -236,7 +251,8 @@ def look_inside(methods: list[Method], device: torch.device, clock: Clock, compi
             with Doors(method.adapter, clock) as doors:
                 spent = sum(method.sampling(STEPS_INSIDE))
             weights = sum(parameter.nbytes for parameter in method.adapter.parameters())
-            found |= {"inside": doors.seconds() / spent, "floor_bytes": weights + doors.moved // STEPS_INSIDE}
+            found |= {"inside": doors.seconds() / spent, "inside_shares": doors.shares()}
+            found["floor_bytes"] = weights + doors.moved // STEPS_INSIDE
 
 
 def measure(methods: list[Method], rounds: int) -> None:
@@ -291,6 +307,13 @@ def print_table(rows: list[dict]) -> None:
               f"{inside} {floor} {moved}")  # fmt: skip
 
 
+def print_shares(rows: list[dict]) -> None:
+    for row in rows:
+        if "inside_shares" in row:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in row["inside_shares"].items())
+            print(f"inside {row['method']}: {shares}")
+
+
 def default_dtypes(device: torch.device) -> list[str]:
     from comfyui_agd.agd_core.comfyui.host import computes_bf16
 
@@ -325,6 +348,7 @@ def main() -> None:
             look_inside(methods, device, clock, args.compile)
             rows += rows_of(case, dtype, args.device, args.compile, methods)
             print_table(rows[-len(methods) :])
+            print_shares(rows[-len(methods) :])
             del methods
             release_memory()
             if args.json:
