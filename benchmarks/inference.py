@@ -195,7 +195,7 @@ class Doors:
     """Wraps an adapter's `prepare` and `add`, and its layers, for some steps: seconds inside, bytes moved at sites."""
 
     def __init__(self, adapter: torch.nn.Module, clock: Clock):
-        self.adapter, self.clock, self.moved = adapter, clock, 0
+        self.clock, self.moved = clock, 0
         sites = adapter.sites
         groups = {"encoder": adapter.encoders, "to_kv": [sites.to_kv]}
         groups |= {"to_q": sites.to_q.values(), "to_out": sites.to_out.values()}
