@@ -20,6 +20,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 from .config import AdapterConfig
+from .mixed_precision import MixedPrecision
 
 # Attention heads of an adapter; up to H = 512 each stays within the 128 channels of fused attention kernels.
 HEADS = 4
@@ -148,7 +149,7 @@ class Prepared:
 
 
 class Adapter(nn.Module):
-    """All sites of one base. `operations` are the layer classes: `torch.nn`, or ComfyUI's `comfy.ops`."""
+    """All sites of one base. `operations` are the layers' classes: torch's, `MixedPrecision` or ComfyUI's."""
 
     def __init__(self, config: AdapterConfig, operations=nn):
         super().__init__()
@@ -159,7 +160,7 @@ class Adapter(nn.Module):
         # Not trained: the mean prompt token of the unconditional, to tell another negative prompt from it.
         self.register_buffer("unconditional", torch.zeros(config.context_dim))
         self._index = {site.name: index for index, site in enumerate(config.sites)}
-        if operations is nn:  # comfy.ops layers hold nothing yet and are only ever loaded into
+        if operations in (nn, MixedPrecision):  # comfy.ops layers hold nothing yet and are only ever loaded into
             zero_init(self.sites.to_out)
 
     def prepare(

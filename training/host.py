@@ -5,11 +5,19 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
 from ..agd_core.adapter import Adapter
-from ..agd_core.config import BaseInfo
+from ..agd_core.config import AdapterConfig, BaseInfo
 
-Condition = Any  # one encoded prompt, opaque to the trainer
+Prompt = Any  # one encoded prompt, opaque to the trainer
+
+
+class Costs(Protocol):
+    """What one evaluation takes: bytes at its peak above what was there before, and floating-point operations."""
+
+    peak_bytes: int
+    flops: int
 
 
 class Host(Protocol):
@@ -17,26 +25,49 @@ class Host(Protocol):
 
     base: BaseInfo
     device: torch.device
+    computes_in: torch.dtype
+    teacher: dict  # what else than the base's own weights the teacher is made of: LoRAs and other patches
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]: ...
 
-    def encode(self, prompts: list[str], shape: tuple[int, int, int], kind: str = ...) -> list[Condition]: ...
+    def check_schedulers(self, names: Sequence[str]) -> None: ...
 
-    def context(self, condition: Condition) -> torch.Tensor: ...
+    def encode(self, prompts: list[str], kind: str = ...) -> list[Prompt]: ...
 
-    def session(self) -> AbstractContextManager[None]: ...
+    def release_text_encoder(self) -> None: ...
+
+    def context(self, prompt: Prompt) -> torch.Tensor: ...
+
+    def session(self, *, checkpointing: bool = ..., memory: int = ...) -> AbstractContextManager[None]: ...
 
     def sigmas(self, scheduler: str, steps: int) -> torch.Tensor: ...
 
     def start(self, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor: ...
 
-    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, conditions: Sequence[Condition]) -> torch.Tensor: ...
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor: ...
 
     def student(
-        self,
-        adapter: Adapter,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        conditions: Sequence[Condition],
-        omega: torch.Tensor,
+        self, adapter: Adapter, x: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[Prompt], omega: torch.Tensor
     ) -> torch.Tensor: ...
+
+    def picture(self, latent: torch.Tensor) -> Image.Image: ...
+
+    def out_of_memory(self, error: BaseException) -> bool: ...
+
+    def free_unused_memory(self) -> None: ...
+
+    def memory_used(self) -> int: ...
+
+    def memory_free(self) -> int | None: ...
+
+    def base_bytes(self) -> int: ...
+
+    def largest_block_bytes(self) -> int: ...
+
+    def trace_student(
+        self, config: AdapterConfig, shape: tuple[int, int, int], rows: int, checkpointing: bool
+    ) -> Costs: ...
+
+    def trace_teacher(self, shape: tuple[int, int, int], rows: int) -> Costs: ...
+
+    def matmul_rate(self) -> float: ...

@@ -23,7 +23,7 @@ from .sites import site_name
 
 # Under this name ComfyUI keeps our wrappers and additional models, and transformer_options what the hooks pass on.
 KEY = "agd"
-_PREPARED = "agd_prepared"
+PREPARED = "agd_prepared"
 _INPUT = "agd_input"
 _COMPILE = "torch.compile"  # ComfyUI's key of what its compile nodes register
 
@@ -108,13 +108,13 @@ def diffusion_model(executor, x, timesteps, context=None, y=None, control=None, 
             (a.adapter, a.adapter.prepare(a.omega, timesteps, context, dtype=x.dtype, strength=a.strength))
             for a in step.active
         ]
-        transformer_options = {**transformer_options, _PREPARED: (step, prepared)}
+        transformer_options = {**transformer_options, PREPARED: (step, prepared)}
     return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
 
 def remember_input(n, context, value, extra_options):
     """attn2_patch: n (b, tokens, w) is norm2's output, context (b, m, d)."""
-    if _PREPARED in extra_options:
+    if PREPARED in extra_options:
         # A dict of this block's evaluation alone: nothing outlives it.
         extra_options[_INPUT] = (n, context)
     return n, context, value
@@ -125,7 +125,7 @@ def add_residual(out, extra_options):
     remembered = extra_options.pop(_INPUT, None)
     if remembered is None:
         return out
-    step, prepared = extra_options[_PREPARED]
+    step, prepared = extra_options[PREPARED]
     name = site_name(extra_options["block"], extra_options["block_index"])
     step.visited.append(name)
     for adapter, shared in prepared:

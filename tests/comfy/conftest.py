@@ -1,5 +1,6 @@
 """The real ComfyUI runtime on the CPU, with the toy and with tiny random models."""
 
+import comfy.model_management as mm
 import nodes
 import pytest
 import torch
@@ -35,3 +36,25 @@ def save_adapter(tmp_path_factory):
         return checkpoint.save(tmp_path_factory.mktemp("adapters") / "random.safetensors", adapter, info)
 
     return save
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Lets ComfyUI take the CPU for a card of so many bytes that holds `model` alone, and decide what to load."""
+
+    def have(memory: int, model, state: mm.VRAMState = mm.VRAMState.NORMAL_VRAM) -> None:
+        real, patchers = mm.get_free_memory, [model, *model.get_nested_additional_models()]
+
+        def free(device=None, torch_free_too=False):
+            # Attention asks with `torch_free_too`, and cuts its work to that size.
+            loaded = sum(patcher.loaded_size() for patcher in patchers)
+            return real(device, True) if torch_free_too else max(0, memory - loaded)
+
+        monkeypatch.setattr(mm, "get_free_memory", free)
+        monkeypatch.setattr(mm, "vram_state", state)
+        monkeypatch.setattr(mm, "is_device_cpu", lambda device: False)
+        monkeypatch.setattr(mm, "minimum_inference_memory", lambda: 0)
+        monkeypatch.setattr(mm, "EXTRA_RESERVED_VRAM", 0)
+        monkeypatch.setattr(mm, "MIN_WEIGHT_MEMORY_RATIO", 1.0)
+
+    return have

@@ -18,7 +18,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from requeue import Session, Setting, from_scratch, write_adapter
-from runtime import CFG, STEPS, TinyUNet, custom_sampler, is_from, ksampler, patched, random_prompts, tiny
+from runtime import CFG, STEPS, TinyUNet, custom_sampler, in_dtype, is_from, ksampler, patched, random_prompts, tiny
 
 from comfyui_agd.agd_core import checkpoint
 from comfyui_agd.agd_core.adapter import Adapter, Prepared
@@ -122,11 +122,7 @@ def test_the_adapter_is_unloaded_with_the_rest_and_comes_back(base, file, prompt
     ],
 )
 def test_the_adapter_is_held_in_the_dtype_that_the_model_computes_in(base, file, prompts, stored, compute):
-    config = TinyUNet()
-    config.set_inference_dtype(stored, compute)
-    lean = comfy.model_patcher.CoreModelPatcher(config.get_model({}), load_device=CPU, offload_device=CPU)
-    lean.model.diffusion_model.load_state_dict(base.model.diffusion_model.state_dict())
-    model = patched(lean, file)
+    model = patched(in_dtype(base, TinyUNet, stored, compute), file)
     assert torch.isfinite(ksampler(model, prompts)).all()
     assert {p.dtype for p in patcher_of(model).model.parameters()} == {compute or stored}
     assert loaded_adapters() == [(weights_of(file) // 2,) * 2]
@@ -136,28 +132,6 @@ def test_the_adapter_is_held_in_the_dtype_that_the_model_computes_in(base, file,
 
 # Sizes that leave no layer far larger than the others: ComfyUI keeps room for the largest that is not loaded.
 EVEN = {"hidden": 16, "encoder_width": 128}
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """Lets ComfyUI take the CPU for a card of so many bytes that holds `model` alone, and decide what to load."""
-
-    def have(memory: int, model, state: mm.VRAMState = mm.VRAMState.NORMAL_VRAM) -> None:
-        real, patchers = mm.get_free_memory, [model, *model.get_nested_additional_models()]
-
-        def free(device=None, torch_free_too=False):
-            # Attention asks with `torch_free_too`, and cuts its work to that size.
-            loaded = sum(patcher.loaded_size() for patcher in patchers)
-            return real(device, True) if torch_free_too else max(0, memory - loaded)
-
-        monkeypatch.setattr(mm, "get_free_memory", free)
-        monkeypatch.setattr(mm, "vram_state", state)
-        monkeypatch.setattr(mm, "is_device_cpu", lambda device: False)
-        monkeypatch.setattr(mm, "minimum_inference_memory", lambda: 0)
-        monkeypatch.setattr(mm, "EXTRA_RESERVED_VRAM", 0)
-        monkeypatch.setattr(mm, "MIN_WEIGHT_MEMORY_RATIO", 1.0)
-
-    return have
 
 
 def test_without_vram_nothing_is_loaded_and_the_pictures_are_the_same(base, file, prompts, card):

@@ -69,6 +69,17 @@ def tiny(config, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
     return comfy.model_patcher.CoreModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
+def in_dtype(base, kind, stored: torch.dtype, computed: torch.dtype | None = None):
+    """`base`, made of the class `kind`, with its weights stored in one dtype and computed in another."""
+    config = kind()
+    config.unet_config = {**config.unet_config}
+    config.set_inference_dtype(stored, computed)
+    model = config.get_model({})
+    model.diffusion_model.load_state_dict(base.model.diffusion_model.state_dict())
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.CoreModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
 @dataclass
 class Prompts:
     positive: list

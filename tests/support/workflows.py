@@ -40,6 +40,7 @@ from runtime import (
     Prompts,
     TwoWidths,
     custom_sampler,
+    in_dtype,
     ksampler,
     ksampler_advanced,
     latent,
@@ -475,21 +476,9 @@ DTYPES = {
 }
 
 
-def base_in(dtype: str, base):
-    """`base` with its weights stored in one dtype and computed in another."""
-    stored, computed = DTYPES[dtype]
-    config = TwoWidths()
-    config.unet_config = {**config.unet_config}
-    config.set_inference_dtype(stored, computed)
-    model = config.get_model({})
-    model.diffusion_model.load_state_dict(base.model.diffusion_model.state_dict())
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.CoreModelPatcher(model, load_device=cpu, offload_device=cpu)
-
-
 @row("Bases in fp32, fp16, bf16 and fp8", 2, 1, tuple(DTYPES))
 def dtype(agd, base, name):
-    return ksampler(agd(base_in(name, base)), PROMPTS, steps=2)
+    return ksampler(agd(in_dtype(base, TwoWidths, *DTYPES[name])), PROMPTS, steps=2)
 
 
 ROWS.append(Row("torch.compile (TorchCompileModel)", 2, 1, run=None, variants=()))

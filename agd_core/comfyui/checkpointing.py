@@ -1,0 +1,89 @@
+"""Gradient checkpointing of a ComfyUI UNet: less memory for a training step, at the price of a second forward pass."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import comfy.ops
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .patch import PREPARED
+
+
+def _as_of_now(kwargs: dict) -> dict:
+    """A block's keyword arguments, with `transformer_options` that stay as they are while the model goes on.
+
+    UNetModel writes the place of each block into them, and `Adapter.add` may put another prompt into a `Prepared`.
+    """
+    if "transformer_options" not in kwargs:
+        return kwargs
+    options = dict(kwargs["transformer_options"])
+    if PREPARED in options:
+        step, prepared = options[PREPARED]
+        options[PREPARED] = step, [(adapter, copy.copy(shared)) for adapter, shared in prepared]
+    return {**kwargs, "transformer_options": options}
+
+
+def _checkpointed(forward: Callable, when: Callable[..., bool] = lambda *args: True) -> Callable:
+    """`forward`, of which autograd keeps no more than what it was given, and computes it again in the backward pass."""
+
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled() or not when(*args):
+            return forward(*args, **kwargs)
+        first, later = iter([kwargs]), _as_of_now(kwargs)
+
+        def compute(*args):
+            return forward(*args, **next(first, None) or _as_of_now(later))
+
+        # Nothing in a frozen UNet is random, so there is no generator's state to preserve.
+        return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return run
+
+
+def _blocks(unet: nn.Module) -> list[nn.Module]:
+    return [module for module in unet.modules() if isinstance(module, (BasicTransformerBlock, ResBlock))]
+
+
+def _layers(unet: nn.Module) -> list[nn.Module]:
+    return [module for module in unet.modules() if isinstance(module, comfy.ops.CastWeightBiasOp)]
+
+
+def _borrows_weights(layer: nn.Module, x: torch.Tensor) -> bool:
+    return layer.weight is not None and layer.weight.device != x.device
+
+
+def largest_block_bytes(unet: nn.Module) -> int:
+    """The weights of the largest checkpointed block: of what is cast at each call, these are there at once."""
+    return max(sum(parameter.nbytes for parameter in block.parameters()) for block in _blocks(unet))
+
+
+@contextmanager
+def checkpointed(unet: nn.Module) -> Iterator[None]:
+    """Inside, every transformer block and residual block of `unet` that computes with gradients is checkpointed.
+
+    Outputs and gradients stay the same to the bit. Autograd keeps what a block was given instead of all that it made.
+    Besides activations that is the weights that `comfy.ops` casts at each call, of fp8 bases and of layers with a LoRA
+    or in system memory: kept until the backward pass, they would add up to a whole base in the compute dtype.
+
+    A layer in system memory is checkpointed by itself, too. ComfyUI brings its weights into a buffer that the next
+    layers use again, so that those which autograd kept would be another layer's when the backward pass comes to them.
+    """
+    modules = _blocks(unet) + _layers(unet)
+    before = [vars(module).get("forward") for module in modules]
+    try:
+        for block in _blocks(unet):
+            block.forward = _checkpointed(block.forward)
+        for layer in _layers(unet):
+            layer.forward = _checkpointed(layer.forward, partial(_borrows_weights, layer))
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward

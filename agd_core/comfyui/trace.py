@@ -1,0 +1,182 @@
+"""What an evaluation costs in memory and arithmetic, counted on fake tensors: nothing is computed or allocated.
+
+The model's own code runs with tensors that have a shape, a dtype and a device but no values, and a dispatch mode
+counts the storages that are alive and the FLOPs. Weights may be anywhere, on the meta device too: for the time being
+all tensors are fake ones on the CPU, and the result stands for any device that runs fused attention.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import comfy.ldm.modules.attention
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from ..adapter import Adapter
+from ..config import AdapterConfig
+from ..mixed_precision import MixedPrecision
+from .checkpointing import checkpointed
+
+
+@dataclass(frozen=True)
+class Traced:
+    """`peak_bytes`: the most that was alive at once above what existed before; `flops`: 2 per multiply-add."""
+
+    peak_bytes: int
+    flops: int
+
+
+def _fused(function, *args, **kwargs):
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+# For the transformer_options of a traced evaluation: on a CPU ComfyUI cuts attention into pieces, a GPU's is fused.
+FUSED_ATTENTION = {"optimized_attention_override": _fused}
+
+
+def _attention(q, k, v, *args, **kwargs) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _attention_backward(grad, q, k, v, *args, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+
+
+_aten = torch.ops.aten
+# torch counts what GPUs run; the last two are the CPU's names for the same.
+_FLOPS = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Counter(TorchDispatchMode):
+    """Inside, `peak_bytes` is the most that new storages held at once, and `flops` what was computed.
+
+    What exists already costs nothing, nor do views of it. Works on real tensors as on fake ones.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live_bytes = self.peak_bytes = self.flops = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def traced(self) -> Traced:
+        return Traced(self.peak_bytes, self.flops)
+
+    def _know(self, values, cost: bool) -> None:
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                self._know(value, cost)
+            elif isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._enter(storage, storage.nbytes() if cost else 0)
+
+    def _enter(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+
+        def leave(_):
+            self.live_bytes -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, leave)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.prim.device.default:  # fake tensors ask for it all the time
+            return function(*args, **kwargs)
+        self._know((args, tuple(kwargs.values())), cost=False)
+        result = function(*args, **kwargs)
+        self._know((result,), cost=True)
+        count = _FLOPS.get(function._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
+        return result
+
+
+def _fake(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def _frozen(tensor: torch.Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+
+@contextmanager
+def _fake_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, the parameters and buffers of `model` are fake; the real ones, untouched, are back afterwards."""
+    kept = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    # Where ComfyUI keeps a layer's place in its dynamic VRAM: with it, a layer on a CPU would copy its weights.
+    places = {module: vars(module).pop("_v") for module, *_ in kept if "_v" in vars(module)}
+    try:
+        for module, parameters, buffers in kept:
+            module._parameters.update({name: _frozen(_fake(value)) for name, value in parameters.items()})
+            module._buffers.update({name: _fake(value) for name, value in buffers.items()})
+        yield
+    finally:
+        for module, parameters, buffers in kept:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        for module, place in places.items():
+            module._v = place
+
+
+@contextmanager
+def _tracing(model: nn.Module) -> Iterator[None]:
+    # Real tensors may take part: conditions, a LoRA's weights.
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.inference_mode(False), torch.enable_grad(), fakes, _fake_weights(model):
+        yield
+
+
+def _new_adapter(config: AdapterConfig) -> Adapter:
+    adapter = Adapter(config, MixedPrecision)
+    for _, parameter in adapter.trained():
+        parameter.grad = torch.zeros_like(parameter)
+    return adapter
+
+
+def student(
+    model: nn.Module,
+    evaluate: Callable[[Adapter, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    config: AdapterConfig,
+    shape: tuple[int, int, int],
+    rows: int,
+    *,
+    checkpointing: bool = False,
+) -> Traced:
+    """The forward and backward pass of the student for `rows` latents of `shape` (c, h, w).
+
+    `model` is ComfyUI's BaseModel, and `evaluate(adapter, x, sigma, omega)` -> (rows, c, h, w) evaluates it with
+    FUSED_ATTENTION in its transformer_options. The peak comes on top of the weights of the base and of the adapter's
+    parameters and gradients, which exist from the second micro batch on.
+    """
+    with _tracing(model):
+        adapter, x = _new_adapter(config), torch.ones(rows, *shape)
+        sigma, omega = torch.ones(2, rows).unbind()
+        with checkpointed(model.diffusion_model) if checkpointing else nullcontext(), Counter() as counter:
+            (evaluate(adapter, x, sigma, omega) - x).square().mean().backward()
+        return counter.traced()
+
+
+def teacher(
+    model: nn.Module,
+    evaluate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    shape: tuple[int, int, int],
+    rows: int,
+) -> Traced:
+    """As `student`, of `evaluate(x, sigma)` -> (rows, c, h, w) without gradients."""
+    with _tracing(model), torch.no_grad():
+        x, sigma = torch.ones(rows, *shape), torch.ones(rows)
+        with Counter() as counter:
+            evaluate(x, sigma)
+        return counter.traced()

@@ -1,0 +1,106 @@
+"""Training on bases as people have them: in half precision, in fp8, with LoRAs, partly in system memory."""
+
+import dataclasses
+
+import comfy.model_management as mm
+import pytest
+import torch
+from analytic import CONFIG as ANALYTIC
+from analytic import PROMPTS
+from runtime import TinyUNet, in_dtype, ksampler, tiny
+from small import randomised
+
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.comfyui.host import ComfyHost
+from comfyui_agd.agd_core.mixed_precision import MixedPrecision
+from comfyui_agd.training.trainer import train
+
+CONFIG = dataclasses.replace(ANALYTIC, iterations=8, batch=2, pool=2, held_out=0)
+
+
+@pytest.fixture
+def gradients(toy):
+    """A function: the gradients of a fixed step of the student on a model, with the host's session options."""
+
+    def of(model, **session) -> dict[str, torch.Tensor]:
+        host = ComfyHost(model, toy.clip)
+        prompts = host.encode(PROMPTS[:2])
+        torch.manual_seed(0)
+        adapter = randomised(Adapter(CONFIG.adapter_config(host.base, 16), MixedPrecision))
+        x, sigma, omega = torch.randn(2, 12, 8, 8), torch.tensor([3.0, 1.0]), torch.tensor([4.0, 2.0])
+        with host.session(**session):
+            host.student(adapter, x, sigma, prompts, omega).square().mean().backward()
+        return {name: parameter.grad for name, parameter in adapter.named_parameters()}
+
+    return of
+
+
+FEW_BITS = [(torch.float16, None), (torch.bfloat16, None), (torch.float8_e4m3fn, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("stored", "computed"), FEW_BITS, ids=str)
+def test_a_base_in_few_bits_trains_an_adapter_in_fp32_and_stays_as_it_is(toy, stored, computed):
+    base = in_dtype(tiny(TinyUNet()), TinyUNet, stored, computed)
+    before = {key: value.clone() for key, value in base.model.state_dict().items()}
+    trained = train(ComfyHost(base, toy.clip), PROMPTS, dataclasses.replace(CONFIG, iterations=3))
+    assert {value.dtype for value in trained.adapter.state_dict().values()} == {torch.float32}
+    assert trained.losses[0] == pytest.approx(1.0, abs=0.02)
+    after = base.model.state_dict()
+    assert all(torch.equal(value.view(torch.uint8), after[key].view(torch.uint8)) for key, value in before.items())
+
+
+@pytest.mark.parametrize(("stored", "computed"), FEW_BITS, ids=str)
+def test_its_gradients_are_those_of_the_base_in_fp32_but_for_rounding(gradients, stored, computed):
+    base = tiny(TinyUNet())
+    exact, rounded = gradients(base), gradients(in_dtype(base, TinyUNet, stored, computed))
+    together = [torch.cat([g.flatten() for g in found.values()]) for found in (exact, rounded)]
+    assert torch.cosine_similarity(*together, dim=0) > (0.95 if stored is torch.float8_e4m3fn else 0.995)
+    assert all(torch.any(gradient) for gradient in rounded.values())
+
+
+def test_a_scale_that_overflows_fp16_is_halved_until_it_fits(toy, monkeypatch):
+    monkeypatch.setattr("comfyui_agd.training.run._LOSS_SCALE", 2.0**40)
+    base = in_dtype(tiny(TinyUNet()), TinyUNet, torch.float16)
+    trained = train(ComfyHost(base, toy.clip), PROMPTS, dataclasses.replace(CONFIG, iterations=2))
+    assert all(value.isfinite().all() for value in trained.adapter.state_dict().values())
+    assert any(layer.weight.any() for layer in trained.adapter.last())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_base_that_is_partly_in_system_memory_gives_the_same_gradients(gradients, card, share, checkpointing):
+    base = tiny(TinyUNet())
+    expected, size = gradients(base), base.model_size()
+    mm.unload_all_models()
+    card(int(size * share) + 1000, base)
+    found = gradients(base, checkpointing=checkpointing, memory=1000)
+    assert base.loaded_size() <= size * share
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def with_patch(base, strength: float = 0.5):
+    """A LoRA as ComfyUI applies one, on a single weight."""
+    model, key = base.clone(), "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q.weight"
+    weight = base.model.state_dict()[key]
+    model.add_patches({key: (torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)),)}, strength)
+    return model
+
+
+def test_what_is_on_the_model_is_part_of_the_teacher_and_the_file_says_so(toy):
+    base = tiny(TinyUNet())
+    host, plain = ComfyHost(with_patch(base), toy.clip), ComfyHost(base, toy.clip)
+    trained, other = train(host, PROMPTS, CONFIG), train(plain, PROMPTS, CONFIG)
+    assert trained.info.training["teacher"] == {"patched_weights": 1}
+    assert "teacher" not in other.info.training
+    assert trained.losses != other.losses
+
+
+def test_a_patched_base_is_as_it_was_after_training(toy, toy_prompts):
+    base = tiny(TinyUNet())
+    patched = with_patch(base)
+    before = [ksampler(model, toy_prompts) for model in (patched, base)]
+    train(ComfyHost(patched, toy.clip), PROMPTS, CONFIG)
+    assert all(
+        torch.equal(ksampler(model, toy_prompts), expected)
+        for model, expected in zip((patched, base), before, strict=True)
+    )

@@ -1,0 +1,232 @@
+"""How a run is planned, on a base whose costs are simple: so much per row and pixel."""
+
+import re
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.config import BaseInfo, Site
+from comfyui_agd.training.config import TrainConfig
+from comfyui_agd.training.plan import SAFETY, DoesNotFit, evaluations, plan
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Cost:
+    peak_bytes: int
+    flops: int
+
+
+@dataclass
+class PlainHost:
+    """At 512 x 512 the student takes 1 GB per row, checkpointed 0.2 GB, the teacher 0.1 GB, and 0.05 GB besides."""
+
+    base: BaseInfo = field(
+        default_factory=lambda: BaseInfo("Plain", "EPS", tuple(Site(f"input_{i}_0", 640, 768) for i in range(8)))
+    )
+    traced: list = field(default_factory=list)
+
+    def latent_shape(self, width, height):
+        return 4, height // 8, width // 8
+
+    def base_bytes(self):
+        return int(2 * GB)
+
+    def largest_block_bytes(self):
+        return int(0.1 * GB)
+
+    def _cost(self, what, shape, rows, each, flops):
+        self.traced.append((what, rows))
+        area = shape[1] * shape[2] / 64**2
+        return Cost(int((0.05 + each * rows * area) * GB), int(flops * rows * area))
+
+    def trace_student(self, config, shape, rows, checkpointing):
+        each, flops = (0.2, 4e12) if checkpointing else (1.0, 3e12)
+        return self._cost("checkpointed" if checkpointing else "kept", shape, rows, each, flops)
+
+    def trace_teacher(self, shape, rows):
+        return self._cost("teacher", shape, rows, 0.1, 1e12)
+
+    def matmul_rate(self):
+        return 1e13
+
+
+CONFIG = TrainConfig(batch=8, iterations=100, pool=4, steps_min=10, steps_max=20)
+
+
+@pytest.fixture
+def host():
+    return PlainHost()
+
+
+def parameters(host, config: TrainConfig = CONFIG) -> int:
+    return Adapter(config.adapter_config(host.base, 77)).parameter_count()
+
+
+def room_for(host, work: float, base: float = 2.0, config: TrainConfig = CONFIG) -> int:
+    """Just enough bytes for a step that takes `work` GB beside the adapter's state."""
+    return int(((base + work) * GB + 20 * parameters(host, config)) / (1 - SAFETY)) + 2
+
+
+WHOLE, PARTS = 0.05 + 8 * 1.0, {rows: 0.05 + 0.2 * rows for rows in (8, 4, 2, 1)}
+
+
+@pytest.mark.parametrize(
+    ("work", "micro_batch", "checkpointing"),
+    [
+        (WHOLE, 8, False),
+        (WHOLE - 0.01, 8, True),
+        *((work, rows, True) for rows, work in PARTS.items()),
+        (PARTS[8] - 0.01, 4, True),
+    ],
+)
+def test_ways_are_preferred_in_order(host, work, micro_batch, checkpointing):
+    memory = room_for(host, work)
+    found = plan(host, CONFIG, memory)
+    assert (found.micro_batch, found.checkpointing) == (micro_batch, checkpointing)
+    assert found.base_bytes_on_device == found.base_bytes == host.base_bytes()
+    assert found.reserve == 0
+    assert found.peak_bytes <= memory * (1 - SAFETY)
+
+
+def test_without_a_limit_the_batch_is_whole(host):
+    found = plan(host, CONFIG, None)
+    assert (found.micro_batch, found.teacher_rows, found.checkpointing) == (8, 16, False)
+    assert found.peak_bytes == pytest.approx(2 * GB + WHOLE * GB + 20 * parameters(host), rel=1e-6)
+
+
+@pytest.mark.parametrize("memory", [None, 100 * GB])
+def test_what_the_config_fixes_stays(host, memory):
+    assert plan(host, replace(CONFIG, checkpointing="on"), memory).checkpointing
+    assert plan(host, replace(CONFIG, micro_batch=2), memory).micro_batch == 2
+    assert plan(host, replace(CONFIG, checkpointing="off"), room_for(host, 1.1)).micro_batch == 1
+
+
+def test_the_teacher_takes_as_many_rows_as_fit_beside_the_student(host):
+    assert plan(host, CONFIG, room_for(host, 0.05 + 0.1 * 16)).teacher_rows == 16
+    assert plan(host, CONFIG, room_for(host, 0.05 + 0.1 * 4)).teacher_rows == 4
+    assert plan(host, CONFIG, room_for(host, 0.05 + 0.1 * 2)).teacher_rows == 2
+
+
+def test_a_part_of_the_base_stays_in_system_memory_at_last(host):
+    memory = room_for(host, PARTS[1], base=1.2)
+    found = plan(host, CONFIG, memory)
+    assert (found.micro_batch, found.teacher_rows, found.checkpointing) == (1, 1, True)
+    assert 1.0 * GB < found.base_bytes_on_device < 1.3 * GB
+    assert found.base_bytes_on_device + found.reserve == memory
+    assert found.base_bytes_on_device < found.peak_bytes < memory
+    assert "of it stay in system memory" in found.describe()
+
+
+def test_without_checkpointing_no_part_of_the_base_can_stay_behind(host):
+    config = replace(CONFIG, checkpointing="off")
+    with pytest.raises(DoesNotFit, match=r"it would fit with checkpointing auto\.$"):
+        plan(host, config, room_for(host, 1.05, base=1.9))
+
+
+def advised(error: pytest.ExceptionInfo, config: TrainConfig) -> TrainConfig:
+    """`config` changed as the refusal says."""
+    changes = re.findall(r"(width|height|hidden|micro_batch|checkpointing) (\w+)", str(error.value).split(";")[1])
+    return replace(config, **{name: int(value) if value.isdigit() else value for name, value in changes})
+
+
+@pytest.mark.parametrize(
+    ("config", "work"),
+    [
+        (CONFIG, 0.25),
+        (CONFIG, 0.16),
+        (replace(CONFIG, width=1024, height=768), 0.5),
+        (replace(CONFIG, width=1024, height=1024, checkpointing="off"), 0.2),
+        (replace(CONFIG, micro_batch=8), 0.3),
+        (replace(CONFIG, micro_batch=8), 0.2),
+        (replace(CONFIG, hidden=512), 0.1),
+    ],
+)
+def test_a_refusal_names_what_is_needed_and_a_setting_that_does_fit(host, config, work):
+    memory = room_for(host, work, base=0.05)
+    with pytest.raises(DoesNotFit) as error:
+        plan(host, config, memory)
+    assert re.fullmatch(
+        rf"Training at {config.width}x{config.height} with hidden {config.hidden} needs [\d.]+ GB on the device, which "
+        rf"has {memory / GB:.1f} GB for it; it would fit with [^.]+\.",
+        str(error.value),
+    )
+    changed = advised(error, config)
+    assert changed != config
+    assert plan(host, changed, memory).peak_bytes <= memory
+
+
+def test_a_refusal_says_so_where_nothing_helps(host):
+    with pytest.raises(DoesNotFit, match=r"has 0\.0 MB for it; no smaller pictures or hidden would make it fit\.$"):
+        plan(host, CONFIG, 1000)
+
+
+def test_a_smaller_hidden_helps_where_the_adapter_is_what_is_large(host):
+    config = replace(CONFIG, width=64, height=64, hidden=512)
+    memory = room_for(host, 0.06, base=0.1, config=replace(config, hidden=256))
+    with pytest.raises(DoesNotFit, match="it would fit with hidden 256"):
+        plan(host, config, memory)
+
+
+def test_evaluations_are_those_that_training_spends(host):
+    # 100 steps of 8 states, both branches; 4 columns of 8 that start 7 steps in, on average.
+    assert evaluations(CONFIG) == (2 * 8 * 100 + 2 * 8 * 4 * 7, 800)
+    assert evaluations(replace(CONFIG, reuse=4))[0] == 2 * 8 * 25 + 2 * 8 * 4 * 7
+    found = plan(host, CONFIG, None)
+    assert (found.teacher_evaluations, found.student_evaluations) == evaluations(CONFIG)
+
+
+def test_seconds_are_the_flops_of_all_evaluations(host):
+    found = plan(host, CONFIG, None)
+    assert found.seconds == pytest.approx((found.teacher_evaluations * 1e12 + 800 * 3e12) / 1e13)
+    twice = plan(host, replace(CONFIG, checkpointing="on"), None)
+    assert twice.seconds == pytest.approx((twice.teacher_evaluations * 1e12 + 800 * 4e12) / 1e13)
+
+
+def test_unknown_seconds_are_not_guessed(host, monkeypatch):
+    monkeypatch.setattr(host, "matmul_rate", lambda: 0.0)
+    found = plan(host, CONFIG, None)
+    assert found.seconds is None
+    assert "time" not in found.describe()
+
+
+def test_the_disk_holds_the_states_and_the_adapter(host):
+    few, more = (plan(host, replace(CONFIG, keep_states=count), None).disk_bytes for count in (1, 2))
+    assert more - few == 20 * parameters(host)
+
+
+def test_devices_share_the_batch_and_the_time(host):
+    one, four = plan(host, CONFIG, None), plan(host, CONFIG, None, ranks=4)
+    assert four.micro_batch == 2
+    assert four.seconds == pytest.approx(one.seconds / 4)
+    assert four.teacher_evaluations == one.teacher_evaluations
+
+
+def test_the_largest_size_counts(host):
+    config = replace(CONFIG, aspect_ratios=("1:1", "2:1"))
+    shapes, real = [], host.latent_shape
+    host.latent_shape = lambda *size: shapes.append(size) or real(*size)
+    plan(host, config, None)
+    assert shapes == [max(config.buckets(), key=lambda size: size[0] * size[1])]
+
+
+def test_nothing_is_traced_that_need_not_be(host):
+    plan(host, replace(CONFIG, batch=1), None)
+    assert sorted(host.traced) == [("kept", 1), ("teacher", 2)]
+
+
+def test_counting_parameters_takes_no_memory(host):
+    assert plan(host, CONFIG, None).adapter_parameters == parameters(host)
+    assert torch.empty(0).device.type == "cpu"  # the meta device is not left on
+
+
+def test_the_description_says_it_all(host):
+    text = plan(host, CONFIG, int(24 * GB)).describe()
+    assert text.splitlines()[1:4] == [
+        "evaluations  2,048 of the teacher, 800 of the student",
+        "memory       10.1 GB of 24.0 GB, 2.0 GB of them the base",
+        "at once      8 student, 16 teacher",
+    ]

@@ -1,0 +1,271 @@
+"""What a run will cost, before it starts, and how a step is made to fit into the device's memory."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..agd_core.adapter import Adapter
+from .config import TrainConfig
+from .host import Costs, Host
+
+# What stays unused, for the allocator cuts memory into blocks, and kernels have a workspace that no one counts.
+SAFETY = 0.08
+# fp32 parameters, gradients, AdamW's two moments, the moving average.
+_BYTES_ON_DEVICE = 5 * 4
+# A saved state holds parameters, two moments, the moving average and the best average so far.
+_BYTES_IN_STATE = 5 * 4
+# AdamW on all parameters together makes about two more copies of them while it computes.
+_BYTES_OF_OPTIMISER_STEP = 2 * 4
+_SMALLER = (0.75, 0.5, 0.375, 0.25)
+_UNIT = 64  # pixels: sizes of pictures that every UNet can halve three times
+
+
+class DoesNotFit(ValueError):
+    """No way of training fits into the memory there is."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Evaluations are rows through the base, those of training itself: measurements and previews come on top.
+
+    `peak_bytes` is what the device will hold at most, `base_bytes_on_device` of it the base's weights; with less than
+    `base_bytes` there, the base has to leave `reserve` bytes of the device free (0: it is loaded whole). `disk_bytes`:
+    saved states and the adapter file. `seconds`: what the arithmetic takes at the least; None where that is unknown.
+    """
+
+    adapter_parameters: int
+    teacher_evaluations: int
+    student_evaluations: int
+    disk_bytes: int
+    micro_batch: int
+    teacher_rows: int
+    checkpointing: bool
+    base_bytes: int
+    base_bytes_on_device: int
+    reserve: int
+    peak_bytes: int
+    memory: int | None
+    seconds: float | None
+
+    def describe(self) -> str:
+        """A few lines for `agd train --dry-run`."""
+        available = "" if self.memory is None else f" of {_gigabytes(self.memory)}"
+        base = f"{_gigabytes(self.base_bytes_on_device)} of them the base"
+        if self.base_bytes_on_device < self.base_bytes:
+            base += f", {_gigabytes(self.base_bytes - self.base_bytes_on_device)} of it stay in system memory"
+        twice = ", activations computed twice" if self.checkpointing else ""
+        lines = [
+            f"adapter      {self.adapter_parameters:,} parameters",
+            f"evaluations  {self.teacher_evaluations:,} of the teacher, {self.student_evaluations:,} of the student",
+            f"memory       {_gigabytes(self.peak_bytes)}{available}, {base}",
+            f"at once      {self.micro_batch} student, {self.teacher_rows} teacher{twice}",
+            f"disk         {_gigabytes(self.disk_bytes)}",
+        ]
+        if self.seconds is not None:
+            lines.append(
+                f"time         at least {_duration(self.seconds)}, if all ran as fast as a large matrix product"
+            )
+        return "\n".join(lines)
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class _Cost:
+    """What a part of a step costs by its rows. Bytes grow evenly with them: where several numbers of rows are weighed
+    up, one and two are traced. With `once`, rows are only asked for one number, and that is traced.
+    """
+
+    def __init__(self, trace: Callable[[int], Costs], once: bool):
+        self._trace, self._once = functools.cache(trace), once
+
+    def peak_bytes(self, rows: int) -> int:
+        if self._once or rows == 1:
+            return self._trace(rows).peak_bytes
+        one = self._trace(1).peak_bytes
+        return one + (rows - 1) * (self._trace(2).peak_bytes - one)
+
+    def flops_per_row(self, rows: int) -> float:
+        rows = rows if self._once else 1
+        return self._trace(rows).flops / rows
+
+
+class _Costs:
+    """A config's costs on a host. Each is traced when it is first needed, for that takes seconds."""
+
+    def __init__(self, host: Host, config: TrainConfig, once: bool = False):
+        self.host, self.config = host, config
+        self.adapter = config.adapter_config(host.base, prompt_tokens=77)
+        shape = host.latent_shape(*max(config.buckets(), key=math.prod))
+        self.teacher = _Cost(lambda rows: host.trace_teacher(shape, rows), once)
+        self.kept, self.checkpointed = (
+            _Cost(lambda rows, on=on: host.trace_student(self.adapter, shape, rows, on), once) for on in (False, True)
+        )
+
+    def student(self, checkpointing: bool) -> _Cost:
+        return self.checkpointed if checkpointing else self.kept
+
+    def parameters(self) -> int:
+        with torch.device("meta"):
+            return Adapter(self.adapter).parameter_count()
+
+    def working_bytes(self, micro_batch: int, teacher_rows: int, checkpointing: bool) -> int:
+        """What a step takes beside the base: the adapter's state, and the most that a part of the step needs."""
+        parameters = self.parameters()
+        parts = (
+            self.student(checkpointing).peak_bytes(micro_batch),
+            self.teacher.peak_bytes(teacher_rows),
+            _BYTES_OF_OPTIMISER_STEP * parameters,
+        )
+        return _BYTES_ON_DEVICE * parameters + max(parts)
+
+
+def _halvings(count: int) -> Iterator[int]:
+    """count, and each time half of it, down to 1."""
+    while count > 1:
+        yield count
+        count //= 2
+    yield 1
+
+
+def _ways(config: TrainConfig, batch: int) -> Iterator[tuple[int, bool]]:
+    """(micro_batch, checkpointing), the preferred first: whole, then checkpointed, then checkpointed in ever smaller
+    parts. What the config fixes stays."""
+    parts = [min(config.micro_batch, batch)] if config.micro_batch else list(_halvings(batch))
+    if config.checkpointing == "off":
+        yield from ((rows, False) for rows in parts)
+        return
+    if config.checkpointing == "auto":
+        yield parts[0], False
+    yield from ((rows, True) for rows in parts)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to take a step, as it stands in `Plan`."""
+
+    micro_batch: int
+    teacher_rows: int
+    checkpointing: bool
+    base_bytes_on_device: int
+    reserve: int
+    peak_bytes: int
+
+
+def _whole(costs: _Costs, memory: int | None, batch: int, micro_batch: int, checkpointing: bool) -> _Way | None:
+    """This way with the base on the device as a whole, and as many of the teacher's rows at once as fit."""
+    base = costs.host.base_bytes()
+    for teacher_rows in _halvings(2 * batch):
+        peak = base + costs.working_bytes(micro_batch, teacher_rows, checkpointing)
+        if memory is None or peak <= memory * (1 - SAFETY):
+            return _Way(micro_batch, teacher_rows, checkpointing, base, 0, peak)
+    return None
+
+
+def _least(costs: _Costs, batch: int) -> tuple[int, bool, int]:
+    """The least demanding way: micro_batch, checkpointing and the bytes it needs on the device."""
+    micro_batch, checkpointing = list(_ways(costs.config, batch))[-1]
+    # Without checkpointing autograd keeps the weights that come from system memory, and the whole base ends up there.
+    base = costs.host.largest_block_bytes() if checkpointing else costs.host.base_bytes()
+    return (
+        micro_batch,
+        checkpointing,
+        math.ceil((costs.working_bytes(micro_batch, 1, checkpointing) + base) / (1 - SAFETY)),
+    )
+
+
+def _offloaded(costs: _Costs, memory: int, batch: int) -> _Way | None:
+    """The least demanding way, with that part of the base on the device for which it leaves room."""
+    micro_batch, checkpointing, reserve = _least(costs, batch)
+    if not checkpointing or reserve > memory:
+        return None
+    # What stays unused is a share of the reserve: ComfyUI fills all the rest.
+    base, work = min(costs.host.base_bytes(), memory - reserve), math.ceil(reserve * (1 - SAFETY))
+    return _Way(micro_batch, 1, checkpointing, base, reserve, base + work)
+
+
+def _choose(costs: _Costs, memory: int | None, batch: int) -> _Way | None:
+    for micro_batch, checkpointing in _ways(costs.config, batch):
+        found = _whole(costs, memory, batch, micro_batch, checkpointing)
+        if found is not None:
+            return found
+    return _offloaded(costs, memory, batch)
+
+
+def plan(host: Host, config: TrainConfig, memory: int | None, *, ranks: int = 1) -> Plan:
+    """What the run of `config` costs, and how its steps fit into `memory` bytes on each of `ranks` devices.
+
+    None is no limit. Preferred is the whole batch without checkpointing, then with it, then with it in parts, at last
+    with a part of the base in system memory. Raises `DoesNotFit`, which names a setting that would.
+    """
+    costs, batch = _Costs(host, config, once=memory is None), max(1, config.batch // ranks)
+    way = _choose(costs, memory, batch)
+    if way is None:
+        raise DoesNotFit(_refusal(costs, memory, batch))
+    teacher, student = evaluations(config)
+    parameters = costs.parameters()
+    return Plan(
+        adapter_parameters=parameters,
+        teacher_evaluations=teacher,
+        student_evaluations=student,
+        disk_bytes=parameters * ((config.keep_states + 1) * _BYTES_IN_STATE + 2 * 4),  # one more while it is written
+        base_bytes=host.base_bytes(),
+        memory=memory,
+        seconds=_seconds(costs, way, teacher / ranks, student / ranks),
+        **vars(way),
+    )
+
+
+def evaluations(config: TrainConfig) -> tuple[int, int]:
+    """(teacher's, student's) of a run, in rows: both branches of every state visited, and of filling the pool."""
+    asked = math.ceil(config.iterations / config.reuse)
+    # A trajectory of n steps starts at one of the phases 0 to n - 1.
+    phase = ((config.steps_min + config.steps_max) / 2 - 1) / 2
+    columns = max(config.pool, len(config.buckets()))
+    return 2 * config.batch * asked + round(2 * config.batch * columns * phase), config.batch * config.iterations
+
+
+def _seconds(costs: _Costs, way: _Way, teacher: float, student: float) -> float | None:
+    rate = costs.host.matmul_rate()
+    if not rate > 0:
+        return None
+    per_student = costs.student(way.checkpointing).flops_per_row(way.micro_batch)
+    return (teacher * costs.teacher.flops_per_row(way.teacher_rows) + student * per_student) / rate
+
+
+def _refusal(costs: _Costs, memory: int, batch: int) -> str:
+    config, needed = costs.config, _least(costs, batch)[-1]
+    fitting = (change for change in _easier(config) if _fits(costs.host, replace(config, **change), memory, batch))
+    found = ", ".join(f"{name} {value}" for name, value in next(fitting, {}).items())
+    advice = f"it would fit with {found}" if found else "no smaller pictures or hidden would make it fit"
+    return (
+        f"Training at {config.width}x{config.height} with hidden {config.hidden} needs {_gigabytes(needed)} on the "
+        f"device, which has {_gigabytes(memory)} for it; {advice}."
+    )
+
+
+def _fits(host: Host, config: TrainConfig, memory: int, batch: int) -> bool:
+    return _least(_Costs(host, config), batch)[-1] <= memory
+
+
+def _easier(config: TrainConfig) -> Iterator[dict]:
+    """Changes that make a config less demanding, those that keep the most of it first."""
+    memory_only = {"checkpointing": "auto"} if config.checkpointing == "off" else {}
+    memory_only |= {"micro_batch": 1} if config.micro_batch > 1 else {}
+    sizes = [
+        {name: int(share * getattr(config, name) / _UNIT) * _UNIT for name in ("width", "height")} for share in _SMALLER
+    ]
+    sizes = [sides for sides in sizes if min(sides.values()) > 0]
+    widths = [{"hidden": config.hidden // part // 4 * 4} for part in (2, 4, 8) if config.hidden // part >= 4]
+    both = [sides | width for sides in sizes[-1:] for width in widths]
+    yield from (memory_only | change for change in [{}, *sizes, *widths, *both] if memory_only | change)
