@@ -156,11 +156,16 @@ def load(path: str | Path, operations=nn) -> tuple[AdapterInfo, Adapter]:
 def save(path: str | Path, adapter: Adapter, info: AdapterInfo) -> Path:
     """Write the file atomically: an earlier file at `path` stays whole until the new one is. Returns the path."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Cloned: weights made by ComfyUI may share storage, which safetensors refuses.
     state = {key: value.detach().cpu().clone().contiguous() for key, value in adapter.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(state, temporary, metadata=_to_metadata(info, path.stem))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            save_file(state, temporary, metadata=_to_metadata(info, path.stem))
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(
+            f"The adapter could not be saved as {path} ({error}); make room or choose another place."
+        ) from error
     return path
 
 
@@ -171,16 +176,18 @@ class replacing:
         self.path = path
 
     def __enter__(self) -> str:
-        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part")
         os.close(handle)
         return self.temporary
 
     def __exit__(self, kind, value, trace) -> None:
-        if kind is None:
-            os.chmod(self.temporary, 0o644)  # mkstemp makes it readable by its owner alone
-            os.replace(self.temporary, self.path)
-        else:
+        if kind is not None:
             os.unlink(self.temporary)
+            return
+        with open(self.temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or a power cut could leave an empty file under the good one's name
+        os.chmod(self.temporary, 0o644)  # mkstemp makes it readable by its owner alone
+        os.replace(self.temporary, self.path)
 
 
 def check_base(info: AdapterInfo, base: BaseInfo, path: str | Path) -> None:

@@ -6,7 +6,7 @@ denoised predictions of one shape (b, ...), in the notation of arXiv 2503.07274.
 
 import torch
 
-_SMALL_GAP = 0.02  # of the batch's mean gap: where `balanced_loss` begins to trust a row less
+_SMALL_GAP = 0.02  # of the batch's mean gap: where `balanced_weights` begins to trust a row less
 
 
 def cfg(cond: torch.Tensor, uncond: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
@@ -24,22 +24,26 @@ def square_norm(x: torch.Tensor) -> torch.Tensor:
     return x.float().flatten(1).square().sum(1)
 
 
-def balanced_loss(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The share of the batch's gap that is still open, every row weighing about the same: 1 without an adapter.
+def gaps(cond: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """||eps of the target - eps of cond||^2 of each row: (b,). sigma: (b,)."""
+    return square_norm((target - cond) / per_row(sigma, target))
+
+
+def balanced_weights(gap: torch.Tensor, mean_gap: torch.Tensor) -> torch.Tensor:
+    """The weights (b,) with which every row's error counts about alike, for rows with those `gaps` (b,).
 
     Plain MSE grows with (omega - 1)^2 and, of denoised predictions, with sigma^2. Here errors are those of eps, and
     each row is divided by its own gap. Rows whose gap is far below the batch's mean, those of omega near 1, count
-    less: there the rounding errors of a bf16 base are larger than the gap. sigma: (b,).
+    less: there the rounding errors of a bf16 base are larger than the gap.
     """
-    error = square_norm((student - target) / per_row(sigma, target))
-    gap = square_norm((target - cond) / per_row(sigma, target))
-    weight = 1 / (gap + _SMALL_GAP * gap.mean() + 1e-12)
-    return (weight * error).sum() / (weight * gap).sum().clamp(min=1e-12)
+    return 1 / (gap + _SMALL_GAP * mean_gap + 1e-12)
 
 
-def plain_loss(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The paper's loss: mean squared error of eps (arXiv 2503.07274)."""
-    return ((student - target) / per_row(sigma, target)).float().square().mean()
+def weighted_error(
+    student: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The sum over rows of weight times ||eps error||^2: a loss that parts of a batch add up to. weights: (b,)."""
+    return (weights * square_norm((student - target) / per_row(sigma, target))).sum()
 
 
 def gap_closed(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor) -> float:

@@ -1,20 +1,37 @@
-"""The `agd` command: train, inspect. ComfyUI is loaded, through the bridge, only once a command needs it."""
+"""The `agd` command: train, record, inspect. ComfyUI is loaded, through the bridge, only once a command needs it."""
 
 import argparse
 import importlib
-import json
 import logging
+import math
 import signal
 import sys
-from dataclasses import fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import Field, fields
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..agd_core import checkpoint
+from . import prompts as prompt_sources
 from .config import TrainConfig
-from .plot import loss_plot
-from .trainer import Callbacks, Progress, train
+from .distributed import Ranks
+from .evaluate import Evaluation
+from .job import Job, check_output, check_room
+from .presets import CARDS, settings_for
+from .recording import SETTINGS as RECORDED
+from .recording import Recording, size_in_bytes
+from .trainer import Callbacks, Progress
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10, where ComfyUI's own requirements bring it
+    import tomli as tomllib
+
+_FILE, _FOLDER = {"type": Path, "metavar": "FILE"}, {"type": Path, "metavar": "FOLDER"}
+_COUNT = {"type": int, "metavar": "N"}
+_DTYPES = ("fp32", "fp16", "bf16", "fp8")
 
 
 class UsageError(Exception):
@@ -22,9 +39,10 @@ class UsageError(Exception):
 
 
 class ProgressBar:
-    """tqdm with loss and time left. Ctrl-C ends the run at the end of the iteration, so that it can go on later."""
+    """tqdm with loss, gap closed and time left. A signal ends the run after the iteration, so that it can go on."""
 
-    def __init__(self):
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
         self.bar: tqdm | None = None
         self.phase = ""
         self.stopped = False
@@ -33,123 +51,322 @@ class ProgressBar:
         self.stopped = True
 
     def __call__(self, progress: Progress) -> None:
+        if progress.phase not in ("encode", "measure"):  # these come in between; the bar of training stays
+            self._show(progress)
+        if self.stopped:
+            raise KeyboardInterrupt
+
+    def _show(self, progress: Progress) -> None:
         if progress.phase != self.phase:
             self.close()
             self.phase = progress.phase
-            self.bar = tqdm(total=progress.total, desc=progress.phase, initial=progress.step - 1)
+            self.bar = tqdm(
+                total=progress.total, desc=progress.phase, initial=max(0, progress.step - 1), disable=self.quiet
+            )
+        shown = {}
         if progress.loss is not None:
-            self.bar.set_postfix(loss=f"{progress.loss:.4f}", refresh=False)
+            shown["loss"] = f"{progress.loss:.4f}"
+        if progress.gap_closed is not None:
+            shown["gap"] = f"{progress.gap_closed:.3f}"
+        if progress.memory is not None:
+            shown["memory"] = f"{progress.memory / 1e9:.1f}GB"
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update(progress.step - self.bar.n)
-        if self.stopped:
-            raise KeyboardInterrupt
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        closed = ", ".join(f"{value:.3f} at cfg {omega:g}" for omega, value in evaluation.gap_closed.items())
+        self.say(f"step {step}: gap closed {closed}")
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            tqdm.write(text)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
+    @contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """Ctrl-C, and the SIGTERM by which torchrun and batch systems stop a process."""
+        before = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            self.close()
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
-def _add_config_options(parser: argparse.ArgumentParser) -> None:
-    for f in fields(TrainConfig):
-        flag, help = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: %(default)s)"
-        if isinstance(f.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=f.metadata["help"])
-        elif isinstance(f.default, tuple):
-            parser.add_argument(flag, nargs="+", default=f.default, help=help)
-        else:
-            choices = f.metadata["choices"]
-            parser.add_argument(flag, type=type(f.default), default=f.default, choices=choices, help=help)
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    base = parser.add_argument_group("the base")
+    base.add_argument("--checkpoint", **_FILE, help="a full checkpoint file: diffusion model and text encoder")
+    base.add_argument("--loader", metavar="MODULE:FUNCTION", help="or a Python function that returns (MODEL, CLIP)")
+    base.add_argument("--lora", nargs="+", metavar="FILE[:STRENGTH]", help="LoRAs that are part of the teacher")
+    base.add_argument("--base-dtype", choices=_DTYPES, help="of its weights in memory; default: ComfyUI's choice")
+    base.add_argument("--comfyui", **_FOLDER, help="ComfyUI's folder, if it is not found by itself")
 
 
-def _config(args: argparse.Namespace) -> TrainConfig:
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompts", **_FILE, help="a text file, one per line; default: the built-in generator's")
+    group.add_argument("--prompt-count", **_COUNT, help="of the generator, or with wildcards (default: 2000)")
+    group.add_argument("--wildcards", **_FOLDER, help="folder of lists for __name__ in prompts")
+    group.add_argument("--verbatim", action="store_true", default=None, help="prompts without wildcards or comments")
+    group.add_argument(
+        "--negative", metavar="TEXT", nargs="+", help="negative prompts of the guidance (default: empty)"
+    )
+    group.add_argument("--negatives", metavar="FILE", help="or a text file of them; 'built-in' for the generator's")
+
+
+# The settings that most people set come first in the help text; what is named nowhere is "advanced".
+_MAIN = ("iterations", "batch", "learning_rate", "width", "height", "aspect_ratios", "omega_max", "hidden", "seed")
+_MEMORY = ("memory", "micro_batch", "checkpointing", "precision")
+_FILES = ("held_out", "evaluate_every", "patience", "preview_every", "save_every", "keep_states")
+_SUITED = "Defaults in brackets; for iterations, batch, learning_rate, sizes and reuse the base's family has its own."
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    settings = {f.name: f for f in fields(TrainConfig)}
+    advanced = tuple(name for name in settings if name not in _MAIN + _MEMORY + _FILES)
+    groups = {"training": _MAIN, "memory": _MEMORY, "measuring, showing, saving": _FILES, "advanced": advanced}
+    for title, names in groups.items():
+        group = parser.add_argument_group(title, _SUITED if names is _MAIN else None)
+        if names is _MEMORY:
+            group.add_argument("--card", choices=CARDS, help="the same as --memory for a card of that size")
+        for name in names:
+            _add_setting(group, settings[name])
+
+
+def _add_setting(group, f: Field) -> None:
+    flag, default = "--" + f.name.replace("_", "-"), f.default
+    shown = " ".join(default) if isinstance(default, tuple) else default
+    help = f"{f.metadata['help']} [{shown}]" if shown != "" else f.metadata["help"]
+    if isinstance(default, bool):
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
+    elif isinstance(default, tuple):
+        group.add_argument(flag, nargs="+", metavar="NAME" if default else "W:H", help=help)
+    else:
+        choices, metavar = f.metadata["choices"], {int: "N", float: "X"}.get(type(default))
+        group.add_argument(flag, type=type(default), choices=choices, metavar=metavar, help=help)
+
+
+def _chosen(args: argparse.Namespace) -> dict:
+    """The trainer's settings that were given by flags or the config file."""
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
-    return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if v is not None}
+    if args.card:
+        chosen.setdefault("memory", CARDS[args.card])
+    return chosen
 
 
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    if not prompts:
-        raise UsageError(f"{path} holds no prompts; write one per line.")
-    return prompts
+def _prompts(args: argparse.Namespace, seed: int) -> list[str]:
+    count = args.prompt_count or 2000
+    if args.prompts is None:
+        return prompt_sources.generate(count, seed)
+    if args.verbatim:
+        return prompt_sources.read_prompts(args.prompts, verbatim=True)
+    return prompt_sources.expand(prompt_sources.read_prompts(args.prompts), count, seed, args.wildcards)
+
+
+def _negatives(args: argparse.Namespace, seed: int, count: int) -> list[str]:
+    if args.negative and args.negatives:
+        raise UsageError("Give --negative or --negatives, not both.")
+    if args.negatives == "built-in":
+        return prompt_sources.generate_negatives(min(count, 1000), seed)
+    if args.negatives:
+        lines = prompt_sources.read_prompts(Path(args.negatives))
+        return prompt_sources.expand(lines, args.prompt_count or 2000, seed, args.wildcards)
+    return list(args.negative or [""])
 
 
 def _load_base(args: argparse.Namespace):
-    """(MODEL, CLIP) from a checkpoint file, or from a function for bases that are no checkpoint file."""
-    if args.loader:
-        module, _, function = args.loader.partition(":")
-        try:
-            return getattr(importlib.import_module(module), function)()
-        except (ImportError, AttributeError) as error:
-            raise UsageError(f"--loader {args.loader} names no function MODULE:FUNCTION ({error}).") from error
-    from ..agd_core.comfyui.host import load_checkpoint
+    """(MODEL, CLIP, names of LoRAs)."""
+    if bool(args.loader) == bool(args.checkpoint):
+        raise UsageError("Give the base: either --checkpoint FILE or --loader MODULE:FUNCTION.")
+    loras = [_lora(text) for text in args.lora or []]
+    for path in [args.checkpoint, *(path for path, _ in loras)] if args.checkpoint else []:
+        if not path.is_file():
+            raise UsageError(f"There is no {'checkpoint' if path == args.checkpoint else 'LoRA'} {path}.")
+    if args.checkpoint:
+        from ..agd_core.comfyui.host import load_checkpoint
 
-    if not args.checkpoint.is_file():
-        raise UsageError(f"There is no checkpoint {args.checkpoint}.")
-    return load_checkpoint(args.checkpoint)
+        return *load_checkpoint(args.checkpoint, loras, args.base_dtype), [f"{p.name}:{s:g}" for p, s in loras]
+    if loras or args.base_dtype:
+        raise UsageError("--lora and --base-dtype belong to --checkpoint; a --loader function sees to that itself.")
+    module, _, function = args.loader.partition(":")
+    try:
+        return *getattr(importlib.import_module(module), function)(), []
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"--loader {args.loader} names no function MODULE:FUNCTION ({error}).") from error
 
 
-def _train(args: argparse.Namespace) -> None:
+def _lora(text: str) -> tuple[Path, float]:
+    path, _, strength = text.rpartition(":")
+    try:
+        return (Path(path), float(strength)) if path else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0  # the colon is the path's own
+
+
+def _job(args: argparse.Namespace, output: Path, recording: Recording | None = None) -> Job:
+    """Everything a run needs, checked as far as it can be before the base is loaded."""
     from ..agd_core.comfyui.runtime import use_comfyui
 
-    prompts, config = _read_prompts(args.prompts), _config(args)
+    chosen = _chosen(args)
+    TrainConfig(**chosen)  # refused early, if it can't work with any base
+    seed = chosen.get("seed", TrainConfig.seed)
+    if recording is None:
+        prompts = _prompts(args, seed)
+        negative = _negatives(args, seed, len(prompts))
+    else:
+        prompts, negative = recording.identity["prompts"], recording.identity["negative"]
     use_comfyui(args.comfyui)
     from ..agd_core.comfyui.host import ComfyHost
 
-    model, clip = _load_base(args)
-    host = ComfyHost(model, clip, autocast=config.autocast)
-    progress, state = ProgressBar(), args.output.with_suffix(".state")
-    before = signal.signal(signal.SIGINT, progress.stop)
+    model, clip, loras = _load_base(args)
+    host = ComfyHost(model, clip, autocast=TrainConfig(**chosen).autocast)
+    config = settings_for(host.base, chosen)
+    if recording is not None:
+        own = recording.config(config)
+        changed = sorted(key for key in RECORDED if key in chosen and chosen[key] != getattr(own, key))
+        if changed:
+            raise UsageError(f"The recording {recording.folder} was made with other settings of {', '.join(changed)}.")
+        if recording.identity["base"] != host.base.fingerprint:
+            raise UsageError(f"The recording {recording.folder} is of another base model.")
+        config = own
+    if loras:
+        host.teacher["loras"] = loras
+    return Job(host, prompts, config, output, negative, recording)
+
+
+def _train(args: argparse.Namespace) -> None:
+    if args.output is None:
+        raise UsageError("Give the adapter file to write: --output FILE.safetensors.")
+    check_output(args.output)
+    ranks = Ranks()  # before ComfyUI, which takes the current device for its own
+    job = _job(args, args.output, Recording.open(args.recording) if args.recording else None)
+    planned = job.plan()
+    if ranks.first:
+        print(planned.describe(), flush=True)
+    if args.dry_run:
+        return
+    bar = ProgressBar(quiet=not ranks.first)
     try:
-        trained = train(host, prompts, config, Callbacks(progress), negative=[args.negative], state=state)
+        with bar.stopped_by_signals():
+            trained = job.run(Callbacks(on_progress=bar, on_evaluation=bar.evaluated), planned, _rerun(args))
     except KeyboardInterrupt:
-        raise UsageError(f"Stopped; the same command goes on from {state}.") from None
+        raise UsageError(f"Stopped; the same command goes on from {job.folder}.") from None
     finally:
-        progress.close()
-        signal.signal(signal.SIGINT, before)
-    checkpoint.save(args.output, trained.adapter, trained.info)
-    plot = args.output.with_suffix(".png")
-    loss_plot(trained.losses).save(plot)
-    print(f"Wrote {args.output} and {plot}.")
-    if trained.evaluation:
-        held_out = trained.info.training["held_out_prompts"]
-        print(f"On {held_out} held-out prompts: {json.dumps(trained.evaluation.summary())}")
+        ranks.close()
+    if ranks.first:
+        print(job.report(trained), end="")
+        print(f"Wrote {args.output}; plots, previews and measurements are in {job.folder}.")
+
+
+def _rerun(args: argparse.Namespace) -> dict:
+    """What `--config` has to hold besides the settings, the prompts and the output, to repeat this run."""
+    paths = {name: getattr(args, name) for name in ("checkpoint", "recording", "comfyui")}
+    settings = {name: str(path.absolute()) for name, path in paths.items() if path}
+    return settings | {"loader": args.loader, "lora": args.lora, "base_dtype": args.base_dtype}
+
+
+def _record(args: argparse.Namespace) -> None:
+    if args.output is None:
+        raise UsageError("Give the folder to record into: --output FOLDER.")
+    job = _job(args, args.output)
+    batches = args.batches or math.ceil(job.config.iterations / job.config.reuse)
+    size = size_in_bytes(job.host, job.config, batches)
+    check_room(args.output, size, "record fewer batches (--batches)")
+    rows = batches * job.config.batch
+    print(f"{rows:,} states, {2 * rows:,} teacher evaluations, {size / 1e9:.2f} GB in {args.output}.", flush=True)
+    if args.dry_run:
+        return
+    bar = ProgressBar()
+    try:
+        with bar.stopped_by_signals():
+            recording = job.record(batches, lambda done, total: bar(Progress("record", done, total)))
+    except KeyboardInterrupt:
+        raise UsageError(f"Stopped; the same command goes on from the whole shards in {args.output}.") from None
+    print(f"Recorded {recording.batches:,} batches; train with `agd train --recording {args.output}`.")
 
 
 def _inspect(args: argparse.Namespace) -> None:
     print(checkpoint.describe(checkpoint.load_state(args.file)[0], args.file))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _read_config(path: Path, parser: argparse.ArgumentParser) -> None:
+    """Make what a TOML file holds the defaults of `parser`, whose flags it names. Raises `UsageError`."""
+    flags = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    try:
+        settings = {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text("utf-8")).items()}
+    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise UsageError(f"The config file {path} can't be read ({error}).") from error
+    unknown = sorted(settings.keys() - flags.keys())
+    if unknown:
+        raise UsageError(f"The config file {path} has unknown settings: {', '.join(unknown)}; see `agd train --help`.")
+    for key, value in settings.items():
+        convert, several = flags[key].type, flags[key].nargs == "+"
+        if several != isinstance(value, list) or isinstance(value, dict):
+            raise UsageError(f"{key} in {path} is {value!r}, but must be {'a list' if several else 'one value'}.")
+        try:
+            settings[key] = convert(value) if convert and not several else value
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{key} in {path} is {value!r}, but must be of type {convert.__name__}.") from error
+    parser.set_defaults(**settings)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of the commands that take a config file."""
     parser = argparse.ArgumentParser(prog="agd", description="Guidance without the second pass.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     train_ = commands.add_parser(
         "train",
+        usage="agd train --checkpoint FILE --output FILE.safetensors [--prompts FILE] [settings]",
         help="distil the guidance of a checkpoint into an adapter",
         description="Distils the guidance of a checkpoint into an adapter, from prompts alone. "
+        "Run the same command again to go on after a stop. With several GPUs: torchrun --nproc-per-node N -m "
+        "comfyui_agd.training train ...",
+    )
+    train_.add_argument("--output", **_FILE, help="the adapter file to write; its run's folder is beside it")
+    train_.add_argument("--dry-run", action="store_true", help="say what it takes, and whether it fits, and stop")
+    train_.add_argument("--recording", **_FOLDER, help="a folder of `agd record`, in place of rollouts and prompts")
+    train_.set_defaults(run=_train)
+    record_ = commands.add_parser(
+        "record",
+        usage="agd record --checkpoint FILE --output FOLDER [--prompts FILE] [settings]",
+        help="record the trajectories that training visits, to train from them many times",
+        description="Records what training would visit, with the teacher's predictions: for `agd train --recording`. "
         "Run the same command again to go on after a stop.",
     )
-    base = train_.add_mutually_exclusive_group(required=True)
-    base.add_argument("--checkpoint", type=Path, help="a full checkpoint file: diffusion model and text encoder")
-    base.add_argument("--loader", metavar="MODULE:FUNCTION", help="a Python function that returns (MODEL, CLIP)")
-    train_.add_argument("--prompts", type=Path, required=True, help="a text file with one prompt per line")
-    train_.add_argument("--output", type=Path, required=True, help="the adapter file to write")
-    train_.add_argument("--negative", default="", help="the negative prompt whose guidance is distilled")
-    train_.add_argument("--comfyui", type=Path, help="ComfyUI's folder, if it is not found by itself")
-    _add_config_options(train_.add_argument_group("settings"))
-    train_.set_defaults(run=_train)
+    record_.add_argument("--output", **_FOLDER, help="the folder to record into")
+    record_.add_argument("--batches", **_COUNT, help="how many batches (default: --iterations over --reuse)")
+    record_.add_argument("--dry-run", action="store_true", help="say how large it will be, and stop")
+    record_.set_defaults(run=_record)
+    for command in (train_, record_):
+        command.add_argument("--config", **_FILE, help="a TOML file with any of these flags by name; flags win")
+        _add_base(command)
+        _add_prompts(command)
+        _add_settings(command)
     inspect = commands.add_parser("inspect", help="check an adapter file and show what it says of itself")
     inspect.add_argument("file", type=Path)
     inspect.set_defaults(run=_inspect)
-    return parser
+    return parser, {"train": train_, "record": record_}
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser, commands = _parser()
+    args = parser.parse_args(argv)
+    if getattr(args, "config", None):
+        _read_config(args.config, commands[args.command])
+        args = parser.parse_args(argv)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, or 1 after one sentence on standard error."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    args = _parser().parse_args(argv)
     try:
+        args = _parse(argv)
         args.run(args)
     except (UsageError, ValueError, OSError, RuntimeError, ArithmeticError) as error:
         print(f"agd: {error}", file=sys.stderr)

@@ -1,19 +1,23 @@
 """Everything that decides what a training run does, besides its base and prompts."""
 
+import math
+import re
 from dataclasses import dataclass, field, fields
 
 import torch
 
 from ..agd_core.config import KINDS, OMEGA_EMBEDDINGS, AdapterConfig, BaseInfo
+from .solvers import SOLVERS
 
 LOSSES = ("balanced", "plain")
 OMEGA_SAMPLINGS = ("log_uniform", "uniform")
 PRECISIONS = ("base", "bf16")
+CHECKPOINTING = ("auto", "on", "off")
 
 
-def option(default, help: str, choices: tuple[str, ...] | None = None):
-    """A field with what the command line shows for it."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices: tuple[str, ...] | None = None, *, result: bool = True):
+    """A field with what the command line shows for it. `result`: whether another value gives another adapter."""
+    return field(default=default, metadata={"help": help, "choices": choices, "result": result})
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class TrainConfig:
     """Defaults are ours; where the paper (arXiv 2503.07274) differs, the help text says so."""
 
     iterations: int = option(1000, "optimiser steps")
-    batch: int = option(4, "states per optimiser step")
+    batch: int = option(4, "states per optimiser step, on all GPUs together")
     learning_rate: float = option(1e-4, "peak of AdamW's learning rate")
     warmup: float = option(0.1, "share of the iterations with a rising learning rate; a cosine to 0 follows")
     clip: float = option(1.0, "largest norm of the gradient")
@@ -32,16 +36,28 @@ class TrainConfig:
     omega_sampling: str = option("log_uniform", "how omega is drawn; the paper: 'uniform'", OMEGA_SAMPLINGS)
     width: int = option(512, "of the pictures, in pixels")
     height: int = option(512, "of the pictures, in pixels")
+    aspect_ratios: tuple[str, ...] = option(
+        (), "train at these ratios, such as 1:1 3:2 2:3, of pictures with the area of width x height"
+    )
     pool: int = option(8, "live trajectories, in batches")
+    reuse: int = option(1, "optimiser steps per teacher evaluation: states come again, each time with another omega")
     steps_min: int = option(15, "fewest steps of a trajectory")
     steps_max: int = option(30, "most steps of a trajectory")
     schedulers: tuple[str, ...] = option(("normal", "karras"), "ComfyUI's schedulers that trajectories follow")
-    ancestral: float = option(0.5, "share of trajectories that add noise at each step, as ancestral samplers do")
+    solvers: tuple[str, ...] = option(SOLVERS, f"samplers that trajectories follow, of {', '.join(SOLVERS)}")
     on_policy: float = option(0.0, "share of trajectories that follow the student instead of the teacher")
+    on_policy_from: float = option(0.25, "share of the iterations before any trajectory follows the student")
     precision: str = option("base", "compute in the base's own dtype, or in bf16 where the device has it", PRECISIONS)
     seed: int = option(0, "seed of everything random")
-    held_out: int = option(8, "prompts kept out of training to measure gap closed at the end; 0 measures nothing")
-    save_every: int = option(250, "iterations between two saved states; 0 saves one on interrupt only")
+    held_out: int = option(8, "prompts kept out of training to measure gap closed on; 0 measures nothing")
+    evaluate_every: int = option(250, "iterations between two measurements; the best adapter is kept; 0: at the end")
+    patience: int = option(0, "measurements without a better one before training stops early; 0 never does")
+    save_every: int = option(250, "iterations between two saved states; 0 saves one on interrupt only", result=False)
+    keep_states: int = option(2, "saved states that are kept", result=False)
+    preview_every: int = option(250, "iterations between two preview pictures of CFG and AGD; 0: none", result=False)
+    checkpointing: str = option("auto", "compute activations twice to save memory", CHECKPOINTING, result=False)
+    micro_batch: int = option(0, "states evaluated at once, on one GPU; 0 takes what fits", result=False)
+    memory: float = option(0.0, "GB of the GPU's memory that may be used; 0 takes what is free", result=False)
     kind: str = option("cross_attention", "the adapter", KINDS)
     hidden: int = option(128, "width H inside the adapter of a site")
     encoder_width: int = option(128, "width inside the encoder of omega and t")
@@ -50,34 +66,58 @@ class TrainConfig:
     shared_encoder: bool = option(True, "one omega/t encoder for all sites; the paper: one per site")
 
     def __post_init__(self):
+        wrong = [*self._wrong_choices(), *self._wrong_numbers()]
+        if not 0 < self.omega_min <= self.omega_max or self.omega_max <= 1:
+            wrong.append(f"omega goes from {self.omega_min} to {self.omega_max}, but must rise from above 0 to above 1")
+        if self.steps_max < self.steps_min:
+            wrong.append(f"steps_max is {self.steps_max}, less than steps_min, {self.steps_min}")
+        wrong += [f"aspect ratio {r!r} is not like 3:2" for r in self.aspect_ratios if not _RATIO.fullmatch(r)]
+        if wrong:
+            raise ValueError(f"These training settings can't work: {'; '.join(wrong)}.")
+
+    def _wrong_choices(self) -> list[str]:
         wrong = []
         for f in fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
             if choices and value not in choices:
                 wrong.append(f"{f.name} is {value!r}, but must be one of {', '.join(choices)}")
-        positive = ("iterations", "batch", "learning_rate", "clip", "width", "height", "pool", "steps_min")
-        wrong += [
-            f"{name} is {getattr(self, name)}, but must be above 0" for name in positive if getattr(self, name) <= 0
-        ]
-        if not 0 < self.omega_min <= self.omega_max or self.omega_max <= 1:
-            wrong.append(f"omega goes from {self.omega_min} to {self.omega_max}, but must rise from above 0 to above 1")
-        if self.steps_max < self.steps_min:
-            wrong.append(f"steps_max is {self.steps_max}, less than steps_min, {self.steps_min}")
-        shares = ("warmup", "ancestral", "on_policy", "ema")
-        wrong += [
-            f"{name} is {getattr(self, name)}, but is a share, 0 to 1"
-            for name in shares
-            if not 0 <= getattr(self, name) <= 1
-        ]
-        if not self.schedulers:
-            wrong.append("schedulers is empty")
-        if wrong:
-            raise ValueError(f"These training settings can't work: {'; '.join(wrong)}.")
+        for solver in self.solvers:
+            if solver not in SOLVERS:
+                wrong.append(f"there is no sampler {solver!r} for trajectories, choose from {', '.join(SOLVERS)}")
+        return wrong + [f"{name} is empty" for name in ("schedulers", "solvers") if not getattr(self, name)]
+
+    def _wrong_numbers(self) -> list[str]:
+        positive = ("iterations", "batch", "learning_rate", "clip", "width", "height", "pool", "reuse", "steps_min")
+        positive += ("keep_states",)
+        counts = ("held_out", "evaluate_every", "patience", "save_every", "preview_every", "micro_batch", "memory")
+        shares = ("warmup", "on_policy", "on_policy_from", "ema")
+        values = {name: getattr(self, name) for name in positive + counts + shares}
+        wrong = [f"{name} is {values[name]}, but must be above 0" for name in positive if not values[name] > 0]
+        wrong += [f"{name} is {values[name]}, but must not be negative" for name in counts if not values[name] >= 0]
+        wrong += [f"{name} is {values[name]}, but is a share, 0 to 1" for name in shares if not 0 <= values[name] <= 1]
+        return wrong
 
     @property
     def autocast(self) -> torch.dtype | None:
         """The dtype to compute evaluations in; None is the base's own."""
         return torch.bfloat16 if self.precision == "bf16" else None
+
+    def buckets(self) -> list[tuple[int, int]]:
+        """(width, height) of the pictures of training: width x height, or one of that area per aspect ratio."""
+        if not self.aspect_ratios:
+            return [(self.width, self.height)]
+        unit, area = 64 if min(self.width, self.height) >= 256 else 16, self.width * self.height
+        found = []
+        for ratio in self.aspect_ratios:
+            across, down = map(int, ratio.split(":"))
+            width = math.sqrt(area * across / down)
+            found.append(tuple(max(unit, round(side / unit) * unit) for side in (width, area / width)))
+        return list(dict.fromkeys(found))
+
+    def result_settings(self) -> dict:
+        """The settings that decide which adapter comes out, as JSON data; the others may change between sessions."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["result"]}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
     def adapter_config(self, base: BaseInfo, prompt_tokens: int) -> AdapterConfig:
         """`prompt_tokens`: the length of a short prompt's context."""
@@ -91,3 +131,6 @@ class TrainConfig:
             encoder_width=self.encoder_width,
             prompt_tokens=prompt_tokens,
         )
+
+
+_RATIO = re.compile(r"[1-9]\d*:[1-9]\d*")

@@ -1,14 +1,16 @@
 """How much of the gap an adapter closes, on prompts and noise that no training saw."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..agd_core.adapter import Adapter
-from ..agd_core.guidance import direction_cosine, gap_closed
-from .host import Condition, Host
-from .pool import Visit, ask_teacher, euler_step
+from ..agd_core.guidance import cfg, direction_cosine, gap_closed
+from .config import TrainConfig
+from .host import Host, Prompt
+from .solvers import solver_step
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,11 @@ class Evaluation:
     direction_cosine: dict[float, float]
     by_sigma: dict[float, list[tuple[float, float]]]
 
+    @property
+    def score(self) -> float:
+        """One number to compare adapters by: the mean gap closed over the omegas."""
+        return sum(self.gap_closed.values()) / len(self.gap_closed)
+
     def summary(self) -> dict:
         """For the adapter file: keys are omegas as text, as JSON wants them."""
         return {
@@ -26,46 +33,122 @@ class Evaluation:
             "direction_cosine": {f"{omega:g}": round(value, 4) for omega, value in self.direction_cosine.items()},
         }
 
+    def sigmas(self) -> dict:
+        """`by_sigma` as JSON data."""
+        return {
+            f"{omega:g}": [[round(sigma, 4), round(value, 4)] for sigma, value in pairs]
+            for omega, pairs in self.by_sigma.items()
+        }
+
+
+@dataclass(frozen=True)
+class State:
+    """A batch of states on the teacher's trajectories: x, cond, target (b, c, h, w) on the CPU, sigma and omega."""
+
+    x: torch.Tensor
+    cond: torch.Tensor
+    target: torch.Tensor
+    sigma: float
+    omega: float
+    prompts: list[Prompt]
+
+
+def omegas_of(config: TrainConfig) -> list[float]:
+    """The guidance scales to measure at: two between the smallest and the largest, evenly in log omega, and that."""
+    low, high = math.log(max(1.0, config.omega_min)), math.log(config.omega_max)
+    return sorted({round(math.exp(low + (high - low) * i / 3), 1) for i in (1, 2)} | {config.omega_max})
+
+
+@torch.no_grad()
+def follow_teacher(
+    host: Host,
+    positive: Sequence[Prompt],
+    negative: Prompt,
+    shape: tuple[int, int, int],
+    omegas: Sequence[float],
+    *,
+    steps: int = 20,
+    keep: int | None = None,
+    scheduler: str = "normal",
+    seed: int = 1,
+    batch: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[State]:
+    """The states on the teacher's own Euler trajectories, one per prompt and omega, to `evaluate` adapters at.
+
+    Spends len(omegas) * len(positive) * steps * 2 evaluations (rows), once; `keep` of the steps, evenly spread, are
+    kept (default: all). Call it inside the host's session.
+    """
+    sigmas, states, done = host.sigmas(scheduler, steps), [], 0
+    kept = set(torch.linspace(0, steps - 1, keep or steps).round().int().tolist())
+    for omega in omegas:
+        for first in range(0, len(positive), batch):
+            prompts = list(positive[first : first + batch])
+            rows = len(prompts)
+            # A generator per prompt: the states don't depend on how many rows are evaluated at once.
+            seeds = [seed * 1_000_003 + i for i in range(first, first + rows)]
+            noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+            x = host.start(torch.stack(noise), sigmas[:1].expand(rows))
+            for i in range(steps):
+                sigma, sigma_next = (s.expand(rows) for s in (sigmas[i], sigmas[i + 1]))
+                cond = host.denoise(x, sigma, prompts).cpu()
+                uncond = host.denoise(x, sigma, [negative] * rows).cpu()
+                target = cfg(cond, uncond, torch.full((rows,), float(omega)))
+                if i in kept:
+                    states.append(State(x, cond, target, sigmas[i].item(), omega, prompts))
+                x = solver_step(x, target, sigma, sigma_next)
+                done += rows
+                progress(done, len(omegas) * len(positive) * steps)
+    return states
+
 
 @torch.no_grad()
 def evaluate(
     host: Host,
     adapter: Adapter,
-    positive: Sequence[Condition],
-    negative: Condition,
+    states: Sequence[State],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """How the adapter does at those states: one evaluation (row) each. Call it inside the host's session."""
+    found: dict[float, dict[float, list]] = {}  # omega -> sigma -> (student, cond, target) of each batch
+    for i, state in enumerate(states, 1):
+        rows = len(state.prompts)
+        sigma, omega = torch.full((rows,), state.sigma), torch.full((rows,), float(state.omega))
+        student = host.student(adapter, state.x, sigma, state.prompts, omega).cpu()
+        found.setdefault(state.omega, {}).setdefault(state.sigma, []).append((student, state.cond, state.target))
+        progress(i, len(states))
+    gap, cosine, by_sigma = {}, {}, {}
+    for omega, at_sigma in found.items():
+        joined = {s: [torch.cat(part) for part in zip(*batches, strict=True)] for s, batches in at_sigma.items()}
+        everything = [torch.cat(part) for part in zip(*joined.values(), strict=True)]
+        gap[omega], cosine[omega] = gap_closed(*everything), direction_cosine(*everything)
+        by_sigma[omega] = [(sigma, gap_closed(*parts)) for sigma, parts in joined.items()]
+    return Evaluation(gap, cosine, by_sigma)
+
+
+@torch.no_grad()
+def sample(
+    host: Host,
+    prompt: Prompt,
+    negative: Prompt,
     shape: tuple[int, int, int],
-    omegas: Sequence[float],
+    omega: float,
+    adapter: Adapter | None,
     *,
     steps: int = 20,
-    scheduler: str = "normal",
     seed: int = 1,
-    batch: int = 8,
-) -> Evaluation:
-    """Follow the teacher's own Euler trajectories, one per condition and omega, and compare at every step.
-
-    Spends len(omegas) * len(positive) * steps * 3 evaluations (rows). Call it inside the host's session.
-    """
-    sigmas = host.sigmas(scheduler, steps)
-    gap, cosine, by_sigma = {}, {}, {}
-    for omega in omegas:
-        states = [[] for _ in range(steps)]  # per step: (student, cond, target) of each batch
-        for first in range(0, len(positive), batch):
-            conditions = list(positive[first : first + batch])
-            rows = len(conditions)
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
-            noise = torch.randn(rows, *shape, generator=generator).to(host.device)
-            x = host.start(noise, sigmas[:1].expand(rows))
-            for i in range(steps):
-                sigma, sigma_next = (s.expand(rows).to(host.device) for s in (sigmas[i], sigmas[i + 1]))
-                omegas_of_rows = torch.full((rows,), float(omega), device=host.device)
-                visit = Visit(torch.arange(rows), x, sigma, omegas_of_rows, conditions, [negative] * rows)
-                teacher = ask_teacher(host, visit)
-                student = host.student(adapter, x, sigma, conditions, omegas_of_rows)
-                states[i].append((student.cpu(), teacher.cond.cpu(), teacher.target.cpu()))
-                still = torch.zeros(rows, dtype=torch.bool, device=host.device)
-                x = euler_step(x, teacher.target, sigma, sigma_next, still, torch.zeros_like(x))
-        at_step = [[torch.cat(part) for part in zip(*batches, strict=True)] for batches in states]
-        everything = [torch.cat(part) for part in zip(*at_step, strict=True)]
-        gap[omega], cosine[omega] = gap_closed(*everything), direction_cosine(*everything)
-        by_sigma[omega] = [(sigmas[i].item(), gap_closed(*parts)) for i, parts in enumerate(at_step)]
-    return Evaluation(gap, cosine, by_sigma)
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> torch.Tensor:
+    """A latent (1, c, h, w) by Euler's method: with the adapter in one evaluation per step, or by CFG without."""
+    sigmas, scale = host.sigmas("normal", steps), torch.tensor([float(omega)])
+    x = host.start(torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)), sigmas[:1])
+    for i in range(steps):
+        sigma = sigmas[i : i + 1]
+        if adapter is not None:
+            denoised = host.student(adapter, x, sigma, [prompt], scale).cpu()
+        else:
+            cond, uncond = (host.denoise(x, sigma, [which]).cpu() for which in (prompt, negative))
+            denoised = cfg(cond, uncond, scale)
+        x = solver_step(x, denoised, sigma, sigmas[i + 1 : i + 2])
+        progress(i + 1, steps)
+    return x

@@ -1,12 +1,13 @@
-"""A loss plot with PIL alone, which ComfyUI has."""
+"""Pictures of a training with PIL alone, which ComfyUI has: curves, and previews side by side."""
 
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-_SIZE = (800, 480)
-_BOX = (80, 40, 770, 420)  # left, top, right, bottom of the plotting area
-_INK, _GRID, _FAINT, _LINE = "#222222", "#dddddd", "#b7cbe8", "#1f5fbf"
+_SIZE, _HEIGHT = 800, 400  # of one diagram
+_BOX = (80, 40, 770, 340)  # left, top, right, bottom of its plotting area
+_INK, _GRID, _FAINT = "#222222", "#dddddd", "#b7cbe8"
+_LINES = ("#1f5fbf", "#c2571a", "#2f8f4e", "#8250b0", "#a08000")
 _TICKS = 5
 
 
@@ -18,28 +19,87 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return [(sums[i] - sums[max(0, i - window)]) / (i - max(0, i - window)) for i in range(1, len(sums))]
 
 
+class Diagram:
+    """Axes from (first, low) to (last, high), with curves."""
+
+    def __init__(self, title: str, first: int, last: int, low: float, high: float, across: str = "iteration"):
+        self.image = Image.new("RGB", (_SIZE, _HEIGHT), "white")
+        self.draw, self.font = ImageDraw.Draw(self.image), ImageFont.load_default(size=14)
+        self.first, self.last, self.low, self.high = first, max(last, first + 1), low, high
+        left, _, right, bottom = _BOX
+        for tick in range(_TICKS + 1):
+            value, step = low + (high - low) * tick / _TICKS, first + (last - first) * tick // _TICKS
+            x, y = self._point(step, value)
+            self.draw.line([(left, y), (right, y)], fill=_GRID)
+            self.draw.text((left - 8, y), f"{value:.3g}", fill=_INK, font=self.font, anchor="rm")
+            self.draw.text((x, bottom + 8), str(step), fill=_INK, font=self.font, anchor="ma")
+        self.draw.text((left, 12), title, fill=_INK, font=self.font)
+        self.draw.text(((left + right) / 2, bottom + 34), across, fill=_INK, font=self.font, anchor="ma")
+
+    def _point(self, step: float, value: float) -> tuple[float, float]:
+        left, top, right, bottom = _BOX
+        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
+        return left + (right - left) * (step - self.first) / (self.last - self.first), bottom - (bottom - top) * share
+
+    def curve(self, points: Sequence[tuple[int, float]], colour: str, width: int = 3, dots: bool = False) -> None:
+        at = [self._point(*point) for point in points]
+        self.draw.line(at, fill=colour, width=width)
+        for x, y in at if dots else []:
+            self.draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
+
+    def key(self, names: Sequence[str], colours: Sequence[str]) -> None:
+        """Long names, one below the other inside the plotting area."""
+        for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
+            at = (_BOX[2] - 8, _BOX[3] - 8 - 20 * (len(names) - 1 - i))
+            self.draw.text(at, name, fill=colour, font=self.font, anchor="rd")
+
+    def legend(self, names: Sequence[str]) -> None:
+        x = _BOX[2]
+        for name, colour in reversed(list(zip(names, _LINES, strict=False))):
+            self.draw.text((x, 12), name, fill=colour, font=self.font, anchor="ra")
+            x -= self.draw.textlength(name, font=self.font) + 16
+
+
 def loss_plot(
     losses: Sequence[float], title: str = "AGD training: share of the guidance gap still open"
 ) -> Image.Image:
     """Loss by iteration: every value faint, the running mean strong. The axis starts at 0."""
-    image = Image.new("RGB", _SIZE, "white")
+    highest = max(*sorted(losses)[: max(1, int(len(losses) * 0.99))], 1e-12) if losses else 1.0
+    diagram = Diagram(title, 1, len(losses), 0.0, highest)
+    diagram.curve(list(enumerate(losses, 1)), _FAINT, width=1)
+    diagram.curve(list(enumerate(smooth(losses, max(1, len(losses) // 40)), 1)), _LINES[0])
+    return diagram.image
+
+
+def gap_plot(history: Sequence[dict], last: int) -> Image.Image:
+    """Gap closed on held-out prompts by iteration, a curve per omega. `history`: the trainer's; `last`: iteration."""
+    omegas = list(history[0]["gap_closed"])
+    values = [value for entry in history for value in entry["gap_closed"].values()]
+    diagram = Diagram("Gap closed on held-out prompts", 1, last, min(0.0, *values), max(0.1, *values) * 1.05)
+    for omega, colour in zip(omegas, _LINES, strict=False):
+        diagram.curve([(entry["step"], entry["gap_closed"][omega]) for entry in history], colour, dots=True)
+    diagram.legend([f"omega {omega}" for omega in omegas])
+    return diagram.image
+
+
+def training_plot(losses: Sequence[float], history: Sequence[dict]) -> Image.Image:
+    """Loss, and below it gap closed, where that was measured."""
+    measured = [entry for entry in history if entry.get("gap_closed")]
+    plots = [loss_plot(losses), *([gap_plot(measured, len(losses))] if measured else [])]
+    image = Image.new("RGB", (_SIZE, _HEIGHT * len(plots)), "white")
+    for i, plot in enumerate(plots):
+        image.paste(plot, (0, i * _HEIGHT))
+    return image
+
+
+def preview(pictures: dict[str, Image.Image]) -> Image.Image:
+    """Pictures of one size side by side under their names, each at least 256 pixels high."""
+    scale = max(1, -(-256 // next(iter(pictures.values())).height))
+    sized = [picture.resize((picture.width * scale, picture.height * scale)) for picture in pictures.values()]
+    width, height = sized[0].size
+    image = Image.new("RGB", (len(sized) * (width + 8) - 8, height + 28), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
-    left, top, right, bottom = _BOX
-    mean = smooth(losses, max(1, len(losses) // 40))
-    highest = max(*sorted(losses)[: max(1, int(len(losses) * 0.99))], 1e-12)
-
-    def point(i: int, value: float) -> tuple[float, float]:
-        x = left + (right - left) * i / max(1, len(losses) - 1)
-        return x, bottom - (bottom - top) * min(value / highest, 1.0)
-
-    for tick in range(_TICKS + 1):
-        value, step = highest * tick / _TICKS, (len(losses) - 1) * tick // _TICKS
-        y, x = point(0, value)[1], point(step, 0)[0]
-        draw.line([(left, y), (right, y)], fill=_GRID)
-        draw.text((left - 8, y), f"{value:.3g}", fill=_INK, font=font, anchor="rm")
-        draw.text((x, bottom + 8), str(step + 1), fill=_INK, font=font, anchor="ma")
-    draw.line([point(i, value) for i, value in enumerate(losses)], fill=_FAINT, width=1)
-    draw.line([point(i, value) for i, value in enumerate(mean)], fill=_LINE, width=3)
-    draw.text((left, 12), title, fill=_INK, font=font)
-    draw.text(((left + right) / 2, bottom + 34), "iteration", fill=_INK, font=font, anchor="ma")
+    for i, (name, picture) in enumerate(zip(pictures, sized, strict=True)):
+        draw.text((i * (width + 8) + 4, 6), name, fill=_INK, font=font)
+        image.paste(picture, (i * (width + 8), 28))
     return image

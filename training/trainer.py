@@ -1,61 +1,83 @@
 """The one function that distils an adapter. The node, the command line and the demo all call it."""
 
-import copy
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
+from ..agd_core import checkpoint
 from ..agd_core.adapter import Adapter
-from ..agd_core.checkpoint import AdapterInfo, replacing
-from ..agd_core.config import AdapterConfig
-from ..agd_core.guidance import balanced_loss, plain_loss
+from ..agd_core.checkpoint import AdapterInfo
 from .config import TrainConfig
-from .evaluate import Evaluation, evaluate
-from .host import Host
-from .pool import TrajectoryPool, ask_teacher
+from .distributed import Ranks
+from .evaluate import Evaluation, State, evaluate, follow_teacher, omegas_of, sample
+from .fitting import Teacher
+from .host import Host, Prompt
+from .plan import Plan
+from .plot import preview, training_plot
+from .pool import TrajectoryPool
+from .recording import Recording
+from .run import Best, Run, check_same_run
+from .run_folder import RunFolder
 
-_LOSSES = {"balanced": balanced_loss, "plain": plain_loss}
-_STATE_VERSION = 1
+_ENCODED = 16  # prompts between two reports
+_KEPT_STEPS = 8  # of the held-out trajectories' twenty: to measure at
+_RECENT, _EXPLODED = 20, 20.0  # so many iterations with so many times the loss of no adapter: that won't come back
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after an iteration. `phase` is "rollout" (filling the pool) or "train".
+    """Where a run stands. `phase`: "encode" (prompts), "rollout" (filling the pool), "measure" (on held-out prompts) or
+    "train", after an iteration.
 
-    `loss` is the mean of the last 50 iterations', for a single one tells little.
+    `loss` is the mean of the last 50 iterations', `gap_closed` the last measured, its mean over omega; `memory` in
+    bytes, the most so far.
     """
 
     phase: str
     step: int
     total: int
     loss: float | None = None
+    gap_closed: float | None = None
+    memory: int | None = None
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What a caller hears of a run. Raising from `on_progress` stops it; its state is saved first."""
+    """What a caller hears of a run. Raising from `on_progress` stops it; its state is saved first.
+
+    `on_start` is called once it is clear that the run's folder is this run's.
+    """
 
     on_progress: Callable[[Progress], None] = lambda progress: None
+    on_evaluation: Callable[[int, Evaluation], None] = lambda step, evaluation: None
+    on_preview: Callable[[int, Image.Image], None] = lambda step, image: None
+    on_start: Callable[[], None] = lambda: None
 
 
 @dataclass
 class Trained:
-    """A finished adapter (its moving average, on the CPU) and what its file should say."""
+    """A finished adapter on the CPU, the best that was measured or else the last, and what its file should say.
+
+    `history` holds a dict per measurement: step, gap_closed and direction_cosine by omega.
+    """
 
     adapter: Adapter
     info: AdapterInfo
     losses: list[float] = field(default_factory=list)
+    history: list[dict] = field(default_factory=list)
     evaluation: Evaluation | None = None
 
-
-class DifferentRun(ValueError):
-    """A saved state belongs to a run with other settings."""
+    def plot(self) -> Image.Image:
+        return training_plot(self.losses, self.history)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -77,79 +99,6 @@ def split_prompts(prompts: Sequence[str], config: TrainConfig) -> tuple[list[str
     return [prompts[i] for i in order[count:]], [prompts[i] for i in order[:count]]
 
 
-def _run_identity(config: TrainConfig, prompts: Sequence[str], negative: Sequence[str], host: Host) -> dict:
-    """What must be equal for a saved state to be this run's. `save_every` changes nothing of the result."""
-    settings = {key: value for key, value in asdict(config).items() if key != "save_every"}
-    identity = settings | {"prompts": list(prompts), "negative": list(negative), "base": host.base.fingerprint}
-    return json.loads(json.dumps(identity))
-
-
-class _Run:
-    """All that changes while training, and how it is saved and restored."""
-
-    def __init__(self, host: Host, config: TrainConfig, adapter_config: AdapterConfig, pool: TrajectoryPool):
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            self.adapter = Adapter(adapter_config).to(host.device)
-        self.average = copy.deepcopy(self.adapter).requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(self.adapter.parameters(), lr=config.learning_rate, weight_decay=0.0)
-        self.pool, self.step, self.evaluations, self.losses = pool, 0, 0, []
-        self.whole = False  # whether this is the state after an iteration, from which a run goes on unchanged
-
-    def remember_unconditional(self, contexts: Sequence[torch.Tensor]) -> None:
-        """`contexts`: (m, d) each."""
-        mean = torch.stack([context.float().mean(0) for context in contexts]).mean(0)
-        for adapter in (self.adapter, self.average):
-            adapter.unconditional.copy_(mean)
-
-    def recent_loss(self) -> float:
-        recent = self.losses[-50:]
-        return sum(recent) / len(recent)
-
-    def update_average(self, decay: float) -> None:
-        # Early on the average would be mostly the zero start; it may follow faster there.
-        decay = min(decay, (1 + self.step) / (10 + self.step))
-        for mean, live in zip(self.average.parameters(), self.adapter.parameters(), strict=True):
-            mean.lerp_(live.detach(), 1 - decay)
-
-    def save(self, path: Path, identity: dict) -> None:
-        state = {
-            "version": _STATE_VERSION,
-            "identity": identity,
-            "step": self.step,
-            "evaluations": self.evaluations,
-            "losses": self.losses,
-            "adapter": self.adapter.state_dict(),
-            "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "pool": self.pool.state_dict(),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
-
-    def restore(self, path: Path, identity: dict) -> None:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise DifferentRun(
-                f"{path} is no readable training state ({type(error).__name__}); delete it to start anew."
-            ) from error
-        if state.get("version") != _STATE_VERSION or state.get("identity") != identity:
-            saved = state.get("identity", {})
-            changed = sorted(key for key in identity.keys() | saved.keys() if identity.get(key) != saved.get(key))
-            short = [f"{key}: {saved.get(key)!r:.60} then, {identity.get(key)!r:.60} now" for key in changed]
-            raise DifferentRun(
-                f"{path} is the state of another run ({'; '.join(short)}). "
-                "Use the settings of then to go on with it, or delete it to start anew."
-            )
-        self.step, self.evaluations, self.losses = state["step"], state["evaluations"], state["losses"]
-        self.adapter.load_state_dict(state["adapter"])
-        self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.pool.load_state_dict(state["pool"])
-
-
 def train(
     host: Host,
     prompts: Sequence[str],
@@ -157,65 +106,266 @@ def train(
     callbacks: Callbacks = Callbacks(),
     *,
     negative: Sequence[str] = ("",),
-    state: Path | None = None,
+    held_out: Sequence[str] | None = None,
+    folder: Path | None = None,
+    recording: Recording | None = None,
+    plan: Plan | None = None,
 ) -> Trained:
     """Distil the base's guidance into a new adapter by online rollouts (the method: arXiv 2503.07274).
 
-    `negative` are the prompts of the unconditional branch, dealt out to `prompts` in turn; the default is empty.
-    With `state`, the run is saved there every `config.save_every` iterations and whenever it is stopped, goes on from
-    there if it is called again, to the same result, and removes it at the end. `DifferentRun` is raised if the file
-    is another run's.
+    `negative` are the prompts of the unconditional branch, drawn for each trajectory; the default is empty. `held_out`
+    are the prompts to measure on, by default some of `prompts`, which are then not trained with. With
+    `folder`, the run keeps its files there: its state is saved every `config.save_every` iterations and whenever it is
+    stopped, and if it is called again it goes on from there, to the same result. `DifferentRun` is raised if the
+    folder is another run's. With `recording`, the states come from there instead of from rollouts. `plan` says how
+    a step fits into memory; without one it is taken at once, unless the config says otherwise. Started by `torchrun`,
+    all processes train one adapter; each returns it.
     """
-    training_prompts, held_out = split_prompts(prompts, config)
-    negative, shape = list(negative), host.latent_shape(config.width, config.height)
-    positive = host.encode(training_prompts, shape)
-    unconditional = host.encode(negative, shape, "negative")
-    held_out_conditions = host.encode(held_out, shape)
-    away_from = [host.context(condition) for condition in unconditional]
-    shortest = min(len(host.context(condition)) for condition in positive + unconditional)
-    adapter_config = config.adapter_config(host.base, prompt_tokens=shortest)
-    identity, start = _run_identity(config, prompts, negative, host), time.monotonic()
-    with host.session():
-        pool = TrajectoryPool(host, positive, unconditional, shape, config)
-        run = _Run(host, config, adapter_config, pool)
-        run.remember_unconditional(away_from)
+    ranks, negative = Ranks(), list(negative)
+    lanes = ranks.lanes(config.batch)
+    host.check_schedulers(config.schedulers)
+    if recording is not None and config.on_policy:
+        raise ValueError("A recording can't follow the student: train from one with on_policy 0.")
+    files = RunFolder(folder) if folder is not None else None
+    if files is not None and ranks.first:
+        files.prepare()
+    identity = _identity(config, [*prompts, *(held_out or ())], negative, host, recording)
+    saved = files.load_state() if files is not None else None
+    if saved is not None:
+        check_same_run(saved, identity, files.path)
+    if ranks.first:
+        callbacks.on_start()
+    if held_out is None:
+        prompts, held_out = split_prompts(prompts, config)
+    encoded = {
+        "positive": _encode(host, prompts, callbacks),
+        "negative": _encode(host, negative, callbacks, "negative"),
+    }
+    shown = _encode(host, held_out or prompts[:1], callbacks)
+    host.release_text_encoder()
+    shortest = min(len(host.context(prompt)) for prompt in [*encoded["positive"], *encoded["negative"]])
+    rows, checkpointing = len(lanes), plan.checkpointing if plan else config.checkpointing == "on"
+    with host.session(checkpointing=checkpointing, memory=plan.reserve if plan else 0):
+        run = Run(
+            host,
+            config,
+            config.adapter_config(host.base, prompt_tokens=shortest),
+            encoded,
+            ranks,
+            micro_batch=plan.micro_batch if plan else config.micro_batch or rows,
+            teacher=Teacher(host, plan.teacher_rows if plan else 2 * rows),
+        )
+        if recording is not None:
+            run.source = recording.source(config, lanes)
+        else:
+            run.source = TrajectoryPool(host, *encoded.values(), config, lanes, run.teacher)
+        lab = Lab(run, shown, measured=len(held_out))
+        info = AdapterInfo(
+            config=run.adapter_config,
+            base=host.base,
+            omega_range=(config.omega_min, config.omega_max),
+            unconditional=_describe_unconditional(negative),
+            resolutions=tuple(dict.fromkeys(host.latent_shape(w, h)[1:] for w, h in config.buckets())),
+        )
         try:
-            if state is not None and state.exists():
-                run.restore(state, identity)
-            else:
-                run.evaluations += run.pool.fill(
-                    lambda done, total: callbacks.on_progress(Progress("rollout", done, total))
-                )
+            if saved is not None:
+                run.restore(saved)
+            if files is not None and ranks.first:
+                files.start_metrics(run.step, _measured(run))
+            if saved is None:
+                spent = run.source.fill(lambda done, total: callbacks.on_progress(Progress("rollout", done, total)))
+                run.evaluations += spent if recording is not None else int(ranks.sum(torch.tensor(spent)))
             run.whole = True
-            _fit(host, run, config, callbacks, state, identity)
-            evaluation = _evaluate_held_out(host, run, config, held_out_conditions, unconditional[0], shape)
+            _fit(run, lab, callbacks, files, identity, info)
         except BaseException:  # ComfyUI's interrupt and KeyboardInterrupt among them
-            if state is not None and run.whole:
-                run.save(state, identity)
+            # Several ranks save together or not at all: `_fit` has done it where they agreed to stop.
+            if files is not None and run.whole and ranks.count == 1:
+                files.save_state(run.step, run.state(identity), config.keep_states)
             raise
+        finally:
+            if files is not None:
+                files.close()
         adapter = run.average.cpu()
-    if state is not None:
-        state.unlink(missing_ok=True)
-    summary = {
-        "iterations": config.iterations,
+    if run.best is not None:
+        adapter.load_state_dict(run.best.weights)
+    training = {
+        "iterations": run.step,
+        "best_step": run.best.step if run.best else run.step,
         "batch": config.batch,
-        "prompts": len(training_prompts),
+        "prompts": len(prompts),
         "held_out_prompts": len(held_out),
         "teacher_evaluations": run.evaluations,
-        "seconds_of_last_session": round(time.monotonic() - start),
+        "seconds": round(run.seconds),
         "final_loss": round(run.recent_loss(), 5),
-        **(evaluation.summary() if evaluation else {}),
-        "config": asdict(config),
+        **(_best_measured(run) if run.best else {}),
+        **({"teacher": host.teacher} if host.teacher else {}),
+        "config": config.result_settings(),
     }
-    info = AdapterInfo(
-        config=adapter_config,
-        base=host.base,
-        omega_range=(config.omega_min, config.omega_max),
-        unconditional=_describe_unconditional(negative),
-        resolutions=(shape[1:],),
-        training=summary,
-    )
-    return Trained(adapter, info, run.losses, evaluation)
+    trained = Trained(adapter, _with_training(info, training), run.losses, run.history, run.evaluation)
+    if files is not None and ranks.first:
+        files.save_image("training.png", trained.plot())
+    return trained
+
+
+def _encode(host: Host, prompts: Sequence[str], callbacks: Callbacks, kind: str = "positive") -> list[Prompt]:
+    encoded = []
+    for i in range(0, len(prompts), _ENCODED):
+        encoded += host.encode(list(prompts[i : i + _ENCODED]), kind)
+        callbacks.on_progress(Progress("encode", len(encoded), len(prompts)))
+    return encoded
+
+
+def _fit(
+    run: Run,
+    lab: "Lab",
+    callbacks: Callbacks,
+    files: RunFolder | None,
+    identity: dict,
+    info: AdapterInfo,
+) -> None:
+    """The loop. Each iteration ends whole: a run that stops there goes on to the same result."""
+    config, ranks, source = run.config, run.ranks, run.source
+    shares, clock, begun, at_start = [], time.monotonic(), run.step, run.seconds
+    while True:
+        # Measured before anything else, so that a run stopped at this step measures here when it goes on.
+        ended = run.step >= config.iterations
+        if _due(run.step, config.evaluate_every, ended) and not _measured(run):
+            lab.measure(callbacks, files, info)
+        if _due(run.step, config.preview_every, ended) and config.preview_every and run.step > begun:
+            lab.show(callbacks, files)
+        if ended or _had_enough(run):
+            return
+        for group in run.optimiser.param_groups:
+            group["lr"] = learning_rate(run.step, config)
+        try:
+            batch = source.next(run.step)
+            student, loss, share = run.learn(batch)
+            shares = [*shares, share][-_RECENT:]
+            _check_loss(loss, shares, run)
+        except BaseException:
+            source.undo()  # ComfyUI's layers raise on interrupt: leave the state of the last whole iteration
+            raise
+        run.whole = False
+        nn.utils.clip_grad_norm_(run.adapter.parameters(), config.clip)
+        run.optimiser.step()
+        run.evaluations += ranks.count * source.advance(batch, student, run.step / config.iterations)
+        run.step += 1
+        run.losses.append(loss)
+        run.update_average()
+        run.seconds = at_start + time.monotonic() - clock
+        run.whole = True
+
+        if files is not None and ranks.first:
+            rate = run.optimiser.param_groups[0]["lr"]
+            files.add_metrics(run.step, loss=loss, learning_rate=rate, seconds=round(run.seconds, 2))
+        left = (config.iterations - run.step) * (time.monotonic() - clock) / (run.step - begun)
+        stop = _tell(callbacks, run, left)
+        stopping = ranks.any(stop is not None)
+        regular = config.save_every and run.step % config.save_every == 0
+        # Alone, a stopped run is saved by `train`; several ranks save together, here, where all know of the stop.
+        if files is not None and (regular or (stopping and ranks.count > 1)):
+            state = run.state(identity)
+            if ranks.first:
+                files.save_state(run.step, state, config.keep_states)
+                files.save_image("training.png", training_plot(run.losses, run.history))
+        if stopping:
+            raise stop or KeyboardInterrupt
+
+
+def _due(step: int, every: int, ended: bool) -> bool:
+    return ended or (every > 0 and step > 0 and step % every == 0)
+
+
+def _measured(run: Run) -> bool:
+    return bool(run.history) and run.history[-1]["step"] == run.step
+
+
+def _tell(callbacks: Callbacks, run: Run, seconds_left: float) -> BaseException | None:
+    """Report an iteration. What the caller raises, to stop, is returned."""
+    gap, memory = (run.history[-1]["score"] if run.history else None), run.host.memory_used()
+    try:
+        callbacks.on_progress(
+            Progress("train", run.step, run.config.iterations, run.recent_loss(), gap, memory, seconds_left)
+        )
+    except BaseException as error:
+        return error
+    return None
+
+
+class Lab:
+    """Measures and shows the adapter on prompts that are not trained with: fixed prompts, seeds and noise levels.
+
+    What the teacher does there is computed once, when it is first needed, on the first rank.
+    """
+
+    def __init__(self, run: Run, shown: list, measured: int):
+        """`shown`: encoded prompts, the first for the preview; the first `measured` for measuring."""
+        self.run, self.shown, self.measured = run, shown, measured
+        self.shape = run.host.latent_shape(*run.config.buckets()[0])
+        self.states: list[State] = []
+        self.guided: torch.Tensor | None = None
+
+    def measure(self, callbacks: Callbacks, files: RunFolder | None, info: AdapterInfo) -> None:
+        """Gap closed per omega and sigma; the best adapter so far is remembered, and written to the run's folder."""
+        run = self.run
+        if not self.measured:
+            return
+        score, progress = torch.zeros(1, dtype=torch.float64), self._progress(callbacks)
+        if run.ranks.first:
+            if not self.states:
+                prompts, negative = self.shown[: self.measured], run.prompts["negative"][0]
+                omegas, rows = omegas_of(run.config), max(1, run.teacher.rows // 2)
+                self.states = follow_teacher(
+                    run.host, prompts, negative, self.shape, omegas, keep=_KEPT_STEPS, batch=rows, progress=progress
+                )
+            run.evaluation = evaluate(run.host, run.average, self.states, progress)
+            score[0] = run.evaluation.score
+        score = run.ranks.share(score).item()
+        found = run.evaluation.summary() if run.evaluation else {}
+        run.history.append({"step": run.step, "score": score, **found})
+        if run.best is None or score > run.best.score:
+            weights = {key: value.detach().cpu().clone() for key, value in run.average.state_dict().items()}
+            run.best = Best(score, run.step, weights)
+            if run.ranks.first and files is not None:
+                measured = _with_training(info, {"step": run.step, **found})
+                checkpoint.save(files.path / "best.safetensors", run.average, measured)
+        if run.ranks.first:
+            if files is not None:
+                files.add_metrics(run.step, score=score, **found, by_sigma=run.evaluation.sigmas())
+            callbacks.on_evaluation(run.step, run.evaluation)
+
+    def _progress(self, callbacks: Callbacks) -> Callable[[int, int], None]:
+        """Lets the caller stop in between. Of several ranks none may stop alone."""
+        if self.run.ranks.count > 1:
+            return lambda done, total: None
+        return lambda done, total: callbacks.on_progress(Progress("measure", done, total))
+
+    @torch.no_grad()
+    def show(self, callbacks: Callbacks, files: RunFolder | None) -> None:
+        """A picture of one prompt by CFG beside the same by the adapter."""
+        run = self.run
+        if not run.ranks.first:
+            return
+        omega = omegas_of(run.config)[-2] if len(omegas_of(run.config)) > 1 else run.config.omega_max
+        what = run.host, self.shown[0], run.prompts["negative"][0], self.shape, omega
+        if self.guided is None:
+            self.guided = sample(*what, None, progress=self._progress(callbacks))
+        own = sample(*what, run.average, progress=self._progress(callbacks))
+        pictures = {f"CFG {omega:g}": self.guided, f"AGD {omega:g}, step {run.step}": own}
+        image = preview({name: run.host.picture(latent) for name, latent in pictures.items()})
+        if files is not None:
+            files.save_image(f"previews/step-{run.step:06d}.png", image)
+        callbacks.on_preview(run.step, image)
+
+
+def _identity(
+    config: TrainConfig, prompts: Sequence[str], negative: list[str], host: Host, recording: Recording | None
+) -> dict:
+    """What must be equal for a saved state to be this run's."""
+    identity = config.result_settings() | {"prompts": list(prompts), "negative": negative}
+    identity |= {"base": host.base.fingerprint, "teacher": host.teacher}
+    identity |= {"recording": recording.checksum() if recording else ""}
+    return json.loads(json.dumps(identity))
 
 
 def _describe_unconditional(negative: Sequence[str]) -> str:
@@ -224,45 +374,28 @@ def _describe_unconditional(negative: Sequence[str]) -> str:
     return f"negative prompt {negative[0]!r}" if len(negative) == 1 else f"{len(negative)} negative prompts of training"
 
 
-def _evaluate_held_out(
-    host: Host, run: _Run, config: TrainConfig, positive: list, negative: object, shape: tuple[int, int, int]
-) -> Evaluation | None:
-    if not positive:
-        return None
-    middle = round(math.sqrt(max(1.0, config.omega_min) * config.omega_max), 1)
-    return evaluate(host, run.average, positive, negative, shape, sorted({middle, config.omega_max}))
+def _with_training(info: AdapterInfo, training: dict) -> AdapterInfo:
+    return AdapterInfo(**{**vars(info), "training": training})
 
 
-def _fit(host: Host, run: _Run, config: TrainConfig, callbacks: Callbacks, state: Path | None, identity: dict) -> None:
-    loss_of = _LOSSES[config.loss]
-    while run.step < config.iterations:
-        for group in run.optimiser.param_groups:
-            group["lr"] = learning_rate(run.step, config)
-        visit = run.pool.draw()
-        try:
-            teacher = ask_teacher(host, visit)
-            student = host.student(run.adapter, visit.x, visit.sigma, visit.positive, visit.omega)
-            loss = loss_of(student, teacher.cond, teacher.target, visit.sigma)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"The loss became {value} at iteration {run.step + 1}; "
-                    f"train again with a smaller learning rate than {config.learning_rate:g}."
-                )
-        except BaseException:
-            run.pool.undo_draw()  # ComfyUI's layers raise on interrupt: leave the state of the last whole iteration
-            raise
-        run.whole = False
-        run.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(run.adapter.parameters(), config.clip)
-        run.optimiser.step()
-        run.pool.advance(visit, teacher.target, student)
-        run.step += 1
-        run.evaluations += 2 * len(visit.slots)
-        run.losses.append(value)
-        run.update_average(config.ema)
-        run.whole = True
-        if state is not None and config.save_every and run.step % config.save_every == 0:
-            run.save(state, identity)
-        callbacks.on_progress(Progress("train", run.step, config.iterations, run.recent_loss()))
+def _best_measured(run: Run) -> dict:
+    measured = next(entry for entry in run.history if entry["step"] == run.best.step)
+    return {key: value for key, value in measured.items() if key in ("gap_closed", "direction_cosine")}
+
+
+def _had_enough(run: Run) -> bool:
+    """Whether `patience` measurements in a row brought no better adapter."""
+    since_best = [entry for entry in run.history if run.best and entry["step"] > run.best.step]
+    return 0 < run.config.patience <= len(since_best)
+
+
+def _check_loss(loss: float, shares: list[float], run: Run) -> None:
+    """Raises `FloatingPointError` where training can't succeed. `shares`: recent losses over that of no adapter."""
+    remedy = f"train again with a smaller learning rate than {run.config.learning_rate:g}"
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"The loss became {loss} at iteration {run.step + 1}; {remedy}.")
+    middle = statistics.median(shares)
+    if len(shares) == _RECENT and middle > _EXPLODED:
+        raise FloatingPointError(
+            f"The loss exploded: at iteration {run.step + 1} it is {middle:.0f} times that of no adapter; {remedy}."
+        )

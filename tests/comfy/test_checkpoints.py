@@ -18,6 +18,7 @@ import torch
 from checkpoints import on_meta, write_checkpoint
 from comfy.cli_args import args
 from runtime import CFG, Prompts, latent, patched, rows_of
+from safetensors.torch import save_file
 
 from comfyui_agd.agd_core import checkpoint
 from comfyui_agd.agd_core.checkpoint import AdapterFileError
@@ -102,6 +103,13 @@ def test_sd15_samples_with_one_evaluation_per_step(sd15, save_adapter):
         check_sampling(base, save_adapter(base.model, hidden=128, encoder_width=128, prompt_tokens=77))
 
 
+def write_lora(path: Path) -> Path:
+    """A LoRA of one layer of SD 1.5, under the names that LoRA files have."""
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_q"
+    save_file({f"{layer}.lora_up.weight": torch.ones(320, 1), f"{layer}.lora_down.weight": torch.ones(1, 320)}, path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def trained(sd15, tmp_path_factory) -> Path:
     """An adapter that `agd train` made of the SD 1.5 checkpoint, in a process of its own."""
@@ -110,7 +118,8 @@ def trained(sd15, tmp_path_factory) -> Path:
     settings = "--width 64 --height 64 --hidden 8 --encoder-width 8 --batch 1 --pool 1 --steps-min 2 --steps-max 2"
     run = "from comfyui_agd.training.cli import main; raise SystemExit(main())"
     command = [sys.executable, "-c", run, "train", "--checkpoint", str(sd15), "--prompts", "prompts.txt"]
-    command += ["--output", "adapter.safetensors", "--iterations", "2", "--held-out", "0", *settings.split()]
+    command += ["--output", "adapter.safetensors", "--iterations", "2", "--held-out", "0", "--preview-every", "0"]
+    command += ["--lora", f"{write_lora(folder / 'style.safetensors')}:0.5", *settings.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder / "adapter.safetensors"
@@ -121,6 +130,7 @@ def test_agd_train_makes_an_adapter_of_a_checkpoint_file(trained):
     assert info.base.describe() == "SD15 (EPS-prediction, 16 cross-attentions of width 320/640/1280, context 768)"
     assert info.base.fingerprint
     assert info.training["iterations"] == 2
+    assert info.training["teacher"] == {"patched_weights": 1, "loras": ["style.safetensors:0.5"]}
     assert all(layer.weight.any() for layer in adapter.last())
 
 

@@ -9,20 +9,23 @@ import time
 from pathlib import Path
 
 import pytest
+import tomllib
+import torch
+from PIL import Image
 
 from comfyui_agd.agd_core import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
     *("--width", "64", "--height", "64", "--hidden", "8", "--encoder-width", "8", "--pool", "2"),
-    *("--steps-min", "3", "--steps-max", "4", "--learning-rate", "1e-3"),
+    *("--steps-min", "3", "--steps-max", "4", "--learning-rate", "1e-3", "--held-out", "1"),
 ]
 
 
 @pytest.fixture
 def prompts(tmp_path) -> Path:
     file = tmp_path / "prompts.txt"
-    file.write_text("".join(f"a {colour} star\n" for colour in ("red", "blue", "green", "white", "black")))
+    file.write_text("a {red|blue|green|white|black} star\n")
     return file
 
 
@@ -40,19 +43,34 @@ def run(args: list[str], cwd: Path, **options) -> subprocess.CompletedProcess:
     return subprocess.run(args, capture_output=True, text=True, cwd=cwd, timeout=300, **options)
 
 
-def test_train_then_inspect_from_any_folder(prompts, tmp_path):
-    output = tmp_path / "toy.safetensors"
-    done = run(train(prompts, output, "--iterations", "4"), tmp_path)
+def equal_weights(first: Path, second: Path) -> bool:
+    a, b = (checkpoint.load_state(path)[1] for path in (first, second))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_train_then_inspect_from_any_folder_then_again_from_the_runs_config(prompts, tmp_path):
+    output, folder = tmp_path / "toy.safetensors", tmp_path / "toy.run"
+    done = run(train(prompts, output, "--iterations", "4", "--evaluate-every", "2", "--preview-every", "4"), tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "parameters\nevaluations" in done.stdout  # the plan comes first
     assert "loss=" in done.stderr
-    assert "On 1 held-out prompts" in done.stdout
+    assert done.stdout.count(": gap closed ") == 2
+    assert "Gap closed on 1 prompts that were not trained with" in done.stdout
     assert checkpoint.read_info(output).training["iterations"] == 4
-    assert output.with_suffix(".png").exists()
+    names = {path.name for path in folder.iterdir()} - {"tensorboard"}
+    assert names == {"config.toml", "metrics.jsonl", "previews", "prompts.txt", "report.txt", "training.png"}
+    assert Image.open(folder / "previews" / "step-000004.png").size[1] > 256
     # Without any installation (-S: no .pth files, so no editable install) the folder itself is the command.
     environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"]}
     shown = run([sys.executable, "-S", str(ROOT), "inspect", str(output)], tmp_path, env=environment)
     assert shown.returncode == 0, shown.stderr
     assert "ToyConfig (EPS-prediction, 7 cross-attentions of width 64/128" in shown.stdout
+
+    assert tomllib.loads((folder / "config.toml").read_text())["batch"] == 4  # resolved, not only what was given
+    again = tmp_path / "again.safetensors"
+    done = run(command("train", "--config", str(folder / "config.toml"), "--output", str(again)), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert equal_weights(output, again)
 
 
 @pytest.mark.slow
@@ -69,32 +87,41 @@ def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(prompts, tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 1
     text = (tmp_path / "stderr").read_text()
-    assert f"agd: Stopped; the same command goes on from {output.with_suffix('.state')}." in text
+    assert f"agd: Stopped; the same command goes on from {output.with_suffix('.run')}." in text
     assert "Traceback" not in text
     other = run(train(prompts, output, "--iterations", "5000"), tmp_path)
     assert "iterations: 4000 then, 5000 now" in other.stderr
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "holds no prompts"), (b"caf\xe9\n", "is not UTF-8 text")],
-)
-def test_bad_prompt_files_are_one_sentence(tmp_path, content, message):
-    file = tmp_path / "prompts.txt"
-    file.write_bytes(content)
-    done = run(train(file, tmp_path / "a.safetensors"), tmp_path)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.slow
+def test_recorded_then_trained_from(prompts, tmp_path):
+    base = ("--loader", "comfyui_agd.examples.toy.model:load")
+    recording, output = tmp_path / "recording", tmp_path / "toy.safetensors"
+    settings = ("--prompts", str(prompts), "--output", str(recording), *SETTINGS, "--iterations", "3", "--reuse", "1")
+    done = run(command("record", *base, *settings), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "12 states, 24 teacher evaluations" in done.stdout
+    args = command("train", *base, "--recording", str(recording), "--output", str(output), "--hidden", "8")
+    done = run([*args, "--iterations", "5", "--preview-every", "0", "--encoder-width", "8"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.read_info(output).training["iterations"] == 5
+    other = run([*args, "--batch", "8"], tmp_path)
+    assert "was made with other settings of batch" in other.stderr
 
 
-def test_inspecting_what_is_no_adapter_is_one_sentence(tmp_path):
-    file = tmp_path / "lora.safetensors"
-    file.write_bytes(b"nothing")
-    done = run(command("inspect", str(file)), tmp_path)
+def test_what_cannot_fit_is_refused_with_what_would(prompts, tmp_path):
+    settings = ("--memory", "0.06", "--width", "512", "--height", "512")
+    done = run(train(prompts, tmp_path / "a.safetensors", *settings), tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("agd: ")
-    assert "is not a readable safetensors file" in done.stderr
+    assert "which has 60.0 MB for it; it would fit with width 384, height 384." in done.stderr
+    assert not (tmp_path / "a.run").exists()
+
+
+def test_a_dry_run_writes_nothing(prompts, tmp_path):
+    done = run(train(prompts, tmp_path / "a.safetensors", "--dry-run"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "of the teacher" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
 def test_a_missing_checkpoint_is_one_sentence(prompts, tmp_path):

@@ -1,47 +1,20 @@
 """Whole training runs on a tiny random UNet through the real runtime."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
+from analytic import CONFIG as ANALYTIC
+from analytic import PROMPTS, Stopped, assert_same, stop_after
 from runtime import TinyUNet, ksampler, patched, tiny
 
 from comfyui_agd.agd_core import checkpoint
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.host import ComfyHost
-from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import evaluate
-from comfyui_agd.training.trainer import Callbacks, DifferentRun, Progress, train
+from comfyui_agd.training.evaluate import evaluate, follow_teacher
+from comfyui_agd.training.trainer import Callbacks, train
 
-PROMPTS = [
-    f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "star", "ring", "cross")
-]
-CONFIG = TrainConfig(
-    iterations=12,
-    batch=4,
-    pool=2,
-    learning_rate=3e-3,
-    width=64,
-    height=64,
-    hidden=8,
-    encoder_width=8,
-    steps_min=3,
-    steps_max=5,
-    held_out=1,
-    save_every=5,
-)
-
-
-class Stopped(Exception):
-    """What a caller raises to stop a run."""
-
-
-def stop_after(step: int) -> Callbacks:
-    def on_progress(progress: Progress) -> None:
-        if progress.phase == "train" and progress.step == step:
-            raise Stopped
-
-    return Callbacks(on_progress)
+CONFIG = replace(ANALYTIC, iterations=8, held_out=0, save_every=4)
 
 
 @pytest.fixture(scope="module")
@@ -49,32 +22,36 @@ def base():
     return tiny(TinyUNet())
 
 
+@pytest.fixture(scope="module")
+def new_host(base, toy):
+    """A host of a run: it lets go of the text encoder."""
+    return lambda: ComfyHost(base, toy.clip)
+
+
 @pytest.fixture
-def host(base, toy):
-    return ComfyHost(base, toy.clip)
-
-
-def weights(adapter: Adapter) -> torch.Tensor:
-    return torch.cat([value.flatten() for value in adapter.state_dict().values()])
+def host(new_host):
+    return new_host()
 
 
 def test_training_closes_part_of_the_gap_and_leaves_the_base_alone(base, host):
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     steps = []
-    trained = train(host, PROMPTS, dataclasses.replace(CONFIG, iterations=60), Callbacks(steps.append))
+    trained = train(
+        host, PROMPTS, replace(CONFIG, iterations=60, held_out=1, evaluate_every=0), Callbacks(steps.append)
+    )
     assert trained.losses[0] == pytest.approx(1.0)  # a new adapter closes nothing
     assert sum(trained.losses[-10:]) / 10 < 0.8
     assert [p.step for p in steps if p.phase == "train"] == list(range(1, 61))
     assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
     assert all(not p.requires_grad for p in base.model.parameters())
     assert trained.info.training["teacher_evaluations"] >= 2 * 4 * 60
-    assert len(trained.evaluation.gap_closed) == 2
+    assert list(trained.evaluation.gap_closed) == [2.3, 5.2, 12.0]
     assert all(value > 0 for value in trained.evaluation.gap_closed.values())
 
 
 @pytest.mark.parametrize("kind", ["cross_attention", "offset"])
 def test_every_parameter_of_the_adapter_moves(host, kind):
-    config = dataclasses.replace(CONFIG, kind=kind)
+    config = replace(CONFIG, kind=kind)
     trained = train(host, PROMPTS, config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -83,72 +60,57 @@ def test_every_parameter_of_the_adapter_moves(host, kind):
     assert still == []
 
 
-def test_the_same_seed_gives_the_same_adapter_to_the_bit(host):
-    first, second = train(host, PROMPTS, CONFIG), train(host, PROMPTS, CONFIG)
-    assert torch.equal(weights(first.adapter), weights(second.adapter))
-    assert first.losses == second.losses
-    assert first.evaluation == second.evaluation
+VARIED = replace(CONFIG, aspect_ratios=("1:1", "2:1"), reuse=2, on_policy=0.5, on_policy_from=0.2)
 
 
-def test_another_seed_gives_another_adapter(host):
-    other = dataclasses.replace(CONFIG, seed=1)
-    assert train(host, PROMPTS, CONFIG).losses != train(host, PROMPTS, other).losses
+@pytest.fixture(scope="module")
+def whole(new_host):
+    """The uninterrupted run."""
+    return train(new_host(), PROMPTS, VARIED)
 
 
-@pytest.mark.parametrize("stop", [1, 7, 12])
-def test_a_stopped_run_goes_on_to_the_same_result(host, tmp_path, stop):
-    state = tmp_path / "run.state"
+def test_the_same_seed_gives_the_same_adapter_to_the_bit(host, whole):
+    assert_same(train(host, PROMPTS, VARIED), whole)
+
+
+def test_another_seed_gives_another_adapter(host, whole):
+    assert train(host, PROMPTS, replace(VARIED, seed=1)).losses != whole.losses
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_a_stopped_run_goes_on_to_the_same_result(new_host, whole, tmp_path, stop):
+    """tests/unit/test_trainer.py stops a run everywhere."""
+    folder = tmp_path / "a.run"
     with pytest.raises(Stopped):
-        train(host, PROMPTS, CONFIG, stop_after(stop), state=state)
-    assert state.exists()
-    resumed = train(host, PROMPTS, CONFIG, state=state)
-    whole = train(host, PROMPTS, CONFIG)
-    assert torch.equal(weights(resumed.adapter), weights(whole.adapter))
-    assert resumed.losses == whole.losses
-    assert not state.exists()
+        train(new_host(), PROMPTS, VARIED, stop_after(stop), folder=folder)
+    assert_same(train(new_host(), PROMPTS, VARIED, folder=folder), whole)
 
 
-def test_a_run_stopped_inside_an_evaluation_goes_on_to_the_same_result(host, tmp_path, monkeypatch):
-    """ComfyUI's own layers raise when a user interrupts, in the middle of an iteration."""
-    state, calls, real = tmp_path / "run.state", [], host.student
+@pytest.mark.parametrize("at", [2, 10, 11])
+def test_a_run_stopped_inside_an_evaluation_goes_on_to_the_same_result(base, new_host, whole, tmp_path, at):
+    """ComfyUI's own layers raise when a user interrupts: here while the pool is filled, in the teacher, the student."""
+    folder, calls = tmp_path / "a.run", []
 
-    def student(*args):
+    def interrupt(*_):
         calls.append(1)
-        if len(calls) == 7:
+        if len(calls) == at:
             raise Stopped
-        return real(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(host, "student", student)
+    hook = base.model.diffusion_model.middle_block[0].register_forward_pre_hook(interrupt)
+    try:
         with pytest.raises(Stopped):
-            train(host, PROMPTS, CONFIG, state=state)
-    resumed, whole = train(host, PROMPTS, CONFIG, state=state), train(host, PROMPTS, CONFIG)
-    assert torch.equal(weights(resumed.adapter), weights(whole.adapter))
-
-
-def test_a_run_with_other_settings_is_refused(host, tmp_path):
-    state = tmp_path / "run.state"
-    with pytest.raises(Stopped):
-        train(host, PROMPTS, CONFIG, stop_after(3), state=state)
-    other = dataclasses.replace(CONFIG, learning_rate=1e-5)
-    with pytest.raises(DifferentRun, match=r"learning_rate: 0.003 then, 1e-05 now"):
-        train(host, PROMPTS, other, state=state)
-    assert state.exists()
-
-
-def test_a_damaged_state_is_refused(host, tmp_path):
-    state = tmp_path / "run.state"
-    state.write_bytes(b"half a state")
-    with pytest.raises(DifferentRun, match="no readable training state"):
-        train(host, PROMPTS, CONFIG, state=state)
+            train(new_host(), PROMPTS, VARIED, folder=folder)
+    finally:
+        hook.remove()
+    assert_same(train(new_host(), PROMPTS, VARIED, folder=folder), whole)
 
 
 def test_training_works_under_inference_mode_as_nodes_run(toy):
     with torch.inference_mode():
         base = tiny(TinyUNet())
         trained = train(ComfyHost(base, toy.clip), PROMPTS, CONFIG)
-    assert trained.losses[-1] < trained.losses[0]
-    assert not weights(trained.adapter).is_inference()
+    assert len(trained.losses) == CONFIG.iterations
+    assert not any(value.is_inference() for value in trained.adapter.state_dict().values())
 
 
 def test_the_base_samples_the_same_pictures_after_training(base, host, toy_prompts):
@@ -157,22 +119,15 @@ def test_the_base_samples_the_same_pictures_after_training(base, host, toy_promp
     assert torch.equal(ksampler(base, toy_prompts), before)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(host, monkeypatch):
-    monkeypatch.setattr(host, "student", lambda adapter, x, *rest: x * float("nan"))
-    with pytest.raises(FloatingPointError, match="loss became nan at iteration 1; train again with a smaller"):
-        train(host, PROMPTS, CONFIG)
-
-
-def test_sampling_with_the_file_gives_what_training_saw(base, host, toy_prompts, tmp_path):
+def test_sampling_with_the_file_gives_what_training_saw(base, new_host, toy_prompts, tmp_path):
     """One path: the student in training and the patched model in the sampler are the same function."""
-    trained = train(host, PROMPTS, CONFIG)
+    trained, host = train(new_host(), PROMPTS, CONFIG), new_host()
     file = checkpoint.save(tmp_path / "a.safetensors", trained.adapter, trained.info)
     x, omega = torch.randn(1, 12, 8, 8), 4.0
     sigma = host.sigmas("normal", 4)[:1]
-    shape = host.latent_shape(64, 64)
     prompt = "a small red circle left of a large green star on a white background"
     with host.session(), torch.no_grad():
-        student = host.student(trained.adapter, x, sigma, host.encode([prompt], shape), torch.tensor([omega]))
+        student = host.student(trained.adapter, x, sigma, host.encode([prompt]), torch.tensor([omega]))
 
     import comfy.samplers
 
@@ -188,15 +143,13 @@ def test_sampling_with_the_file_gives_what_training_saw(base, host, toy_prompts,
 
     with torch.inference_mode():
         guider.sample(x, torch.zeros_like(x), OneCall(), torch.cat([sigma, torch.zeros(1)]))
-    torch.testing.assert_close(seen[0], student, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen[0], student, atol=1e-4, rtol=1e-4)
 
 
 def test_the_gap_of_a_new_adapter_is_open(host):
-    shape = host.latent_shape(64, 64)
-    positive, negative = host.encode(PROMPTS[:2], shape), host.encode([""], shape, "negative")[0]
+    positive, negative = host.encode(PROMPTS[:2]), host.encode([""], "negative")[0]
     with host.session():
-        result = evaluate(
-            host, Adapter(CONFIG.adapter_config(host.base, 16)), positive, negative, shape, [3.0], steps=3
-        )
+        states = follow_teacher(host, positive, negative, host.latent_shape(64, 64), [3.0], steps=3)
+        result = evaluate(host, Adapter(CONFIG.adapter_config(host.base, 16)), states)
     assert result.gap_closed[3.0] == pytest.approx(0.0, abs=1e-4)
     assert [sigma for sigma, _ in result.by_sigma[3.0]] == host.sigmas("normal", 3)[:3].tolist()

@@ -21,6 +21,7 @@ from comfyui_agd.agd_core.comfyui.runtime import find_comfyui
 ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 180
 _TEXT_EVENT = 3
+_PREVIEW_EVENTS = (1, 4)  # without and with metadata
 
 
 class PromptError(Exception):
@@ -56,6 +57,7 @@ class Server:
         self._wait()
         self.client = uuid.uuid4().hex
         self.texts: dict[str, str] = {}
+        self.previews = 0
         self.socket = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}", timeout=300)
 
     def _wait(self) -> None:
@@ -99,7 +101,7 @@ class Server:
         while True:
             message = self.socket.recv()
             if isinstance(message, bytes):
-                self._remember_text(message)
+                self._remember(message)
                 continue
             event = json.loads(message)
             data = event.get("data", {})
@@ -110,9 +112,10 @@ class Server:
                 return
             yield event
 
-    def _remember_text(self, message: bytes) -> None:
-        """What the editor shows on a node: event type, length of the node's id, the id, the text."""
+    def _remember(self, message: bytes) -> None:
+        """What the editor shows on a node: event type, then a picture, or length of the node's id, the id, the text."""
         kind, length = struct.unpack(">II", message[:8])
+        self.previews += kind in _PREVIEW_EVENTS
         if kind == _TEXT_EVENT:
             self.texts[message[8 : 8 + length].decode()] = message[8 + length :].decode()
 

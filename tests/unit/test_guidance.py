@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from comfyui_agd.agd_core.guidance import balanced_loss, cfg, direction_cosine, gap_closed, plain_loss
+from comfyui_agd.agd_core.guidance import (
+    balanced_weights,
+    cfg,
+    direction_cosine,
+    gap_closed,
+    gaps,
+    weighted_error,
+)
 
 torch.manual_seed(0)
 COND, UNCOND = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
@@ -37,30 +44,28 @@ def test_direction_cosine_ignores_length(share, cosine):
 SIGMA = torch.tensor([1.0, 0.5, 8.0])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_balanced_loss_is_the_share_of_the_gap_that_is_open(share):
-    student = COND + share * (TARGET - COND)
-    assert balanced_loss(student, COND, TARGET, SIGMA).item() == pytest.approx((1 - share) ** 2, abs=1e-5)
+def test_a_gap_is_that_of_eps_whatever_the_noise_level():
+    """eps = (x - denoised) / sigma: the same eps error at two noise levels is the same gap."""
+    eps = torch.randn(1, 4, 5, 6).expand(3, 4, 5, 6)
+    target = COND + eps * SIGMA[:, None, None, None]
+    torch.testing.assert_close(gaps(COND, target, SIGMA), eps.square().sum((1, 2, 3)))
 
 
-def test_balanced_loss_weighs_small_and_large_guidance_alike():
-    """Half of row 1 done and nothing of row 2, and the other way round, cost the same; under MSE they do not."""
-    losses, plain = [], []
-    for done in (1, 2):
-        student = COND.clone()
-        student[done] = TARGET[done]
-        losses.append(balanced_loss(student, COND, TARGET, SIGMA).item())
-        plain.append(plain_loss(student, COND, TARGET, torch.ones(3)).item())
-    assert losses == pytest.approx([0.5, 0.5], abs=0.15)
-    assert max(plain) > 10 * min(plain)
+def test_the_weighted_error_of_a_batch_is_the_sum_of_its_parts():
+    weights, student = torch.tensor([0.5, 1.0, 2.0]), COND + 0.1
+    parts = [weighted_error(*(v[i : i + 1] for v in (student, TARGET, SIGMA, weights))).item() for i in range(3)]
+    assert weighted_error(student, TARGET, SIGMA, weights).item() == pytest.approx(sum(parts), rel=1e-6)
 
 
-def test_balanced_loss_hardly_hears_rounding_errors_at_omega_near_1():
-    target = cfg(COND, UNCOND, torch.tensor([1.001, 2.0, 2.0]))
-    student = target.clone()
-    student[0] += 0.01 * torch.randn(4, 5, 6)
-    assert balanced_loss(student, COND, target, torch.ones(3)).item() < 0.01
+def test_balanced_weights_count_rows_alike_and_hardly_those_without_guidance():
+    """A row's weight times its gap is its part in the loss: alike for weak and strong guidance, small at omega 1."""
+    target = cfg(COND, UNCOND, torch.tensor([1.001, 2.0, 12.0]))
+    gap = gaps(COND, target, torch.ones(3))
+    parts = balanced_weights(gap, gap.mean()) * gap
+    assert parts[1].item() == pytest.approx(parts[2].item(), rel=0.6)
+    assert gap[2] > 100 * gap[1]
+    assert parts[0] < 1e-3
 
 
-def test_balanced_loss_survives_a_batch_without_guidance():
-    assert torch.isfinite(balanced_loss(COND, COND, COND, SIGMA))
+def test_balanced_weights_of_a_batch_without_guidance_are_finite():
+    assert balanced_weights(torch.zeros(3), torch.tensor(0.0)).isfinite().all()

@@ -54,19 +54,19 @@ def test_the_core_is_torch_only(file):
 
 @pytest.mark.parametrize("file", BRIDGE, ids=lambda f: f.name)
 def test_the_bridge_imports_comfyui_and_the_core(file):
-    assert outside(file) <= TORCH_ONLY | COMFYUI - {"nodes", "server"}
+    assert outside(file) <= TORCH_ONLY | {"PIL", "psutil"} | COMFYUI - {"nodes", "server"}
     assert rooms(file) <= {"agd_core"}
 
 
 @pytest.mark.parametrize("file", files("training"), ids=lambda f: f.name)
 def test_training_holds_no_ui_and_meets_comfyui_through_the_bridge(file):
-    assert outside(file) <= TORCH_ONLY | {"tqdm", "PIL"}
+    assert outside(file) <= TORCH_ONLY | {"tqdm", "PIL", "tomli"}
     assert rooms(file) <= {"agd_core", "training"}
 
 
 @pytest.mark.parametrize("file", files("nodes"), ids=lambda f: f.name)
 def test_nodes_import_downwards(file):
-    assert outside(file) <= TORCH_ONLY | COMFYUI | {"numpy"}
+    assert outside(file) <= TORCH_ONLY | COMFYUI | {"numpy", "PIL"}
     assert rooms(file) <= {"agd_core", "training", "nodes"}
 
 

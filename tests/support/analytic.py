@@ -1,0 +1,156 @@
+"""A base whose answers are known, for the trainer without ComfyUI: a Gaussian around a mean of each prompt's own."""
+
+import contextlib
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from PIL import Image
+from small import small_sites
+
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.config import BaseInfo
+from comfyui_agd.agd_core.guidance import per_row
+from comfyui_agd.training.config import TrainConfig
+from comfyui_agd.training.trainer import Callbacks, Progress, Trained
+
+PROMPTS = [
+    f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "star", "ring", "cross")
+]
+CONFIG = TrainConfig(
+    iterations=12,
+    batch=4,
+    pool=3,
+    learning_rate=3e-3,
+    width=64,
+    height=64,
+    hidden=8,
+    encoder_width=8,
+    steps_min=3,
+    steps_max=5,
+    held_out=2,
+    evaluate_every=5,
+    preview_every=0,
+    save_every=5,
+)
+CHANNELS, TOKENS, CONTEXT, SPREAD = 2, 3, 16, 0.5  # SPREAD: of the data around its mean
+
+
+def _fixed(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) / shape[0] ** 0.5
+
+
+@dataclass
+class AnalyticHost:
+    """Implements `training.host.Host`. `fits`: rows of the student that memory is said to have room for."""
+
+    fits: int = 1000
+    teacher: dict = field(default_factory=dict)
+    base: BaseInfo = field(default_factory=lambda: BaseInfo("Analytic", "EPS", small_sites(), {}, "abc"))
+    device, computes_in = torch.device("cpu"), torch.float32
+
+    def __post_init__(self):
+        self.to_mean = 2 * _fixed(CONTEXT, CHANNELS, seed=1)
+        self.to_h = {site.name: _fixed(CHANNELS, site.width, seed=site.width) for site in self.base.sites}
+        self.from_h = {site.name: _fixed(site.width, CHANNELS, seed=site.width + 1) for site in self.base.sites}
+        self.student_rows: list[int] = []
+        self.teacher_rows: list[int] = []
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        return CHANNELS, height // 8, width // 8
+
+    def check_schedulers(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in ("normal", "karras"):
+                raise ValueError(f"There is no scheduler {name!r}.")
+
+    def encode(self, prompts: list[str], kind: str = "positive") -> list[torch.Tensor]:
+        """A prompt is its context: (m, d)."""
+        return [_fixed(TOKENS, CONTEXT, seed=zlib.crc32(prompt.encode())) for prompt in prompts]
+
+    def release_text_encoder(self) -> None:
+        pass
+
+    def context(self, prompt: torch.Tensor) -> torch.Tensor:
+        return prompt
+
+    def session(self, **_) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def sigmas(self, scheduler: str, steps: int) -> torch.Tensor:
+        power = {"normal": 1.0, "karras": 7.0}[scheduler]
+        rising = torch.linspace(0.1 ** (1 / power), 10.0 ** (1 / power), steps) ** power
+        return torch.cat([rising.flip(0), torch.zeros(1)])
+
+    def start(self, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return noise * per_row(sigma, noise)
+
+    def _pull(self, sigma: torch.Tensor) -> torch.Tensor:
+        """How much of the denoised prediction is the prompt's mean: (b,)."""
+        return sigma**2 / (sigma**2 + SPREAD**2)
+
+    @torch.no_grad()
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+        self.teacher_rows.append(len(x))
+        mean = (torch.stack(list(prompts)).mean(1) @ self.to_mean)[:, :, None, None]
+        return x + per_row(self._pull(sigma), x) * (mean - x)
+
+    def student(self, adapter: Adapter, x, sigma, prompts, omega) -> torch.Tensor:
+        """The base, moved by what the adapter adds at two sites that see x."""
+        self.student_rows.append(len(x))
+        if len(x) > self.fits:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate everything.")
+        context, h = torch.stack(list(prompts)), x.flatten(2).mT  # b n c
+        prepared = adapter.prepare(omega, sigma, context, dtype=x.dtype)
+        added = 0
+        for name, to_h in self.to_h.items():
+            at_site = h @ to_h
+            added = added + adapter.add(name, torch.zeros_like(at_site), at_site, context, prepared) @ self.from_h[name]
+        return self.denoise(x, sigma, prompts) + per_row(self._pull(sigma), x) * added.mT.reshape(x.shape)
+
+    def picture(self, latent: torch.Tensor) -> Image.Image:
+        return Image.new("RGB", (latent.shape[-1] * 8, latent.shape[-2] * 8))
+
+    def out_of_memory(self, error: BaseException) -> bool:
+        return isinstance(error, torch.cuda.OutOfMemoryError)
+
+    def free_unused_memory(self) -> None:
+        pass
+
+    def memory_used(self) -> int:
+        return 0
+
+
+class Stopped(Exception):
+    """What a caller raises to stop a run."""
+
+
+def stop_after(step: int) -> Callbacks:
+    def on_progress(progress: Progress) -> None:
+        if progress.phase == "train" and progress.step == step:
+            raise Stopped
+
+    return Callbacks(on_progress)
+
+
+def weights(trained: Trained) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in trained.adapter.state_dict().values()])
+
+
+def told(trained: Trained) -> dict:
+    """All that a run tells but its time."""
+    training = {key: value for key, value in trained.info.training.items() if key != "seconds"}
+    return {"losses": trained.losses, "history": trained.history, "training": training}
+
+
+def assert_same(one: Trained, other: Trained) -> None:
+    """Bit for bit."""
+    assert told(one) == told(other)
+    assert torch.equal(weights(one), weights(other))
+
+
+def assert_close(one: Trained, other: Trained, tolerance: float = 1e-4) -> None:
+    assert one.losses == pytest.approx(other.losses, rel=tolerance)
+    torch.testing.assert_close(weights(one), weights(other), rtol=tolerance, atol=tolerance)

@@ -1,0 +1,72 @@
+"""Training settings: what they refuse, the sizes they mean, which of them make a run another one."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from comfyui_agd.training.config import TrainConfig
+from comfyui_agd.training.pool import draw_omega
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"iterations": 0}, "iterations is 0, but must be above 0"),
+        ({"omega_min": 5.0, "omega_max": 2.0}, "omega goes from 5.0 to 2.0"),
+        ({"omega_min": 0.5, "omega_max": 1.0}, "omega goes from 0.5 to 1.0, but must rise from above 0 to above 1"),
+        ({"steps_min": 9, "steps_max": 3}, "steps_max is 3, less than steps_min, 9"),
+        ({"loss": "mae"}, "loss is 'mae', but must be one of balanced, plain"),
+        ({"ema": 1.5}, "ema is 1.5, but is a share"),
+        ({"on_policy": -0.1}, "on_policy is -0.1, but is a share"),
+        ({"patience": -1}, "patience is -1, but must not be negative"),
+        ({"keep_states": 0}, "keep_states is 0, but must be above 0"),
+        ({"schedulers": ()}, "schedulers is empty"),
+        ({"solvers": ()}, "solvers is empty"),
+        ({"solvers": ("euler", "heun")}, "no sampler 'heun' for trajectories, choose from euler, euler_ancestral, dpm"),
+        ({"aspect_ratios": ("1:1", "wide")}, "aspect ratio 'wide' is not like 3:2"),
+        ({"batch": 0, "reuse": 0}, "batch is 0, but must be above 0; reuse is 0, but must be above 0"),
+    ],
+)
+def test_settings_that_cannot_work_say_why(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**wrong)
+
+
+def test_aspect_ratios_keep_the_area_and_the_units_of_the_base():
+    ratios = ("1:1", "3:2", "2:3", "16:9")
+    buckets = TrainConfig(width=1024, height=1024, aspect_ratios=ratios).buckets()
+    assert buckets[0] == (1024, 1024)
+    assert buckets[1] == buckets[2][::-1]
+    for (width, height), ratio in zip(buckets, ratios, strict=True):
+        across, down = map(int, ratio.split(":"))
+        assert width % 64 == height % 64 == 0
+        assert width * height == pytest.approx(1024**2, rel=0.06)
+        assert width / height == pytest.approx(across / down, rel=0.06)
+
+
+def test_without_aspect_ratios_there_is_one_size():
+    assert TrainConfig(width=640, height=448).buckets() == [(640, 448)]
+
+
+def test_ratios_that_round_to_one_size_are_one_bucket():
+    assert TrainConfig(width=64, height=64, aspect_ratios=("1:1", "33:32")).buckets() == [(64, 64)]
+
+
+def test_what_only_says_how_a_run_is_kept_or_fits_may_change_between_sessions():
+    free = {f.name for f in fields(TrainConfig) if not f.metadata["result"]}
+    kept = {"save_every", "keep_states", "preview_every"}
+    assert free == kept | {"checkpointing", "micro_batch", "memory"}
+    config = TrainConfig()
+    assert replace(config, save_every=1, micro_batch=2).result_settings() == config.result_settings()
+    assert replace(config, evaluate_every=1).result_settings() != config.result_settings()
+
+
+@pytest.mark.parametrize(("sampling", "below_half"), [("log_uniform", 0.72), ("uniform", 0.45)])
+def test_omega_is_drawn_from_all_of_its_range(sampling, below_half):
+    """Log-uniform draws have as many from 1 to sqrt(12) as above it, so most of them below 6."""
+    config, generator = TrainConfig(omega_sampling=sampling), torch.Generator().manual_seed(0)
+    drawn = torch.stack([draw_omega(config, generator) for _ in range(2000)])
+    assert 1 <= drawn.min() < 1.1
+    assert 11 < drawn.max() <= 12
+    assert (drawn < 6).float().mean().item() == pytest.approx(below_half, abs=0.04)

@@ -1,0 +1,46 @@
+"""Plots and previews of any run, short, measured or not."""
+
+import pytest
+from PIL import Image
+
+from comfyui_agd.training.plot import loss_plot, preview, smooth, training_plot
+
+
+def measured(step: int, closed: float) -> dict:
+    return {"step": step, "score": closed, "gap_closed": {"2.3": closed, "12": closed / 2}}
+
+
+def test_smooth_is_a_trailing_mean():
+    assert smooth([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+
+
+@pytest.mark.parametrize("losses", [[], [0.5], [0.0, 0.0], [1.0, 0.9, 30.0, 0.7]])
+def test_any_losses_can_be_plotted(losses):
+    assert loss_plot(losses).size == (800, 400)
+
+
+@pytest.mark.parametrize(
+    ("history", "plots"),
+    [
+        ([], 1),
+        ([{"step": 5, "score": 0.5}], 1),  # as ranks have it that don't measure
+        ([measured(5, 0.5)], 2),
+        ([measured(5, -3.0), measured(10, 0.0)], 2),
+    ],
+)
+def test_what_was_measured_is_plotted_below_the_loss(history, plots):
+    image = training_plot([1.0] * 10, history)
+    assert image.size == (800, 400 * plots)
+
+
+def test_a_curve_is_drawn():
+    blank, drawn = loss_plot([]), loss_plot([1.0, 0.5, 0.2])
+    assert blank.tobytes() != drawn.tobytes()
+
+
+def test_a_preview_shows_its_pictures_side_by_side_under_their_names():
+    image = preview({"CFG 5": Image.new("RGB", (64, 32), "red"), "AGD 5": Image.new("RGB", (64, 32), "blue")})
+    assert image.height >= 256
+    lower = image.crop((0, image.height - 100, image.width, image.height))
+    assert lower.getpixel((10, 50)) == (255, 0, 0)
+    assert lower.getpixel((image.width - 10, 50)) == (0, 0, 255)

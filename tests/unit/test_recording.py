@@ -1,0 +1,251 @@
+"""Recordings: what online training would visit, to train from again and again."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_same, stop_after, weights
+
+from comfyui_agd.agd_core.guidance import cfg
+from comfyui_agd.training import recording as module
+from comfyui_agd.training.job import Job
+from comfyui_agd.training.pool import TrajectoryPool
+from comfyui_agd.training.recording import Recording, RecordingError, size_in_bytes
+from comfyui_agd.training.run import DifferentRun
+from comfyui_agd.training.trainer import train
+
+
+@pytest.fixture(autouse=True)
+def short_shards(monkeypatch):
+    monkeypatch.setattr(module, "_SHARD_BATCHES", 4)
+
+
+def make(folder: Path, config=CONFIG, batches: int = CONFIG.iterations, progress=lambda done, total: None) -> Recording:
+    return Job(AnalyticHost(), PROMPTS, config, folder).record(batches, progress)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recordings") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_SHARD_BATCHES", 4)
+        make(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(recorded, tmp_path) -> Path:
+    """A copy, to damage."""
+    return Path(shutil.copytree(recorded, tmp_path / "copy"))
+
+
+def checksums(recording: Recording) -> list[str]:
+    return [shard["sha256"] for shard in recording.shards]
+
+
+def test_training_from_a_recording_is_online_training(recorded, monkeypatch):
+    """The same states in the same order, to the accuracy of fp16."""
+    seen, real = {"online": [], "recorded": []}, module.RecordedBatches.next
+
+    def watch(kind, next_):
+        def next_and_keep(self, step):
+            batch = next_(self, step)
+            seen[kind].append(batch)
+            return batch
+
+        return next_and_keep
+
+    monkeypatch.setattr(TrajectoryPool, "next", watch("online", TrajectoryPool.next))
+    monkeypatch.setattr(module.RecordedBatches, "next", watch("recorded", real))
+    online = train(AnalyticHost(), PROMPTS, CONFIG)
+    host = AnalyticHost()
+    trained = train(host, PROMPTS, CONFIG, recording=Recording.open(recorded))
+    assert len(seen["online"]) == len(seen["recorded"]) == CONFIG.iterations
+    for one, other in zip(seen["online"], seen["recorded"], strict=True):
+        for name in ("sigma", "omega", "positive", "negative"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+        for name in ("x", "cond", "uncond"):
+            assert torch.equal(getattr(one, name).half(), getattr(other, name).half())
+    assert trained.losses == pytest.approx(online.losses, rel=2e-2)
+    torch.testing.assert_close(weights(trained), weights(online), rtol=5e-2, atol=1e-2)
+    assert trained.info.training["teacher_evaluations"] == online.info.training["teacher_evaluations"]
+
+
+def test_a_recording_costs_no_teacher_but_to_measure(recorded):
+    host = AnalyticHost()
+    train(host, PROMPTS, replace(CONFIG, held_out=0), recording=Recording.open(recorded))
+    assert len(host.teacher_rows) == len(host.student_rows)  # the student's own evaluations
+
+
+def test_further_passes_are_shuffled_with_other_omegas(recorded):
+    batches = Recording.open(recorded).source(CONFIG, range(CONFIG.batch))
+    count = CONFIG.iterations
+    passes = [[batches.next(step) for step in range(i * count, (i + 1) * count)] for i in range(3)]
+    for later in passes[1:]:
+        places = [next(i for i, b in enumerate(passes[0]) if torch.equal(b.x, other.x)) for other in later]
+        assert sorted(places) == list(range(count))
+        assert places != sorted(places)
+        for place, batch in zip(places, later, strict=True):
+            assert not torch.equal(batch.omega, passes[0][place].omega)
+            torch.testing.assert_close(batch.target, cfg(batch.cond, batch.uncond, batch.omega))
+    assert [b.omega.tolist() for b in passes[1]] != [b.omega.tolist() for b in passes[2]]
+
+
+def test_a_rank_gets_its_lanes_of_a_recording(recorded):
+    whole, part = (Recording.open(recorded).source(CONFIG, lanes) for lanes in (range(4), range(2, 4)))
+    for step in (0, 11, 12, 30):
+        assert torch.equal(whole.next(step).x[2:], part.next(step).x)
+        assert torch.equal(whole.next(step).omega[2:], part.next(step).omega)
+
+
+def test_training_from_a_recording_can_be_stopped(recorded, tmp_path):
+    config = replace(CONFIG, iterations=30)
+    whole = train(AnalyticHost(), PROMPTS, config, recording=Recording.open(recorded))
+    for stop in (3, 12, 20):
+        opened = Recording.open(recorded)
+        with pytest.raises(Stopped):
+            train(AnalyticHost(), PROMPTS, config, stop_after(stop), folder=tmp_path / "a.run", recording=opened)
+    resumed = train(AnalyticHost(), PROMPTS, config, folder=tmp_path / "a.run", recording=Recording.open(recorded))
+    assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 9])
+def test_an_interrupted_recording_goes_on_to_the_same_shards(recorded, tmp_path, stop):
+    def interrupt(done, total):
+        if done == stop:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        make(tmp_path / "r", progress=interrupt)
+    done = []
+    resumed = make(tmp_path / "r", progress=lambda d, total: done.append(d))
+    assert done[0] == (stop - 1 if stop % 4 == 0 else stop) // 4 * 4 + 1  # from the last whole shard on
+    whole = Recording.open(recorded)
+    assert checksums(resumed) == checksums(Recording.open(tmp_path / "r")) == checksums(whole)
+    assert resumed.evaluations == whole.evaluations
+    assert resumed.batches == CONFIG.iterations
+    assert list((tmp_path / "r").glob(".*.part")) == []
+
+
+def test_a_recording_can_be_made_longer(recorded, tmp_path):
+    make(tmp_path / "r", batches=8)
+    longer = make(tmp_path / "r", batches=12)
+    assert checksums(longer) == checksums(Recording.open(recorded))
+    assert checksums(make(tmp_path / "r", batches=4)) == checksums(longer)
+
+
+def test_killed_between_a_shard_and_its_index(folder, recorded):
+    """The pool's state is what counts; the index follows it."""
+    (folder / ".shard-00003.safetensors.abc.part").write_bytes(b"half")
+    old = make(folder.parent / "short", batches=8).folder / "recording.json"
+    shutil.copy(old, folder / "recording.json")
+    assert Recording.open(folder).batches == 8
+    assert make(folder).batches == Recording.open(folder).batches == 12
+    assert list(folder.glob(".*.part")) == []
+
+
+@pytest.mark.parametrize("size", [0, 1000, -1])
+def test_a_cut_or_missing_shard_is_refused(folder, size):
+    shard = folder / "shard-00001.safetensors"
+    if size < 0:
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:size])
+    with pytest.raises(RecordingError, match=r"shard-00001\.safetensors has [\d,]+ bytes instead of [\d,]+; delete"):
+        Recording.open(folder)
+
+
+def test_a_damaged_shard_is_refused_before_its_states_are_trained_with(folder):
+    shard = folder / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-10] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(RecordingError, match=r"shard-00001\.safetensors is damaged \(its checksum differs\)"):
+        train(
+            AnalyticHost(),
+            PROMPTS,
+            CONFIG,
+            stop_after(100),
+            recording=Recording.open(folder),
+            folder=folder.parent / "a.run",
+        )
+    assert len((folder.parent / "a.run" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_what_is_no_recording_is_refused(folder, tmp_path):
+    with pytest.raises(RecordingError, match="is no recording"):
+        Recording.open(tmp_path)
+    index = folder / "recording.json"
+    index.write_text(index.read_text().replace('"version": 1', '"version": 9'))
+    with pytest.raises(RecordingError, match="recording format 9, this version of AGD reads 1"):
+        Recording.open(folder)
+    index.write_text(index.read_text()[:50])
+    with pytest.raises(RecordingError, match="is no recording"):
+        Recording.open(folder)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"omega_max": 9.0}, {"solvers": ("euler",)}])
+def test_other_settings_do_not_go_on_with_a_recording(folder, other):
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(RecordingError, match=f"is a recording with other settings \\({next(iter(other))}\\)"):
+        make(folder, replace(CONFIG, **other))
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_settings_that_change_nothing_in_a_recording_may_differ(folder, recorded):
+    assert checksums(make(folder, replace(CONFIG, learning_rate=1.0, iterations=99))) == checksums(
+        Recording.open(recorded)
+    )
+
+
+def test_a_damaged_pool_is_refused(folder):
+    (folder / "pool.state").write_bytes(b"half a state")
+    with pytest.raises(RecordingError, match=r"pool\.state is damaged; delete .* to record anew"):
+        make(folder)
+
+
+def test_a_full_disk_keeps_whole_shards(folder, recorded, tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    shard = (recorded / "shard-00000.safetensors").stat().st_size
+    pool = (recorded / "pool.state").stat().st_size
+    wide = replace(CONFIG, width=128, height=128)
+    make(tmp_path / "r", wide, batches=4)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(shard, pool), before[1]))
+    try:
+        with pytest.raises(RecordingError, match=r"shard-00001\.safetensors could not be written .*; make room there"):
+            make(tmp_path / "r", wide)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert Recording.open(tmp_path / "r").batches == 4
+    assert make(tmp_path / "r", wide).batches == 12
+
+
+def test_the_settings_of_a_recording_come_from_it(recorded):
+    asked = replace(CONFIG, batch=8, seed=5, learning_rate=0.5, aspect_ratios=("2:1",), iterations=7)
+    config = Recording.open(recorded).config(asked)
+    assert config == replace(CONFIG, learning_rate=0.5, iterations=7)
+
+
+def test_a_recording_is_part_of_what_a_run_is(recorded, tmp_path):
+    with pytest.raises(Stopped):
+        train(AnalyticHost(), PROMPTS, CONFIG, stop_after(3), folder=tmp_path / "a.run")
+    with pytest.raises(DifferentRun, match="recording: '' then"):
+        train(AnalyticHost(), PROMPTS, CONFIG, folder=tmp_path / "a.run", recording=Recording.open(recorded))
+
+
+def test_a_recording_can_not_follow_the_student(recorded):
+    with pytest.raises(ValueError, match="A recording can't follow the student: train from one with on_policy 0"):
+        train(AnalyticHost(), PROMPTS, replace(CONFIG, on_policy=0.5), recording=Recording.open(recorded))
+
+
+@pytest.mark.parametrize("ratios", [(), ("1:1", "2:1")])
+def test_the_size_is_told_before(tmp_path, monkeypatch, ratios):
+    """Of pictures of 512 pixels; those of the other tests are so small that names weigh more than they."""
+    monkeypatch.undo()  # shards of a usual length
+    config = replace(CONFIG, width=512, height=512, aspect_ratios=ratios, steps_min=2, steps_max=2)
+    make(tmp_path / "r", config, batches=40)
+    size = sum(path.stat().st_size for path in (tmp_path / "r").iterdir())
+    assert size_in_bytes(AnalyticHost(), config, 40) == pytest.approx(size, rel=0.05)

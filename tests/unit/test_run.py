@@ -1,0 +1,233 @@
+"""One optimiser step: the loss, its parts, and what happens when memory runs out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from analytic import CONFIG, PROMPTS, TOKENS, AnalyticHost, assert_close
+from small import randomised
+
+from comfyui_agd.training.distributed import Ranks
+from comfyui_agd.training.fitting import Teacher
+from comfyui_agd.training.pool import Batch
+from comfyui_agd.training.run import Run
+from comfyui_agd.training.trainer import train
+
+UNMEASURED = replace(CONFIG, held_out=0)
+
+
+def run_of(host: AnalyticHost | None = None, config=CONFIG, new: bool = False) -> Run:
+    """A run whose adapter does something, unless it is `new`."""
+    host = host or AnalyticHost()
+    encoded = {"positive": host.encode(PROMPTS), "negative": host.encode([""])}
+    run = Run(
+        host,
+        config,
+        config.adapter_config(host.base, TOKENS),
+        encoded,
+        Ranks(),
+        micro_batch=config.micro_batch or config.batch,
+        teacher=Teacher(host, 2 * config.batch),
+    )
+    if not new:
+        randomised(run.adapter)
+    return run
+
+
+def batch_of(run: Run, omega=(1.5, 3.0, 6.0, 12.0), sigma=(10.0, 3.0, 1.0, 0.2), seed: int = 0) -> Batch:
+    count = len(omega)
+    x = torch.randn(count, 2, 8, 8, generator=torch.Generator().manual_seed(seed))
+    positive, negative, sigma = torch.arange(count), torch.zeros(count, dtype=torch.long), torch.tensor(sigma)
+    x = x * sigma[:, None, None, None]
+    prompts = [[run.prompts[name][i] for i in rows] for name, rows in (("positive", positive), ("negative", negative))]
+    return Batch(x, sigma, torch.tensor(omega), positive, negative, *run.teacher(x, sigma, *prompts))
+
+
+def gradients(run: Run) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in run.adapter.parameters()])
+
+
+def says(run: Run, monkeypatch, student) -> None:
+    """The student is what `student(batch rows' cond, target)` makes of them, with a gradient to the adapter."""
+    answers = iter([])
+
+    def answer(adapter, x, sigma, prompts, omega):
+        return next(answers) + 0 * sum(p.sum() for p in adapter.parameters())
+
+    monkeypatch.setattr(run.host, "student", answer)
+    learn = run.learn
+
+    def learn_with(batch):
+        nonlocal answers
+        answers = iter([student(batch)])
+        return learn(batch)
+
+    monkeypatch.setattr(run, "learn", learn_with)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_balanced_loss_is_the_share_of_the_gap_that_is_open(monkeypatch, share):
+    run = run_of()
+    batch = batch_of(run)
+    says(run, monkeypatch, lambda b: b.cond + share * (b.target - b.cond))
+    _, loss, of_none = run.learn(batch)
+    assert loss == pytest.approx((1 - share) ** 2, abs=1e-5)
+    assert of_none == loss
+
+
+@pytest.mark.parametrize("loss", ["balanced", "plain"])
+def test_a_new_adapter_has_the_loss_of_none(loss):
+    run = run_of(config=replace(CONFIG, loss=loss), new=True)
+    assert run.learn(batch_of(run))[2] == pytest.approx(1.0, rel=1e-4)
+
+
+def test_the_plain_loss_is_the_mean_square_error_of_eps():
+    run = run_of(config=replace(CONFIG, loss="plain"))
+    batch = batch_of(run)
+    student, loss, _ = run.learn(batch)
+    error = (student - batch.target) / batch.sigma[:, None, None, None]
+    assert loss == pytest.approx(error.square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "alike"), [("balanced", True), ("plain", False)])
+def test_the_balanced_loss_weighs_weak_and_strong_guidance_alike(monkeypatch, loss, alike):
+    """All of one row done and nothing of the other, and the other way round: alike; under MSE they are not."""
+    run, losses = run_of(config=replace(CONFIG, loss=loss)), []
+    batch = batch_of(run, omega=(2.0, 12.0), sigma=(1.0, 1.0))
+    for done in (0, 1):
+
+        def student(b, done=done):
+            out = b.cond.clone()
+            out[done] = b.target[done]
+            return out
+
+        with monkeypatch.context() as patch:
+            says(run, patch, student)
+            losses.append(run.learn(batch)[1])
+    ratio = max(losses) / min(losses)
+    assert ratio < 4 if alike else ratio > 50
+
+
+def test_rounding_errors_at_omega_near_1_are_hardly_heard(monkeypatch):
+    run = run_of()
+    batch = batch_of(run, omega=(1.001, 3.0, 3.0, 3.0), sigma=(1.0,) * 4)
+
+    def student(b):
+        out = b.target.clone()
+        out[0] += 0.01
+        return out
+
+    says(run, monkeypatch, student)
+    assert run.learn(batch)[1] < 0.01
+
+
+def test_a_batch_without_guidance_survives():
+    """Its gap is a rounding error, which the adapter, dropped at omega 1, can't be blamed for."""
+    run = run_of()
+    _, loss, _ = run.learn(batch_of(run, omega=(1.0,) * 4))
+    assert 0 <= loss <= 1 + 1e-4
+    assert (gradients(run) == 0).all()
+
+
+@pytest.mark.parametrize("loss", ["balanced", "plain"])
+def test_micro_batches_have_the_gradients_of_the_batch(loss):
+    found = {}
+    for rows in (4, 3, 2, 1):
+        run = run_of(config=replace(CONFIG, loss=loss, micro_batch=rows))
+        student, value, share = run.learn(batch_of(run))
+        found[rows] = gradients(run), student, torch.tensor([value, share])
+    assert found[4][0].abs().max() > 0
+    for rows in (3, 2, 1):
+        for one, other in zip(found[4], found[rows], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fits", [3, 2, 1])
+def test_out_of_memory_goes_on_from_the_same_step_with_fewer_rows(fits, caplog):
+    host = AnalyticHost(fits=fits)
+    trained, whole = train(host, PROMPTS, UNMEASURED), train(AnalyticHost(), PROMPTS, UNMEASURED)
+    assert_close(trained, whole)
+    found = [2] if fits > 1 else [2, 1]
+    lines = [record.getMessage() for record in caplog.records]
+    assert [f"the student goes on from the same step with {rows} rows at a time" in line for rows, line in
+            zip(found, lines, strict=True)] == [True] * len(found)  # fmt: skip
+    assert host.student_rows[-1] == found[-1]
+    assert sum(rows > fits for rows in host.student_rows) == len(found)
+
+
+def test_out_of_memory_in_the_middle_of_a_batch_leaves_no_gradients_behind(monkeypatch):
+    """A second part that fails after the first one's backward pass."""
+    run, whole = run_of(config=replace(CONFIG, micro_batch=2)), run_of()
+    batch, calls, real = batch_of(run), [], run.host.student
+
+    def student(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return real(*args)
+
+    monkeypatch.setattr(run.host, "student", student)
+    run.learn(batch)
+    whole.learn(batch)
+    assert len(calls) == 2 + 4
+    torch.testing.assert_close(gradients(run), gradients(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_out_of_memory_with_a_single_row_comes_through(tmp_path):
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="Tried to allocate everything"):
+        train(AnalyticHost(fits=0), PROMPTS, UNMEASURED, folder=tmp_path / "a.run")
+    goes_on = train(AnalyticHost(), PROMPTS, UNMEASURED, folder=tmp_path / "a.run")
+    assert_close(goes_on, train(AnalyticHost(), PROMPTS, UNMEASURED))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch, caplog):
+    host = AnalyticHost()
+    monkeypatch.setattr(host, "student", lambda *_: (_ for _ in ()).throw(RuntimeError("mat1 and mat2 don't fit")))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train(host, PROMPTS, UNMEASURED)
+    assert not caplog.records
+
+
+def test_the_teacher_is_asked_in_fewer_rows_when_memory_runs_out(monkeypatch, caplog):
+    host, real = AnalyticHost(), AnalyticHost.denoise
+
+    def denoise(x, sigma, prompts):
+        if len(x) > 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return real(host, x, sigma, prompts)
+
+    monkeypatch.setattr(host, "denoise", denoise)
+    assert_close(train(host, PROMPTS, UNMEASURED), train(AnalyticHost(), PROMPTS, UNMEASURED))
+    assert caplog.text.count("the teacher goes on from the same step with 4 rows at a time") == 1
+
+
+def test_the_teacher_is_asked_for_whole_batches_after_the_pool_was_filled():
+    """Filling asks for few rows at its end, which says nothing of what fits."""
+    host = AnalyticHost()
+    train(host, PROMPTS, replace(UNMEASURED, batch=3, iterations=5))
+    assert host.teacher_rows[-2:] == [6, 3]  # both branches; the student's own
+
+
+class HalfHost(AnalyticHost):
+    """Computes as fp16 does: gradients that leave the student below 6e-8 are lost, above 65504 infinite."""
+
+    computes_in = torch.float16
+
+    def student(self, *args):
+        out = super().student(*args)
+        if out.requires_grad:
+            out.register_hook(lambda gradient: gradient.half().float())
+        return out
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
+def test_in_fp16_neither_small_nor_large_gradients_are_lost(size, monkeypatch):
+    found = []
+    for host in (HalfHost(), AnalyticHost()):
+        run = run_of(host, replace(CONFIG, loss="plain"))
+        batch, weights = batch_of(run), run._weights
+        monkeypatch.setattr(run, "_weights", lambda b, weights=weights: (weights(b)[0] * size, 1.0))
+        run.learn(batch)
+        found.append(gradients(run) / size)
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2 * found[1].abs().max().item())

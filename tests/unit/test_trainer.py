@@ -1,0 +1,427 @@
+"""Whole training runs on a base whose answers are known: stopped, gone on with, refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_close, assert_same, stop_after, weights
+
+from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core.guidance import per_row
+from comfyui_agd.training.config import TrainConfig
+from comfyui_agd.training.evaluate import Evaluation, evaluate, follow_teacher
+from comfyui_agd.training.run import DifferentRun, differences
+from comfyui_agd.training.run_folder import RunFolderError
+from comfyui_agd.training.trainer import Callbacks, learning_rate, split_prompts, train
+
+VARIED = replace(CONFIG, aspect_ratios=("1:1", "2:1"), reuse=2, on_policy=0.5, on_policy_from=0.2)
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    config = TrainConfig(iterations=100, learning_rate=1.0, warmup=0.1)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 1e-3
+
+
+def test_held_out_prompts_are_kept_apart():
+    prompts = [f"prompt {i}" for i in range(20)]
+    training, held_out = split_prompts(prompts, TrainConfig(held_out=4))
+    assert len(held_out) == 4
+    assert sorted(training + held_out) == sorted(prompts)
+
+
+def test_few_prompts_are_all_trained():
+    assert split_prompts(["one", " ", "two"], TrainConfig(held_out=8))[1] == []
+
+
+def test_no_prompts():
+    with pytest.raises(ValueError, match="no prompts to train with"):
+        split_prompts(["", "  "], TrainConfig())
+
+
+# -- Stopped and gone on with
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The uninterrupted run."""
+    return train(AnalyticHost(), PROMPTS, VARIED)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "a.run"
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_complete(folder: Path, trained) -> None:
+    """A line per iteration and one per measurement, in order, none twice."""
+    lines = metrics(folder)
+    assert [line["loss"] for line in lines if "loss" in line] == trained.losses
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, len(trained.losses) + 1))
+    assert [(line["step"], line["score"]) for line in lines if "score" in line] == [
+        (entry["step"], entry["score"]) for entry in trained.history
+    ]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+
+
+@pytest.mark.parametrize("stop", range(1, 13))  # measured at 5, 10 and 12, saved at 5 and 10
+def test_a_stopped_run_goes_on_to_the_same_result(folder, whole, stop):
+    with pytest.raises(Stopped):
+        train(AnalyticHost(), PROMPTS, VARIED, stop_after(stop), folder=folder)
+    assert (folder / f"state-{stop:06d}.pt").exists()
+    resumed = train(AnalyticHost(), PROMPTS, VARIED, folder=folder)
+    assert_same(resumed, whole)
+    assert_complete(folder, resumed)
+
+
+def test_a_run_stopped_at_every_step_goes_on_to_the_same_result(folder, whole):
+    for stop in range(1, 13):
+        with pytest.raises(Stopped):
+            train(AnalyticHost(), PROMPTS, VARIED, stop_after(stop), folder=folder)
+    resumed = train(AnalyticHost(), PROMPTS, VARIED, folder=folder)
+    assert_same(resumed, whole)
+    assert_complete(folder, resumed)
+
+
+class Interrupted(AnalyticHost):
+    """ComfyUI's own layers raise when a user interrupts, in the middle of an evaluation: the `at`-th here."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def denoise(self, *args):
+        self.calls += 1
+        if self.calls == self.at:
+            raise Stopped
+        return super().denoise(*args)
+
+
+def test_a_run_stopped_inside_any_evaluation_goes_on_to_the_same_result(tmp_path, whole):
+    """Filling the pool, asking the teacher, the student, measuring: some of them all."""
+    counting = Interrupted(-1)
+    train(counting, PROMPTS, VARIED)
+    for at in [1, 5, *range(10, counting.calls, 1 + counting.calls // 9)]:
+        folder = tmp_path / f"{at}.run"
+        with pytest.raises(Stopped):
+            train(Interrupted(at), PROMPTS, VARIED, folder=folder)
+        resumed = train(AnalyticHost(), PROMPTS, VARIED, folder=folder)
+        assert_same(resumed, whole)
+        assert_complete(folder, resumed)
+
+
+def test_a_killed_run_goes_on_from_its_last_state(folder, whole, monkeypatch):
+    """Killed, it saves nothing more; tests/comfy/test_killed.py does it to a real process."""
+
+    def killed(progress):
+        if progress.phase == "train" and progress.step == 8:
+            monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+            raise Stopped
+
+    with pytest.raises((Stopped, RunFolderError)):
+        train(AnalyticHost(), PROMPTS, VARIED, Callbacks(killed), folder=folder)
+    monkeypatch.undo()
+    assert [path.name for path in folder.glob("state-*")] == ["state-000005.pt"]
+    steps = []
+    resumed = train(
+        AnalyticHost(), PROMPTS, VARIED, Callbacks(lambda p: steps.append((p.phase, p.step))), folder=folder
+    )
+    assert next(step for phase, step in steps if phase == "train") == 6
+    assert_same(resumed, whole)
+    assert_complete(folder, resumed)
+
+
+def test_a_damaged_newest_state_falls_back_to_the_one_before(folder, whole, caplog):
+    with pytest.raises(Stopped):
+        train(AnalyticHost(), PROMPTS, VARIED, stop_after(8), folder=folder)
+    newest = folder / "state-000008.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert_same(train(AnalyticHost(), PROMPTS, VARIED, folder=folder), whole)
+    assert "state-000008.pt is damaged" in caplog.text
+
+
+def test_as_many_states_are_kept_as_asked(folder):
+    config = replace(CONFIG, save_every=2, keep_states=3)
+    train(AnalyticHost(), PROMPTS, config, folder=folder)
+    assert sorted(path.name for path in folder.glob("state-*")) == [f"state-{s:06d}.pt" for s in (8, 10, 12)]
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"learning_rate": 1e-5}, "learning_rate: 0.003 then, 1e-05 now"),
+        ({"evaluate_every": 2, "reuse": 3}, "evaluate_every: 5 then, 2 now; reuse: 2 then, 3 now"),
+        ({"iterations": 20}, "iterations: 12 then, 20 now"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused(folder, other, told):
+    with pytest.raises(Stopped):
+        train(AnalyticHost(), PROMPTS, VARIED, stop_after(3), folder=folder)
+    before = metrics(folder)
+    with pytest.raises(DifferentRun, match=told):
+        train(AnalyticHost(), PROMPTS, replace(VARIED, **other), folder=folder)
+    assert (folder / "state-000003.pt").exists()
+    assert metrics(folder) == before
+
+
+def test_a_run_with_other_prompts_or_another_base_is_refused(folder):
+    with pytest.raises(Stopped):
+        train(AnalyticHost(), PROMPTS, CONFIG, stop_after(3), folder=folder)
+    with pytest.raises(DifferentRun, match="prompts: 12 lines then, 11 lines now"):
+        train(AnalyticHost(), PROMPTS[1:], CONFIG, folder=folder)
+    with pytest.raises(DifferentRun, match="prompts: others now"):
+        train(AnalyticHost(), PROMPTS[::-1], CONFIG, folder=folder)
+    with pytest.raises(DifferentRun, match=r"negative: \[''\] then, \['a blot'\] now"):
+        train(AnalyticHost(), PROMPTS, CONFIG, negative=["a blot"], folder=folder)
+    with pytest.raises(DifferentRun, match=r"teacher: {} then, {'patched_weights': 3} now"):
+        train(AnalyticHost(teacher={"patched_weights": 3}), PROMPTS, CONFIG, folder=folder)
+
+
+def test_how_a_run_is_kept_may_change_in_between(folder, whole):
+    with pytest.raises(Stopped):
+        train(AnalyticHost(), PROMPTS, VARIED, stop_after(7), folder=folder)
+    other = replace(VARIED, save_every=1, keep_states=1, preview_every=4)
+    assert_same(train(AnalyticHost(), PROMPTS, other, folder=folder), whole)
+    assert sorted(path.name for path in (folder / "previews").iterdir()) == ["step-000008.png", "step-000012.png"]
+
+
+def test_the_micro_batch_may_change_in_between(folder, whole):
+    with pytest.raises(Stopped):
+        train(AnalyticHost(), PROMPTS, VARIED, stop_after(7), folder=folder)
+    host = AnalyticHost()
+    resumed = train(host, PROMPTS, replace(VARIED, micro_batch=1), folder=folder)
+    assert_close(resumed, whole, 1e-3)
+
+
+def test_differences_are_short():
+    then = {"batch": 4, "prompts": ["a" * 80], "seed": 0}
+    now = {"batch": 8, "prompts": ["b" * 80], "seed": 0, "reuse": 1}
+    assert differences(then, now) == ["batch: 4 then, 8 now", "prompts: others now", "reuse: None then, 1 now"]
+
+
+# -- What comes out
+
+
+def scores(monkeypatch, by_measurement: list[float]) -> None:
+    """Measurements find these scores, in their order."""
+    left = list(by_measurement)
+
+    def measured(*_):
+        score = left.pop(0)
+        return Evaluation({3.0: score}, {3.0: 0.5}, {3.0: [(1.0, score)]})
+
+    monkeypatch.setattr("comfyui_agd.training.trainer.evaluate", measured)
+
+
+def test_the_best_measured_adapter_comes_out_not_the_last(folder, monkeypatch):
+    at_10 = train(AnalyticHost(), PROMPTS, replace(CONFIG, iterations=12, held_out=0), stop_after(99))
+    scores(monkeypatch, [0.2, 0.1, 0.05])
+    trained = train(AnalyticHost(), PROMPTS, CONFIG, folder=folder)
+    assert trained.info.training["best_step"] == 5
+    assert trained.info.training["iterations"] == 12
+    assert trained.info.training["gap_closed"] == {"3": 0.2}
+    assert not torch.equal(weights(trained), weights(at_10))
+    info, saved = checkpoint.load(folder / "best.safetensors")
+    assert info.training["step"] == 5
+    for key, value in trained.adapter.state_dict().items():
+        assert torch.equal(value, saved.state_dict()[key])
+
+
+def test_the_best_adapter_survives_a_stop_after_it(folder, monkeypatch):
+    scores(monkeypatch, [0.2, 0.1, 0.05] * 2)
+    whole = train(AnalyticHost(), PROMPTS, CONFIG)
+    with pytest.raises(Stopped):
+        train(AnalyticHost(), PROMPTS, CONFIG, stop_after(7), folder=folder)
+    resumed = train(AnalyticHost(), PROMPTS, CONFIG, folder=folder)
+    assert resumed.info.training["best_step"] == 5
+    assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    ("found", "patience", "ends", "best"),
+    [
+        ([0.1, 0.3, 0.2, 0.25, 0.9], 2, 8, 4),  # two measurements that were no better
+        ([0.1, 0.3, 0.2, 0.4, 0.35], 2, 10, 8),  # a better one in between starts anew
+        ([0.3, 0.2, 0.2, 0.2, 0.2], 0, 10, 2),  # never
+    ],
+)
+def test_patience_ends_a_run_that_no_longer_improves(monkeypatch, found, patience, ends, best):
+    scores(monkeypatch, found)
+    config = replace(CONFIG, iterations=10, evaluate_every=2, patience=patience)
+    trained = train(AnalyticHost(), PROMPTS, config)
+    assert trained.info.training["iterations"] == len(trained.losses) == ends
+    assert trained.info.training["best_step"] == best
+
+
+def test_a_run_that_is_not_measured_gives_the_last_adapter():
+    trained = train(AnalyticHost(), PROMPTS, replace(CONFIG, held_out=0))
+    assert trained.history == []
+    assert trained.evaluation is None
+    assert trained.info.training["best_step"] == 12
+    assert weights(trained).isfinite().all()
+
+
+def test_held_out_prompts_of_ones_own_are_measured_on():
+    seen = []
+    trained = train(
+        AnalyticHost(),
+        PROMPTS,
+        CONFIG,
+        Callbacks(on_evaluation=lambda step, evaluation: seen.append((step, evaluation.score))),
+        held_out=["a white circle"],
+    )
+    assert trained.info.training["prompts"] == len(PROMPTS)
+    assert trained.info.training["held_out_prompts"] == 1
+    assert seen == [(entry["step"], entry["score"]) for entry in trained.history]
+
+
+def test_training_closes_the_gap():
+    trained = train(AnalyticHost(), PROMPTS, replace(CONFIG, iterations=60, evaluate_every=0))
+    assert trained.losses[0] == pytest.approx(1.0)
+    assert sum(trained.losses[-10:]) / 10 < 0.7
+    assert all(value > 0.1 for value in trained.evaluation.gap_closed.values())
+
+
+def test_progress_has_phases():
+    seen = []
+    train(AnalyticHost(), PROMPTS, CONFIG, Callbacks(seen.append))
+    assert list(dict.fromkeys(p.phase for p in seen)) == ["encode", "rollout", "train", "measure"]
+    for phase in ("encode", "rollout", "measure"):
+        steps = [(p.step, p.total) for p in seen if p.phase == phase]
+        assert all(0 < step <= total for step, total in steps)
+        assert steps[-1][0] == steps[-1][1]
+    assert [p.step for p in seen if p.phase == "train"] == list(range(1, 13))
+    last = [p for p in seen if p.phase == "train"][-1]
+    assert last.total == 12
+    assert last.seconds_left == 0
+    assert last.gap_closed is not None
+
+
+def test_what_is_measured_does_not_depend_on_how_many_rows_fit():
+    host = AnalyticHost()
+    prompts, negative = host.encode(PROMPTS[:5]), host.encode([""])[0]
+    run = train(host, PROMPTS, replace(CONFIG, iterations=2, held_out=0)).adapter
+    found = [
+        evaluate(host, run, follow_teacher(host, prompts, negative, (2, 8, 8), [3.0], steps=5, batch=batch))
+        for batch in (1, 2, 5)
+    ]
+    for other in found[1:]:
+        assert other.gap_closed[3.0] == pytest.approx(found[0].gap_closed[3.0], rel=1e-3)
+        assert other.direction_cosine[3.0] == pytest.approx(found[0].direction_cosine[3.0], rel=1e-3)
+
+
+def test_a_student_like_the_teacher_closes_the_gap_and_one_like_the_base_none(monkeypatch):
+    host = AnalyticHost()
+    prompts, negative = host.encode(PROMPTS[:3]), host.encode([""])[0]
+    states = follow_teacher(host, prompts, negative, (2, 8, 8), [2.0, 5.0], steps=6, keep=3)
+    assert len(states) == 2 * 3
+
+    def exact(adapter, x, sigma, conds, omega):
+        cond, uncond = host.denoise(x, sigma, conds), host.denoise(x, sigma, [negative] * len(x))
+        return uncond + per_row(omega, x) * (cond - uncond)
+
+    for student, closed in ((exact, 1.0), (lambda a, x, s, c, o: host.denoise(x, s, c), 0.0)):
+        monkeypatch.setattr(host, "student", student)
+        found = evaluate(host, None, states)
+        assert list(found.gap_closed.values()) == pytest.approx([closed, closed], abs=1e-4)
+        assert found.score == pytest.approx(closed, abs=1e-4)
+        assert [sigma for sigma, _ in found.by_sigma[2.0]] == [s.sigma for s in states[:3]]
+        assert json.loads(json.dumps(found.sigmas()))["2"][0][1] == pytest.approx(closed, abs=1e-4)
+
+
+# -- What can't work
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
+    """Nothing of the bad step stays: with a host that is well again, the run goes on to the same result."""
+    host, real = AnalyticHost(), AnalyticHost.student
+
+    def student(*args):
+        out = real(host, *args)
+        return out * float("nan") if len(host.student_rows) == 3 else out
+
+    monkeypatch.setattr(host, "student", student)
+    unmeasured = replace(CONFIG, held_out=0)
+    with pytest.raises(FloatingPointError, match="loss became nan at iteration 3; train again with a smaller learning"):
+        train(host, PROMPTS, unmeasured, folder=folder)
+    assert_same(train(AnalyticHost(), PROMPTS, unmeasured, folder=folder), train(AnalyticHost(), PROMPTS, unmeasured))
+
+
+def test_a_learning_rate_far_too_large_stops_the_run():
+    config = replace(CONFIG, held_out=0, learning_rate=1e6, iterations=100, ema=0.0, warmup=0.0)
+    with pytest.raises(FloatingPointError, match=r"loss (exploded|became).* smaller learning rate than 1e\+06"):
+        train(AnalyticHost(), PROMPTS, config)
+
+
+def test_an_exploding_loss_says_how_far_and_a_single_peak_is_nothing(monkeypatch):
+    def run(peak: slice, iterations: int) -> list[float]:
+        host = AnalyticHost()
+        real = host.student
+
+        def student(adapter, x, *rest):
+            out = real(adapter, x, *rest)
+            return out + 1e3 * x.abs().max() if len(host.student_rows) in range(100)[peak] else out
+
+        monkeypatch.setattr(host, "student", student)
+        return train(host, PROMPTS, replace(CONFIG, held_out=0, iterations=iterations)).losses
+
+    assert max(run(slice(10, 11), 30)) > 1000  # one batch of many
+    with pytest.raises(FloatingPointError, match=r"exploded: at iteration 20 it is \d+ times that of no adapter"):
+        run(slice(5, None), 60)
+
+
+def test_a_full_disk_stops_the_run_with_its_last_state_kept(folder, monkeypatch, whole):
+    real, saved = torch.save, []
+
+    def save(state, path):
+        if len(saved) == 1:
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        real(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        with pytest.raises(
+            RunFolderError, match=r"state of step 10 could not be saved .*No space left.*make room there"
+        ):
+            train(AnalyticHost(), PROMPTS, VARIED, folder=folder)
+    assert [path.name for path in folder.glob("*state*")] == ["state-000005.pt"]
+    resumed = train(AnalyticHost(), PROMPTS, VARIED, folder=folder)
+    assert_same(resumed, whole)
+    assert_complete(folder, resumed)
+
+
+def test_a_folder_that_can_not_be_one_is_refused_before_any_evaluation(folder):
+    folder.write_text("a file")
+    host = AnalyticHost()
+    with pytest.raises(RunFolderError, match="can't be written to"):
+        train(host, PROMPTS, CONFIG, folder=folder)
+    assert host.teacher_rows == []
+
+
+def test_an_unknown_scheduler_is_refused_before_any_evaluation():
+    host = AnalyticHost()
+    with pytest.raises(ValueError, match="no scheduler 'cosy'"):
+        train(host, PROMPTS, replace(CONFIG, schedulers=("normal", "cosy")))
+    assert host.teacher_rows == []
+
+
+def test_a_callback_may_fail_without_harm(folder, whole):
+    """What a caller's own window raises stops the run, and the run goes on."""
+
+    def broken(progress):
+        raise RuntimeError("the window was closed")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="window was closed"):
+            train(AnalyticHost(), PROMPTS, VARIED, Callbacks(broken), folder=folder)
+    assert_same(train(AnalyticHost(), PROMPTS, VARIED, folder=folder), whole)

@@ -1,0 +1,145 @@
+"""A training job, from settings to the adapter's file: what the node and the command line have in common."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..agd_core import checkpoint
+from .config import TrainConfig
+from .distributed import Ranks
+from .fitting import Teacher
+from .host import Host
+from .plan import Plan, plan
+from .pool import TrajectoryPool
+from .recording import Recording, identity_of, record
+from .run_folder import RunFolder, folder_of
+from .trainer import Callbacks, Trained, split_prompts, train
+
+
+class JobError(ValueError):
+    """A job that can't succeed, told before the long work."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """`prompts`, `negative`: texts; `output`: the adapter file; its run's folder is beside it."""
+
+    host: Host
+    prompts: Sequence[str]
+    config: TrainConfig
+    output: Path
+    negative: Sequence[str] = ("",)
+    recording: Recording | None = None
+
+    @property
+    def folder(self) -> Path:
+        return folder_of(self.output)
+
+    def plan(self) -> Plan:
+        """What the run costs and how it fits. Raises `DoesNotFit`, or `JobError` where the disk has too little room."""
+        self.host.encode([self.prompts[0] if self.prompts else ""])
+        memory = round(self.config.memory * 1e9) or self.host.memory_free()
+        found = plan(self.host, self.config, memory, ranks=Ranks().count)
+        if self.recording is not None:
+            found = dataclasses.replace(found, teacher_evaluations=0, seconds=None)
+        check_room(self.folder, found.disk_bytes, "keep fewer states (keep_states)")
+        return found
+
+    def run(self, callbacks: Callbacks, planned: Plan, settings: dict) -> Trained:
+        """Train, and write the file in place of an earlier one at the very end. The run's states are gone then.
+
+        `settings`: what the command line needs besides the trainer's settings, to repeat the run: the base and so on.
+        """
+        callbacks = dataclasses.replace(callbacks, on_start=lambda: self._write_config(settings))
+        trained = train(
+            self.host,
+            self.prompts,
+            self.config,
+            callbacks,
+            negative=self.negative,
+            folder=self.folder,
+            recording=self.recording,
+            plan=planned,
+        )
+        if Ranks().first:
+            checkpoint.save(self.output, trained.adapter, trained.info)
+            files = RunFolder(self.folder)
+            files.save_text("report.txt", self.report(trained))
+            files.clear()
+        return trained
+
+    def record(self, batches: int, progress: Callable[[int, int], None]) -> Recording:
+        """Record so many batches of what this job's training would visit, into the folder `output`."""
+        host, config = self.host, self.config
+        texts = {"positive": split_prompts(self.prompts, config)[0], "negative": list(self.negative)}
+        encoded = [host.encode(prompts, kind) for kind, prompts in texts.items()]
+        host.release_text_encoder()
+        identity = identity_of(config, self.prompts, self.negative, host.base.fingerprint)
+        with host.session():
+            lanes, teacher = range(config.batch), Teacher(host, 2 * config.batch)
+            pool = TrajectoryPool(host, *encoded, config, lanes, teacher)
+            return record(self.output, pool, identity, batches, progress)
+
+    def _write_config(self, settings: dict) -> None:
+        """`config.toml` and the prompts themselves in the run's folder, from which the run can be repeated."""
+        files = RunFolder(self.folder)
+        files.save_text("prompts.txt", "".join(f"{prompt}\n" for prompt in self.prompts))
+        settings |= {"prompts": str((self.folder / "prompts.txt").absolute()), "verbatim": True}
+        settings |= {"negative": list(self.negative), "output": str(self.output.absolute())}
+        files.save_text("config.toml", to_toml(settings | dataclasses.asdict(self.config)))
+
+    def report(self, trained: Trained) -> str:
+        """A page about the finished run, for people."""
+        training, measured = trained.info.training, trained.evaluation
+        lines = [
+            f"Adapter {self.output.name}: {trained.adapter.parameter_count():,} parameters, for "
+            f"{trained.info.base.describe()}.",
+            f"{training['iterations']} iterations of {training['batch']} states on {training['prompts']} prompts, "
+            f"{training['teacher_evaluations']:,} teacher evaluations, {training['seconds'] / 60:.1f} minutes; "
+            f"final loss {training['final_loss']:.4f}.",
+        ]
+        if self.host.teacher:
+            lines.append(f"Part of the teacher: {json.dumps(self.host.teacher)}.")
+        if "gap_closed" in training:
+            closed = ", ".join(f"{value:.0%} at cfg {omega}" for omega, value in training["gap_closed"].items())
+            lines.append(
+                f"Gap closed on {training['held_out_prompts']} prompts that were not trained with: {closed} "
+                f"(step {training['best_step']}, the best)."
+            )
+        if measured is not None:
+            lines.append("By noise level, when last measured:")
+            for omega, pairs in measured.by_sigma.items():
+                levels = "  ".join(f"{sigma:.2f}: {value:.0%}" for sigma, value in pairs)
+                lines.append(f"  cfg {omega:g}  {levels}")
+        return "\n".join(lines) + "\n"
+
+
+def to_toml(settings: dict) -> str:
+    """Flat settings as TOML: strings, numbers, booleans and lists of strings; None is left out."""
+
+    def value_of(value) -> str:
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(value_of, value))}]"
+        return json.dumps(value, ensure_ascii=False)  # of these types TOML writes JSON's way
+
+    return "".join(f"{key} = {value_of(value)}\n" for key, value in settings.items() if value is not None)
+
+
+def check_room(folder: Path, needed: int, otherwise: str) -> None:
+    """Raises `JobError` where the disk of `folder` has less than `needed` bytes free."""
+    place = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise JobError(
+            f"This needs {needed / 1e9:.1f} GB of disk, but {place} has {free / 1e9:.1f} GB free; make room, choose "
+            f"another output, or {otherwise}."
+        )
+
+
+def check_output(output: Path) -> None:
+    """Raises `JobError` where no adapter file can be written."""
+    if output.is_dir() or output.suffix != ".safetensors":
+        raise JobError(f"The output {output} must be a file that ends in .safetensors.")

@@ -1,0 +1,245 @@
+"""Recorded trajectories: what online training would visit, with the teacher's predictions, to train from many times.
+
+A folder with `recording.json` (settings, prompts, the shards and their checksums), shards of fp16 safetensors, and the
+state of the pool, from which an interrupted recording goes on.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..agd_core.checkpoint import replacing
+from .config import TrainConfig
+from .pool import Batch, TrajectoryPool, draw_omega
+
+_VERSION = 1
+_INDEX, _POOL = "recording.json", "pool.state"
+_SHARD_BATCHES = 64
+_HALVES, _EXACT = ("x", "cond", "uncond"), ("sigma", "omega", "positive", "negative")
+# The settings that decide what is visited; training from a recording takes these from it.
+SETTINGS = (
+    *("batch", "omega_min", "omega_max", "omega_sampling", "width", "height", "aspect_ratios", "pool", "steps_min"),
+    *("steps_max", "schedulers", "solvers", "seed", "held_out"),
+)
+
+
+class RecordingError(ValueError):
+    """A folder that is no usable recording, or not the one that is asked for."""
+
+
+def size_in_bytes(host, config: TrainConfig, batches: int) -> int:
+    """What a recording of so many batches will take on the disk, but for some kilobytes."""
+    shapes = [host.latent_shape(width, height) for width, height in config.buckets()]
+    values = sum(c * h * w for c, h, w in shapes) / len(shapes)
+    of_pool = max(config.pool, len(shapes)) * config.batch * 2 * 4 * values  # x and the last prediction, in fp32
+    return round(batches * config.batch * (len(_HALVES) * 2 * values + 4 * 2 + 8 * 2) + of_pool)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _settings(config: TrainConfig) -> dict:
+    return {key: value for key, value in config.result_settings().items() if key in SETTINGS}
+
+
+@dataclass
+class Recording:
+    """A recording in `folder`. `identity` holds its settings, prompts and base; `shards` name, batches, checksum."""
+
+    folder: Path
+    identity: dict
+    evaluations: int
+    shards: list[dict]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Recording":
+        """Raises `RecordingError` where shards are missing or cut short."""
+        try:
+            data = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+            found = cls(folder, data["identity"], data["evaluations"], data["shards"])
+            version = data["version"]
+        except (OSError, ValueError, KeyError) as error:
+            raise RecordingError(
+                f"{folder} is no recording ({error}); name a folder that `agd record` made."
+            ) from error
+        if version != _VERSION:
+            raise RecordingError(f"{folder} has recording format {version}, this version of AGD reads {_VERSION}.")
+        for shard in found.shards:
+            path = folder / shard["file"]
+            size = path.stat().st_size if path.is_file() else 0
+            if size != shard["bytes"]:
+                raise RecordingError(
+                    f"{path} has {size:,} bytes instead of {shard['bytes']:,}; "
+                    f"delete {folder} and run `agd record` again, to the same recording."
+                )
+        return found
+
+    def checksum(self) -> str:
+        """One name for all that was recorded."""
+        return hashlib.sha256("".join(shard["sha256"] for shard in self.shards).encode()).hexdigest()[:16]
+
+    @property
+    def batches(self) -> int:
+        return sum(shard["batches"] for shard in self.shards)
+
+    def config(self, config: TrainConfig) -> TrainConfig:
+        """`config` with the recording's own settings in place of its."""
+        own = {key: tuple(value) if isinstance(value, list) else value for key, value in self.identity.items()}
+        return replace(config, **{key: own[key] for key in SETTINGS})
+
+    def source(self, config: TrainConfig, lanes: range) -> "RecordedBatches":
+        """What takes the pool's place in training."""
+        return RecordedBatches(self, config, lanes)
+
+    def check(self, index: int) -> None:
+        """Raises `RecordingError` where a shard is not what was written."""
+        path = self.folder / self.shards[index]["file"]
+        if _checksum(path) != self.shards[index]["sha256"]:
+            raise RecordingError(
+                f"{path} is damaged (its checksum differs); "
+                f"delete {self.folder} and run `agd record` again, to the same recording."
+            )
+
+    def load(self, index: int, place: int) -> dict[str, torch.Tensor]:
+        """A batch's tensors, the one at that place of a shard."""
+        with safe_open(self.folder / self.shards[index]["file"], framework="pt") as shard:
+            return {key: shard.get_tensor(f"{place}.{key}") for key in _HALVES + _EXACT}
+
+    def _save_index(self) -> None:
+        data = {
+            "version": _VERSION,
+            "identity": self.identity,
+            "evaluations": self.evaluations,
+            "shards": self.shards,
+        }
+        with replacing(self.folder / _INDEX) as temporary:
+            Path(temporary).write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+def identity_of(config: TrainConfig, prompts: Sequence[str], negative: Sequence[str], fingerprint: str) -> dict:
+    """What must be equal for two recordings to be one."""
+    return _settings(config) | {"prompts": list(prompts), "negative": list(negative), "base": fingerprint}
+
+
+def record(
+    folder: Path, pool: TrajectoryPool, identity: dict, batches: int, progress: Callable[[int, int], None]
+) -> Recording:
+    """Roll out `batches` batches into `folder`, going on from what is there. Call it inside the host's session.
+
+    `progress(done, batches)` may raise to stop; whole shards are kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for remains in folder.glob(".*.part"):  # of a killed process
+        remains.unlink()
+    recording = _resumed(folder, pool, identity)
+    if not recording.shards:
+        recording.evaluations += pool.fill()
+    while recording.batches < batches:
+        rolled = []
+        for _ in range(min(_SHARD_BATCHES, batches - recording.batches)):
+            batch = pool.next(0)
+            recording.evaluations += pool.advance(batch, batch.target, 0.0)
+            rolled.append(batch)
+            progress(recording.batches + len(rolled), batches)
+        _append(recording, rolled, pool)
+    return recording
+
+
+def _resumed(folder: Path, pool: TrajectoryPool, identity: dict) -> Recording:
+    if not (folder / _POOL).exists():
+        return Recording(folder, identity, 0, [])
+    try:
+        state = torch.load(folder / _POOL, weights_only=True)
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise RecordingError(f"{folder / _POOL} is damaged; delete {folder} to record anew.") from error
+    if state["identity"] != identity:
+        changed = sorted(key for key in identity if state["identity"].get(key) != identity[key])
+        raise RecordingError(
+            f"{folder} is a recording with other settings ({', '.join(changed)}); "
+            "use the settings of then to go on with it, or another folder."
+        )
+    pool.load_state_dict(state["common"], state["lanes"])
+    recording = Recording(folder, identity, state["evaluations"], state["shards"])
+    recording._save_index()  # killed between the two files, it would lack the last shard
+    return recording
+
+
+def _append(recording: Recording, rolled: list[Batch], pool: TrajectoryPool) -> None:
+    """Write a shard, then the state that says so: killed in between, the shard is written again."""
+    name = f"shard-{len(recording.shards):05d}.safetensors"
+    path, tensors = recording.folder / name, {}
+    for i, batch in enumerate(rolled):
+        tensors |= {f"{i}.{key}": getattr(batch, key).half() for key in _HALVES}
+        tensors |= {f"{i}.{key}": getattr(batch, key) for key in _EXACT}
+    try:
+        with replacing(path) as temporary:
+            save_file({key: value.contiguous().clone() for key, value in tensors.items()}, temporary)
+    except (SafetensorError, OSError) as error:
+        raise RecordingError(
+            f"{path} could not be written ({error}); make room there, and the same command goes on."
+        ) from error
+    size, checksum = path.stat().st_size, _checksum(path)
+    recording.shards.append({"file": name, "batches": len(rolled), "bytes": size, "sha256": checksum})
+    common, lanes = pool.state_dict()
+    state = {"common": common, "lanes": lanes, "identity": recording.identity}
+    state |= {"evaluations": recording.evaluations, "shards": recording.shards}
+    with replacing(recording.folder / _POOL) as temporary:
+        torch.save(state, temporary)
+    recording._save_index()
+
+
+class RecordedBatches:
+    """Stands in for the pool in training. The first pass gives what online training would have visited, in its order;
+    each further one comes shuffled, with other omegas. It keeps no state: a step's batch follows from its number."""
+
+    def __init__(self, recording: Recording, config: TrainConfig, lanes: range):
+        self.recording, self.config, self.lanes = recording, config, lanes
+        self._checked: set[int] = set()
+        self._places = [(i, j) for i, shard in enumerate(recording.shards) for j in range(shard["batches"])]
+
+    def fill(self, progress=lambda done, total: None) -> int:
+        return self.recording.evaluations
+
+    def next(self, step: int) -> Batch:
+        epoch, at = divmod(step, len(self._places))
+        if epoch > 0:
+            order = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            at = int(torch.randperm(len(self._places), generator=order)[at])
+        index, place = self._places[at]
+        if index not in self._checked:
+            self.recording.check(index)
+            self._checked.add(index)
+        rows = slice(self.lanes.start, self.lanes.stop)
+        values = {key: value[rows] for key, value in self.recording.load(index, place).items()}
+        values |= {key: values[key].float() for key in _HALVES}
+        if epoch > 0:
+            generators = [torch.Generator().manual_seed((step << 20) + lane) for lane in self.lanes]
+            values["omega"] = torch.stack([draw_omega(self.config, generator) for generator in generators])
+        return Batch(**values)
+
+    def undo(self) -> None:
+        pass
+
+    def advance(self, batch: Batch, student: torch.Tensor, share: float) -> int:
+        return 0
+
+    def state_dict(self) -> tuple[dict, dict]:
+        return {}, {}
+
+    def load_state_dict(self, common: dict, lanes: dict) -> None:
+        pass
