@@ -1,37 +1,83 @@
-"""AGD Train: MODEL, CLIP and prompts in, an adapter file and its loss plot out."""
+"""AGD Train: MODEL, CLIP and prompts in, an adapter file and an account of the training out."""
+
+import time
 
 import comfy.model_management
 import comfy.utils
 import numpy as np
 import torch
 from comfy_api.v0_0_2 import io
+from PIL import Image
 
-from ..agd_core import checkpoint
 from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.host import ComfyHost
+from ..training import prompts as prompt_sources
 from ..training.config import PRECISIONS, TrainConfig
-from ..training.plot import loss_plot
-from ..training.trainer import Callbacks, Progress, train
+from ..training.job import Job
+from ..training.plan import Plan
+from ..training.presets import CARDS, COMMON_RATIOS, settings_for
+from ..training.trainer import Callbacks, Progress
 from .common import AdapterType, AdapterValue, show_on_node, use_adapter
 
 _DEFAULTS = TrainConfig()
+_ALL = "all that is free"
+_SUITED = " 0 takes what suits the model's family."
 
 
-def _callbacks(node_id: str) -> Callbacks:
-    """Shows progress on the node and in ComfyUI's own bar, and lets an interrupt through at every step."""
-    bar: comfy.utils.ProgressBar | None = None
+class _Display:
+    """Shows a run on the node and in ComfyUI's own bar, and lets an interrupt through at every step."""
 
-    def on_progress(progress: Progress) -> None:
-        nonlocal bar
+    def __init__(self, node_id: str, plan: Plan):
+        self.node_id, self.plan = node_id, plan
+        self.bar: comfy.utils.ProgressBar | None = None
+        self.preview: Image.Image | None = None
+        self.shown = 0.0
+
+    def callbacks(self) -> Callbacks:
+        return Callbacks(on_progress=self.progress, on_preview=self.show_preview)
+
+    def progress(self, progress: Progress) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        text = f"Rolling out the first trajectories: {progress.step}/{progress.total}"
         if progress.phase == "train":
-            bar = bar or comfy.utils.ProgressBar(progress.total, node_id=node_id)
-            bar.update_absolute(progress.step, progress.total)
-            text = f"Iteration {progress.step}/{progress.total}, loss {progress.loss:.4f}"
-        show_on_node(node_id, text)
+            self.bar = self.bar or comfy.utils.ProgressBar(progress.total, node_id=self.node_id)
+            self._update(progress.step, progress.total)
+        now = time.monotonic()
+        # A hundred messages a second would slow the browser down.
+        if now - self.shown > 0.2 or progress.step == progress.total:
+            self.shown = now
+            show_on_node(self.node_id, f"{_told(progress)}\n\n{self.plan.describe()}")
 
-    return Callbacks(on_progress)
+    def show_preview(self, step: int, image: Image.Image) -> None:
+        self.preview = image
+        if self.bar is not None:
+            self._update(step, self.bar.total)
+
+    def _update(self, step: int, total: int) -> None:
+        # Without its picture a message would take an earlier one off the node.
+        shown = ("PNG", self.preview, None) if self.preview is not None else None
+        self.bar.update_absolute(step, total, shown)
+
+
+def _told(progress: Progress) -> str:
+    if progress.phase == "encode":
+        return f"Encoding prompts: {progress.step}/{progress.total}"
+    if progress.phase == "rollout":
+        return f"Rolling out the first trajectories: {progress.step}/{progress.total}"
+    if progress.phase == "measure":
+        return f"Measuring on prompts that are not trained with: {progress.step}/{progress.total}"
+    gap = "" if progress.gap_closed is None else f", gap closed {progress.gap_closed:.0%}"
+    left = f"{progress.seconds_left / 60:.0f} min" if progress.seconds_left > 90 else f"{progress.seconds_left:.0f} s"
+    return (
+        f"Iteration {progress.step}/{progress.total}, loss {progress.loss:.4f}{gap}, "
+        f"memory {progress.memory / 1e9:.1f} GB, {left} left"
+    )
+
+
+def _number(kind, name: str, high, tooltip: str, *, step=1, suited: bool = True, advanced: bool = True):
+    """A setting of TrainConfig; 0 stands for the family's own where there is one."""
+    default, low = (0, 0) if suited else (getattr(_DEFAULTS, name), 0)
+    tooltip += _SUITED if suited else ""
+    return kind.Input(name, default=default, min=low, max=high, step=step, tooltip=tooltip, advanced=advanced)
 
 
 class AGDTrain(io.ComfyNode):
@@ -49,55 +95,39 @@ class AGDTrain(io.ComfyNode):
             search_aliases=["agd", "guidance distillation", "distill cfg", "train adapter"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The base whose guidance is distilled. It stays as it is."),
+                io.Model.Input(
+                    "model", tooltip="The base whose guidance is distilled, with its LoRAs. It stays as it is."
+                ),
                 io.Clip.Input("clip", tooltip="Encodes the prompts."),
                 io.String.Input(
                     "prompts",
+                    default="",
                     multiline=True,
-                    tooltip="One prompt per line, of the kind you will sample with; many and varied ones are best.",
+                    tooltip=(
+                        "One prompt per line, of the kind you will sample with; many and varied ones are best. "
+                        "{red|blue} and __animal__ are wildcards. Empty: the built-in generator's prompts."
+                    ),
                 ),
                 io.String.Input(
                     "adapter_name",
                     default="my_adapter",
                     tooltip="The file's name in models/agd. An older file of that name is replaced at the very end.",
                 ),
-                io.Int.Input(
+                io.Combo.Input(
+                    "card",
+                    options=[_ALL, *CARDS],
+                    default=_ALL,
+                    tooltip=(
+                        "Memory that training may use. Less makes it slower, not worse: the batch is evaluated in "
+                        "smaller parts, activations are computed twice, part of the model stays in system memory."
+                    ),
+                ),
+                _number(
+                    io.Int,
                     "iterations",
-                    default=_DEFAULTS.iterations,
-                    min=1,
-                    max=1_000_000,
-                    tooltip="Optimiser steps. More close more of the gap to true guidance.",
-                ),
-                io.Int.Input("batch", default=_DEFAULTS.batch, min=1, max=256, tooltip="States per optimiser step."),
-                io.Int.Input(
-                    "width", default=_DEFAULTS.width, min=16, max=8192, step=8, tooltip="Width of the pictures."
-                ),
-                io.Int.Input(
-                    "height", default=_DEFAULTS.height, min=16, max=8192, step=8, tooltip="Height of the pictures."
-                ),
-                io.Float.Input(
-                    "omega_max",
-                    default=_DEFAULTS.omega_max,
-                    min=1.1,
-                    max=100.0,
-                    step=0.5,
-                    tooltip="The largest guidance scale (cfg) that you will use. Training covers 1 to this.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=_DEFAULTS.learning_rate,
-                    min=1e-6,
-                    max=1.0,
-                    step=1e-6,
-                    tooltip="Peak of AdamW's learning rate, after a warm-up and before a cosine decay to 0.",
-                ),
-                io.Int.Input(
-                    "hidden",
-                    default=_DEFAULTS.hidden,
-                    min=8,
-                    max=512,
-                    step=8,
-                    tooltip="Width of the adapter: 128 is about 2 % of SDXL.",
+                    1_000_000,
+                    "Optimiser steps. More close more of the gap to true guidance.",
+                    advanced=False,
                 ),
                 io.Int.Input(
                     "seed",
@@ -107,11 +137,101 @@ class AGDTrain(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Seed of everything random in the training.",
                 ),
+                _number(io.Int, "batch", 256, "States per optimiser step."),
+                _number(io.Int, "width", 8192, "Width of the pictures.", step=8),
+                _number(io.Int, "height", 8192, "Height of the pictures.", step=8),
+                io.Boolean.Input(
+                    "aspect_ratios",
+                    default=True,
+                    advanced=True,
+                    tooltip="Also train the common aspect ratios, with the area of width x height.",
+                ),
+                io.Float.Input(
+                    "omega_max",
+                    default=_DEFAULTS.omega_max,
+                    min=1.1,
+                    max=100.0,
+                    step=0.5,
+                    advanced=True,
+                    tooltip="The largest guidance scale (cfg) that you will use. Training covers 1 to this.",
+                ),
+                _number(
+                    io.Float,
+                    "learning_rate",
+                    1.0,
+                    "Peak of AdamW's learning rate, after a warm-up and before a cosine decay to 0.",
+                    step=1e-6,
+                ),
+                io.Int.Input(
+                    "hidden",
+                    default=_DEFAULTS.hidden,
+                    min=8,
+                    max=512,
+                    step=8,
+                    advanced=True,
+                    tooltip="Width of the adapter: 128 is about 2 % of SDXL.",
+                ),
                 io.String.Input(
                     "negative",
                     default="",
+                    multiline=True,
                     advanced=True,
-                    tooltip="The negative prompt of the guidance that is distilled. Empty suits most uses.",
+                    tooltip=(
+                        "Negative prompts of the guidance that is distilled, one per line; each trajectory has one of "
+                        "them. Empty suits most uses."
+                    ),
+                ),
+                io.Int.Input(
+                    "prompt_count",
+                    default=2000,
+                    min=1,
+                    max=100_000,
+                    advanced=True,
+                    tooltip="How many prompts the generator or the wildcards make.",
+                ),
+                _number(
+                    io.Int,
+                    "reuse",
+                    64,
+                    "Optimiser steps per evaluation of the model: states come again, each time with another cfg.",
+                ),
+                io.Float.Input(
+                    "on_policy",
+                    default=_DEFAULTS.on_policy,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="Share of trajectories that follow the adapter instead of CFG, after a quarter of the run.",
+                ),
+                _number(
+                    io.Int,
+                    "evaluate_every",
+                    1_000_000,
+                    "Iterations between two measurements on prompts that are not trained with; the best adapter is "
+                    "kept. 0: at the end.",
+                    suited=False,
+                ),
+                _number(
+                    io.Int,
+                    "patience",
+                    1000,
+                    "Measurements without a better adapter before training stops early. 0: never.",
+                    suited=False,
+                ),
+                _number(
+                    io.Int,
+                    "preview_every",
+                    1_000_000,
+                    "Iterations between two pictures of one prompt by CFG and by the adapter. 0: none.",
+                    suited=False,
+                ),
+                _number(
+                    io.Int,
+                    "save_every",
+                    1_000_000,
+                    "Iterations between two saved states, from which a killed training goes on. 0: on interrupt only.",
+                    suited=False,
                 ),
                 io.Combo.Input(
                     "precision",
@@ -120,44 +240,46 @@ class AGDTrain(io.ComfyNode):
                     advanced=True,
                     tooltip="'base' computes in the model's own precision, 'bf16' under bf16 autocast.",
                 ),
+                io.Vae.Input("vae", optional=True, tooltip="Decodes the previews; without it they are approximate."),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the new adapter, as AGD Adapter Loader would give it."),
                 io.String.Output("adapter_name", tooltip="The name of the file in models/agd."),
-                io.Image.Output("loss_plot", tooltip="Loss by iteration: the share of the guidance gap still open."),
+                io.Image.Output("plot", tooltip="By iteration: the loss (share of the gap still open), gap closed."),
                 AdapterType.Output("adapter", tooltip="The adapter itself, for AGD Apply Adapter."),
+                io.String.Output("report", tooltip="What was trained, how long, how much of the gap is closed."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
-        cls, model, clip, prompts, adapter_name, iterations, batch, width, height, omega_max, learning_rate, hidden,
-        seed, negative, precision,
+        cls, model, clip, prompts, adapter_name, card, seed, aspect_ratios, negative, prompt_count, vae=None, **settings
     ) -> io.NodeOutput:  # fmt: skip
-        config = TrainConfig(
-            iterations=iterations,
-            batch=batch,
-            width=width,
-            height=height,
-            omega_max=omega_max,
-            learning_rate=learning_rate,
-            hidden=hidden,
-            seed=seed,
-            precision=precision,
-        )
         node_id, path = cls.hidden.unique_id, folders.new_adapter_path(adapter_name)
-        host = ComfyHost(model, clip, autocast=config.autocast)
-        trained = train(
-            host,
-            prompts.splitlines(),
-            config,
-            _callbacks(node_id),
-            negative=[negative],
-            state=path.with_suffix(".state"),
-        )
-        checkpoint.save(path, trained.adapter, trained.info)
+        suited = ("iterations", "batch", "width", "height", "learning_rate", "reuse")
+        chosen = {key: value for key, value in settings.items() if value or key not in suited}
+        chosen |= {"seed": seed, "memory": CARDS.get(card, 0.0)}
+        host = ComfyHost(model, clip, autocast=TrainConfig(**chosen).autocast, vae=vae)
+        chosen |= {"aspect_ratios": COMMON_RATIOS} if aspect_ratios and "width" in chosen else {}
+        chosen |= {} if aspect_ratios else {"aspect_ratios": ()}
+        config = settings_for(host.base, chosen)
+        job = Job(host, _prompts(prompts, prompt_count, seed), config, path, _lines(negative) or [""])
+        show_on_node(node_id, "Counting what a step takes")
+        plan = job.plan()
+        trained = job.run(_Display(node_id, plan).callbacks(), plan, {})
+        report = job.report(trained)
+        show_on_node(node_id, report)
         adapter = AdapterValue(trained.info, trained.adapter.state_dict(), f"of AGD Train, {path.name}")
         patched = use_adapter(model, adapter, node_id, guidance_scale=0)
-        plot = torch.from_numpy(np.asarray(loss_plot(trained.losses), dtype=np.float32) / 255)[None]
-        return io.NodeOutput(patched, path.name, plot, adapter)
+        plot = torch.from_numpy(np.asarray(trained.plot(), dtype=np.float32) / 255)[None]
+        return io.NodeOutput(patched, path.name, plot, adapter, report)
+
+
+def _lines(text: str) -> list[str]:
+    return prompt_sources.prompts_of(text)
+
+
+def _prompts(text: str, count: int, seed: int) -> list[str]:
+    lines = _lines(text)
+    return prompt_sources.expand(lines, count, seed) if lines else prompt_sources.generate(count, seed)

@@ -32,6 +32,7 @@ def train_graph(name: str, iterations: int, **settings) -> dict:
         "clip": ["toy", 1],
         "prompts": PROMPTS,
         "adapter_name": name,
+        "card": "all that is free",
         "iterations": iterations,
         "batch": 8,
         "width": 64,
@@ -42,6 +43,14 @@ def train_graph(name: str, iterations: int, **settings) -> dict:
         "seed": 0,
         "negative": "",
         "precision": "base",
+        "aspect_ratios": False,
+        "prompt_count": 20,
+        "reuse": 2,
+        "on_policy": 0.0,
+        "evaluate_every": 0,
+        "patience": 0,
+        "preview_every": 0,
+        "save_every": 0,
         **settings,
     }
     return {
@@ -54,9 +63,9 @@ def train_graph(name: str, iterations: int, **settings) -> dict:
 @pytest.fixture(scope="module")
 def trained(server) -> str:
     """The name of an adapter that AGD Train made through the API."""
-    outputs = server.run(train_graph("first", 40))
+    outputs = server.run(train_graph("first", 40, evaluate_every=20, preview_every=20))
     plot = pixels(server.image(outputs, "plot"))
-    assert plot.shape == (480, 800, 3)
+    assert plot.shape == (800, 800, 3)  # loss, and gap closed
     assert len(np.unique(plot.reshape(-1, 3), axis=0)) > 3
     return "first.safetensors"
 
@@ -174,9 +183,21 @@ def test_what_the_user_should_know_is_on_the_node_and_in_the_log_once(server, tr
     assert log.count("AGD: guidance 30 lies outside") == 1
 
 
+def test_training_shows_what_it_does_and_reports_at_the_end(server, trained):
+    folder = server.adapters / "first.run"
+    assert {path.name for path in (folder / "previews").iterdir()} == {"step-000020.png", "step-000040.png"}
+    assert server.texts["train"].startswith("Adapter first.safetensors: ")
+    assert "Gap closed on 3 prompts that were not trained with" in server.texts["train"]
+    assert server.previews > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"prompts": " \n "}, "no prompts to train with"), ({"adapter_name": "../../escape"}, "can't be saved as")],
+    [
+        ({"prompts": "a {red star"}, "has no }"),
+        ({"adapter_name": "../../escape"}, "can't be saved as"),
+        ({"card": "8 GB", "width": 8192, "height": 8192}, "which has 7.5 GB for it; it would fit with"),
+    ],
 )
 def test_bad_training_input_is_one_clear_sentence(server, settings, message):
     with pytest.raises(PromptError, match=message):
@@ -191,9 +212,9 @@ def test_an_interrupted_training_keeps_its_state_and_goes_on(server):
         if event["type"] == "progress" and event["data"]["value"] == 10:
             server.post("/interrupt", {})
     assert types[-1] == "execution_interrupted"
-    file, state = server.adapters / "interrupted.safetensors", server.adapters / "interrupted.state"
+    file, folder = server.adapters / "interrupted.safetensors", server.adapters / "interrupted.run"
     assert not file.exists()
-    assert state.exists()
+    assert len(list(folder.glob("state-*.pt"))) == 1
 
     prompt_id, first = server.queue(graph), None
     for event in server.events(prompt_id):
@@ -201,7 +222,7 @@ def test_an_interrupted_training_keeps_its_state_and_goes_on(server):
             first = event["data"]["value"]
         assert event["type"] != "execution_error"
     assert first > 10
-    assert not state.exists()
+    assert not list(folder.glob("state-*.pt"))
     assert file.exists()
 
 
@@ -216,7 +237,7 @@ def test_example_workflows_run(server, trained, file):
             if size in node["inputs"]:
                 node["inputs"][size] = 64
         if node["class_type"] == "AGDTrain":
-            node["inputs"].update(iterations=5, hidden=32)
+            node["inputs"].update(iterations=5, hidden=32, prompts=PROMPTS, aspect_ratios=False)
         if node["class_type"] == "AGDAdapterLoader":
             node["inputs"]["adapter_name"] = trained
     outputs = server.run(prompt)
