@@ -17,8 +17,7 @@ from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 from comfyui_agd.agd_core.comfyui.host import ComfyHost
 from comfyui_agd.training.cli import ProgressBar
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import Evaluation, evaluate
-from comfyui_agd.training.plot import loss_plot
+from comfyui_agd.training.evaluate import Evaluation, evaluate, follow_teacher
 from comfyui_agd.training.trainer import Callbacks, Trained, train
 
 from .measure import omega_star
@@ -48,6 +47,7 @@ def training_config(iterations: int, omega_max: float) -> TrainConfig:
         steps_max=25,
         precision="bf16",
         held_out=0,  # measured below, on captions of scenes that no training saw
+        preview_every=0,
     )
 
 
@@ -63,10 +63,11 @@ def distil(parts: Toy, config: TrainConfig, omegas: list[float]) -> tuple[Traine
     seconds = time.monotonic() - start
     exact = ComfyHost(parts.model, parts.clip)  # measured in the base's own precision
     shape = exact.latent_shape(config.width, config.height)
-    positive = exact.encode(held_out_captions(HELD_OUT, _GAP_SEED)[1], shape)
-    negative = exact.encode([""], shape, "negative")[0]
+    positive = exact.encode(held_out_captions(HELD_OUT, _GAP_SEED)[1])
+    negative = exact.encode([""], "negative")[0]
     with exact.session():
-        gap = evaluate(exact, trained.adapter, positive, negative, shape, omegas, steps=STEPS, batch=HELD_OUT)
+        states = follow_teacher(exact, positive, negative, shape, omegas, steps=STEPS, batch=HELD_OUT)
+        gap = evaluate(exact, trained.adapter, states)
     return trained, gap, seconds
 
 
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> None:
     iterations, captions = args.iterations or round(share * ITERATIONS), args.captions or round(share * CAPTIONS)
     trained, gap, seconds = distil(parts, training_config(iterations, 2 * best), omegas)
     file = checkpoint.save(args.out / "adapter.safetensors", trained.adapter, trained.info)
-    loss_plot(trained.losses).save(args.out / "loss.png")
+    trained.plot().save(args.out / "loss.png")
 
     # From here on as a user would: the adapter comes from its file, pictures from ComfyUI's KSampler.
     base, base_rows = counted(parts.model)

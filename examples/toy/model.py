@@ -44,6 +44,22 @@ class ToyLatent(comfy.latent_formats.LatentFormat):
     """Twelve channels of mean 0 and variance 1 (the autoencoder's own last layer normalises them)."""
 
     latent_channels = LATENT_CHANNELS
+    # For previews: least squares from the latents of 256 scenes to the mean colours of their 8 x 8 patches (in -1..1).
+    latent_rgb_factors = [
+        [0.233, 0.268, -0.128],
+        [0.216, 0.235, 0.187],
+        [0.006, 0.006, 0.019],
+        [0.239, 0.062, 0.274],
+        [-0.085, -0.044, -0.027],
+        [-0.241, 0.25, 0.119],
+        [-0.032, -0.001, 0.009],
+        [-0.07, 0.038, 0.031],
+        [-0.25, -0.26, 0.206],
+        [0.015, 0.059, 0.051],
+        [0.056, -0.009, -0.017],
+        [0.011, -0.157, -0.128],
+    ]
+    latent_rgb_factors_bias = [0.168, -0.039, -0.215]
 
 
 class ToyConfig(comfy.supported_models_base.BASE):
