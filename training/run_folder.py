@@ -77,7 +77,8 @@ class RunFolder:
         states = self.states()
         for path in states:
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                with torch.inference_mode(False):  # in which nodes run: nothing could be trained on from there
+                    return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # whatever a damaged file makes torch raise
                 log.warning("AGD: %s is damaged (%s); an older state is used.", path, type(error).__name__)
         if states:

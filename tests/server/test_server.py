@@ -220,7 +220,7 @@ def test_an_interrupted_training_keeps_its_state_and_goes_on(server):
     for event in server.events(prompt_id):
         if event["type"] == "progress" and first is None:
             first = event["data"]["value"]
-        assert event["type"] != "execution_error"
+        assert event["type"] != "execution_error", event["data"]["exception_message"]
     assert first > 10
     assert not list(folder.glob("state-*.pt"))
     assert file.exists()
@@ -236,6 +236,8 @@ def test_example_workflows_run(server, trained, file):
         for size in ("width", "height"):
             if size in node["inputs"]:
                 node["inputs"][size] = 64
+        if node["inputs"].get("text"):
+            node["inputs"]["text"] = "a red star"  # the toy knows no other things
         if node["class_type"] == "AGDTrain":
             node["inputs"].update(iterations=5, hidden=32, prompts=PROMPTS, aspect_ratios=False)
         if node["class_type"] == "AGDAdapterLoader":

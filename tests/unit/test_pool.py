@@ -8,6 +8,7 @@ from analytic import CONFIG, PROMPTS, AnalyticHost
 
 from comfyui_agd.agd_core.guidance import cfg
 from comfyui_agd.training.pool import Batch, TrajectoryPool
+from comfyui_agd.training.solvers import SOLVERS, solver_step
 
 TWO_SIZES = replace(CONFIG, aspect_ratios=("1:1", "2:1"))
 
@@ -86,6 +87,34 @@ def test_a_finished_trajectory_starts_anew_from_noise():
         assert pool.numbers["position"][0, 0] < pool.numbers["steps"][0, 0]
         assert (batch.x - batch.cond).std() < 3 * batch.sigma
     assert 60 / CONFIG.steps_max <= len(omegas) <= 60 / CONFIG.steps_min + 1
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_trajectory_is_that_of_its_solver(solver):
+    """From its noise to its end, DPM-Solver++ 2M with the prediction before, the student's where that was followed."""
+    config = replace(CONFIG, pool=1, solvers=(solver,), schedulers=("karras",), steps_min=6, steps_max=6, on_policy=0.5)
+    pool, sigmas, compared = pool_of(config, range(1)), AnalyticHost().sigmas("karras", 6), []
+    before, sigma_before = None, None
+    for step in range(60):
+        position, generator = int(pool.numbers["position"][0, 0]), torch.Generator()
+        generator.set_state(pool.generators[0].get_state())
+        batch, policy = pool.next(step), pool.policy[0, 0].item()
+        student = batch.target + 0.1
+        denoised, sigma, sigma_next = student if policy < 0.5 else batch.target, batch.sigma, sigmas[position + 1, None]
+        assert sigma == sigmas[position]
+        noise = torch.randn(batch.x.shape[1:], generator=generator)[None]
+        pool.advance(batch, student, 1.0)
+        if sigma_next > 0 and (position == 0 or before is not None):
+            options = {"ancestral": torch.tensor([solver == "euler_ancestral"]), "noise": noise}
+            options |= {"second_order": torch.tensor([solver == "dpmpp_2m" and position > 0])}
+            if position > 0:
+                options |= {"before": before, "sigma_before": sigma_before}
+            expected = solver_step(batch.x, denoised, sigma, sigma_next, **options)
+            torch.testing.assert_close(pool.x[0], expected)
+            compared.append(policy < 0.5)
+        before, sigma_before = denoised, sigma
+    assert compared.count(True) > 10
+    assert compared.count(False) > 10
 
 
 @pytest.mark.parametrize("reuse", [1, 3])
