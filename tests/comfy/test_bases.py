@@ -54,7 +54,7 @@ def test_its_gradients_are_those_of_the_base_in_fp32_but_for_rounding(gradients,
     base = tiny(TinyUNet())
     exact, rounded = gradients(base), gradients(in_dtype(base, TinyUNet, stored, computed))
     together = [torch.cat([g.flatten() for g in found.values()]) for found in (exact, rounded)]
-    assert torch.cosine_similarity(*together, dim=0) > (0.95 if stored is torch.float8_e4m3fn else 0.995)
+    assert torch.cosine_similarity(*together, dim=0) > (0.9 if stored is torch.float8_e4m3fn else 0.99)
     assert all(torch.any(gradient) for gradient in rounded.values())
 
 

@@ -107,10 +107,10 @@ class Interrupted(AnalyticHost):
 
 
 def test_a_run_stopped_inside_any_evaluation_goes_on_to_the_same_result(tmp_path, whole):
-    """Filling the pool, asking the teacher, the student, measuring: some of them all."""
-    counting = Interrupted(-1)
-    train(counting, PROMPTS, VARIED)
-    for at in [1, 5, *range(10, counting.calls, 1 + counting.calls // 9)]:
+    """While the pool is filled, in the teacher, in the student with new and with seen states, while measuring."""
+    counting, calls = Interrupted(-1), []
+    train(counting, PROMPTS, VARIED, Callbacks(lambda p: calls.append(counting.calls) if p.phase == "train" else None))
+    for at in (2, calls[1] + 1, calls[1] + 2, calls[6] + 1, calls[6] + 2, calls[4] + 30):
         folder = tmp_path / f"{at}.run"
         with pytest.raises(Stopped):
             train(Interrupted(at), PROMPTS, VARIED, folder=folder)
