@@ -156,9 +156,7 @@ class Run:
             "optimiser": self.optimiser.state_dict(),
             "common": common,
             "lanes": lanes,
-            "micro_batch": self.micro_batch,
             "loss_scale": self.loss_scale,
-            "teacher_rows": self.teacher.rows,
         }
 
     def restore(self, state: dict) -> None:
@@ -172,8 +170,6 @@ class Run:
         own = self.ranks.lanes(self.config.batch)
         lanes = {name: value[own.start : own.stop] for name, value in state["lanes"].items()}
         self.source.load_state_dict(state["common"], lanes)
-        self.micro_batch = min(self.micro_batch, state["micro_batch"])
-        self.teacher.rows = min(self.teacher.rows, state["teacher_rows"])
 
 
 def check_same_run(state: dict, identity: dict, where: object) -> None:

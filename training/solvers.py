@@ -28,7 +28,8 @@ def solver_step(
     aim = denoised
     if second_order is not None and second_order.any():
         ratio = (sigma_next / sigma).log() / (sigma / sigma_before).log()
-        share = torch.where(second_order & (sigma_next > 0), ratio / 2, torch.zeros_like(sigma))
+        known = second_order & (sigma_next > 0) & (sigma < sigma_before)  # a schedule may stay at one level
+        share = torch.where(known, ratio / 2, torch.zeros_like(sigma))
         aim = denoised + per_row(share, x) * (denoised - before)
     down, up = sigma_next, torch.zeros_like(sigma)
     if ancestral is not None and ancestral.any():

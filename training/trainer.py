@@ -129,7 +129,7 @@ def train(
     files = RunFolder(folder) if folder is not None else None
     if files is not None and ranks.first:
         files.prepare()
-    identity = _identity(config, [*prompts, *(held_out or ())], negative, host, recording)
+    identity = _identity(config, {"prompts": prompts, "negative": negative, "measured": held_out}, host, recording)
     saved = files.load_state() if files is not None else None
     if saved is not None:
         check_same_run(saved, identity, files.path)
@@ -188,23 +188,30 @@ def train(
         adapter = run.average.cpu()
     if run.best is not None:
         adapter.load_state_dict(run.best.weights)
-    training = {
-        "iterations": run.step,
-        "best_step": run.best.step if run.best else run.step,
-        "batch": config.batch,
-        "prompts": len(prompts),
-        "held_out_prompts": len(held_out),
-        "teacher_evaluations": run.evaluations,
-        "seconds": round(run.seconds),
-        "final_loss": round(run.recent_loss(), 5),
-        **(_best_measured(run) if run.best else {}),
-        **({"teacher": host.teacher} if host.teacher else {}),
-        "config": config.result_settings(),
-    }
-    trained = Trained(adapter, _with_training(info, training), run.losses, run.history, run.evaluation)
+    summary = _summary(run, len(prompts), len(held_out))
+    trained = Trained(adapter, _with_training(info, summary), run.losses, run.history, run.evaluation)
     if files is not None and ranks.first:
         files.save_image("training.png", trained.plot())
     return trained
+
+
+def _summary(run: Run, prompts: int, held_out: int) -> dict:
+    """What the adapter's file says of its training."""
+    summary = {
+        "iterations": run.step,
+        "best_step": run.best.step if run.best else run.step,
+        "batch": run.config.batch,
+        "prompts": prompts,
+        "held_out_prompts": held_out,
+        "teacher_evaluations": run.evaluations,
+        "seconds": round(run.seconds),
+        "final_loss": round(run.recent_loss(), 5),
+        "config": run.config.result_settings(),
+    }
+    if run.best is not None:
+        measured = next(entry for entry in run.history if entry["step"] == run.best.step)
+        summary |= {key: measured[key] for key in ("gap_closed", "direction_cosine") if key in measured}
+    return summary | ({"teacher": run.host.teacher} if run.host.teacher else {})
 
 
 def _encode(host: Host, prompts: Sequence[str], callbacks: Callbacks, kind: str = "positive") -> list[Prompt]:
@@ -358,11 +365,9 @@ class Lab:
         callbacks.on_preview(run.step, image)
 
 
-def _identity(
-    config: TrainConfig, prompts: Sequence[str], negative: list[str], host: Host, recording: Recording | None
-) -> dict:
+def _identity(config: TrainConfig, texts: dict, host: Host, recording: Recording | None) -> dict:
     """What must be equal for a saved state to be this run's."""
-    identity = config.result_settings() | {"prompts": list(prompts), "negative": negative}
+    identity = config.result_settings() | {name: list(prompts or ()) for name, prompts in texts.items()}
     identity |= {"base": host.base.fingerprint, "teacher": host.teacher}
     identity |= {"recording": recording.checksum() if recording else ""}
     return json.loads(json.dumps(identity))
@@ -376,11 +381,6 @@ def _describe_unconditional(negative: Sequence[str]) -> str:
 
 def _with_training(info: AdapterInfo, training: dict) -> AdapterInfo:
     return AdapterInfo(**{**vars(info), "training": training})
-
-
-def _best_measured(run: Run) -> dict:
-    measured = next(entry for entry in run.history if entry["step"] == run.best.step)
-    return {key: value for key, value in measured.items() if key in ("gap_closed", "direction_cosine")}
 
 
 def _had_enough(run: Run) -> bool:

@@ -133,6 +133,8 @@ class ComfyHost:
 
     def encode(self, prompts: list[str], kind: str = "positive") -> list[EncodedPrompt]:
         """Prompts for pictures of any size; `kind` is "positive" or "negative"."""
+        if self._clip is None:
+            raise ValueError("This host has released its text encoder; make another one for another run.")
         dtype, encoded = self._model.model.get_dtype_inference(), []
         with torch.inference_mode(False), torch.no_grad():
             for prompt in prompts:
