@@ -27,5 +27,5 @@ def test_the_demo_writes_what_it_promises(tmp_path, capsys):
     assert list(report["gap_closed"]) == list(report["prompt_accuracy"]["agd"]) == omegas
     assert checkpoint.read_info(tmp_path / "adapter.safetensors").training["iterations"] == 12
     assert Image.open(tmp_path / "comparison.png").width > 1000
-    assert Image.open(tmp_path / "loss.png").size == (800, 480)
+    assert Image.open(tmp_path / "loss.png").size == (800, 400)
     assert "AGD is" in capsys.readouterr().out
