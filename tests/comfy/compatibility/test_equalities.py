@@ -9,7 +9,7 @@ import pytest
 import torch
 import workflows as w
 from companions import ImagePrompt, control_net
-from runtime import STEPS, Prompts, ksampler, ksampler_advanced, latent, patched, since
+from runtime import STEPS, Prompts, TwoWidths, in_dtype, ksampler, ksampler_advanced, latent, patched, since
 from workflows import NODES, PROMPTS, no_agd
 
 close = partial(torch.testing.assert_close, atol=2e-4, rtol=2e-4)
@@ -237,13 +237,13 @@ def test_two_loaders_in_either_order_are_equal(base, file, other):
 @pytest.mark.parametrize("name", w.DTYPES)
 def test_the_adapter_has_the_dtype_that_the_base_computes_in(base, file, name):
     stored, computed = w.DTYPES[name]
-    in_dtype = w.base_in(name, base)
-    assert in_dtype.model_dtype() == stored
-    model = patched(in_dtype, file)
+    lean = in_dtype(base, TwoWidths, stored, computed)
+    assert lean.model_dtype() == stored
+    model = patched(lean, file)
     (adapter,) = model.get_nested_additional_models()
     assert {tensor.dtype for tensor in adapter.model.parameters()} == {computed or stored}
     # Near the fp32 picture, as far as the base itself is.
     exact, guided = ksampler(base, PROMPTS, steps=1), ksampler(patched(base, file), PROMPTS, steps=1)
-    own = (ksampler(in_dtype, PROMPTS, steps=1) - exact).norm() / exact.norm()
+    own = (ksampler(lean, PROMPTS, steps=1) - exact).norm() / exact.norm()
     assert (ksampler(model, PROMPTS, steps=1) - guided).norm() / guided.norm() < 3 * own + 1e-6
     assert math.isfinite(own)
