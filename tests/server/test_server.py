@@ -206,11 +206,13 @@ def test_bad_training_input_is_one_clear_sentence(server, settings, message):
 
 def test_an_interrupted_training_keeps_its_state_and_goes_on(server):
     graph = train_graph("interrupted", 60, seed=3)
-    prompt_id, types = server.queue(graph), []
+    prompt_id, types, seen = server.queue(graph), [], 0
     for event in server.events(prompt_id):
         types.append(event["type"])
-        if event["type"] == "progress" and event["data"]["value"] == 10:
-            server.post("/interrupt", {})
+        if event["type"] == "progress" and seen < 10:
+            seen = event["data"]["value"]  # ComfyUI leaves some out where steps are fast
+            if seen >= 10:
+                server.post("/interrupt", {})
     assert types[-1] == "execution_interrupted"
     file, folder = server.adapters / "interrupted.safetensors", server.adapters / "interrupted.run"
     assert not file.exists()
@@ -221,7 +223,7 @@ def test_an_interrupted_training_keeps_its_state_and_goes_on(server):
         if event["type"] == "progress" and first is None:
             first = event["data"]["value"]
         assert event["type"] != "execution_error", event["data"]["exception_message"]
-    assert first > 10
+    assert first > seen >= 10
     assert not list(folder.glob("state-*.pt"))
     assert file.exists()
 
