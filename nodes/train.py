@@ -75,9 +75,9 @@ def _told(progress: Progress) -> str:
 
 def _number(kind, name: str, high, tooltip: str, *, step=1, suited: bool = True, advanced: bool = True):
     """A setting of TrainConfig; 0 stands for the family's own where there is one."""
-    default, low = (0, 0) if suited else (getattr(_DEFAULTS, name), 0)
+    default = 0 if suited else getattr(_DEFAULTS, name)
     tooltip += _SUITED if suited else ""
-    return kind.Input(name, default=default, min=low, max=high, step=step, tooltip=tooltip, advanced=advanced)
+    return kind.Input(name, default=default, min=0, max=high, step=step, tooltip=tooltip, advanced=advanced)
 
 
 class AGDTrain(io.ComfyNode):

@@ -13,6 +13,7 @@ LOSSES = ("balanced", "plain")
 OMEGA_SAMPLINGS = ("log_uniform", "uniform")
 PRECISIONS = ("base", "bf16")
 CHECKPOINTING = ("auto", "on", "off")
+_RATIO = re.compile(r"[1-9]\d*:[1-9]\d*")
 
 
 def option(default, help: str, choices: tuple[str, ...] | None = None, *, result: bool = True):
@@ -131,6 +132,3 @@ class TrainConfig:
             encoder_width=self.encoder_width,
             prompt_tokens=prompt_tokens,
         )
-
-
-_RATIO = re.compile(r"[1-9]\d*:[1-9]\d*")

@@ -115,13 +115,14 @@ class _Costs:
     def student(self, checkpointing: bool) -> _Cost:
         return self.checkpointed if checkpointing else self.kept
 
+    @functools.cached_property
     def parameters(self) -> int:
         with torch.device("meta"):
             return Adapter(self.adapter).parameter_count()
 
     def working_bytes(self, micro_batch: int, teacher_rows: int, checkpointing: bool) -> int:
         """What a step takes beside the base: the adapter's state, and the most that a part of the step needs."""
-        parameters = self.parameters()
+        parameters = self.parameters
         parts = (
             self.student(checkpointing).peak_bytes(micro_batch),
             self.teacher.peak_bytes(teacher_rows),
@@ -213,7 +214,7 @@ def plan(host: Host, config: TrainConfig, memory: int | None, *, ranks: int = 1)
     if way is None:
         raise DoesNotFit(_refusal(costs, memory, batch))
     teacher, student = evaluations(config)
-    parameters = costs.parameters()
+    parameters = costs.parameters
     return Plan(
         adapter_parameters=parameters,
         teacher_evaluations=teacher,

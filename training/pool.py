@@ -10,6 +10,7 @@ Everything random of a lane comes from the lane's own generator, so that a run d
 share its batch.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class Batch:
     uncond: torch.Tensor
     column: int | None = None
 
-    @property
+    @functools.cached_property
     def target(self) -> torch.Tensor:
         """cfg(x, sigma, c, c_neg, omega)."""
         return cfg(self.cond, self.uncond, self.omega)

@@ -18,10 +18,12 @@ _FAMILIES = {
     "SD21UnclipL": _AT_768,
     "SD21UnclipH": _AT_768,
     "SDXL": _AT_1024,
+    "SDXLRefiner": _AT_1024,
     "SSD1B": _AT_1024,
     "Segmind_Vega": _AT_1024,
+    "KOALA_700M": _AT_1024,
+    "KOALA_1B": _AT_1024,
 }
-_FAMILIES |= {"KOALA_700M": _AT_1024, "KOALA_1B": _AT_1024, "SDXLRefiner": _AT_1024}
 
 
 def settings_for(base: BaseInfo, chosen: dict) -> TrainConfig:
@@ -29,8 +31,7 @@ def settings_for(base: BaseInfo, chosen: dict) -> TrainConfig:
 
     A family of which nothing is known is trained as SD 1.5.
     """
-    suited = {key: value for name, value in _FAMILIES.items() if _is(base, name) for key, value in value.items()}
-    suited = suited or _AT_512
+    suited = next((settings for family, settings in _FAMILIES.items() if _is(base, family)), _AT_512)
     if "width" in chosen or "height" in chosen:
         suited = {**suited, "aspect_ratios": ()}
     return TrainConfig(**{**suited, **chosen})

@@ -197,7 +197,6 @@ class ComfyHost:
         options = comfy.model_patcher.create_model_options_clone(model.model_options)["transformer_options"]
         merge_nested_dicts(options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
         merge_nested_dicts(options.setdefault("callbacks", {}), model.callbacks, copy_dict1=False)
-        # Fused attention has gradients everywhere; SageAttention and the like have none.
         return {**without_compile(options), **trace.FUSED_ATTENTION}
 
     def sigmas(self, scheduler: str, steps: int) -> torch.Tensor:

@@ -35,7 +35,8 @@ def _fused(function, *args, **kwargs):
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
-# For the transformer_options of a traced evaluation: on a CPU ComfyUI cuts attention into pieces, a GPU's is fused.
+# For the transformer_options of training, traced or real: SageAttention and the like have no gradients, and on a CPU
+# ComfyUI cuts attention into pieces, which would allocate otherwise than a GPU's.
 FUSED_ATTENTION = {"optimized_attention_override": _fused}
 
 
