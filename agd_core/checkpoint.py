@@ -36,7 +36,7 @@ class AdapterInfo:
     base: BaseInfo
     omega_range: tuple[float, float]
     unconditional: str = "empty prompt"  # what f(x, sigma, c_neg) was in training
-    negative_mode: str = "ignored"  # whether a negative prompt has an effect: "ignored"
+    negative_mode: str = "ignored"  # whether a negative prompt has an effect: "used" or "ignored"
     resolutions: tuple[tuple[int, int], ...] = ()  # (height, width) of the latents it was trained at
     training: dict = field(default_factory=dict)  # a summary: iterations, evaluations, loss, gap closed, ...
 
@@ -154,14 +154,19 @@ def load(path: str | Path, operations=nn) -> tuple[AdapterInfo, Adapter]:
 
 
 def save(path: str | Path, adapter: Adapter, info: AdapterInfo) -> Path:
-    """Write the file atomically: an earlier file at `path` stays whole until the new one is. Returns the path."""
+    """Write the adapter's file, as `write` does. Returns the path."""
+    return write(path, adapter.state_dict(), _to_metadata(info, Path(path).stem))
+
+
+def write(path: str | Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> Path:
+    """Write a file atomically: an earlier one at `path` stays whole until the new one is. Returns the path."""
     path = Path(path)
     # Cloned: weights made by ComfyUI may share storage, which safetensors refuses.
-    state = {key: value.detach().cpu().clone().contiguous() for key, value in adapter.state_dict().items()}
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            save_file(state, temporary, metadata=_to_metadata(info, path.stem))
+            save_file(state, temporary, metadata=metadata)
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(
             f"The adapter could not be saved as {path} ({error}); make room or choose another place."
@@ -206,6 +211,12 @@ def check_base(info: AdapterInfo, base: BaseInfo, path: str | Path) -> None:
     )
 
 
+def _described(config: AdapterConfig) -> str:
+    if config.kind != "low_rank":
+        return f"{config.kind}, hidden {config.hidden}"
+    return f"low_rank, rank {config.hidden}, {'' if config.modulated else 'not '}modulated"
+
+
 def describe(info: AdapterInfo, path: str | Path) -> str:
     """A page for people: what `agd inspect` prints."""
     with torch.device("meta"):
@@ -215,11 +226,11 @@ def describe(info: AdapterInfo, path: str | Path) -> str:
         "file": path,
         "base": info.base.describe(),
         "base fingerprint": info.base.fingerprint,
-        "adapter": f"{info.config.kind}, hidden {info.config.hidden}, {parameters:,} parameters",
+        "adapter": f"{_described(info.config)}, {parameters:,} parameters",
         "gain": "(omega - 1)" if info.config.gain else "none",
-        "omega embedding": info.config.omega_embedding,
+        "omega embedding": info.config.omega_embedding if info.config.encoders else "none",
         "omega range": f"{low:g} to {high:g}",
-        "unconditional": info.unconditional,
+        "unconditional": info.unconditional or "the negative prompt",
         "negative prompt": info.negative_mode,
         "latent sizes": ", ".join(f"{h}x{w}" for h, w in info.resolutions) or "unknown",
     }

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, fields
 
-KINDS = ("cross_attention", "offset")
+KINDS = ("cross_attention", "offset", "delta", "low_rank", "scale")
 OMEGA_EMBEDDINGS = ("log", "fourier")
 
 
@@ -24,13 +24,14 @@ class AdapterConfig:
     """The adapter's architecture. The defaults are ours; the comments give the paper's choice (arXiv 2503.07274)."""
 
     sites: tuple[Site, ...]
-    kind: str = "cross_attention"  # the paper's better adapter; its other one is "offset"
-    hidden: int = 128  # H: width of the adapter's attention or MLP
+    kind: str = "delta"  # paper: "cross_attention", and "offset"
+    hidden: int = 128  # H: width of the adapter's attention or MLP; low_rank: the rank
     gain: bool = True  # multiply the residual by (omega - 1); paper: no
     omega_embedding: str = "log"  # smooth in log(omega); paper: "fourier", random features of omega
     shared_encoder: bool = True  # one omega/t encoder for all sites; paper: one per site
     encoder_width: int = 128  # channels inside the omega/t encoder
     prompt_tokens: int = 77  # length of the context of a short prompt: CLIP's
+    modulated: bool = True  # low_rank only: m(t, omega); without it the adapter is a plain LoRA of strength omega - 1
 
     def __post_init__(self):
         checks = {
@@ -40,7 +41,16 @@ class AdapterConfig:
             ),
             # Four heads, each small enough for fused attention kernels.
             f"hidden is {self.hidden}, but must be a multiple of 4 from 4 to 512": (
-                self.hidden % 4 != 0 or not 4 <= self.hidden <= 512
+                self.kind == "cross_attention" and (self.hidden % 4 != 0 or not 4 <= self.hidden <= 512)
+            ),
+            f"hidden is {self.hidden}, but must be from 1 to 512": (
+                self.kind != "cross_attention" and not 1 <= self.hidden <= 512
+            ),
+            f"kind {self.kind!r} has one encoder for all sites, so shared_encoder must be on": (
+                self.kind in ("delta", "low_rank") and not self.shared_encoder
+            ),
+            "low_rank with neither modulated nor gain would be the same for every omega": (
+                self.kind == "low_rank" and not self.modulated and not self.gain
             ),
             f"encoder_width is {self.encoder_width}, but must be even and positive": (
                 self.encoder_width < 2 or self.encoder_width % 2 != 0
@@ -57,6 +67,13 @@ class AdapterConfig:
     @property
     def context_dim(self) -> int:
         return self.sites[0].context_dim
+
+    @property
+    def encoders(self) -> int:
+        """E: how many encoders of (omega, t) there are."""
+        if self.kind == "scale" or (self.kind == "low_rank" and not self.modulated):
+            return 0
+        return 1 if self.shared_encoder else len(self.sites)
 
 
 @dataclass(frozen=True)

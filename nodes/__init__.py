@@ -4,6 +4,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from ..agd_core.comfyui import folders
 from .apply import AGDApplyAdapter
+from .evaluate import AGDEvaluate
 from .loader import AGDAdapterLoader
 from .train import AGDTrain
 
@@ -13,4 +14,4 @@ class AGDExtension(ComfyExtension):
         folders.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [AGDAdapterLoader, AGDApplyAdapter, AGDTrain]
+        return [AGDAdapterLoader, AGDApplyAdapter, AGDEvaluate, AGDTrain]

@@ -10,6 +10,7 @@ from server import PromptServer
 
 from ..agd_core.checkpoint import AdapterInfo
 from ..agd_core.comfyui.embedded import apply_adapter
+from ..agd_core.comfyui.sites import is_trained_on
 
 log = logging.getLogger(__name__)
 
@@ -88,12 +89,19 @@ def notices(node_id: str) -> Callable[[str], None]:
 
 def use_adapter(model, adapter: AdapterValue, node_id: str, *, guidance_scale: float, **settings):
     """The patched clone of `model` for a node with `use_inputs`."""
-    return apply_adapter(
+    notify = notices(node_id)
+    patched = apply_adapter(
         model,
         adapter.info,
         adapter.state,
         source=adapter.source,
         guidance_scale=guidance_scale or None,
-        notify=notices(node_id),
+        notify=notify,
         **settings,
     )
+    if not is_trained_on(adapter.info.base, model.model.diffusion_model):
+        notify(
+            "this adapter was trained on other weights than this model's: another checkpoint of the family, or another "
+            "precision. AGD Evaluate tells how well it fits."
+        )
+    return patched

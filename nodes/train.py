@@ -12,7 +12,7 @@ from PIL import Image
 from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.host import ComfyHost
 from ..training import prompts as prompt_sources
-from ..training.config import PRECISIONS, TrainConfig
+from ..training.config import KINDS, PRECISIONS, RULES, TrainConfig
 from ..training.job import Job
 from ..training.plan import Plan
 from ..training.presets import CARDS, COMMON_RATIOS, settings_for
@@ -21,6 +21,7 @@ from .common import AdapterType, AdapterValue, show_on_node, use_adapter
 
 _DEFAULTS = TrainConfig()
 _ALL = "all that is free"
+_NEW = "a new adapter"
 _SUITED = " 0 takes what suits the model's family."
 
 
@@ -177,8 +178,8 @@ class AGDTrain(io.ComfyNode):
                     multiline=True,
                     advanced=True,
                     tooltip=(
-                        "Negative prompts of the guidance that is distilled, one per line; each trajectory has one of "
-                        "them. Empty suits most uses."
+                        "Negative prompts to train with, one per line, beside the empty one. Empty: parts of the "
+                        "prompts and what people usually don't want."
                     ),
                 ),
                 io.Int.Input(
@@ -240,6 +241,30 @@ class AGDTrain(io.ComfyNode):
                     advanced=True,
                     tooltip="'base' computes in the model's own precision, 'bf16' under bf16 autocast.",
                 ),
+                io.Combo.Input(
+                    "kind",
+                    options=list(KINDS),
+                    default=_DEFAULTS.kind,
+                    tooltip=(
+                        "The adapter. 'delta' is the best and hears the negative prompt; 'scale' is calibration: tiny, "
+                        "and found in about a minute; 'low_rank' changes all of the blocks' layers; the others are the "
+                        "paper's."
+                    ),
+                ),
+                io.Combo.Input(
+                    "teacher",
+                    options=list(RULES),
+                    default=_DEFAULTS.teacher,
+                    advanced=True,
+                    tooltip="What is distilled: plain CFG, or a guidance rule that gives better pictures.",
+                ),
+                io.Combo.Input(
+                    "start",
+                    options=[_NEW, *folders.adapters()],
+                    default=_NEW,
+                    advanced=True,
+                    tooltip="An adapter to begin from: of the same kind and width, or a calibrated one for 'delta'.",
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the previews; without it they are approximate."),
             ],
             outputs=[
@@ -254,8 +279,20 @@ class AGDTrain(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, prompts, adapter_name, card, seed, aspect_ratios, negative, prompt_count, vae=None, **settings
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model,
+        clip,
+        prompts,
+        adapter_name,
+        card,
+        seed,
+        aspect_ratios,
+        negative,
+        prompt_count,
+        start,
+        vae=None,
+        **settings,
+    ) -> io.NodeOutput:
         node_id, path = cls.hidden.unique_id, folders.new_adapter_path(adapter_name)
         suited = ("iterations", "batch", "width", "height", "learning_rate", "reuse")
         chosen = {key: value for key, value in settings.items() if value or key not in suited}
@@ -264,7 +301,8 @@ class AGDTrain(io.ComfyNode):
         chosen |= {"aspect_ratios": COMMON_RATIOS} if aspect_ratios and "width" in chosen else {}
         chosen |= {} if aspect_ratios else {"aspect_ratios": ()}
         config = settings_for(host.base, chosen)
-        job = Job(host, _prompts(prompts, prompt_count, seed), config, path, _lines(negative) or [""])
+        begin = folders.adapter_path(start) if start != _NEW else None
+        job = Job(host, _prompts(prompts, prompt_count, seed), config, path, _lines(negative), start=begin)
         show_on_node(node_id, "Counting what a step takes")
         plan = job.plan()
         trained = job.run(_Display(node_id, plan).callbacks(), plan, {})

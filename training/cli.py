@@ -1,9 +1,11 @@
-"""The `agd` command: train, record, inspect. ComfyUI is loaded, through the bridge, only once a command needs it."""
+"""The `agd` command. ComfyUI is loaded, through the bridge, only once a command needs it."""
 
 import argparse
 import importlib
+import json
 import logging
 import math
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,8 +15,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..agd_core import checkpoint
+from ..agd_core import checkpoint, lora
+from ..agd_core.training_free import NAME as TRAINING_FREE
+from ..agd_core.training_free import training_free
 from . import prompts as prompt_sources
+from .assess import AssessConfig, assess, rule_of
 from .config import TrainConfig
 from .distributed import Ranks
 from .evaluate import Evaluation
@@ -31,7 +36,9 @@ except ImportError:  # Python 3.10, where ComfyUI's own requirements bring it
 
 _FILE, _FOLDER = {"type": Path, "metavar": "FILE"}, {"type": Path, "metavar": "FOLDER"}
 _COUNT = {"type": int, "metavar": "N"}
+_NEGATIVE = {"metavar": "TEXT", "nargs": "+", "help": "negative prompts of the guidance"}
 _DTYPES = ("fp32", "fp16", "bf16", "fp8")
+_PICTURES = (".png", ".jpg", ".webp")
 
 
 class UsageError(Exception):
@@ -100,7 +107,9 @@ class ProgressBar:
 def _add_base(parser: argparse.ArgumentParser) -> None:
     base = parser.add_argument_group("the base")
     base.add_argument("--checkpoint", **_FILE, help="a full checkpoint file: diffusion model and text encoder")
-    base.add_argument("--loader", metavar="MODULE:FUNCTION", help="or a Python function that returns (MODEL, CLIP)")
+    base.add_argument(
+        "--loader", metavar="MODULE:FUNCTION", help="or a Python function: (MODEL, CLIP) or (MODEL, CLIP, VAE)"
+    )
     base.add_argument("--lora", nargs="+", metavar="FILE[:STRENGTH]", help="LoRAs that are part of the teacher")
     base.add_argument("--base-dtype", choices=_DTYPES, help="of its weights in memory; default: ComfyUI's choice")
     base.add_argument("--comfyui", **_FOLDER, help="ComfyUI's folder, if it is not found by itself")
@@ -112,9 +121,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt-count", **_COUNT, help="of the generator, or with wildcards (default: 2000)")
     group.add_argument("--wildcards", **_FOLDER, help="folder of lists for __name__ in prompts")
     group.add_argument("--verbatim", action="store_true", default=None, help="prompts without wildcards or comments")
-    group.add_argument(
-        "--negative", metavar="TEXT", nargs="+", help="negative prompts of the guidance (default: empty)"
-    )
+    group.add_argument("--negative", **_NEGATIVE)
     group.add_argument("--negatives", metavar="FILE", help="or a text file of them; 'built-in' for the generator's")
 
 
@@ -176,11 +183,11 @@ def _negatives(args: argparse.Namespace, seed: int, count: int) -> list[str]:
     if args.negatives:
         lines = prompt_sources.read_prompts(Path(args.negatives))
         return prompt_sources.expand(lines, args.prompt_count or 2000, seed, args.wildcards)
-    return list(args.negative or [""])
+    return list(args.negative or [])
 
 
-def _load_base(args: argparse.Namespace):
-    """(MODEL, CLIP, names of LoRAs)."""
+def _load_base(args: argparse.Namespace, *, with_vae: bool = False):
+    """(MODEL, CLIP, VAE or None, names of LoRAs)."""
     if bool(args.loader) == bool(args.checkpoint):
         raise UsageError("Give the base: either --checkpoint FILE or --loader MODULE:FUNCTION.")
     loras = [_lora(text) for text in args.lora or []]
@@ -190,14 +197,17 @@ def _load_base(args: argparse.Namespace):
     if args.checkpoint:
         from ..agd_core.comfyui.host import load_checkpoint
 
-        return *load_checkpoint(args.checkpoint, loras, args.base_dtype), [f"{p.name}:{s:g}" for p, s in loras]
+        loaded = load_checkpoint(args.checkpoint, loras, args.base_dtype, with_vae=with_vae)
+        return *loaded, [f"{p.name}:{s:g}" for p, s in loras]
     if loras or args.base_dtype:
         raise UsageError("--lora and --base-dtype belong to --checkpoint; a --loader function sees to that itself.")
     module, _, function = args.loader.partition(":")
     try:
-        return *getattr(importlib.import_module(module), function)(), []
+        load = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"--loader {args.loader} names no function MODULE:FUNCTION ({error}).") from error
+    model, clip, *vae = load()
+    return model, clip, *(vae or [None]), []
 
 
 def _lora(text: str) -> tuple[Path, float]:
@@ -223,8 +233,8 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
     use_comfyui(args.comfyui)
     from ..agd_core.comfyui.host import ComfyHost
 
-    model, clip, loras = _load_base(args)
-    host = ComfyHost(model, clip, autocast=TrainConfig(**chosen).autocast)
+    model, clip, vae, loras = _load_base(args)
+    host = ComfyHost(model, clip, autocast=TrainConfig(**chosen).autocast, vae=vae)
     config = settings_for(host.base, chosen)
     if recording is not None:
         own = recording.config(config)
@@ -236,7 +246,7 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
         config = own
     if loras:
         host.teacher["loras"] = loras
-    return Job(host, prompts, config, output, negative, recording)
+    return Job(host, prompts, config, output, negative, recording, getattr(args, "start", None))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -290,8 +300,58 @@ def _record(args: argparse.Namespace) -> None:
     print(f"Recorded {recording.batches:,} batches; train with `agd train --recording {args.output}`.")
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+    from ..agd_core.comfyui.runtime import use_comfyui
+
+    settings = {f.name: getattr(args, f.name) for f in fields(AssessConfig) if f.name != "omegas"}
+    config = AssessConfig(tuple(args.omega or ()), **{name: v for name, v in settings.items() if v is not None})
+    for path, suffixes in ((args.json, (".json",)), (args.picture, _PICTURES)):
+        if path is not None and (path.suffix.lower() not in suffixes or not path.absolute().parent.is_dir()):
+            raise UsageError(
+                f"{path} can't be written: it must end in {' or '.join(suffixes)}, in a folder that exists."
+            )
+    prompts = _given(args.prompts, config)
+    from_file = None if str(args.adapter) == TRAINING_FREE else checkpoint.load_state(args.adapter)
+    use_comfyui(args.comfyui)
+    from ..agd_core.comfyui.host import ComfyHost
+    from ..agd_core.comfyui.sampler import ComfySampler
+
+    model, clip, vae, _ = _load_base(args, with_vae=args.picture is not None)
+    source, bar = str(args.adapter), ProgressBar()
+    host = ComfyHost(model, clip, vae=vae)
+    info, state = from_file or training_free(host.base)
+    sampler = ComfySampler(model, info, state, source=source, rule=rule_of(info))
+    what = host, sampler, info, state, prompts, config
+    try:
+        with bar.stopped_by_signals():
+            found = assess(*what, source=source, negative=args.negative or [""], progress=bar)
+    except KeyboardInterrupt:
+        raise UsageError("Stopped; nothing was written.") from None
+    print(found.report(), end="")
+    if args.json is not None:
+        args.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    if args.picture is not None:
+        found.picture.save(args.picture)
+
+
+def _given(texts: list[str] | None, config: AssessConfig) -> list[str]:
+    """The prompts of a file, or those that were given themselves; wildcards drawn."""
+    if not texts:
+        raise UsageError("Give prompts to evaluate with: --prompts FILE, or the prompts themselves.")
+    is_file = len(texts) == 1 and (texts[0].endswith(".txt") or os.path.isfile(texts[0]))
+    return prompt_sources.expand(prompt_sources.read_prompts(texts[0]) if is_file else texts, config.count, config.seed)
+
+
 def _inspect(args: argparse.Namespace) -> None:
     print(checkpoint.describe(checkpoint.load_state(args.file)[0], args.file))
+
+
+def _export(args: argparse.Namespace) -> None:
+    check_output(args.output)
+    lora.export(args.adapter, args.output, args.omega)
+    low, high = checkpoint.read_info(args.adapter).omega_range
+    outside = "" if low <= args.omega <= high else f" It was trained for guidance {low:g} to {high:g} only."
+    print(f"Wrote {args.output}: at strength 1 and cfg 1 it is guidance {args.omega:g}.{outside}")
 
 
 def _read_config(path: Path, parser: argparse.ArgumentParser) -> None:
@@ -328,6 +388,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "comfyui_agd.training train ...",
     )
     train_.add_argument("--output", **_FILE, help="the adapter file to write; its run's folder is beside it")
+    train_.add_argument("--start", **_FILE, help="an adapter file to begin from: of the same kind, or a calibrated one")
     train_.add_argument("--dry-run", action="store_true", help="say what it takes, and whether it fits, and stop")
     train_.add_argument("--recording", **_FOLDER, help="a folder of `agd record`, in place of rollouts and prompts")
     train_.set_defaults(run=_train)
@@ -342,15 +403,59 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     record_.add_argument("--batches", **_COUNT, help="how many batches (default: --iterations over --reuse)")
     record_.add_argument("--dry-run", action="store_true", help="say how large it will be, and stop")
     record_.set_defaults(run=_record)
-    for command in (train_, record_):
+    calibrate = commands.add_parser(
+        "calibrate",
+        usage="agd calibrate --checkpoint FILE --output FILE.safetensors [--prompts FILE] [settings]",
+        help="fit a tiny adapter in about a minute",
+        description="Fits how strongly each attention guides: a tiny adapter, after about a minute. It is `agd train "
+        "--kind scale`, and takes all of its flags. `agd train --start FILE` goes on from there.",
+    )
+    calibrate.add_argument("--output", **_FILE, help="the adapter file to write; its run's folder is beside it")
+    calibrate.add_argument("--dry-run", action="store_true", help="say what it takes, and whether it fits, and stop")
+    calibrate.set_defaults(run=_train, recording=None)
+    for command in (train_, calibrate, record_):
         command.add_argument("--config", **_FILE, help="a TOML file with any of these flags by name; flags win")
         _add_base(command)
         _add_prompts(command)
         _add_settings(command)
+    calibrate.set_defaults(kind="scale")
+    evaluate = commands.add_parser(
+        "evaluate",
+        usage="agd evaluate ADAPTER --checkpoint FILE --prompts FILE [settings]",
+        help="measure an adapter on a checkpoint and prompts of yours",
+        description="Measures how much of the guidance an adapter gives on a checkpoint, its own or another one, with "
+        "your prompts, and how fast; shows it beside CFG. No images are needed.",
+    )
+    evaluate.add_argument("adapter", type=Path, help=f"the adapter file, or '{TRAINING_FREE}'")
+    evaluate.add_argument("--json", **_FILE, help="write all that was measured there")
+    evaluate.add_argument("--picture", **_FILE, help="write unguided, CFG's and AGD's images there, side by side")
+    evaluate.set_defaults(run=_evaluate)
+    _add_base(evaluate)
+    group = evaluate.add_argument_group("prompts")
+    group.add_argument(
+        "--prompts", nargs="+", metavar="TEXT", help="a text file, one per line, or the prompts themselves"
+    )
+    group.add_argument("--negative", **_NEGATIVE)
+    group = evaluate.add_argument_group("measuring", "Defaults in brackets.")
+    omegas = "guidance scales (cfg) to measure at; default: those that the adapter's training was measured at"
+    group.add_argument("--omega", type=float, nargs="+", metavar="X", help=omegas)
+    for setting in fields(AssessConfig):
+        if setting.name != "omegas":
+            _add_setting(group, setting)
     inspect = commands.add_parser("inspect", help="check an adapter file and show what it says of itself")
     inspect.add_argument("file", type=Path)
     inspect.set_defaults(run=_inspect)
-    return parser, {"train": train_, "record": record_}
+    export = commands.add_parser(
+        "export",
+        help="write a low_rank adapter as a LoRA for one guidance scale",
+        description="Writes an adapter that was trained with --kind low_rank --no-modulated as a LoRA that any loader "
+        "takes: at strength 1 and cfg 1 the model samples with that guidance.",
+    )
+    export.add_argument("adapter", type=Path)
+    export.add_argument("output", type=Path)
+    export.add_argument("--omega", type=float, required=True, metavar="X", help="the guidance scale")
+    export.set_defaults(run=_export)
+    return parser, {"train": train_, "calibrate": calibrate, "record": record_}
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

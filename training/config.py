@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from ..agd_core.config import KINDS, OMEGA_EMBEDDINGS, AdapterConfig, BaseInfo
+from ..agd_core.guidance import RULES, GuidanceRule
 from .solvers import SOLVERS
 
 LOSSES = ("balanced", "plain")
@@ -35,6 +36,12 @@ class TrainConfig:
     omega_min: float = option(1.0, "smallest guidance scale trained")
     omega_max: float = option(12.0, "largest guidance scale trained")
     omega_sampling: str = option("log_uniform", "how omega is drawn; the paper: 'uniform'", OMEGA_SAMPLINGS)
+    teacher: str = option("cfg", "the guidance that is learnt: docs/training.md, Better teachers", RULES)
+    interval_sigma_min: float = option(0.28, "interval: no guidance at this noise level and below")
+    interval_sigma_max: float = option(5.42, "interval: no guidance above this noise level")
+    rescale_phi: float = option(0.7, "rescale: share of the rescaled prediction in the target")
+    apg_eta: float = option(0.0, "apg: share of the guidance along the unguided prediction that is kept")
+    apg_threshold: float = option(15.0, "apg: largest norm of the guidance, of SDXL-sized latents; 0: any")
     width: int = option(512, "of the pictures, in pixels")
     height: int = option(512, "of the pictures, in pixels")
     aspect_ratios: tuple[str, ...] = option(
@@ -55,12 +62,13 @@ class TrainConfig:
     patience: int = option(0, "measurements without a better one before training stops early; 0 never does")
     save_every: int = option(250, "iterations between two saved states; 0 saves one on interrupt only", result=False)
     keep_states: int = option(2, "saved states that are kept", result=False)
-    preview_every: int = option(250, "iterations between two preview pictures of CFG and AGD; 0: none", result=False)
+    preview_every: int = option(250, "iterations between two previews of the teacher and AGD; 0: none", result=False)
     checkpointing: str = option("auto", "compute activations twice to save memory", CHECKPOINTING, result=False)
     micro_batch: int = option(0, "states evaluated at once, on one GPU; 0 takes what fits", result=False)
     memory: float = option(0.0, "GB of the GPU's memory that may be used; 0 takes what is free", result=False)
-    kind: str = option("cross_attention", "the adapter", KINDS)
-    hidden: int = option(128, "width H inside the adapter of a site")
+    kind: str = option("delta", "the adapter; the paper's are cross_attention and offset", KINDS)
+    hidden: int = option(128, "width H inside the adapter of a site; of low_rank the rank: try 16")
+    modulated: bool = option(True, "low_rank: scale the ranks by t and omega; without, it is a LoRA for `agd export`")
     encoder_width: int = option(128, "width inside the encoder of omega and t")
     gain: bool = option(True, "multiply the residual by (omega - 1); the paper: no")
     omega_embedding: str = option("log", "how omega is embedded; the paper: 'fourier'", OMEGA_EMBEDDINGS)
@@ -72,6 +80,9 @@ class TrainConfig:
             wrong.append(f"omega goes from {self.omega_min} to {self.omega_max}, but must rise from above 0 to above 1")
         if self.steps_max < self.steps_min:
             wrong.append(f"steps_max is {self.steps_max}, less than steps_min, {self.steps_min}")
+        if not self.interval_sigma_max > self.interval_sigma_min:
+            interval = f"{self.interval_sigma_min} to {self.interval_sigma_max}"
+            wrong.append(f"the interval of guidance goes from sigma {interval}, but must rise")
         wrong += [f"aspect ratio {r!r} is not like 3:2" for r in self.aspect_ratios if not _RATIO.fullmatch(r)]
         if wrong:
             raise ValueError(f"These training settings can't work: {'; '.join(wrong)}.")
@@ -91,7 +102,8 @@ class TrainConfig:
         positive = ("iterations", "batch", "learning_rate", "clip", "width", "height", "pool", "reuse", "steps_min")
         positive += ("keep_states",)
         counts = ("held_out", "evaluate_every", "patience", "save_every", "preview_every", "micro_batch", "memory")
-        shares = ("warmup", "on_policy", "on_policy_from", "ema")
+        counts += ("interval_sigma_min", "apg_threshold")
+        shares = ("warmup", "on_policy", "on_policy_from", "ema", "rescale_phi", "apg_eta")
         values = {name: getattr(self, name) for name in positive + counts + shares}
         wrong = [f"{name} is {values[name]}, but must be above 0" for name in positive if not values[name] > 0]
         wrong += [f"{name} is {values[name]}, but must not be negative" for name in counts if not values[name] >= 0]
@@ -102,6 +114,18 @@ class TrainConfig:
     def autocast(self) -> torch.dtype | None:
         """The dtype to compute evaluations in; None is the base's own."""
         return torch.bfloat16 if self.precision == "bf16" else None
+
+    @property
+    def rule(self) -> GuidanceRule:
+        """What the teacher makes of both predictions."""
+        return GuidanceRule(
+            self.teacher,
+            sigma_min=self.interval_sigma_min,
+            sigma_max=self.interval_sigma_max,
+            phi=self.rescale_phi,
+            eta=self.apg_eta,
+            threshold=self.apg_threshold or math.inf,
+        )
 
     def buckets(self) -> list[tuple[int, int]]:
         """(width, height) of the pictures of training: width x height, or one of that area per aspect ratio."""
@@ -130,5 +154,6 @@ class TrainConfig:
             omega_embedding=self.omega_embedding,
             shared_encoder=self.shared_encoder,
             encoder_width=self.encoder_width,
+            modulated=self.modulated,
             prompt_tokens=prompt_tokens,
         )

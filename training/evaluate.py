@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..agd_core.adapter import Adapter
-from ..agd_core.guidance import cfg, direction_cosine, gap_closed
+from ..agd_core.guidance import GuidanceRule, direction_cosine, gap_closed
 from .config import TrainConfig
 from .host import Host, Prompt
 from .solvers import solver_step
@@ -15,7 +15,8 @@ from .solvers import solver_step
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per omega, over all states of the CFG trajectories; `by_sigma` lists (sigma, gap closed) along them."""
+    """Per omega, over all states of the teacher's trajectories; `by_sigma` lists (sigma, gap closed) along them, at the
+    noise levels where the teacher guides."""
 
     gap_closed: dict[float, float]
     direction_cosine: dict[float, float]
@@ -50,7 +51,8 @@ class State:
     target: torch.Tensor
     sigma: float
     omega: float
-    prompts: list[Prompt]
+    positive: list[Prompt]
+    negative: list[Prompt]
 
 
 def omegas_of(config: TrainConfig) -> list[float]:
@@ -63,10 +65,11 @@ def omegas_of(config: TrainConfig) -> list[float]:
 def follow_teacher(
     host: Host,
     positive: Sequence[Prompt],
-    negative: Prompt,
+    negative: Sequence[Prompt],
     shape: tuple[int, int, int],
     omegas: Sequence[float],
     *,
+    rule: GuidanceRule = GuidanceRule(),
     steps: int = 20,
     keep: int | None = None,
     scheduler: str = "normal",
@@ -76,6 +79,8 @@ def follow_teacher(
 ) -> list[State]:
     """The states on the teacher's own Euler trajectories, one per prompt and omega, to `evaluate` adapters at.
 
+    `negative`: a prompt each, in the order of `positive`.
+
     Spends len(omegas) * len(positive) * steps * 2 evaluations (rows), once; `keep` of the steps, evenly spread, are
     kept (default: all). Call it inside the host's session.
     """
@@ -83,7 +88,7 @@ def follow_teacher(
     kept = set(torch.linspace(0, steps - 1, keep or steps).round().int().tolist())
     for omega in omegas:
         for first in range(0, len(positive), batch):
-            prompts = list(positive[first : first + batch])
+            prompts, unwanted = (list(each[first : first + batch]) for each in (positive, negative))
             rows = len(prompts)
             # A generator per prompt: the states don't depend on how many rows are evaluated at once.
             seeds = [seed * 1_000_003 + i for i in range(first, first + rows)]
@@ -92,10 +97,10 @@ def follow_teacher(
             for i in range(steps):
                 sigma, sigma_next = (s.expand(rows) for s in (sigmas[i], sigmas[i + 1]))
                 cond = host.denoise(x, sigma, prompts).cpu()
-                uncond = host.denoise(x, sigma, [negative] * rows).cpu()
-                target = cfg(cond, uncond, torch.full((rows,), float(omega)))
+                uncond = host.denoise(x, sigma, unwanted).cpu()
+                target = rule(x, sigma, cond, uncond, torch.full((rows,), float(omega)))
                 if i in kept:
-                    states.append(State(x, cond, target, sigmas[i].item(), omega, prompts))
+                    states.append(State(x, cond, target, sigmas[i].item(), omega, prompts, unwanted))
                 x = solver_step(x, target, sigma, sigma_next)
                 done += rows
                 progress(done, len(omegas) * len(positive) * steps)
@@ -103,6 +108,22 @@ def follow_teacher(
 
 
 @torch.no_grad()
+def predict(
+    host: Host,
+    adapter: Adapter,
+    states: Sequence[State],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[torch.Tensor]:
+    """f_psi at each of those states, (b, c, h, w) on the CPU. Call it inside the host's session."""
+    students = []
+    for i, state in enumerate(states, 1):
+        rows = len(state.positive)
+        sigma, omega = torch.full((rows,), state.sigma), torch.full((rows,), float(state.omega))
+        students.append(host.student(adapter, state.x, sigma, state.positive, state.negative, omega).cpu())
+        progress(i, len(states))
+    return students
+
+
 def evaluate(
     host: Host,
     adapter: Adapter,
@@ -111,18 +132,15 @@ def evaluate(
 ) -> Evaluation:
     """How the adapter does at those states: one evaluation (row) each. Call it inside the host's session."""
     found: dict[float, dict[float, list]] = {}  # omega -> sigma -> (student, cond, target) of each batch
-    for i, state in enumerate(states, 1):
-        rows = len(state.prompts)
-        sigma, omega = torch.full((rows,), state.sigma), torch.full((rows,), float(state.omega))
-        student = host.student(adapter, state.x, sigma, state.prompts, omega).cpu()
+    for state, student in zip(states, predict(host, adapter, states, progress), strict=True):
         found.setdefault(state.omega, {}).setdefault(state.sigma, []).append((student, state.cond, state.target))
-        progress(i, len(states))
     gap, cosine, by_sigma = {}, {}, {}
     for omega, at_sigma in found.items():
         joined = {s: [torch.cat(part) for part in zip(*batches, strict=True)] for s, batches in at_sigma.items()}
         everything = [torch.cat(part) for part in zip(*joined.values(), strict=True)]
         gap[omega], cosine[omega] = gap_closed(*everything), direction_cosine(*everything)
-        by_sigma[omega] = [(sigma, gap_closed(*parts)) for sigma, parts in joined.items()]
+        guided = {sigma: parts for sigma, parts in joined.items() if not torch.equal(parts[1], parts[2])}
+        by_sigma[omega] = [(sigma, gap_closed(*parts)) for sigma, parts in guided.items()]
     return Evaluation(gap, cosine, by_sigma)
 
 
@@ -135,20 +153,21 @@ def sample(
     omega: float,
     adapter: Adapter | None,
     *,
+    rule: GuidanceRule = GuidanceRule(),
     steps: int = 20,
     seed: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> torch.Tensor:
-    """A latent (1, c, h, w) by Euler's method: with the adapter in one evaluation per step, or by CFG without."""
+    """A latent (1, c, h, w) by Euler's method: with the adapter in one evaluation per step, or by the teacher."""
     sigmas, scale = host.sigmas("normal", steps), torch.tensor([float(omega)])
     x = host.start(torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)), sigmas[:1])
     for i in range(steps):
         sigma = sigmas[i : i + 1]
         if adapter is not None:
-            denoised = host.student(adapter, x, sigma, [prompt], scale).cpu()
+            denoised = host.student(adapter, x, sigma, [prompt], [negative], scale).cpu()
         else:
             cond, uncond = (host.denoise(x, sigma, [which]).cpu() for which in (prompt, negative))
-            denoised = cfg(cond, uncond, scale)
+            denoised = rule(x, sigma, cond, uncond, scale)
         x = solver_step(x, denoised, sigma, sigmas[i + 1 : i + 2])
         progress(i + 1, steps)
     return x

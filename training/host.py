@@ -47,7 +47,13 @@ class Host(Protocol):
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor: ...
 
     def student(
-        self, adapter: Adapter, x: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[Prompt], omega: torch.Tensor
+        self,
+        adapter: Adapter,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        prompts: Sequence[Prompt],
+        negative: Sequence[Prompt],
+        omega: torch.Tensor,
     ) -> torch.Tensor: ...
 
     def picture(self, latent: torch.Tensor) -> Image.Image: ...

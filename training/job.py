@@ -1,6 +1,7 @@
 """A training job, from settings to the adapter's file: what the node and the command line have in common."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -8,15 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..agd_core import checkpoint
+from ..agd_core.kinds import KINDS
 from .config import TrainConfig
 from .distributed import Ranks
 from .fitting import Teacher
 from .host import Host
 from .plan import Plan, plan
 from .pool import TrajectoryPool
+from .prompts import fragments, generate_negatives
 from .recording import Recording, identity_of, record
 from .run_folder import RunFolder, folder_of
 from .trainer import Callbacks, Trained, split_prompts, train
+
+_MOST_NEGATIVES = 256  # of either kind
 
 
 class JobError(ValueError):
@@ -25,18 +30,44 @@ class JobError(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """`prompts`, `negative`: texts; `output`: the adapter file; its run's folder is beside it."""
+    """`prompts`, `negative`: texts; `output`: the adapter file; its run's folder is beside it.
+
+    Without negatives, adapters that hear the negative prompt are trained with varied ones, the others with the empty
+    one. `start`: an adapter file to begin from.
+    """
 
     host: Host
     prompts: Sequence[str]
     config: TrainConfig
     output: Path
-    negative: Sequence[str] = ("",)
+    negative: Sequence[str] = ()
     recording: Recording | None = None
+    start: Path | None = None
 
     @property
     def folder(self) -> Path:
         return folder_of(self.output)
+
+    @functools.cached_property
+    def negatives(self) -> list[str]:
+        """The negative prompts to train with: half of them empty, if the adapter hears what the others say."""
+        if KINDS[self.config.kind].place != "attention":
+            return list(self.negative) or [""]
+        drawn = [text for text in self.negative if text]
+        if not self.negative:
+            count = min(_MOST_NEGATIVES, max(1, len(self.prompts) // 2))
+            drawn = fragments(self.prompts, count, self.config.seed)
+            usual = [text for text in generate_negatives(2 * count, self.config.seed) if text]
+            drawn += usual if self._encodes(usual) else []
+        return [""] * max(1, len(drawn)) + drawn
+
+    def _encodes(self, texts: Sequence[str]) -> bool:
+        """Whether the text encoder knows these words; those of small models may know few."""
+        try:
+            self.host.encode(list(texts), "negative")
+        except ValueError:
+            return False
+        return True
 
     def plan(self) -> Plan:
         """What the run costs and how it fits. Raises `DoesNotFit`, or `JobError` where the disk has too little room."""
@@ -59,10 +90,11 @@ class Job:
             self.prompts,
             self.config,
             callbacks,
-            negative=self.negative,
+            negative=self.negatives,
             folder=self.folder,
             recording=self.recording,
             plan=planned,
+            start=self.start,
         )
         if Ranks().first:
             checkpoint.save(self.output, trained.adapter, trained.info)
@@ -74,10 +106,10 @@ class Job:
     def record(self, batches: int, progress: Callable[[int, int], None]) -> Recording:
         """Record so many batches of what this job's training would visit, into the folder `output`."""
         host, config = self.host, self.config
-        texts = {"positive": split_prompts(self.prompts, config)[0], "negative": list(self.negative)}
+        texts = {"positive": split_prompts(self.prompts, config)[0], "negative": self.negatives}
         encoded = [host.encode(prompts, kind) for kind, prompts in texts.items()]
         host.release_text_encoder()
-        identity = identity_of(config, self.prompts, self.negative, host.base.fingerprint)
+        identity = identity_of(config, self.prompts, self.negatives, host.base.fingerprint)
         with host.session():
             lanes, teacher = range(config.batch), Teacher(host, 2 * config.batch)
             pool = TrajectoryPool(host, *encoded, config, lanes, teacher)
@@ -88,7 +120,7 @@ class Job:
         files = RunFolder(self.folder)
         files.save_text("prompts.txt", "".join(f"{prompt}\n" for prompt in self.prompts))
         settings |= {"prompts": str((self.folder / "prompts.txt").absolute()), "verbatim": True}
-        settings |= {"negative": list(self.negative), "output": str(self.output.absolute())}
+        settings |= {"negative": self.negatives, "output": str(self.output.absolute())}
         files.save_text("config.toml", to_toml(settings | dataclasses.asdict(self.config)))
 
     def report(self, trained: Trained) -> str:

@@ -103,3 +103,32 @@ def preview(pictures: dict[str, Image.Image]) -> Image.Image:
         draw.text((i * (width + 8) + 4, 6), name, fill=_INK, font=font)
         image.paste(picture, (i * (width + 8), 28))
     return image
+
+
+def contact_sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Pictures of one size in a grid: the columns' names at the top, above each row what it is.
+
+    Each is shown 256 to 512 pixels high.
+    """
+    width, height = rows[0][1][0].size
+    scale = 512 / height if height > 512 else max(1, -(-256 // height))
+    width, height = round(width * scale), round(height * scale)
+    sheet = Image.new("RGB", (len(columns) * (width + 8) - 8, 28 + len(rows) * (height + 28)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for i, name in enumerate(columns):
+        draw.text((i * (width + 8) + 4, 6), name, fill=_LINES[0], font=font)
+    for j, (text, pictures) in enumerate(rows):
+        top = 28 + j * (height + 28)
+        draw.text((4, top + 6), _shortened(text, sheet.width - 8, draw, font), fill=_INK, font=font)
+        for i, picture in enumerate(pictures):
+            sheet.paste(picture.resize((width, height)), (i * (width + 8), top + 28))
+    return sheet
+
+
+def _shortened(text: str, width: float, draw: ImageDraw.ImageDraw, font) -> str:
+    """`text`, or as much of its beginning as is not wider than that."""
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while text and draw.textlength(f"{text}...", font=font) > width:
+        text = text[:-1]
+    return f"{text}..."

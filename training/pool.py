@@ -1,4 +1,4 @@
-"""Live trajectories: the states that a CFG sampler visits, rolled out while training and never stored.
+"""Live trajectories: the states that a guided sampler visits, rolled out while training and never stored.
 
 Each of the pool's places is one guided trajectory of the base under its own prompts, omega, schedule and solver, at its
 own phase; a share of them follows the student instead of the teacher ("on policy"). A training step takes a column of
@@ -12,11 +12,11 @@ share its batch.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..agd_core.guidance import cfg, per_row
+from ..agd_core.guidance import GuidanceRule, per_row
 from .config import TrainConfig
 from .fitting import Teacher
 from .host import Host, Prompt
@@ -29,6 +29,7 @@ class Batch:
 
     x, cond, uncond: (b, c, h, w) denoised by the base with either prompt, on the CPU; sigma, omega: (b,); `positive`,
     `negative`: (b,) indices into the prompts. `column` is the pool's, or None where the states were visited before.
+    `rule`: what the teacher makes of both predictions.
     """
 
     x: torch.Tensor
@@ -39,11 +40,12 @@ class Batch:
     cond: torch.Tensor
     uncond: torch.Tensor
     column: int | None = None
+    rule: GuidanceRule = field(default_factory=GuidanceRule)
 
     @functools.cached_property
     def target(self) -> torch.Tensor:
-        """cfg(x, sigma, c, c_neg, omega)."""
-        return cfg(self.cond, self.uncond, self.omega)
+        """The teacher's guided prediction, (b, c, h, w)."""
+        return self.rule(self.x, self.sigma, self.cond, self.uncond, self.omega)
 
 
 def draw_omega(config: TrainConfig, generator: torch.Generator) -> torch.Tensor:
@@ -107,7 +109,7 @@ class TrajectoryPool:
             return self._ask(self._choose(len(self.shapes)), torch.arange(len(self.generators)))
         seen = self.seen[self._choose(len(self.seen))]
         omega = torch.stack([draw_omega(self.config, generator) for generator in self.generators])
-        return Batch(seen.x, seen.sigma, omega, seen.positive, seen.negative, seen.cond, seen.uncond)
+        return replace(seen, omega=omega, column=None)
 
     def undo(self) -> None:
         """As if the last `next`, whose batch was not learnt from, had not been."""
@@ -146,7 +148,8 @@ class TrajectoryPool:
         self.omega, self.policy = lanes["omega"].clone(), lanes["policy"].clone()
         self.x = [lanes[f"x{i}"].clone() for i in range(len(self.shapes))]
         self.before = [lanes[f"before{i}"].clone() for i in range(len(self.shapes))]
-        self.seen = [Batch(**{name: lanes[f"seen{i}.{name}"] for name in _SEEN}) for i in range(int(common["seen"]))]
+        seen = [{name: lanes[f"seen{i}.{name}"] for name in _SEEN} for i in range(int(common["seen"]))]
+        self.seen = [Batch(**tensors, rule=self.config.rule) for tensors in seen]
 
     def _choose(self, count: int) -> int:
         return int(torch.randint(count, (), generator=self.chooser))
@@ -179,7 +182,8 @@ class TrajectoryPool:
         drawn = {name: self.numbers[name][rows, column] for name in self.prompts}
         chosen = [[self.prompts[name][i] for i in drawn[name].tolist()] for name in ("positive", "negative")]
         cond, uncond = self.teacher(x, sigma, *chosen)
-        return Batch(x, sigma, self.omega[rows, column], **drawn, cond=cond, uncond=uncond, column=column)
+        omega = self.omega[rows, column]
+        return Batch(x, sigma, omega, **drawn, cond=cond, uncond=uncond, column=column, rule=self.config.rule)
 
     def _move(self, batch: Batch, rows: torch.Tensor, denoised: torch.Tensor) -> None:
         """One solver step towards `denoised`, on the CPU; finished trajectories start anew."""

@@ -11,6 +11,8 @@ _ANY = {"iterations": 1500, "batch": 4, "learning_rate": 5e-4, "reuse": 4}
 _AT_512 = {**_ANY, "width": 512, "height": 512}
 _AT_768 = {**_ANY, "width": 768, "height": 768}
 _AT_1024 = {**_ANY, "width": 1024, "height": 1024, "aspect_ratios": COMMON_RATIOS}
+# For kind "scale": few numbers that are found fast.
+_CALIBRATION = {"iterations": 150, "learning_rate": 2e-2, "preview_every": 0}
 # ComfyUI's names of the families. Pictures have the size that the base was made for.
 _FAMILIES = {
     "SD15": _AT_512,
@@ -32,6 +34,8 @@ def settings_for(base: BaseInfo, chosen: dict) -> TrainConfig:
     A family of which nothing is known is trained as SD 1.5.
     """
     suited = next((settings for family, settings in _FAMILIES.items() if _is(base, family)), _AT_512)
+    if chosen.get("kind") == "scale":
+        suited = {**suited, **_CALIBRATION}
     if "width" in chosen or "height" in chosen:
         suited = {**suited, "aspect_ratios": ()}
     return TrainConfig(**{**suited, **chosen})

@@ -266,3 +266,16 @@ def generate_negatives(count: int, seed: int) -> list[str]:
     negatives = [line.draw(rng) for _ in range(count // 2)] + [""] * (count - count // 2)
     rng.shuffle(negatives)
     return negatives
+
+
+def fragments(prompts: Sequence[str], count: int, seed: int) -> list[str]:
+    """`count` negative prompts made of parts of prompts: what stands between two commas, or up to four words of it."""
+    rng, found = random.Random(seed), []
+    parts = [part for prompt in prompts for part in map(str.strip, prompt.split(",")) if part]
+    for _ in range(count if parts else 0):
+        words = rng.choice(parts).split()
+        if rng.random() < 0.5:
+            first = rng.randrange(len(words))
+            words = words[first : first + rng.randint(1, 4)]
+        found.append(" ".join(words))
+    return found

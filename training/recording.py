@@ -27,6 +27,8 @@ SETTINGS = (
     *("batch", "omega_min", "omega_max", "omega_sampling", "width", "height", "aspect_ratios", "pool", "steps_min"),
     *("steps_max", "schedulers", "solvers", "seed", "held_out"),
 )
+# The rule that the trajectories followed. Both predictions are stored, so training may take another for its target.
+_FOLLOWED = ("teacher", "interval_sigma_min", "interval_sigma_max", "rescale_phi", "apg_eta", "apg_threshold")
 
 
 class RecordingError(ValueError):
@@ -50,7 +52,7 @@ def _checksum(path: Path) -> str:
 
 
 def _settings(config: TrainConfig) -> dict:
-    return {key: value for key, value in config.result_settings().items() if key in SETTINGS}
+    return {key: value for key, value in config.result_settings().items() if key in SETTINGS + _FOLLOWED}
 
 
 @dataclass
@@ -226,7 +228,7 @@ class RecordedBatches:
         if epoch > 0:
             generators = [torch.Generator().manual_seed((step << 20) + lane) for lane in self.lanes]
             values["omega"] = torch.stack([draw_omega(self.config, generator) for generator in generators])
-        return Batch(**values)
+        return Batch(**values, rule=self.config.rule)
 
     def undo(self) -> None:
         pass

@@ -2,12 +2,14 @@
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ..agd_core.adapter import Adapter
+from ..agd_core.checkpoint import AdapterInfo
 from ..agd_core.config import AdapterConfig
 from ..agd_core.guidance import balanced_weights, gaps, weighted_error
 from ..agd_core.mixed_precision import MixedPrecision
@@ -67,13 +69,28 @@ class Run:
             self.adapter = Adapter(self.adapter_config, MixedPrecision).to(self.host.device)
         if self.host.computes_in is torch.float16:
             self.loss_scale = _LOSS_SCALE
-        self.adapter.unconditional.copy_(self._mean_unconditional())
+        self.adapter.unconditional.copy_(self._unconditional())
         self.average = copy.deepcopy(self.adapter).requires_grad_(False)
         self.optimiser = torch.optim.AdamW(self.adapter.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
 
-    def _mean_unconditional(self) -> torch.Tensor:
-        contexts = [self.host.context(prompt).float().mean(0) for prompt in self.prompts["negative"]]
-        return torch.stack(contexts).mean(0)
+    def start_from(self, info: AdapterInfo, state: dict[str, torch.Tensor], source: object) -> None:
+        """Begin with the weights of another adapter. Raises `ValueError` where this one has no place for them."""
+        own = self.adapter.state_dict()
+        if info.config.kind == "scale" and self.adapter_config.kind == "delta":
+            state = {key.replace("sites.", "sites.scale."): value for key, value in state.items()}
+        state = {key: value for key, value in state.items() if key != "unconditional"}
+        if not all(key in own and own[key].shape == value.shape for key, value in state.items()):
+            raise ValueError(
+                f"The adapter {source} ({info.config.kind}, hidden {info.config.hidden}) can't be the start of one of "
+                f"kind {self.adapter_config.kind}, hidden {self.adapter_config.hidden}: train the same kind and width, "
+                "or start a delta adapter from a calibrated one."
+            )
+        self.adapter.load_state_dict(own | state)
+        self.average.load_state_dict(self.adapter.state_dict())
+
+    def _unconditional(self) -> torch.Tensor:
+        """The prompt tokens (m, d) of the first negative; of a longer prompt its beginning."""
+        return self.host.context(self.prompts["negative"][0])[: self.adapter_config.prompt_tokens].float()
 
     def recent_loss(self) -> float:
         """The mean of the last 50 iterations', for a single one tells little."""
@@ -103,15 +120,15 @@ class Run:
     def _learn(self, batch: Batch) -> tuple[torch.Tensor, float, float]:
         weights, before = self._weights(batch)
         prompts = [self.prompts["positive"][i] for i in batch.positive.tolist()]
+        negative = [self.prompts["negative"][i] for i in batch.negative.tolist()]
 
         def evaluate(rows: int) -> tuple[list[torch.Tensor], float]:
             self.optimiser.zero_grad(set_to_none=True)
             students, loss = [], 0.0
             for i in range(0, len(prompts), rows):
-                x, sigma, omega, target, weight, c = (
-                    v[i : i + rows] for v in (batch.x, batch.sigma, batch.omega, batch.target, weights, prompts)
-                )
-                student = self.host.student(self.adapter, x, sigma, c, omega)
+                own = (batch.x, batch.sigma, batch.omega, batch.target, weights, prompts, negative)
+                x, sigma, omega, target, weight, c, c_neg = (v[i : i + rows] for v in own)
+                student = self.host.student(self.adapter, x, sigma, c, c_neg, omega)
                 part = weighted_error(student, target.to(student), sigma.to(student), weight.to(student))
                 (part * self.loss_scale).backward()
                 students.append(student.detach().cpu())
@@ -124,7 +141,10 @@ class Run:
         return torch.cat(students), loss, loss / before
 
     def _weights(self, batch: Batch) -> tuple[torch.Tensor, float]:
-        """Each row's weight in the loss (b,), and the loss of an adapter that does nothing."""
+        """Each row's weight in the loss (b,), and the loss of an adapter that does nothing.
+
+        Infinite where the teacher guides none of the rows, so that no loss looks large beside it.
+        """
         gap = gaps(batch.cond, batch.target, batch.sigma)
         total, count = self.ranks.sum(torch.tensor([gap.sum().item(), len(gap)], dtype=torch.float64)).tolist()
         if self.config.loss == "plain":
@@ -134,7 +154,7 @@ class Run:
         before = self.ranks.sum((weight * gap).sum().double()).item()
         if self.config.loss == "balanced":
             weight, before = weight / max(before, 1e-12), 1.0
-        return weight, max(before, 1e-12)
+        return weight, before if before > 1e-12 else math.inf
 
     def state(self, identity: dict) -> dict | None:
         """Everything that the run goes on from, the lanes of all ranks together; None on ranks that don't save."""

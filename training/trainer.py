@@ -110,6 +110,7 @@ def train(
     folder: Path | None = None,
     recording: Recording | None = None,
     plan: Plan | None = None,
+    start: Path | None = None,
 ) -> Trained:
     """Distil the base's guidance into a new adapter by online rollouts (the method: arXiv 2503.07274).
 
@@ -118,18 +119,21 @@ def train(
     `folder`, the run keeps its files there: its state is saved every `config.save_every` iterations and whenever it is
     stopped, and if it is called again it goes on from there, to the same result. `DifferentRun` is raised if the
     folder is another run's. With `recording`, the states come from there instead of from rollouts. `plan` says how
-    a step fits into memory; without one it is taken at once, unless the config says otherwise. Started by `torchrun`,
-    all processes train one adapter; each returns it.
+    a step fits into memory; without one it is taken at once, unless the config says otherwise. With `start`, an adapter
+    file, the new adapter begins as that one. Started by `torchrun`, all processes train one adapter; each returns it.
     """
-    ranks, negative = Ranks(), list(negative)
+    ranks, negative = Ranks(), sorted(negative, key=bool)  # an empty one first: it is the unconditional
+    started = checkpoint.load_state(start) if start is not None else None
     lanes = ranks.lanes(config.batch)
     host.check_schedulers(config.schedulers)
+    _check_interval(host, config)
     if recording is not None and config.on_policy:
         raise ValueError("A recording can't follow the student: train from one with on_policy 0.")
     files = RunFolder(folder) if folder is not None else None
     if files is not None and ranks.first:
         files.prepare()
     identity = _identity(config, {"prompts": prompts, "negative": negative, "measured": held_out}, host, recording)
+    identity |= {"start": str(start)} if start is not None else {}
     saved = files.load_state() if files is not None else None
     if saved is not None:
         check_same_run(saved, identity, files.path)
@@ -155,6 +159,9 @@ def train(
             micro_batch=plan.micro_batch if plan else config.micro_batch or rows,
             teacher=Teacher(host, plan.teacher_rows if plan else 2 * rows),
         )
+        if started is not None:
+            checkpoint.check_base(started[0], host.base, start)
+            run.start_from(*started, start)
         if recording is not None:
             run.source = recording.source(config, lanes)
         else:
@@ -165,6 +172,7 @@ def train(
             base=host.base,
             omega_range=(config.omega_min, config.omega_max),
             unconditional=_describe_unconditional(negative),
+            negative_mode="used" if run.adapter.uses_negative else "ignored",
             resolutions=tuple(dict.fromkeys(host.latent_shape(w, h)[1:] for w, h in config.buckets())),
         )
         try:
@@ -195,6 +203,17 @@ def train(
     return trained
 
 
+def _check_interval(host: Host, config: TrainConfig) -> None:
+    """Raises `ValueError` where guidance is limited to noise levels that the base doesn't have."""
+    sigmas = host.sigmas("normal", config.steps_max)[:-1]
+    low, high = config.interval_sigma_min, config.interval_sigma_max
+    if config.teacher == "interval" and not ((sigmas > low) & (sigmas <= high)).any():
+        raise ValueError(
+            f"No step of a trajectory is guided: its noise levels go from {sigmas[-1]:.3g} to {sigmas[0]:.3g}, the "
+            f"interval of guidance from {low:g} to {high:g}; set another interval_sigma_min and interval_sigma_max."
+        )
+
+
 def _summary(run: Run, prompts: int, held_out: int) -> dict:
     """What the adapter's file says of its training."""
     summary = {
@@ -215,11 +234,12 @@ def _summary(run: Run, prompts: int, held_out: int) -> dict:
 
 
 def _encode(host: Host, prompts: Sequence[str], callbacks: Callbacks, kind: str = "positive") -> list[Prompt]:
-    encoded = []
-    for i in range(0, len(prompts), _ENCODED):
-        encoded += host.encode(list(prompts[i : i + _ENCODED]), kind)
-        callbacks.on_progress(Progress("encode", len(encoded), len(prompts)))
-    return encoded
+    encoded, distinct = [], list(dict.fromkeys(prompts))
+    for i in range(0, len(distinct), _ENCODED):
+        encoded += host.encode(distinct[i : i + _ENCODED], kind)
+        callbacks.on_progress(Progress("encode", len(encoded), len(distinct)))
+    found = dict(zip(distinct, encoded, strict=True))
+    return [found[prompt] for prompt in prompts]
 
 
 def _fit(
@@ -320,10 +340,20 @@ class Lab:
         score, progress = torch.zeros(1, dtype=torch.float64), self._progress(callbacks)
         if run.ranks.first:
             if not self.states:
-                prompts, negative = self.shown[: self.measured], run.prompts["negative"][0]
+                prompts, drawn = self.shown[: self.measured], run.prompts["negative"]
+                # Evenly spread over the negatives of the training.
+                negative = [drawn[i * len(drawn) // self.measured] for i in range(self.measured)]
                 omegas, rows = omegas_of(run.config), max(1, run.teacher.rows // 2)
                 self.states = follow_teacher(
-                    run.host, prompts, negative, self.shape, omegas, keep=_KEPT_STEPS, batch=rows, progress=progress
+                    run.host,
+                    prompts,
+                    negative,
+                    self.shape,
+                    omegas,
+                    rule=run.config.rule,
+                    keep=_KEPT_STEPS,
+                    batch=rows,
+                    progress=progress,
                 )
             run.evaluation = evaluate(run.host, run.average, self.states, progress)
             score[0] = run.evaluation.score
@@ -349,16 +379,17 @@ class Lab:
 
     @torch.no_grad()
     def show(self, callbacks: Callbacks, files: RunFolder | None) -> None:
-        """A picture of one prompt by CFG beside the same by the adapter."""
+        """A picture of one prompt by the teacher beside the same by the adapter."""
         run = self.run
         if not run.ranks.first:
             return
         omega = omegas_of(run.config)[-2] if len(omegas_of(run.config)) > 1 else run.config.omega_max
         what = run.host, self.shown[0], run.prompts["negative"][0], self.shape, omega
         if self.guided is None:
-            self.guided = sample(*what, None, progress=self._progress(callbacks))
+            self.guided = sample(*what, None, rule=run.config.rule, progress=self._progress(callbacks))
         own = sample(*what, run.average, progress=self._progress(callbacks))
-        pictures = {f"CFG {omega:g}": self.guided, f"AGD {omega:g}, step {run.step}": own}
+        teacher = run.config.teacher.replace("_", " ").upper()
+        pictures = {f"{teacher} {omega:g}": self.guided, f"AGD {omega:g}, step {run.step}": own}
         image = preview({name: run.host.picture(latent) for name, latent in pictures.items()})
         if files is not None:
             files.save_image(f"previews/step-{run.step:06d}.png", image)
@@ -368,15 +399,20 @@ class Lab:
 def _identity(config: TrainConfig, texts: dict, host: Host, recording: Recording | None) -> dict:
     """What must be equal for a saved state to be this run's."""
     identity = config.result_settings() | {name: list(prompts or ()) for name, prompts in texts.items()}
-    identity |= {"base": host.base.fingerprint, "teacher": host.teacher}
+    identity |= {"base": host.base.fingerprint, "patches": host.teacher}
     identity |= {"recording": recording.checksum() if recording else ""}
     return json.loads(json.dumps(identity))
 
 
 def _describe_unconditional(negative: Sequence[str]) -> str:
-    if not any(negative):
+    distinct = list(dict.fromkeys(negative))
+    if not any(distinct):
         return "empty prompt"
-    return f"negative prompt {negative[0]!r}" if len(negative) == 1 else f"{len(negative)} negative prompts of training"
+    if len(distinct) == 1:
+        return f"negative prompt {distinct[0]!r}"
+    if distinct[0]:
+        return f"{len(distinct)} negative prompts of training"
+    return f"empty prompt, and {len(distinct) - 1} negative prompts of training"
 
 
 def _with_training(info: AdapterInfo, training: dict) -> AdapterInfo:

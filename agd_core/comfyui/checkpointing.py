@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import comfy.ops
@@ -12,7 +12,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .patch import PREPARED
+from .patch import PREPARED, adapted_linears
+from .sites import site_name
 
 
 def _as_of_now(kwargs: dict) -> dict:
@@ -29,8 +30,17 @@ def _as_of_now(kwargs: dict) -> dict:
     return {**kwargs, "transformer_options": options}
 
 
-def _checkpointed(forward: Callable, when: Callable[..., bool] = lambda *args: True) -> Callable:
-    """`forward`, of which autograd keeps no more than what it was given, and computes it again in the backward pass."""
+def _adapted(block: nn.Module, transformer_options: dict) -> AbstractContextManager[None]:
+    """What adapters hang onto a block for an evaluation, which is over when the block is computed again."""
+    if PREPARED not in transformer_options:
+        return nullcontext()
+    name = site_name(transformer_options["block"], transformer_options["block_index"])
+    return adapted_linears({name: block}, transformer_options[PREPARED][1])
+
+
+def _checkpointed(module: nn.Module, when: Callable[..., bool] = lambda *args: True) -> Callable:
+    """`module.forward`, of which autograd keeps only what it was given, and computes it again in the backward pass."""
+    forward = module.forward
 
     def run(*args, **kwargs):
         if not torch.is_grad_enabled() or not when(*args):
@@ -38,7 +48,12 @@ def _checkpointed(forward: Callable, when: Callable[..., bool] = lambda *args: T
         first, later = iter([kwargs]), _as_of_now(kwargs)
 
         def compute(*args):
-            return forward(*args, **next(first, None) or _as_of_now(later))
+            now = next(first, None)
+            if now is not None:
+                return forward(*args, **now)
+            again = _as_of_now(later)
+            with _adapted(module, again.get("transformer_options", {})):
+                return forward(*args, **again)
 
         # Nothing in a frozen UNet is random, so there is no generator's state to preserve.
         return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
@@ -78,9 +93,9 @@ def checkpointed(unet: nn.Module) -> Iterator[None]:
     before = [vars(module).get("forward") for module in modules]
     try:
         for block in _blocks(unet):
-            block.forward = _checkpointed(block.forward)
+            block.forward = _checkpointed(block)
         for layer in _layers(unet):
-            layer.forward = _checkpointed(layer.forward, partial(_borrows_weights, layer))
+            layer.forward = _checkpointed(layer, partial(_borrows_weights, layer))
         yield
     finally:
         for module, forward in zip(modules, before, strict=True):

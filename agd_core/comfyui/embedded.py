@@ -11,9 +11,10 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..adapter import Adapter
 from ..checkpoint import AdapterInfo, check_base
-from .patch import KEY, Active, Broken, Step, managed, register, take_part, without_compile
-from .sites import describe_base
+from .patch import KEY, Active, Broken, Negative, Step, is_compiled, managed, register, take_part, without_compile
+from .sites import check_linear_layers, describe_base
 from .two_passes import who_needs_both
 
 log = logging.getLogger(__name__)
@@ -82,16 +83,33 @@ class EmbeddedGuidance:
             self.notify(message)
 
 
-def _mean_tokens(conds: list[dict]) -> list[torch.Tensor]:
-    """The mean prompt token (d,) of each condition that has a prompt. ConditioningZeroOut is nobody's prompt."""
+def _prompts(conds: list[dict] | None) -> list[dict]:
+    """The conditions that have a prompt. ConditioningZeroOut is nobody's prompt."""
     # Not "cross_attn": for each area of the positive ComfyUI adds a copy of it with the negative's model_conds.
-    contexts = [cond["model_conds"]["c_crossattn"].cond for cond in conds if "c_crossattn" in cond["model_conds"]]
-    return [mean for context in contexts if (mean := context.float().mean(dim=(0, 1)).cpu()).any()]
+    with_context = [cond for cond in conds or [] if "c_crossattn" in cond["model_conds"]]
+    return [cond for cond in with_context if _context(cond).any()]
+
+
+def _context(cond: dict) -> torch.Tensor:
+    """Its prompt tokens (r, m, d)."""
+    return cond["model_conds"]["c_crossattn"].cond
+
+
+def _covers(cond: dict, timestep: torch.Tensor) -> bool:
+    """Whether a condition that was given a part of the sampling has this step in it."""
+    start, end = cond.get("timestep_start"), cond.get("timestep_end")
+    if start is None and end is None:
+        return True
+    sigma = float(timestep.flatten()[0])
+    return (start is None or sigma <= start) and (end is None or sigma >= end)
 
 
 def _has_negative_prompt(guider, trained: torch.Tensor) -> bool:
     """Whether the negative is another than the unconditional of the training, whose mean token `trained` is."""
-    positive, negative = (_mean_tokens(guider.conds.get(kind) or []) for kind in ("positive", "negative"))
+    positive, negative = (
+        [_context(cond).float().mean(dim=(0, 1)).cpu() for cond in _prompts(guider.conds.get(kind))]
+        for kind in ("positive", "negative")
+    )
     if not positive or not negative:
         return False
     usual = min(float((mean - trained).norm()) for mean in positive)
@@ -106,6 +124,8 @@ class Sampling:
     sampler: comfy.samplers.Sampler
     looked: bool = False
     tensors: dict[float, torch.Tensor] = field(default_factory=dict)
+    prompts: list[dict] | None = None  # of the negative
+    negatives: dict[int, Negative] = field(default_factory=dict)  # by what their context is
 
     def __call__(self, executor, x, timestep, model_options={}, seed=None):
         guider = executor.class_obj
@@ -122,13 +142,16 @@ class Sampling:
             with _with_cfg(guider, omegas[-1]):
                 return executor(x, timestep, model_options, seed)
         guiding = [(use, omega) for use, omega in zip(uses, omegas, strict=True) if not math.isclose(omega, 1.0)]
+        away_from = self._away_from(guider, timestep)
+        if not away_from:
+            guiding = [(use, omega) for use, omega in guiding if self._needs_no_negative(use)]
         with _with_cfg(guider, 1.0):
             if not guiding:
                 return executor(x, timestep, model_options, seed)
             if not self.looked:
                 self.looked = True
                 self._look_at(guider, guiding, x)
-            step = Step(tuple(self._active(use, omega, x) for use, omega in guiding))
+            step = Step(tuple(self._active(use, omega, x, away_from) for use, omega in guiding))
             return self._one_pass(executor, x, timestep, model_options, seed, step)
 
     def _look_at(self, guider, guiding: list[tuple[Use, float]], x: torch.Tensor) -> None:
@@ -143,7 +166,7 @@ class Sampling:
                     f"this latent is {width}x{height}, far from what the adapter was trained at, {sizes}."
                 )
             if use.info.negative_mode == "ignored" and _has_negative_prompt(
-                guider, use.patcher.model.unconditional.float().cpu()
+                guider, use.patcher.model.unconditional.float().mean(0).cpu()
             ):
                 self.embedded.say(
                     "the negative prompt has no effect with this adapter: it learned guidance away from the "
@@ -155,11 +178,43 @@ class Sampling:
                 "sum up to 1, or parts of the sampling that don't overlap."
             )
 
-    def _active(self, use: Use, omega: float, x: torch.Tensor) -> Active:
+    def _away_from(self, guider, timestep: torch.Tensor) -> tuple[Negative, ...]:
+        """The negative prompts of this step, each with its keys and values from earlier steps.
+
+        Several count by their strength. Areas don't matter: guidance away from a prompt is meant everywhere.
+        """
+        if self.prompts is None:
+            self.prompts = _prompts(guider.conds.get("negative"))
+        strengths: dict[int, float] = {}
+        for cond in self.prompts:
+            if _covers(cond, timestep):
+                context = _context(cond)
+                self.negatives.setdefault(id(context), Negative(context))
+                strengths[id(context)] = max(strengths.get(id(context), 0.0), cond.get("strength", 1.0))
+        for key, strength in strengths.items():
+            self.negatives[key].share = strength / sum(strengths.values())
+        return tuple(self.negatives[key] for key in strengths)
+
+    def _needs_no_negative(self, use: Use) -> bool:
+        if use.info.negative_mode == "used" and not use.info.unconditional:
+            self.embedded.say(
+                "training-free guidance needs a negative prompt, and this workflow gives none, so the model runs "
+                "unguided; an empty text as the negative prompt is enough."
+            )
+            return False
+        return True
+
+    def _trained_unconditional(self, adapter: Adapter) -> tuple[Negative, ...]:
+        context = adapter.unconditional
+        return (self.negatives.setdefault(id(context), Negative(context[None])),)
+
+    def _active(self, use: Use, omega: float, x: torch.Tensor, away_from: tuple[Negative, ...]) -> Active:
         low, high = use.info.omega_range
         if not low <= omega <= high:
             self.embedded.say(f"guidance {omega:g} lies outside the adapter's trained range, {low:g} to {high:g}.")
-        return Active(use.patcher.model, self._on_device(omega, x), self._on_device(use.strength, x))
+        adapter = use.patcher.model
+        negatives = (away_from or self._trained_unconditional(adapter)) if adapter.uses_negative else ()
+        return Active(adapter, self._on_device(omega, x), self._on_device(use.strength, x), negatives)
 
     def _on_device(self, value: float, x: torch.Tensor) -> torch.Tensor:
         """(1,) fp32. Made by the device itself: sending it there would wait for all that is queued before."""
@@ -169,7 +224,13 @@ class Sampling:
 
     def _one_pass(self, executor, x, timestep, model_options: dict, seed, step: Step) -> torch.Tensor:
         options = take_part(model_options.get("transformer_options", {}), step)
-        if self.embedded.compiled:
+        unseen = step.changes_linears and is_compiled(options)
+        if unseen:
+            self.embedded.say(
+                "torch.compile doesn't see what a low_rank adapter does inside of the model's layers; with the adapter "
+                "the model runs uncompiled."
+            )
+        if self.embedded.compiled and not unseen:
             try:
                 return executor(x, timestep, {**model_options, "transformer_options": options}, seed)
             except Broken:
@@ -200,10 +261,13 @@ def apply_adapter(
     `state` are the adapter's weights; `guidance_scale` None takes omega from the guider's cfg. At strength 0, and for
     steps outside [start_percent, end_percent], the model runs as if there were no adapter; on a model that has
     adapters already, this one's residuals are added to theirs. Raises `AdapterFileError` where the adapter was made
-    for another base or its weights can't be used; `source` names it there.
+    for another base or its weights can't be used; `source` names it there. Raises `UnsupportedModel` where the base's
+    linear layers are not those that a low_rank adapter changes.
     """
     sampling = model.get_model_object("model_sampling")
     check_base(info, describe_base(model.model, sampling), source)
+    if info.config.kind == "low_rank":
+        check_linear_layers(model.model.diffusion_model, info.config.sites)
     clone = model.clone()
     if strength == 0 or start_percent >= end_percent:
         return clone

@@ -24,7 +24,7 @@ from ..adapter import Adapter
 from ..config import AdapterConfig
 from . import trace
 from .checkpointing import checkpointed, largest_block_bytes
-from .patch import Active, Step, register, take_part, without_compile
+from .patch import Active, Negative, Step, register, take_part, without_compile
 from .sites import describe_base, fingerprint
 
 log = logging.getLogger(__name__)
@@ -54,14 +54,16 @@ BASE_DTYPES = {
 }
 
 
-def load_checkpoint(path: Path, loras: Sequence[tuple[Path, float]] = (), dtype: str | None = None):
-    """(MODEL, CLIP) of a full checkpoint file, as CheckpointLoaderSimple loads it, with LoRAs and their strengths.
+def load_checkpoint(
+    path: Path, loras: Sequence[tuple[Path, float]] = (), dtype: str | None = None, *, with_vae: bool = False
+):
+    """(MODEL, CLIP, VAE) of a full checkpoint file, as CheckpointLoaderSimple loads it, with LoRAs and their strengths.
 
-    `dtype`: one of `BASE_DTYPES` for the diffusion model's weights; None leaves the choice to ComfyUI. Raises
-    `ValueError`.
+    `dtype`: one of `BASE_DTYPES` for the diffusion model's weights; None leaves the choice to ComfyUI. The VAE is None
+    unless asked for. Raises `ValueError`.
     """
     options = {"dtype": BASE_DTYPES[dtype]} if dtype else {}
-    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, model_options=options)
+    model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=with_vae, model_options=options)
     if model is None or clip is None:
         raise ValueError(f"{path} lacks a diffusion model or a text encoder; AGD needs a full checkpoint.")
     for file, strength in loras:
@@ -69,7 +71,7 @@ def load_checkpoint(path: Path, loras: Sequence[tuple[Path, float]] = (), dtype:
         model, clip = comfy.sd.load_lora_for_models(model, clip, _lora(file), strength, strength)
         if len(model.patches) == before:
             raise ValueError(f"{file} changes nothing in the diffusion model of {path}; it is a LoRA of another base.")
-    return model, clip
+    return model, clip, vae
 
 
 def _lora(file: Path) -> dict[str, torch.Tensor]:
@@ -242,15 +244,20 @@ class ComfyHost:
         x: torch.Tensor,
         sigma: torch.Tensor,
         prompts: Sequence[EncodedPrompt],
+        negative: Sequence[EncodedPrompt],
         omega: torch.Tensor,
     ) -> torch.Tensor:
-        """f_psi(x, sigma, c, omega): as `denoise`, with the adapter's hooks and its gradients. omega: (b,)."""
-        conds, options = self._conditions(prompts, x.shape), self._with(adapter, omega.to(self.device), self._options)
+        """f_psi(x, sigma, c, omega, c_neg): as `denoise`, with the adapter's hooks and its gradients. omega: (b,)."""
+        conds = self._conditions(prompts, x.shape)
+        unwanted = self._conditions(negative, x.shape) if adapter.uses_negative else {}
+        options = self._with(adapter, omega.to(self.device), unwanted, self._options)
         return self._evaluate(x.to(self.device), sigma.to(self.device), conds, options)
 
     @staticmethod
-    def _with(adapter: Adapter, omega: torch.Tensor, options: dict) -> dict:
-        return take_part(options, Step((Active(adapter, omega, torch.ones(1, device=omega.device)),)))
+    def _with(adapter: Adapter, omega: torch.Tensor, unwanted: dict, options: dict) -> dict:
+        """`options` with the adapter in them; `unwanted`: the conditions of the negative prompts, if it uses them."""
+        negatives = (Negative(unwanted["c_crossattn"]),) if unwanted else ()
+        return take_part(options, Step((Active(adapter, omega, torch.ones(1, device=omega.device), negatives),)))
 
     def picture(self, latent: torch.Tensor) -> Image.Image:
         """A latent (1, c, h, w) as the sampler leaves it, as a picture: decoded, or approximated without a VAE."""
@@ -299,7 +306,8 @@ class ComfyHost:
         conds, options = self._conditions([self._example] * rows, torch.Size([rows, *shape])), self._build_options()
 
         def evaluate(adapter, x, sigma, omega):
-            return self._evaluate(x, sigma, conds, self._with(adapter, omega, options))
+            unwanted = conds if adapter.uses_negative else {}
+            return self._evaluate(x, sigma, conds, self._with(adapter, omega, unwanted, options))
 
         return trace.student(self._model.model, evaluate, config, shape, rows, checkpointing=checkpointing)
 

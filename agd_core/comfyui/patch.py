@@ -2,24 +2,34 @@
 
 Three stateless hooks on a clone of the model; what an evaluation needs travels with it, as a `Step`:
 
-1. An APPLY_MODEL wrapper hands the step on to the diffusion model as an argument of its own.
-2. A DIFFUSION_MODEL wrapper prepares the adapters: once per evaluation, what does not depend on the image.
+1. An APPLY_MODEL wrapper computes keys and values of negative prompts and hands the step on to the diffusion model as
+   an argument of its own.
+2. A DIFFUSION_MODEL wrapper prepares the adapters: once per evaluation, what does not depend on the image. Where an
+   adapter works inside the attention it replaces the attention, for this evaluation, by one around what was there.
 3. attn2_patch and attn2_output_patch: remember a site's input, then add the site's residual to its output.
+
+Adapters that change the blocks' linear layers do so through forward hooks on them, which are there for the time of one
+evaluation only, see `adapted_linears`.
 
 Without a step in `transformer_options` they pass everything through untouched.
 """
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
 from comfy.patcher_extension import WrappersMP
+from torch import nn
 
-from ..adapter import Adapter
+from ..adapter import Adapter, Prepared
 from ..checkpoint import AdapterFileError, AdapterInfo
-from .sites import site_name
+from .sites import block_of, linear_layers, site_name, transformers
 
 # Under this name ComfyUI keeps our wrappers and additional models, and transformer_options what the hooks pass on.
 KEY = "agd"
@@ -28,16 +38,47 @@ _INPUT = "agd_input"
 _COMPILE = "torch.compile"  # ComfyUI's key of what its compile nodes register
 
 
+@dataclass
+class Negative:
+    """A negative prompt. `context`: (r, m, d), for evaluations of r rows or of any multiple of that; `share`: its
+    weight among the negatives of a step. `keys_values`: what the base's attentions make of it, by site, (r, m, w) each.
+    """
+
+    context: torch.Tensor
+    share: float = 1.0
+    keys_values: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    lasting: bool = False  # whether `keys_values` are those of the weights that every step has
+
+    @torch.no_grad()
+    def look_up(self, model, device: torch.device) -> None:
+        """Ask the base's layers for `keys_values`, once; `model` is ComfyUI's BaseModel.
+
+        Hooks on a condition change the weights for its evaluations alone.
+        """
+        plain = getattr(model.current_patcher, "current_hooks", None) is None
+        if plain and self.lasting:
+            return
+        self.lasting = plain
+        context = self.context.to(device, model.get_dtype_inference())
+        for name, transformer in transformers(model.diffusion_model).items():
+            self.keys_values[name] = transformer.attn2.to_k(context), transformer.attn2.to_v(context)
+
+    def of(self, name: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (rows, m, w) at a site."""
+        return tuple(value.repeat(rows // len(value), 1, 1) for value in self.keys_values[name])
+
+
 @dataclass(frozen=True)
 class Active:
     """An adapter at work. Numbers are tensors, for torch.compile would take plain ones for constants.
 
-    `omega`: (1,) or (b,), one per row; `strength`: (1,).
+    `omega`: (1,) or (b,), one per row; `strength`: (1,). `negatives`: for adapters that use them, else empty.
     """
 
     adapter: Adapter
     omega: torch.Tensor
     strength: torch.Tensor
+    negatives: tuple[Negative, ...] = ()
 
 
 @dataclass
@@ -50,6 +91,11 @@ class Step:
     def sites(self) -> list[str]:
         """All sites in the order of evaluation."""
         return [site.name for site in self.active[0].adapter.config.sites]
+
+    @property
+    def changes_linears(self) -> bool:
+        """Whether an adapter works on the base's linear layers, where torch.compile would not see it come and go."""
+        return any(active.adapter.place == "linear" for active in self.active)
 
 
 class Broken(Exception):
@@ -94,6 +140,8 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     compiled = is_compiled(transformer_options)
     before = _graph_breaks() if compiled else 0
     step.visited = []
+    for negative in (negative for active in step.active for negative in active.negatives):
+        negative.look_up(executor.class_obj, x.device)
     denoised = executor(x, t, c_concat, c_crossattn, control, transformer_options, **{**kwargs, KEY: step})
     if compiled and (step.visited != step.sites() or _graph_breaks() > before):
         raise Broken
@@ -109,7 +157,69 @@ def diffusion_model(executor, x, timesteps, context=None, y=None, control=None, 
             for a in step.active
         ]
         transformer_options = {**transformer_options, PREPARED: (step, prepared)}
+        if any(active.adapter.place == "attention" for active in step.active):
+            transformer_options = _with_guided_attention(transformer_options, step.sites())
+        if step.changes_linears:
+            with adapted_linears(transformers(executor.class_obj), prepared):
+                return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
     return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+
+
+def _with_guided_attention(transformer_options: dict, sites: list[str]) -> dict:
+    """A copy in which `guided_attention` is around each site's attention, another node's replacement included."""
+    replacements = transformer_options.get("patches_replace", {})
+    before = replacements.get("attn2", {})
+    ours = {}
+    for name in sites:
+        place = block_of(name)
+        attend = before.get(place, before.get(place[:2], _base_attention))  # as ComfyUI looks them up
+        ours[place] = functools.partial(guided_attention, name=name, attend=attend)
+    return {**transformer_options, "patches_replace": {**replacements, "attn2": {**before, **ours}}}
+
+
+def _base_attention(q, k, v, extra_options):
+    return comfy.ldm.modules.attention.optimized_attention(
+        q, k, v, extra_options["n_heads"],
+        attn_precision=extra_options["attn_precision"], transformer_options=extra_options,
+    )  # fmt: skip
+
+
+def guided_attention(q, k, v, extra_options, *, name: str, attend: Callable):
+    """An attn2 replacement: q (b, tokens, w), k and v (b, m, w) -> what goes into `to_out`, (b, tokens, w)."""
+    attended = out = attend(q, k, v, extra_options)
+    step, prepared = extra_options[PREPARED]
+    h, _ = extra_options[_INPUT]
+    # Replacements such as IP-Adapter's then take what they have for the unconditional.
+    unconditional = {**extra_options, "cond_or_uncond": [1] * len(extra_options["cond_or_uncond"])}
+    for active, (adapter, shared) in zip(step.active, prepared, strict=True):
+        if adapter.place == "attention":
+            delta = attended
+            for negative in active.negatives:
+                delta = delta - negative.share * attend(q, *negative.of(name, len(q)), unconditional)
+            out = adapter.guide(name, out, delta, h, shared)
+    return out
+
+
+@contextmanager
+def adapted_linears(blocks: dict[str, nn.Module], prepared: list[tuple[Adapter, Prepared]]) -> Iterator[None]:
+    """Inside, low_rank adapters add to what the linear layers of `blocks`, transformer blocks by site name, return."""
+    hooks = []
+    try:
+        for adapter, shared in prepared:
+            for site in adapter.config.sites if adapter.place == "linear" else ():
+                layers = linear_layers(blocks[site.name], site) if site.name in blocks else {}
+                for path, layer in layers.items():
+                    hook = functools.partial(adapt_linear, adapter=adapter, name=site.name, path=path, shared=shared)
+                    hooks.append(layer.register_forward_hook(hook))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def adapt_linear(layer, inputs, out, *, adapter: Adapter, name: str, path: str, shared: Prepared):
+    """A forward hook: the layer's input, and its output (b, n, out)."""
+    return adapter.adapt(name, path, out, inputs[0], shared)
 
 
 def remember_input(n, context, value, extra_options):
@@ -129,7 +239,8 @@ def add_residual(out, extra_options):
     name = site_name(extra_options["block"], extra_options["block_index"])
     step.visited.append(name)
     for adapter, shared in prepared:
-        out = adapter.add(name, out, *remembered, shared)
+        if adapter.place == "output":
+            out = adapter.add(name, out, *remembered, shared)
     return out
 
 

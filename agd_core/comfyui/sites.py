@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Iterator
+from operator import attrgetter
 
 import torch
 from comfy import model_sampling
 from torch import nn
 
 from ..config import BaseInfo, Site
+from ..kinds.low_rank import layers_of
 
 # How the model's output is read, under the names of ComfyUI's ModelType; subclasses come first.
 _PREDICTIONS = (
@@ -28,6 +30,12 @@ def site_name(block: tuple[str, int], index: int) -> str:
     return f"{block[0]}_{block[1]}_{index}"
 
 
+def block_of(name: str) -> tuple[str, int, int]:
+    """The inverse of `site_name`, under which replacements of attention are kept: "input_1_0" -> ("input", 1, 0)."""
+    kind, number, index = name.rsplit("_", 2)
+    return kind, int(number), int(index)
+
+
 def _blocks(unet: nn.Module) -> Iterator[tuple[tuple[str, int], nn.Module]]:
     """The blocks under the names that `UNetModel._forward` puts into `transformer_options["block"]`."""
     yield from ((("input", i), block) for i, block in enumerate(unet.input_blocks))
@@ -36,8 +44,8 @@ def _blocks(unet: nn.Module) -> Iterator[tuple[tuple[str, int], nn.Module]]:
     yield from ((("output", i), block) for i, block in enumerate(unet.output_blocks))
 
 
-def find_sites(unet: nn.Module) -> tuple[Site, ...]:
-    """Every cross-attention of a ComfyUI `UNetModel`, in the order of evaluation. Works on the meta device.
+def transformers(unet: nn.Module) -> dict[str, nn.Module]:
+    """By site name, a ComfyUI `UNetModel`'s transformer blocks with a cross-attention, in the order of evaluation.
 
     Raises `UnsupportedModel` for anything that is not built that way.
     """
@@ -46,20 +54,55 @@ def find_sites(unet: nn.Module) -> tuple[Site, ...]:
             f"AGD adapts UNets (SD 1.x, SD 2.x, SDXL and their derivatives), but this model is a "
             f"{type(unet).__name__}, which has no input_blocks, middle_block and output_blocks."
         )
-    sites = []
+    found = {}
     for place, block in _blocks(unet):
-        transformers = [module for module in block if hasattr(module, "transformer_blocks")]
-        if len(transformers) > 1 or any(hasattr(module, "time_stack") for module in transformers):
+        spatial = [module for module in block if hasattr(module, "transformer_blocks")]
+        if len(spatial) > 1 or any(hasattr(module, "time_stack") for module in spatial):
             raise UnsupportedModel(f"AGD adapts image UNets, but block {place} of this one is a video block.")
-        for module in transformers:
+        for module in spatial:
             for index, transformer in enumerate(module.transformer_blocks):
-                attention = transformer.attn2
-                if attention is not None and not transformer.switch_temporal_ca_to_sa:
-                    width, context_dim = attention.to_q.in_features, attention.to_k.in_features
-                    sites.append(Site(site_name(place, index), width, context_dim))
-    if not sites:
+                if transformer.attn2 is not None and not transformer.switch_temporal_ca_to_sa:
+                    found[site_name(place, index)] = transformer
+    if not found:
         raise UnsupportedModel("This UNet has no cross-attention, so there is nothing that AGD could adapt.")
-    return tuple(sites)
+    return found
+
+
+def find_sites(unet: nn.Module) -> tuple[Site, ...]:
+    """The sites of `transformers`, as data. Works on the meta device."""
+    return tuple(
+        Site(name, transformer.attn2.to_q.in_features, transformer.attn2.to_k.in_features)
+        for name, transformer in transformers(unet).items()
+    )
+
+
+def linear_layers(block: nn.Module, site: Site) -> dict[str, nn.Module]:
+    """The linear layers of a site's transformer block that a low_rank adapter changes, by their path in it.
+
+    Raises `UnsupportedModel` where one is built otherwise.
+    """
+    found = {}
+    for path, expected in layers_of(site).items():
+        try:
+            layer = attrgetter(path)(block)
+        except AttributeError:
+            layer = None
+        sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+        if sizes != expected:
+            shown = "nothing" if layer is None else f"a {type(layer).__name__} from {sizes[0]} to {sizes[1]} channels"
+            raise UnsupportedModel(
+                f"A low_rank adapter needs {path} in block {site.name} to be a linear layer from {expected[0]} to "
+                f"{expected[1]} channels, but this model has {shown} there; choose another kind of adapter."
+            )
+        found[path] = layer
+    return found
+
+
+def check_linear_layers(unet: nn.Module, sites: tuple[Site, ...]) -> None:
+    """Raises `UnsupportedModel` where a low_rank adapter of these sites can't work."""
+    blocks = transformers(unet)
+    for site in sites:
+        linear_layers(blocks[site.name], site)
 
 
 def fingerprint(unet: nn.Module) -> str:
@@ -68,6 +111,11 @@ def fingerprint(unet: nn.Module) -> str:
     # Rounded to bf16: the same checkpoint loaded in another precision should mostly keep its name.
     parts = [tensor.detach().cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes() for tensor in tensors]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def is_trained_on(base: BaseInfo, unet: nn.Module) -> bool:
+    """Whether `base` is of these weights, as far as their fingerprints tell; a base without one may be."""
+    return base.fingerprint in ("", fingerprint(unet))
 
 
 def _prediction(sampling, otherwise: str) -> str:

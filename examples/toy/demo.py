@@ -64,7 +64,7 @@ def distil(parts: Toy, config: TrainConfig, omegas: list[float]) -> tuple[Traine
     exact = ComfyHost(parts.model, parts.clip)  # measured in the base's own precision
     shape = exact.latent_shape(config.width, config.height)
     positive = exact.encode(held_out_captions(HELD_OUT, _GAP_SEED)[1])
-    negative = exact.encode([""], "negative")[0]
+    negative = exact.encode([""], "negative") * HELD_OUT
     with exact.session():
         states = follow_teacher(exact, positive, negative, shape, omegas, steps=STEPS, batch=HELD_OUT)
         gap = evaluate(exact, trained.adapter, states)

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import nn
 
-from .scenes import COLOURS, LAYOUTS, SHAPES, SIZES, Scene
+from .scenes import COLOURS, LAYOUTS, PAIRS, SHAPES, SIZES, Scene, Thing
 
 _COLOURS = tuple(COLOURS)
 # Each head answers one question; "first" is the only, left or upper thing of a scene.
@@ -68,6 +68,18 @@ def correct(judge: Judge, images: torch.Tensor, scenes: list[Scene]) -> dict[str
 def prompt_accuracy(judge: Judge, images: torch.Tensor, scenes: list[Scene]) -> float:
     """The share of pictures in which *every* attribute of the caption is right."""
     return torch.stack(list(correct(judge, images, scenes).values())).all(0).float().mean().item()
+
+
+@torch.no_grad()
+def recognised(judge: Judge, images: torch.Tensor) -> list[Scene]:
+    """What the judge sees in each picture."""
+    indices = torch.stack([logits.argmax(1) for logits in judge(images).values()], dim=1)
+    scenes = []
+    for row in indices.tolist():
+        layout, background, *rest = (choices[i] for choices, i in zip(HEADS.values(), row, strict=True))
+        things = (Thing(*rest[:3]), Thing(*rest[3:]))
+        scenes.append(Scene(layout, background, things if layout in PAIRS else things[:1]))
+    return scenes
 
 
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:

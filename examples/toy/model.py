@@ -195,6 +195,6 @@ def load_vae(path: Path = WEIGHTS / "vae.safetensors") -> comfy.sd.VAE:
     return vae
 
 
-def load() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP]:
-    """(MODEL, CLIP), for `agd train --loader comfyui_agd.examples.toy.model:load`."""
-    return load_unet(), load_clip()
+def load() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """(MODEL, CLIP, VAE), for `agd train --loader comfyui_agd.examples.toy.model:load`."""
+    return load_unet(), load_clip(), load_vae()

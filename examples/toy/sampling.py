@@ -1,6 +1,8 @@
 """Sampling the toy through ComfyUI's own nodes, and judging what comes out."""
 
+import functools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import comfy.utils
@@ -45,19 +47,31 @@ def encode(clip, prompts: list[str]) -> list[list]:
 
 @torch.inference_mode()
 def sample(
-    parts: Toy, model, prompts: list[list], *, cfg: float, seed: int, steps: int = STEPS
+    parts: Toy,
+    model,
+    prompts: list[list],
+    *,
+    cfg: float,
+    seed: int,
+    steps: int = STEPS,
+    negative: list[list] | None = None,
+    noise: Sequence[Sequence[int]] | None = None,
 ) -> tuple[torch.Tensor, float]:
     """One picture per encoded prompt through EmptyLatentImage, KSampler and VAEDecode.
 
-    Returns the pictures (n, 3, 64, 64) and the seconds spent inside KSampler.
+    `negative`: batches like those of `prompts`, empty prompts by default. `noise`: for each batch which of its seed's
+    noises the rows get; by default the first ones. Returns the pictures (n, 3, 64, 64) and the seconds spent inside
+    KSampler.
     """
     comfy.utils.PROGRESS_BAR_ENABLED = False  # ours counts batches, not the steps of one
-    negative, images, seconds = encode(parts.clip, [""])[0], [], 0.0
+    empty, images, seconds = encode(parts.clip, [""])[0], [], 0.0
     for i, positive in enumerate(tqdm(prompts, desc=f"sampling at cfg {cfg:g}", leave=False)):
         latent = nodes.EmptyLatentImage().generate(IMAGE_SIZE, IMAGE_SIZE, len(positive[0][0]))[0]
+        latent |= {"batch_index": list(noise[i])} if noise else {}
+        unwanted = negative[i] if negative else empty
         start = time.perf_counter()
         latent = nodes.KSampler().sample(
-            model, seed + i, steps, cfg, SAMPLER, SCHEDULER, positive, negative, latent, denoise=1.0
+            model, seed + i, steps, cfg, SAMPLER, SCHEDULER, positive, unwanted, latent, denoise=1.0
         )[0]
         seconds += time.perf_counter() - start
         images.append(nodes.VAEDecode().decode(parts.vae, latent)[0].movedim(-1, 1).clamp(0, 1))
@@ -71,8 +85,11 @@ class Jury:
         self.judge = Judge().eval().requires_grad_(False)
         self.judge.load_state_dict(comfy.utils.load_torch_file(str(toy.WEIGHTS / "judge.safetensors")))
         self.judge.float()
-        scenes = draw_scenes(REFERENCE_IMAGES, 17, held=True)
-        self.reference = self.features(render(scenes, 17))
+
+    @functools.cached_property
+    def reference(self) -> torch.Tensor:
+        """(REFERENCE_IMAGES, 128)."""
+        return self.features(render(draw_scenes(REFERENCE_IMAGES, 17, held=True), 17))
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:

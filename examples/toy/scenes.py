@@ -6,6 +6,7 @@ stand side by side or one above the other. A caption may name everything (`capti
 """
 
 import hashlib
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ PLACES = ("center", "top left", "top right", "bottom left", "bottom right")
 PAIRS = ("horizontal", "vertical")
 LAYOUTS = PLACES + PAIRS
 IMAGE_SIZE = 64
+# Never in a negative prompt of a training, so that negative prompts are also measured with words that are new there.
+HELD_OUT_UNWANTED = ("yellow", "purple", "star", "ring")
 
 _WORDS = "a an the in of on and above below left right top bottom center background shape"
 WORDS = tuple(_WORDS.split()) + SIZES + tuple(COLOURS) + SHAPES
@@ -40,6 +43,26 @@ class Thing:
     size: str
     colour: str
     shape: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is said of a thing; None leaves an attribute open."""
+
+    size: str | None = None
+    colour: str | None = None
+    shape: str | None = None
+
+    def said(self) -> dict[str, str]:
+        """The attributes that are not open."""
+        return {name: word for name, word in vars(self).items() if word is not None}
+
+    def text(self) -> str:
+        words = (self.size, self.colour, self.shape or "shape")
+        return _with_articles(" ".join(["a", *filter(None, words)]))
+
+    def fits(self, thing: Thing) -> bool:
+        return all(getattr(thing, name) == word for name, word in self.said().items())
 
 
 @dataclass(frozen=True)
@@ -121,6 +144,30 @@ def training_caption(scene: Scene, rng: random.Random) -> str:
     if rng.random() < 0.25:
         return partial_caption(scene, rng)
     return caption(scene, swapped=rng.random() < 0.5)
+
+
+def _held_out_unwanted(unwanted: Description) -> bool:
+    words = unwanted.said().values()
+    in_tenth = hashlib.sha256(repr(unwanted).encode()).digest()[0] < 26
+    return not set(words).isdisjoint(HELD_OUT_UNWANTED) or (len(words) > 1 and in_tenth)
+
+
+def all_unwanted(*, held: bool) -> list[Description]:
+    """What a negative prompt may name, from one side of a split: single attributes and combinations.
+
+    Held out, for no training, are all that name a word of `HELD_OUT_UNWANTED`, and a tenth of the other combinations.
+    """
+    every = itertools.product((None, *SIZES), (None, *COLOURS), (None, *SHAPES))
+    return [d for d in itertools.starmap(Description, every) if d.said() and _held_out_unwanted(d) == held]
+
+
+def open_caption(rng: random.Random) -> tuple[str, Description]:
+    """A caption of one thing that leaves at least one of its attributes open, and what it says of the thing."""
+    thing = Thing(rng.choice(SIZES), rng.choice(tuple(COLOURS)), rng.choice(SHAPES))
+    kept = rng.choice([(), (), ("size",), ("colour",), ("shape",), ("size", "colour"), ("size", "shape")])
+    said = Description(**{name: getattr(thing, name) for name in kept})
+    background = rng.choice([colour for colour in COLOURS if colour != said.colour])
+    return _with_articles(f"{said.text()} on a {background} background"), said
 
 
 def _distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

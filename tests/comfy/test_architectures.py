@@ -14,8 +14,15 @@ from small import info_for
 from comfyui_agd.agd_core import checkpoint
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.checkpoint import AdapterFileError
-from comfyui_agd.agd_core.comfyui.sites import UnsupportedModel, describe_base, find_sites
+from comfyui_agd.agd_core.comfyui.sites import (
+    UnsupportedModel,
+    check_linear_layers,
+    describe_base,
+    find_sites,
+    transformers,
+)
 from comfyui_agd.agd_core.config import AdapterConfig, BaseInfo
+from comfyui_agd.agd_core.lora import module_path
 
 # ComfyUI's own x4 upscaler.
 pytestmark = pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
@@ -175,6 +182,19 @@ def test_checkpoints_of_one_structure_share_their_sites_names(one, other):
     """Names tell places, not models: only widths and contexts keep SD 1.5 and SD 2.1 apart."""
     names = [{site.name for site in base_of(name).sites} for name in (one, other)]
     assert (names[0] == names[1]) == ("SDXL" not in (one, other))
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED.keys() - {"SD x4 upscaler"}))
+def test_a_low_rank_adapter_finds_its_layers_and_a_lora_its_names(name):
+    unet, sites = model_of(name).diffusion_model, base_of(name).sites
+    check_linear_layers(unet, sites)
+    for site, block in transformers(unet).items():
+        assert unet.get_submodule(module_path(site)) is block
+
+
+def test_blocks_without_self_attention_have_no_place_for_a_low_rank_adapter():
+    with pytest.raises(UnsupportedModel, match=r"needs attn1.to_k in block \w+ to be a linear layer from 512 to 512 "):
+        check_linear_layers(model_of("SD x4 upscaler").diffusion_model, base_of("SD x4 upscaler").sites)
 
 
 def test_the_papers_size_on_sdxl():

@@ -12,6 +12,7 @@ from small import randomised
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.host import ComfyHost
+from comfyui_agd.agd_core.config import KINDS
 from comfyui_agd.agd_core.mixed_precision import MixedPrecision
 from comfyui_agd.training.trainer import train
 
@@ -22,14 +23,15 @@ CONFIG = dataclasses.replace(ANALYTIC, iterations=8, batch=2, pool=2, held_out=0
 def gradients(toy):
     """A function: the gradients of a fixed step of the student on a model, with the host's session options."""
 
-    def of(model, **session) -> dict[str, torch.Tensor]:
+    def of(model, kind: str, **session) -> dict[str, torch.Tensor]:
         host = ComfyHost(model, toy.clip)
         prompts = host.encode(PROMPTS[:2])
         torch.manual_seed(0)
-        adapter = randomised(Adapter(CONFIG.adapter_config(host.base, 16), MixedPrecision))
+        config = dataclasses.replace(CONFIG, kind=kind).adapter_config(host.base, 16)
+        adapter = randomised(Adapter(config, MixedPrecision))
         x, sigma, omega = torch.randn(2, 12, 8, 8), torch.tensor([3.0, 1.0]), torch.tensor([4.0, 2.0])
         with host.session(**session):
-            host.student(adapter, x, sigma, prompts, omega).square().mean().backward()
+            host.student(adapter, x, sigma, prompts, prompts[::-1], omega).square().mean().backward()
         return {name: parameter.grad for name, parameter in adapter.named_parameters()}
 
     return of
@@ -42,17 +44,19 @@ FEW_BITS = [(torch.float16, None), (torch.bfloat16, None), (torch.float8_e4m3fn,
 def test_a_base_in_few_bits_trains_an_adapter_in_fp32_and_stays_as_it_is(toy, stored, computed):
     base = in_dtype(tiny(TinyUNet()), TinyUNet, stored, computed)
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
-    trained = train(ComfyHost(base, toy.clip), PROMPTS, dataclasses.replace(CONFIG, iterations=3))
+    config = dataclasses.replace(CONFIG, iterations=3, kind="low_rank")  # a new one adds nothing
+    trained = train(ComfyHost(base, toy.clip), PROMPTS, config)
     assert {value.dtype for value in trained.adapter.state_dict().values()} == {torch.float32}
     assert trained.losses[0] == pytest.approx(1.0, abs=0.02)
     after = base.model.state_dict()
     assert all(torch.equal(value.view(torch.uint8), after[key].view(torch.uint8)) for key, value in before.items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("stored", "computed"), FEW_BITS, ids=str)
-def test_its_gradients_are_those_of_the_base_in_fp32_but_for_rounding(gradients, stored, computed):
+def test_its_gradients_are_those_of_the_base_in_fp32_but_for_rounding(gradients, stored, computed, kind):
     base = tiny(TinyUNet())
-    exact, rounded = gradients(base), gradients(in_dtype(base, TinyUNet, stored, computed))
+    exact, rounded = gradients(base, kind), gradients(in_dtype(base, TinyUNet, stored, computed), kind)
     together = [torch.cat([g.flatten() for g in found.values()]) for found in (exact, rounded)]
     assert torch.cosine_similarity(*together, dim=0) > (0.9 if stored is torch.float8_e4m3fn else 0.99)
     assert all(torch.any(gradient) for gradient in rounded.values())
@@ -66,14 +70,15 @@ def test_a_scale_that_overflows_fp16_is_halved_until_it_fits(toy, monkeypatch):
     assert any(layer.weight.any() for layer in trained.adapter.last())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_base_that_is_partly_in_system_memory_gives_the_same_gradients(gradients, card, share, checkpointing):
+def test_a_base_that_is_partly_in_system_memory_gives_the_same_gradients(gradients, card, share, checkpointing, kind):
     base = tiny(TinyUNet())
-    expected, size = gradients(base), base.model_size()
+    expected, size = gradients(base, kind), base.model_size()
     mm.unload_all_models()
     card(int(size * share) + 1000, base)
-    found = gradients(base, checkpointing=checkpointing, memory=1000)
+    found = gradients(base, kind, checkpointing=checkpointing, memory=1000)
     assert base.loaded_size() <= size * share
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 

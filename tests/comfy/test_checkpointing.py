@@ -14,7 +14,7 @@ from comfyui_agd.agd_core.comfyui import host as host_module
 from comfyui_agd.agd_core.comfyui.checkpointing import checkpointed
 from comfyui_agd.agd_core.comfyui.host import ComfyHost
 from comfyui_agd.agd_core.comfyui.patch import take_part
-from comfyui_agd.agd_core.config import AdapterConfig
+from comfyui_agd.agd_core.config import KINDS, AdapterConfig
 
 PROMPTS = ["a red circle", "a blue star"]
 
@@ -34,7 +34,7 @@ def step_of(host, adapter: Adapter) -> list[torch.Tensor]:
     """The student's output and the gradient of every parameter."""
     generator, prompts = torch.Generator().manual_seed(1), host.encode(PROMPTS)
     x = torch.randn(2, *host.latent_shape(64, 64), generator=generator)
-    denoised = host.student(adapter, x, torch.tensor([5.0, 1.0]), prompts, torch.tensor([2.0, 7.0]))
+    denoised = host.student(adapter, x, torch.tensor([5.0, 1.0]), prompts, prompts[::-1], torch.tensor([2.0, 7.0]))
     denoised.square().mean().backward()
     return [denoised.detach(), *[parameter.grad for _, parameter in adapter.trained()]]
 
@@ -44,13 +44,14 @@ def unet_of(host):
 
 
 def test_outputs_and_gradients_are_the_same_to_the_bit(host):
-    for kind in ("cross_attention", "offset"):
+    for kind in KINDS:
         with host.session():
             expected = step_of(host, new_adapter(host, kind))
             with checkpointed(unet_of(host)):
                 found = step_of(host, new_adapter(host, kind))
         assert all(gradient.abs().max() > 0 for gradient in expected)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert not any(module._forward_hooks for module in unet_of(host).modules())
 
 
 def with_other_prompt_from_the_second_site_on(host) -> None:

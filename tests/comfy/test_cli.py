@@ -1,11 +1,13 @@
 """The `agd` command as a user runs it: a process of its own."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,51 @@ def test_train_then_inspect_from_any_folder_then_again_from_the_runs_config(prom
     done = run(command("train", "--config", str(folder / "config.toml"), "--output", str(again)), tmp_path)
     assert done.returncode == 0, done.stderr
     assert equal_weights(output, again)
+
+
+def evaluate(adapter: Path | str, *more: str) -> list[str]:
+    return command("evaluate", str(adapter), "--loader", "comfyui_agd.examples.toy.model:load", *more)
+
+
+def test_an_adapter_is_evaluated_and_the_files_say_what_the_report_says(toy, save_adapter, prompts, tmp_path):
+    adapter, files = save_adapter(toy.model, kind="cross_attention"), ("--json", "found.json", "--picture", "found.png")
+    settings = ("--omega", "2", "4", "--steps", "4", "--count", "3", "--width", "64", "--height", "64")
+    done = run(evaluate(adapter, "--prompts", str(prompts), *settings, *files), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "3 images of 3 prompts, latents of 8x8, 4 Euler steps" in done.stdout
+    assert "It does not fit: no gap is closed here" in done.stdout  # its weights are random
+    found = json.loads((tmp_path / "found.json").read_text())
+    for omega in ("2", "4"):
+        gap, distance = (found["by_omega"][omega][key]["value"] for key in ("gap_closed", "distance"))
+        assert f"cfg {omega}: gap closed {gap:.3f} ±" in done.stdout
+        assert distance > 0
+    assert {method: cost["evaluations_per_step"] for method, cost in found["costs"].items()} == {
+        "unguided": 1,
+        "guided": 2,
+        "agd": 1,
+    }
+    assert Image.open(tmp_path / "found.png").size == (4 * 264 - 8, 28 + 3 * 284)
+
+
+def test_what_needs_no_training_is_evaluated_too(tmp_path):
+    settings = ("--omega", "3", "--steps", "6", "--count", "2", "--width", "64", "--height", "64")
+    done = run(evaluate("training-free", "--prompts", "a large red star on a white background", *settings), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Adapter training-free on ToyConfig (EPS-prediction" in done.stdout
+    assert "AGD: " in done.stdout
+    assert "no gap closed in a training of its own is reported" in done.stdout
+
+
+def test_what_is_in_the_way_of_an_evaluation_is_one_sentence(toy, save_adapter, tmp_path):
+    adapter, text = save_adapter(toy.model), ("--prompts", "a red star")
+    done = run(evaluate(tmp_path / "gone.safetensors", *text), tmp_path)
+    assert (done.returncode, done.stderr[:29]) == (1, "agd: There is no adapter file")
+    info, weights = checkpoint.load(adapter)
+    other = checkpoint.save(tmp_path / "other.safetensors", weights, replace(info, base=replace(info.base, family="X")))
+    done = run(evaluate(other, *text), tmp_path)
+    assert done.returncode == 1
+    assert "was made for X (EPS-prediction" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

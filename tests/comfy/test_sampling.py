@@ -41,7 +41,8 @@ def file(base, save_adapter):
     return save_adapter(base)
 
 
-def test_basic_guider_takes_guidance_from_the_override(base, prompts, file):
+def test_basic_guider_takes_guidance_from_the_override(base, prompts, save_adapter):
+    file = save_adapter(base, kind="cross_attention")  # it makes no difference to it that there is no negative
     model = patched(base, file, guidance_scale=CFG)
     assert rows_of(model, custom_sampler, prompts, "BasicGuider") == [1] * STEPS
     guided = custom_sampler(model, prompts, "BasicGuider")
@@ -83,7 +84,7 @@ def test_omega_1_is_the_base_unguided(base, prompts, file):
 
 
 def test_a_new_adapter_is_the_base_unguided(base, prompts):
-    info = info_for(describe_base(base.model), hidden=8, encoder_width=8)
+    info = info_for(describe_base(base.model), kind="cross_attention", hidden=8, encoder_width=8)
     model = apply_adapter(base, info, Adapter(info.config).state_dict(), source="new")
     assert torch.equal(ksampler(model, prompts), ksampler(base, prompts, cfg=1.0))
 

@@ -11,7 +11,7 @@ from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui import trace
 from comfyui_agd.agd_core.comfyui.checkpointing import checkpointed
 from comfyui_agd.agd_core.comfyui.host import ComfyHost, EncodedPrompt
-from comfyui_agd.agd_core.config import AdapterConfig
+from comfyui_agd.agd_core.config import KINDS, AdapterConfig
 
 SHAPE = 12, 32, 32
 
@@ -32,8 +32,8 @@ def host(base, toy):
     return host_of(base, toy)
 
 
-def config_of(host) -> AdapterConfig:
-    return AdapterConfig(sites=host.base.sites, hidden=32, encoder_width=32, prompt_tokens=16)
+def config_of(host, kind: str = "cross_attention") -> AdapterConfig:
+    return AdapterConfig(sites=host.base.sites, kind=kind, hidden=32, encoder_width=32, prompt_tokens=16)
 
 
 def in_dtype(stored: torch.dtype, computed: torch.dtype | None = None):
@@ -48,13 +48,14 @@ def student(host, rows: int = 2, checkpointing: bool = False, shape=SHAPE) -> tr
     return host.trace_student(config_of(host), shape, rows, checkpointing)
 
 
-def computed(host, rows: int) -> trace.Traced:
+def computed(host, rows: int, kind: str) -> trace.Traced:
     """As `student`, but counted while it is really computed."""
-    adapter = randomised(Adapter(config_of(host)))
+    adapter = randomised(Adapter(config_of(host, kind)))
     for parameter in adapter.parameters():
         parameter.grad = torch.zeros_like(parameter)
     x, conds = torch.randn(rows, *SHAPE), host._conditions([host._example] * rows, torch.Size([rows, *SHAPE]))
-    options = host._with(adapter, torch.full((rows,), 4.0), host._options)
+    unwanted = conds if adapter.uses_negative else {}
+    options = host._with(adapter, torch.full((rows,), 4.0), unwanted, host._options)
     with trace.Counter() as counter:
         (host._evaluate(x, torch.ones(rows), conds, options) - x).square().mean().backward()
     return counter.traced()
@@ -62,11 +63,12 @@ def computed(host, rows: int) -> trace.Traced:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("config", [TinyUNet, TwoWidths])
-def test_the_student_costs_what_it_costs_when_it_is_computed(toy, config, checkpointing):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_student_costs_what_it_costs_when_it_is_computed(toy, config, checkpointing, kind):
     host = host_of(tiny(config()), toy)
     with host.session(checkpointing=checkpointing):
-        real = computed(host, rows=2)
-    found = student(host, checkpointing=checkpointing)
+        real = computed(host, 2, kind)
+    found = host.trace_student(config_of(host, kind), SHAPE, 2, checkpointing)
     assert found.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
     assert found.flops == real.flops
 

@@ -11,6 +11,7 @@ from runtime import TinyUNet, ksampler, patched, tiny
 from comfyui_agd.agd_core import checkpoint
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.host import ComfyHost
+from comfyui_agd.agd_core.config import KINDS
 from comfyui_agd.training.evaluate import evaluate, follow_teacher
 from comfyui_agd.training.trainer import Callbacks, train
 
@@ -39,7 +40,6 @@ def test_training_closes_part_of_the_gap_and_leaves_the_base_alone(base, host):
     trained = train(
         host, PROMPTS, replace(CONFIG, iterations=60, held_out=1, evaluate_every=0), Callbacks(steps.append)
     )
-    assert trained.losses[0] == pytest.approx(1.0)  # a new adapter closes nothing
     assert sum(trained.losses[-10:]) / 10 < 0.8
     assert [p.step for p in steps if p.phase == "train"] == list(range(1, 61))
     assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
@@ -49,7 +49,7 @@ def test_training_closes_part_of_the_gap_and_leaves_the_base_alone(base, host):
     assert all(value > 0 for value in trained.evaluation.gap_closed.values())
 
 
-@pytest.mark.parametrize("kind", ["cross_attention", "offset"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_of_the_adapter_moves(host, kind):
     config = replace(CONFIG, kind=kind)
     trained = train(host, PROMPTS, config)
@@ -127,7 +127,8 @@ def test_sampling_with_the_file_gives_what_training_saw(base, new_host, toy_prom
     sigma = host.sigmas("normal", 4)[:1]
     prompt = "a small red circle left of a large green star on a white background"
     with host.session(), torch.no_grad():
-        student = host.student(trained.adapter, x, sigma, host.encode([prompt]), torch.tensor([omega]))
+        prompts = host.encode([prompt]), host.encode([""], "negative")
+        student = host.student(trained.adapter, x, sigma, *prompts, torch.tensor([omega]))
 
     import comfy.samplers
 
@@ -147,9 +148,9 @@ def test_sampling_with_the_file_gives_what_training_saw(base, new_host, toy_prom
 
 
 def test_the_gap_of_a_new_adapter_is_open(host):
-    positive, negative = host.encode(PROMPTS[:2]), host.encode([""], "negative")[0]
+    positive, negative = host.encode(PROMPTS[:2]), host.encode(["", ""], "negative")
     with host.session():
         states = follow_teacher(host, positive, negative, host.latent_shape(64, 64), [3.0], steps=3)
-        result = evaluate(host, Adapter(CONFIG.adapter_config(host.base, 16)), states)
+        result = evaluate(host, Adapter(replace(CONFIG, kind="low_rank").adapter_config(host.base, 16)), states)
     assert result.gap_closed[3.0] == pytest.approx(0.0, abs=1e-4)
     assert [sigma for sigma, _ in result.by_sigma[3.0]] == host.sigmas("normal", 3)[:3].tolist()

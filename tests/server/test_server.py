@@ -1,6 +1,7 @@
 """The pack as ComfyUI's users meet it: the real server, its API, its files."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ PROMPTS = "\n".join(
     for colour in ("red", "blue", "green")
     for shape in ("circle", "star", "ring")
 )
-NODES = ("AGDAdapterLoader", "AGDApplyAdapter", "AGDTrain")
+NODES = ("AGDAdapterLoader", "AGDApplyAdapter", "AGDEvaluate", "AGDTrain")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,9 @@ def train_graph(name: str, iterations: int, **settings) -> dict:
         "seed": 0,
         "negative": "",
         "precision": "base",
+        "kind": "delta",
+        "teacher": "cfg",
+        "start": "a new adapter",
         "aspect_ratios": False,
         "prompt_count": 20,
         "reuse": 2,
@@ -57,6 +61,30 @@ def train_graph(name: str, iterations: int, **settings) -> dict:
         "toy": {"class_type": "AGDToyLoader", "inputs": {}},
         "train": {"class_type": "AGDTrain", "inputs": inputs},
         "plot": {"class_type": "PreviewImage", "inputs": {"images": ["train", 2]}},
+    }
+
+
+def evaluate_graph(**settings) -> dict:
+    inputs = {
+        "model": ["toy", 0],
+        "clip": ["toy", 1],
+        "vae": ["toy", 2],
+        "prompts": "a large red star on a white background\na small blue ring on a white background",
+        "negative": "",
+        "cfg": 3.0,
+        "count": 2,
+        "steps": 4,
+        "seed": 0,
+        "width": 0,
+        "height": 0,
+        **settings,
+    }
+    return {
+        "toy": {"class_type": "AGDToyLoader", "inputs": {}},
+        "evaluate": {"class_type": "AGDEvaluate", "inputs": inputs},
+        "picture": {"class_type": "PreviewImage", "inputs": {"images": ["evaluate", 1]}},
+        "report": {"class_type": "PreviewAny", "inputs": {"source": ["evaluate", 0]}},
+        "closed": {"class_type": "PreviewAny", "inputs": {"source": ["evaluate", 2]}},
     }
 
 
@@ -228,6 +256,67 @@ def test_an_interrupted_training_keeps_its_state_and_goes_on(server):
     assert file.exists()
 
 
+def test_an_adapter_is_evaluated_and_shown_beside_cfg(server, trained):
+    outputs = server.run(evaluate_graph(adapter_name=trained))
+    (report,), (closed,) = (outputs[node]["text"] for node in ("report", "closed"))
+    assert server.texts["evaluate"] == report
+    assert f"Adapter {trained} on ToyConfig" in report
+    assert "the checkpoint that it was trained on" in report
+    assert "CFG: " in report
+    assert "2.00 model evaluations per step" in report
+    assert f"cfg 3: gap closed {float(closed):.3f} ±" in report
+    assert 0.01 < float(closed) < 1
+    picture = pixels(server.image(outputs, "picture"))
+    unguided, cfg, agd, difference = (picture[56:312, 264 * i : 264 * i + 256].astype(int) for i in range(4))
+    assert not np.array_equal(unguided, cfg)
+    assert not np.array_equal(agd, cfg)
+    # Each is enlarged by itself.
+    assert abs(difference - (agd - cfg + 128).clip(0, 255)).mean() < 1
+
+
+def test_an_adapter_straight_from_training_is_evaluated(server, trained):
+    graph = {**evaluate_graph(adapter=["train", 3]), **train_graph("second", 3)}
+    (report,) = server.run(graph)["report"]["text"]
+    assert "Adapter of AGD Train, second.safetensors on ToyConfig" in report
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "There are no adapters yet in"),
+        ({"adapter_name": "gone.safetensors"}, "There is no adapter 'gone.safetensors'"),
+        ({"adapter_name": "first.safetensors", "prompts": " "}, "There are no prompts to evaluate with"),
+        ({"adapter_name": "first.safetensors", "width": 32}, "width is 32, but must be 64 or more"),
+        ({"adapter_name": "first.safetensors", "model": ["agd", 0]}, "This model has an AGD adapter already"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_clear_sentence(server, trained, settings, message):
+    graph = evaluate_graph(**settings)
+    graph["agd"] = with_adapter(base_graph(), trained)["agd"]
+    with pytest.raises(PromptError, match=message):
+        server.run(graph)
+
+
+def test_an_interrupt_ends_an_evaluation(server, trained):
+    prompt_id, types = server.queue(evaluate_graph(adapter_name=trained, count=500)), []
+    for event in server.events(prompt_id):
+        types.append(event["type"])
+        if event["type"] == "progress" and types.count("progress") == 3:
+            server.post("/interrupt", {})
+    assert types[-1] == "execution_interrupted"
+    assert types.count("progress") < 500
+
+
+def test_an_adapter_of_other_weights_is_said_to_be_one(server, trained):
+    info, adapter = checkpoint.load(server.adapters / trained)
+    sibling = replace(info, base=replace(info.base, fingerprint="another"))
+    checkpoint.save(server.adapters / "sibling.safetensors", adapter, sibling)
+    server.run(with_adapter(base_graph(), "sibling.safetensors"))
+    assert server.texts["agd"].startswith("This adapter was trained on other weights than this model's")
+    server.run(evaluate_graph(adapter_name="sibling.safetensors"))
+    assert "other weights than those of its training" in server.texts["evaluate"]
+
+
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
 def test_example_workflows_run(server, trained, file):
     """As they are, but on the toy instead of a checkpoint, and with its sizes."""
@@ -242,14 +331,18 @@ def test_example_workflows_run(server, trained, file):
             node["inputs"]["text"] = "a red star"  # the toy knows no other things
         if node["class_type"] == "AGDTrain":
             node["inputs"].update(iterations=5, hidden=32, prompts=PROMPTS, aspect_ratios=False)
-        if node["class_type"] == "AGDAdapterLoader":
+        if node["class_type"] == "AGDEvaluate":
+            node["inputs"].update(prompts=PROMPTS, count=2, steps=3)
+        if node["class_type"] in ("AGDAdapterLoader", "AGDEvaluate"):
             node["inputs"]["adapter_name"] = trained
     outputs = server.run(prompt)
     saved = next(id for id, node in prompt.items() if node["class_type"] == "SaveImage")
-    assert pixels(server.image(outputs, saved)).shape == (64, 64, 3)
+    sheet = (28 + 2 * 284, 4 * 264 - 8, 3)  # two rows of four pictures, enlarged
+    expected = sheet if file.stem == "AGD Evaluate" else (64, 64, 3)
+    assert pixels(server.image(outputs, saved)).shape == expected
 
 
 def test_there_is_one_example_workflow_per_node():
     used = {node["type"] for file in WORKFLOWS for node in json.loads(file.read_text())["nodes"]}
     assert set(NODES) <= used
-    assert {file.stem for file in WORKFLOWS} == {"AGD Adapter Loader", "AGD Apply Adapter", "AGD Train"}
+    assert {file.stem for file in WORKFLOWS} == {"AGD Adapter Loader", "AGD Apply Adapter", "AGD Evaluate", "AGD Train"}

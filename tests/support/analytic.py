@@ -97,17 +97,22 @@ class AnalyticHost:
         mean = (torch.stack(list(prompts)).mean(1) @ self.to_mean)[:, :, None, None]
         return x + per_row(self._pull(sigma), x) * (mean - x)
 
-    def student(self, adapter: Adapter, x, sigma, prompts, omega) -> torch.Tensor:
+    def student(self, adapter: Adapter, x, sigma, prompts, negative, omega) -> torch.Tensor:
         """The base, moved by what the adapter adds at two sites that see x."""
         self.student_rows.append(len(x))
         if len(x) > self.fits:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate everything.")
         context, h = torch.stack(list(prompts)), x.flatten(2).mT  # b n c
+        difference = (context - torch.stack(list(negative))).mean(1, keepdim=True) @ self.to_mean  # b 1 c
         prepared = adapter.prepare(omega, sigma, context, dtype=x.dtype)
         added = 0
         for name, to_h in self.to_h.items():
-            at_site = h @ to_h
-            added = added + adapter.add(name, torch.zeros_like(at_site), at_site, context, prepared) @ self.from_h[name]
+            at_site, zeros = h @ to_h, torch.zeros(*h.shape[:2], to_h.shape[1])
+            if adapter.place == "output":
+                out = adapter.add(name, zeros, at_site, context, prepared)
+            else:
+                out = adapter.guide(name, zeros, (difference @ to_h).expand_as(zeros), at_site, prepared)
+            added = added + out @ self.from_h[name]
         return self.denoise(x, sigma, prompts) + per_row(self._pull(sigma), x) * added.mT.reshape(x.shape)
 
     def picture(self, latent: torch.Tensor) -> Image.Image:

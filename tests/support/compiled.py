@@ -42,10 +42,10 @@ class OneLevel(ToyConfig):
 BASE, PROMPTS = tiny(OneLevel()), random_prompts()
 
 
-def adapter(name: str, seed: int) -> Path:
-    info = info_for(describe_base(BASE.model), hidden=8, encoder_width=8)
+def adapter(name: str, seed: int, **config) -> Path:
+    info = info_for(describe_base(BASE.model), hidden=8, encoder_width=8, prompt_tokens=16, **config)
     made = randomised(Adapter(info.config), seed=seed)
-    made.unconditional.copy_(PROMPTS.negative[0][0].mean(dim=(0, 1)))
+    made.unconditional.copy_(PROMPTS.negative[0][0][0])
     return checkpoint.save(folder / f"{name}.safetensors", made, info)
 
 
@@ -80,6 +80,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def main() -> None:
     first, second = adapter("first", 1), adapter("second", 2)
+    low_rank = adapter("low_rank", 3, kind="low_rank")
     said: list[str] = []
     agd = partial(patched, notify=said.append)
     one = compile_it(agd(BASE, first))  # a single compiled MODEL that is sampled again and again
@@ -89,6 +90,8 @@ def main() -> None:
         ("another omega", one, agd(BASE, first), 3.0),
         ("cfg 1", one, BASE, 1.0),
         ("another adapter", compile_it(agd(BASE, second)), agd(BASE, second), 5.0),
+        ("a low_rank adapter", compile_it(agd(BASE, low_rank)), agd(BASE, low_rank), 5.0),
+        ("an adapter again", one, agd(BASE, first), 5.0),
         ("the loader after the compile node", agd(compile_it(BASE), first), agd(BASE, first), 5.0),
         ("bypassed", compile_it(BASE), BASE, 5.0),
     ]

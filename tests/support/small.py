@@ -12,11 +12,11 @@ def small_sites() -> tuple[Site, ...]:
 
 
 def randomised(adapter: Adapter, seed: int = 0) -> Adapter:
-    """An adapter whose zero-initialised layers are not zero, so that it does something."""
+    """A new adapter whose zero-initialised parameters are not zero, so that it does something."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer in adapter.last():
-            for parameter in layer.parameters():
+        for _, parameter in adapter.trained():
+            if not parameter.any():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return adapter
 

@@ -6,12 +6,17 @@ from small import randomised, small_sites
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.config import AdapterConfig, Site
+from comfyui_agd.agd_core.kinds.low_rank import key_of, layers_of
 
 OURS = {"kind": "cross_attention"}
 PAPER = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
 OFFSET = {"kind": "offset"}
 PAPER_OFFSET = {**PAPER, "kind": "offset"}
-VARIANTS = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSET], ids=str)
+LOW_RANK = {"kind": "low_rank"}
+LORA = {"kind": "low_rank", "modulated": False}
+# At the output of the attention, and so with the prompt; anywhere.
+AT_OUTPUT = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSET], ids=str)
+VARIANTS = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSET, LOW_RANK, LORA], ids=str)
 
 
 def build(switches: dict, **more) -> Adapter:
@@ -34,6 +39,11 @@ def residuals(adapter: Adapter, omega: float = 4.0, context=None, **more) -> dic
     generator, rows = torch.Generator().manual_seed(1), prepared.context.shape[0]
     found = {}
     for site in small_sites():
+        if adapter.place == "linear":
+            for path, (channels, out) in layers_of(site).items():
+                x, zeros = torch.randn(rows, 9, channels, generator=generator), torch.zeros(rows, 9, out)
+                found[f"{site.name} {path}"] = adapter.adapt(site.name, path, zeros, x, prepared)
+            continue
         h = torch.randn(rows, 9, site.width, generator=generator)
         found[site.name] = adapter.add(site.name, torch.zeros_like(h), h, prepared.context, prepared)
     return found
@@ -67,14 +77,15 @@ def test_omega_matters(switches):
     assert all(not torch.allclose(low[name], high[name]) for name in low)
 
 
-def test_strength_scales_the_residual():
-    adapter = randomised(build(OURS))
+@VARIANTS
+def test_strength_scales_the_residual(switches):
+    adapter = randomised(build(switches))
     one, half = residuals(adapter), residuals(adapter, strength=0.5)
     for name, residual in one.items():
         torch.testing.assert_close(half[name], 0.5 * residual)
 
 
-@VARIANTS
+@AT_OUTPUT
 def test_the_residual_is_added_to_what_is_there(switches):
     adapter = randomised(build(switches))
     prepared, h = prepare(adapter), torch.randn(2, 9, 24)
@@ -91,7 +102,7 @@ def test_a_prompt_padded_by_repetition_gives_the_same(switches):
         torch.testing.assert_close(thrice[name], residual)
 
 
-@VARIANTS
+@AT_OUTPUT
 def test_rows_do_not_see_each_other(switches):
     adapter, context = randomised(build(switches)), prompt()
     together = residuals(adapter, context=context)
@@ -101,7 +112,7 @@ def test_rows_do_not_see_each_other(switches):
         assert not torch.allclose(together[name][1], other[name][1])
 
 
-@VARIANTS
+@AT_OUTPUT
 def test_a_site_with_another_prompt_uses_it(switches):
     """Other patches may give single blocks a prompt of their own."""
     adapter, h = randomised(build(switches)), torch.randn(2, 9, 24)
@@ -121,6 +132,44 @@ def test_every_site_of_the_paper_has_its_own_omega_and_t_tokens():
     assert not torch.allclose(before["middle_0_0"], after["middle_0_0"])
 
 
+@pytest.mark.parametrize("switches", [LOW_RANK, LORA], ids=str)
+def test_a_linear_layer_changes_as_if_its_weights_did(switches):
+    """W x + (omega - 1) * B (m * A x): each row with its own omega and t."""
+    adapter, (site, _), omega = randomised(build(switches)), small_sites(), torch.tensor([3.0, 0.5])
+    prepared = adapter.prepare(omega, torch.tensor([900.0, 10.0]), prompt(), dtype=torch.float32)
+    for path, (channels, out) in layers_of(site).items():
+        base, x, key = torch.randn(out, channels), torch.randn(2, 9, channels), key_of(site.name, path)
+        found = adapter.adapt(site.name, path, x @ base.T, x, prepared)
+        m = prepared.shared[0][path]
+        for row in range(2):
+            factor = torch.eye(8) if m is None else m[row, 0].diag()
+            change = adapter.sites.to_out[key].weight @ factor @ adapter.sites.down[key].weight
+            torch.testing.assert_close(found[row], x[row] @ (base + (omega[row] - 1) * change).T, rtol=1e-4, atol=1e-4)
+    assert (m is None) == (switches == LORA)
+
+
+def test_modulation_starts_at_one_and_then_tells_t_from_t_and_layer_from_layer():
+    def modulation(adapter: Adapter, t: float) -> torch.Tensor:
+        prepared = adapter.prepare(torch.tensor([4.0]), torch.tensor([t]), prompt(1), dtype=torch.float32)
+        return torch.cat([m for site in prepared.shared for m in site.values()])
+
+    new = build(LOW_RANK)
+    assert torch.equal(modulation(new, 500.0), torch.ones(20, 1, 8))
+    early, late = (modulation(randomised(new), t) for t in (900.0, 10.0))
+    assert not torch.isclose(early, late).any()
+    assert len(early.unique()) == 20 * 8
+
+
+def test_a_rank_may_be_any_number():
+    assert residuals(randomised(build(LOW_RANK, hidden=3)))
+
+
+def test_a_lora_needs_no_encoder():
+    assert len(build(LORA).encoders) == 0
+    sizes = [size for site in small_sites() for layer in layers_of(site).values() for size in layer]
+    assert build(LORA).parameter_count() == 8 * sum(sizes)
+
+
 def test_log_omega_is_smooth_where_guidance_is_used():
     encoder = build(OURS, encoder_width=64).encoders[0]
     seven, near, far = encoder.embed_omega(torch.tensor([7.0, 7.5, 1.5]))
@@ -129,15 +178,19 @@ def test_log_omega_is_smooth_where_guidance_is_used():
 
 
 def test_a_shared_encoder_is_evaluated_once():
-    assert prepare(build(OURS)).tokens.shape == (2, 1, 2, 16)
-    assert prepare(build(PAPER)).tokens.shape == (2, 2, 2, 16)
+    assert prepare(build(OURS)).guidance.tokens.shape == (2, 1, 2, 16)
+    assert prepare(build(PAPER)).guidance.tokens.shape == (2, 2, 2, 16)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"kind": "lora"}, "kind 'lora' is none of cross_attention, offset"),
-        ({"hidden": 30}, "hidden is 30"),
+        ({"hidden": 30, "kind": "cross_attention"}, "hidden is 30, but must be a multiple of 4 from 4 to 512"),
+        ({"kind": "low_rank", "hidden": 0}, "hidden is 0, but must be from 1 to 512"),
+        ({"kind": "low_rank", "hidden": 513}, "hidden is 513, but must be from 1 to 512"),
+        ({"kind": "low_rank", "shared_encoder": False}, "kind 'low_rank' has one encoder for all sites"),
+        ({"kind": "low_rank", "modulated": False, "gain": False}, "would be the same for every omega"),
         ({"encoder_width": 7}, "encoder_width is 7"),
         ({"prompt_tokens": 0}, "prompt_tokens is 0"),
         ({"sites": ()}, "there are no sites"),

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from comfyui_agd.agd_core import checkpoint
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.checkpoint import AdapterFileError
-from comfyui_agd.agd_core.config import Site
+from comfyui_agd.agd_core.config import KINDS, Site
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def rewrite(file, change_state=lambda state: None, change_data=lambda data: None
     save_file(state, str(file), {**metadata, "agd": json.dumps(data)})
 
 
-@pytest.mark.parametrize("kind", ["cross_attention", "offset"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("omega_embedding", ["log", "fourier"])
 def test_round_trip(tmp_path, info, kind, omega_embedding):
     config = dataclasses.replace(info.config, kind=kind, omega_embedding=omega_embedding)
@@ -46,8 +46,15 @@ def test_round_trip(tmp_path, info, kind, omega_embedding):
 
 def test_inspect_shows_what_matters(file, info):
     text = checkpoint.describe(checkpoint.read_info(file), file)
-    for part in ("Small (EPS-prediction, 2 cross-attentions", "cross_attention, hidden 8", "1 to 12", "empty prompt"):
+    for part in ("Small (EPS-prediction, 2 cross-attentions", "delta, hidden 8", "1 to 12", "empty prompt"):
         assert part in text
+
+
+@pytest.mark.parametrize("modulated", [True, False])
+def test_inspect_shows_the_rank(info, modulated):
+    config = dataclasses.replace(info.config, kind="low_rank", hidden=5, modulated=modulated)
+    text = checkpoint.describe(dataclasses.replace(info, config=config), "a.safetensors")
+    assert f"low_rank, rank 5, {'' if modulated else 'not '}modulated, {Adapter(config).parameter_count():,} " in text
 
 
 def test_other_tools_find_modelspec_fields(file):
@@ -98,8 +105,8 @@ def test_every_offending_key_is_named(file):
     def damage(state):
         del state["encoders.0.omega.0.bias"]
         state["stranger"] = torch.zeros(1)
-        state["sites.to_out.middle_0_0.bias"] = torch.zeros(5)
-        state["sites.to_out.input_1_0.bias"][0] = float("nan")
+        state["sites.down.middle_0_0.bias"] = torch.zeros(5)
+        state["sites.down.input_1_0.bias"][0] = float("nan")
 
     rewrite(file, damage)
     with pytest.raises(AdapterFileError) as error:
@@ -107,8 +114,8 @@ def test_every_offending_key_is_named(file):
     for part in (
         "encoders.0.omega.0.bias: missing",
         "stranger: unknown",
-        "sites.to_out.middle_0_0.bias: shape (5,) instead of (32,)",
-        "sites.to_out.input_1_0.bias: holds NaN",
+        "sites.down.middle_0_0.bias: shape (5,) instead of (8,)",
+        "sites.down.input_1_0.bias: holds NaN",
     ):
         assert part in str(error.value)
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from comfyui_agd.training import cli
+from comfyui_agd.training.assess import AssessConfig
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.job import to_toml
 
 BASE = ("train", "--loader", "some.module:load", "--output", "a.safetensors")
+INTERVAL = ("--teacher", "interval", "--interval-sigma-min", "3", "--interval-sigma-max", "2")
 
 
 @pytest.fixture(autouse=True)
@@ -80,9 +82,34 @@ def test_bad_settings_are_refused_before_anything_is_loaded(capsys):
     fails(capsys, "omega goes from 8.0 to 4.0", *BASE, "--omega-min", "8", "--omega-max", "4")
     fails(capsys, "there is no sampler 'plms' for trajectories", *BASE, "--solvers", "euler", "plms")
     fails(capsys, "aspect ratio 'wide' is not like 3:2", *BASE, "--aspect-ratios", "wide")
+    fails(capsys, "rescale_phi is 2.0, but is a share", *BASE, "--teacher", "rescale", "--rescale-phi", "2")
+    fails(capsys, "goes from sigma 3.0 to 2.0, but must rise", *BASE, *INTERVAL)
     fails(capsys, "must be a file that ends in .safetensors", *BASE[:-1], "a.ckpt")
     fails(capsys, "Give the adapter file to write", *BASE[:-2])
     fails(capsys, "--negative or --negatives, not both", *BASE, "--negative", "blurry", "--negatives", "built-in")
+
+
+def test_bad_settings_of_an_evaluation_are_refused_before_anything_is_loaded(folder, capsys):
+    base = ("evaluate", "a.safetensors", "--loader", "some.module:load")
+    prompts = (*base, "--prompts", "a red star")
+    fails(capsys, "Give prompts to evaluate with", *base)
+    fails(capsys, "There is no file gone.txt", *base, "--prompts", "gone.txt")
+    fails(capsys, "has no }", *base, "--prompts", "a {red star")
+    fails(capsys, "cfg is 1, but guidance begins above 1", *prompts, "--omega", "1", "3")
+    fails(capsys, "steps is 0, but must be 1 or more", *prompts, "--steps", "0")
+    fails(capsys, "must end in .json, in a folder that exists", *prompts, "--json", "elsewhere/a.json")
+    fails(capsys, "must end in .png or .jpg or .webp", *prompts, "--picture", "a.safetensors")
+    fails(capsys, "There is no adapter file a.safetensors", *prompts)
+
+
+def test_prompts_to_evaluate_with_are_a_file_or_texts(folder):
+    (folder / "many").write_text("a red star\n# no\na blue ring\n")
+    config = AssessConfig(count=2)
+    assert cli._given(["many"], config) == ["a red star", "a blue ring"]
+    assert cli._given(["a green cross"], config) == ["a green cross"]
+    assert len(set(cli._given(["a {red|green|blue} cross"], config))) == 2
+    assert cli._given(["x" * 300, "a red star"], config) == ["x" * 300, "a red star"]
+    assert cli._given(["x" * 300], config) == ["x" * 300]  # too long for a file's name
 
 
 def test_bad_prompt_files_are_refused_before_anything_is_loaded(folder, capsys):

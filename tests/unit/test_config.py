@@ -1,10 +1,12 @@
 """Training settings: what they refuse, the sizes they mean, which of them make a run another one."""
 
+import math
 from dataclasses import fields, replace
 
 import pytest
 import torch
 
+from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.pool import draw_omega
 
@@ -25,12 +27,33 @@ from comfyui_agd.training.pool import draw_omega
         ({"solvers": ()}, "solvers is empty"),
         ({"solvers": ("euler", "heun")}, "no sampler 'heun' for trajectories, choose from euler, euler_ancestral, dpm"),
         ({"aspect_ratios": ("1:1", "wide")}, "aspect ratio 'wide' is not like 3:2"),
+        ({"teacher": "pag"}, "teacher is 'pag', but must be one of cfg, interval, rescale, apg, cfg_zero"),
+        ({"interval_sigma_min": 6.0}, "interval of guidance goes from sigma 6.0 to 5.42, but must rise"),
+        ({"interval_sigma_min": -1.0}, "interval_sigma_min is -1.0, but must not be negative"),
+        ({"rescale_phi": 1.5}, "rescale_phi is 1.5, but is a share"),
+        ({"apg_eta": -0.5}, "apg_eta is -0.5, but is a share"),
+        ({"apg_threshold": -1.0}, "apg_threshold is -1.0, but must not be negative"),
+        ({"apg_threshold": float("nan")}, "apg_threshold is nan, but must not be negative"),
         ({"batch": 0, "reuse": 0}, "batch is 0, but must be above 0; reuse is 0, but must be above 0"),
     ],
 )
 def test_settings_that_cannot_work_say_why(wrong, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**wrong)
+
+
+def test_the_rule_has_the_settings_of_its_teacher():
+    config = TrainConfig(
+        teacher="apg",
+        interval_sigma_min=0.1,
+        interval_sigma_max=2.0,
+        rescale_phi=0.5,
+        apg_eta=0.2,
+        apg_threshold=7.0,
+    )
+    assert config.rule == GuidanceRule("apg", sigma_min=0.1, sigma_max=2.0, phi=0.5, eta=0.2, threshold=7.0)
+    assert TrainConfig(apg_threshold=0.0).rule.threshold == math.inf
+    assert TrainConfig().rule == GuidanceRule()
 
 
 def test_aspect_ratios_keep_the_area_and_the_units_of_the_base():

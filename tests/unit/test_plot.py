@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from comfyui_agd.training.plot import loss_plot, preview, smooth, training_plot
+from comfyui_agd.training.plot import contact_sheet, loss_plot, preview, smooth, training_plot
 
 
 def measured(step: int, closed: float) -> dict:
@@ -44,3 +44,15 @@ def test_a_preview_shows_its_pictures_side_by_side_under_their_names():
     lower = image.crop((0, image.height - 100, image.width, image.height))
     assert lower.getpixel((10, 50)) == (255, 0, 0)
     assert lower.getpixel((image.width - 10, 50)) == (0, 0, 255)
+
+
+def test_a_contact_sheet_has_a_row_per_prompt_and_a_column_per_method():
+    small, large = Image.new("RGB", (64, 32), "red"), Image.new("RGB", (1024, 2048), "blue")
+    sheet = contact_sheet(
+        ("unguided", "CFG"), [("a star", [small, small]), ("a very long prompt " * 50, [small, small])]
+    )
+    assert sheet.size == (2 * 520 - 8, 28 + 2 * (28 + 256))
+    assert sheet.getpixel((519, 200)) == (255, 255, 255)  # between the columns
+    assert sheet.getpixel((521, 330)) != (255, 0, 0)  # the second row's text
+    assert sheet.getpixel((521, 400)) == (255, 0, 0)
+    assert contact_sheet(("unguided",), [("a star", [large])]).size == (256, 28 + 28 + 512)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from analytic import CONFIG, PROMPTS, AnalyticHost
 
-from comfyui_agd.agd_core.guidance import cfg
+from comfyui_agd.agd_core.guidance import RULES, cfg
 from comfyui_agd.training.pool import Batch, TrajectoryPool
 from comfyui_agd.training.solvers import SOLVERS, solver_step
 
@@ -61,6 +61,39 @@ def test_a_batch_holds_what_the_teacher_says_there():
         assert (batch.omega >= CONFIG.omega_min).all()
         assert (batch.omega <= CONFIG.omega_max).all()
         assert (batch.sigma > 0).all()
+
+
+BETTER = [name for name in RULES if name != "cfg"]
+
+
+@pytest.mark.parametrize("teacher", BETTER)
+def test_the_target_follows_the_teachers_rule_wherever_a_batch_comes_from(teacher):
+    """New, visited before, and from a saved pool."""
+    config = replace(CONFIG, teacher=teacher, reuse=2, interval_sigma_min=1.0, apg_threshold=3.0)
+    first, second = pool_of(config), pool_of(config, filled=False)
+    batches = go_on(first, 10)
+    second.load_state_dict(*first.state_dict())
+    for batch in [*batches, *go_on(second, 10, 1)]:
+        expected = config.rule(batch.x, batch.sigma, batch.cond, batch.uncond, batch.omega)
+        assert torch.equal(batch.target, expected)
+    assert any(not torch.allclose(b.target, cfg(b.cond, b.uncond, b.omega), atol=0.01) for b in batches)
+
+
+@pytest.mark.parametrize("teacher", BETTER)
+def test_trajectories_follow_the_teachers_rule(teacher):
+    """Also while the pool is filled: a step to the end goes to the target itself."""
+    config = replace(CONFIG, teacher=teacher, solvers=("euler",), steps_min=2, steps_max=2, apg_threshold=3.0)
+    pool = pool_of(config)
+    plain = pool_of(replace(config, teacher="cfg"))
+    assert not all(torch.allclose(one, other, atol=0.01) for one, other in zip(pool.x, plain.x, strict=True))
+    batch = pool.next(0)
+    column, first = batch.column, pool.numbers["position"][:, batch.column] == 0
+    sigma_next = pool._sigma(torch.arange(4), column, 1)
+    pool.advance(batch, torch.zeros_like(batch.x), 0.0)
+    for row in first.nonzero()[:, 0].tolist():
+        kept = sigma_next[row] / batch.sigma[row]
+        torch.testing.assert_close(pool.x[column][row], kept * batch.x[row] + (1 - kept) * batch.target[row])
+    assert first.any()
 
 
 def test_batches_are_varied():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_same, stop_after, weights
 
-from comfyui_agd.agd_core.guidance import cfg
+from comfyui_agd.agd_core.guidance import RULES, cfg
 from comfyui_agd.training import recording as module
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.pool import TrajectoryPool
@@ -186,7 +186,9 @@ def test_what_is_no_recording_is_refused(folder, tmp_path):
         Recording.open(folder)
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"omega_max": 9.0}, {"solvers": ("euler",)}])
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"omega_max": 9.0}, {"solvers": ("euler",)}, {"teacher": "apg"}, {"rescale_phi": 0.5}]
+)
 def test_other_settings_do_not_go_on_with_a_recording(folder, other):
     before = sorted(path.name for path in folder.iterdir())
     with pytest.raises(RecordingError, match=f"is a recording with other settings \\({next(iter(other))}\\)"):
@@ -227,6 +229,25 @@ def test_the_settings_of_a_recording_come_from_it(recorded):
     asked = replace(CONFIG, batch=8, seed=5, learning_rate=0.5, aspect_ratios=("2:1",), iterations=7)
     config = Recording.open(recorded).config(asked)
     assert config == replace(CONFIG, learning_rate=0.5, iterations=7)
+
+
+@pytest.mark.parametrize("teacher", [name for name in RULES if name != "cfg"])
+def test_any_teacher_can_be_learnt_from_a_recording(recorded, teacher):
+    """Both predictions are stored. Only the trajectories are those of the teacher that was recorded."""
+    recording = Recording.open(recorded)
+    config = recording.config(replace(CONFIG, teacher=teacher, apg_threshold=3.0))
+    assert config.teacher == teacher
+    batches = recording.source(config, range(CONFIG.batch))
+    for step in (0, 11, 12, 30):
+        batch = batches.next(step)
+        assert torch.equal(batch.target, config.rule(batch.x, batch.sigma, batch.cond, batch.uncond, batch.omega))
+    trained = train(AnalyticHost(), PROMPTS, config, recording=recording)
+    assert trained.info.training["config"]["teacher"] == teacher
+    assert trained.losses != train(AnalyticHost(), PROMPTS, CONFIG, recording=recording).losses
+
+
+def test_a_recording_follows_its_teacher(recorded, tmp_path):
+    assert checksums(make(tmp_path / "r", replace(CONFIG, teacher="rescale"))) != checksums(Recording.open(recorded))
 
 
 def test_a_recording_is_part_of_what_a_run_is(recorded, tmp_path):

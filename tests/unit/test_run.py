@@ -51,7 +51,7 @@ def says(run: Run, monkeypatch, student) -> None:
     """The student is what `student(batch rows' cond, target)` makes of them, with a gradient to the adapter."""
     answers = iter([])
 
-    def answer(adapter, x, sigma, prompts, omega):
+    def answer(adapter, x, sigma, positive, negative, omega):
         return next(answers) + 0 * sum(p.sum() for p in adapter.parameters())
 
     monkeypatch.setattr(run.host, "student", answer)

@@ -1,5 +1,6 @@
 """Whole training runs on a base whose answers are known: stopped, gone on with, refused."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,14 @@ import torch
 from analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_close, assert_same, stop_after, weights
 
 from comfyui_agd.agd_core import checkpoint
-from comfyui_agd.agd_core.guidance import per_row
+from comfyui_agd.agd_core.guidance import RULES, GuidanceRule, per_row
+from comfyui_agd.training import trainer
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import Evaluation, evaluate, follow_teacher
+from comfyui_agd.training.evaluate import Evaluation, evaluate, follow_teacher, sample
+from comfyui_agd.training.plot import preview
 from comfyui_agd.training.run import DifferentRun, differences
 from comfyui_agd.training.run_folder import RunFolderError
+from comfyui_agd.training.solvers import solver_step
 from comfyui_agd.training.trainer import Callbacks, learning_rate, split_prompts, train
 
 VARIED = replace(CONFIG, aspect_ratios=("1:1", "2:1"), reuse=2, on_policy=0.5, on_policy_from=0.2)
@@ -182,7 +186,7 @@ def test_a_run_with_other_prompts_or_another_base_is_refused(folder):
         train(AnalyticHost(), PROMPTS[::-1], CONFIG, folder=folder)
     with pytest.raises(DifferentRun, match=r"negative: \[''\] then, \['a blot'\] now"):
         train(AnalyticHost(), PROMPTS, CONFIG, negative=["a blot"], folder=folder)
-    with pytest.raises(DifferentRun, match=r"teacher: {} then, {'patched_weights': 3} now"):
+    with pytest.raises(DifferentRun, match=r"patches: {} then, {'patched_weights': 3} now"):
         train(AnalyticHost(teacher={"patched_weights": 3}), PROMPTS, CONFIG, folder=folder)
 
 
@@ -308,7 +312,7 @@ def test_progress_has_phases():
 
 def test_what_is_measured_does_not_depend_on_how_many_rows_fit():
     host = AnalyticHost()
-    prompts, negative = host.encode(PROMPTS[:5]), host.encode([""])[0]
+    prompts, negative = host.encode(PROMPTS[:5]), host.encode([""] * 5)
     run = train(host, PROMPTS, replace(CONFIG, iterations=2, held_out=0)).adapter
     found = [
         evaluate(host, run, follow_teacher(host, prompts, negative, (2, 8, 8), [3.0], steps=5, batch=batch))
@@ -321,21 +325,116 @@ def test_what_is_measured_does_not_depend_on_how_many_rows_fit():
 
 def test_a_student_like_the_teacher_closes_the_gap_and_one_like_the_base_none(monkeypatch):
     host = AnalyticHost()
-    prompts, negative = host.encode(PROMPTS[:3]), host.encode([""])[0]
+    prompts, negative = host.encode(PROMPTS[:3]), host.encode(["", "a blot", "red"])
     states = follow_teacher(host, prompts, negative, (2, 8, 8), [2.0, 5.0], steps=6, keep=3)
     assert len(states) == 2 * 3
 
-    def exact(adapter, x, sigma, conds, omega):
-        cond, uncond = host.denoise(x, sigma, conds), host.denoise(x, sigma, [negative] * len(x))
+    def exact(adapter, x, sigma, positive, unwanted, omega):
+        cond, uncond = host.denoise(x, sigma, positive), host.denoise(x, sigma, unwanted)
         return uncond + per_row(omega, x) * (cond - uncond)
 
-    for student, closed in ((exact, 1.0), (lambda a, x, s, c, o: host.denoise(x, s, c), 0.0)):
+    for student, closed in ((exact, 1.0), (lambda a, x, s, c, n, o: host.denoise(x, s, c), 0.0)):
         monkeypatch.setattr(host, "student", student)
         found = evaluate(host, None, states)
         assert list(found.gap_closed.values()) == pytest.approx([closed, closed], abs=1e-4)
         assert found.score == pytest.approx(closed, abs=1e-4)
         assert [sigma for sigma, _ in found.by_sigma[2.0]] == [s.sigma for s in states[:3]]
         assert json.loads(json.dumps(found.sigmas()))["2"][0][1] == pytest.approx(closed, abs=1e-4)
+
+
+# -- Better teachers
+
+BETTER = [name for name in RULES if name != "cfg"]
+
+
+@pytest.mark.parametrize("name", BETTER)
+def test_what_is_measured_and_shown_follows_the_teachers_rule(name):
+    rule, host = GuidanceRule(name, sigma_min=0.5, threshold=3.0), AnalyticHost()
+    prompt, negative = host.encode(PROMPTS[:1]), host.encode([""])
+    states = follow_teacher(host, prompt, negative, (2, 8, 8), [5.0], rule=rule, steps=6, seed=3)
+    for state in states:
+        sigma, omega = torch.tensor([state.sigma]), torch.tensor([5.0])
+        uncond = host.denoise(state.x, sigma, negative)
+        assert torch.equal(state.target, rule(state.x, sigma, state.cond, uncond, omega))
+    for state, after in itertools.pairwise(states):
+        sigma, sigma_next = torch.tensor([state.sigma]), torch.tensor([after.sigma])
+        torch.testing.assert_close(after.x, solver_step(state.x, state.target, sigma, sigma_next))
+    own, plain = (sample(host, prompt[0], negative[0], (2, 8, 8), 5.0, None, rule=r) for r in (rule, GuidanceRule()))
+    assert (own - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", BETTER)
+def test_a_run_learns_the_teacher_that_it_was_told(name, monkeypatch):
+    """What is measured, shown and said of it is of that teacher."""
+    asked, shown = {"measured": set(), "shown": set()}, []
+
+    def watch(kind, function):
+        def watched(*args, **options):
+            asked[kind].add(options.get("rule"))
+            return function(*args, **options)
+
+        return watched
+
+    def named(pictures):
+        shown.append(list(pictures))
+        return preview(pictures)
+
+    monkeypatch.setattr(trainer, "follow_teacher", watch("measured", follow_teacher))
+    monkeypatch.setattr(trainer, "sample", watch("shown", sample))
+    monkeypatch.setattr(trainer, "preview", named)
+    config = replace(VARIED, teacher=name, apg_threshold=3.0, preview_every=12)
+    trained = train(AnalyticHost(), PROMPTS, config)
+    assert config.rule in asked["measured"] & asked["shown"]
+    assert asked["measured"] == {config.rule}
+    assert [title.split()[0].lower() for title in shown[0]] == [name.split("_")[0], "agd"]
+    assert trained.info.training["config"]["teacher"] == name
+    assert f'"teacher": "{name}"' in checkpoint.describe(trained.info, "a.safetensors")
+    assert trained.losses != train(AnalyticHost(), PROMPTS, replace(config, teacher="cfg")).losses
+
+
+def test_a_run_with_another_teacher_is_refused(folder):
+    with pytest.raises(Stopped):
+        train(AnalyticHost(), PROMPTS, CONFIG, stop_after(3), folder=folder)
+    other = replace(CONFIG, teacher="apg", apg_eta=0.5)
+    with pytest.raises(DifferentRun, match=r"apg_eta: 0.0 then, 0.5 now; teacher: 'cfg' then, 'apg' now"):
+        train(AnalyticHost(), PROMPTS, other, folder=folder)
+
+
+def test_an_adapter_is_measured_at_the_noise_levels_that_are_guided_and_blamed_for_the_others(monkeypatch):
+    host, rule = AnalyticHost(), GuidanceRule("interval", sigma_min=1.0, sigma_max=5.0)
+    prompts, negative = host.encode(PROMPTS[:2]), host.encode(["", "a blot"])
+    states = follow_teacher(host, prompts, negative, (2, 8, 8), [5.0], rule=rule, steps=6)
+    inside = [state.sigma for state in states if 1.0 < state.sigma <= 5.0]
+    assert 0 < len(inside) < len(states)
+
+    def student(adapter, x, sigma, positive, unwanted, omega):
+        cond, uncond = host.denoise(x, sigma, positive), host.denoise(x, sigma, unwanted)
+        return (rule if adapter == "exact" else GuidanceRule())(x, sigma, cond, uncond, omega)
+
+    monkeypatch.setattr(host, "student", student)
+    exact, everywhere = (evaluate(host, adapter, states) for adapter in ("exact", "cfg"))
+    assert exact.score == pytest.approx(1.0, abs=1e-5)
+    assert exact.direction_cosine[5.0] == pytest.approx(1.0, abs=1e-5)
+    assert everywhere.score < 0.9
+    for found in (exact, everywhere):
+        assert [sigma for sigma, _ in found.by_sigma[5.0]] == inside
+        assert [value for _, value in found.by_sigma[5.0]] == pytest.approx([1.0] * len(inside), abs=1e-5)
+
+
+def test_batches_that_are_not_guided_at_all_do_no_harm():
+    """With one state a step, many are outside of the interval."""
+    config = replace(CONFIG, teacher="interval", batch=1, iterations=40, held_out=0, interval_sigma_min=1.0)
+    losses = train(AnalyticHost(), PROMPTS, config).losses
+    assert 5 < losses.count(0.0) < 35
+    assert max(losses) < 3
+
+
+def test_an_interval_without_any_noise_level_is_refused_before_any_evaluation():
+    host, config = AnalyticHost(), replace(CONFIG, interval_sigma_min=20.0, interval_sigma_max=30.0)
+    with pytest.raises(ValueError, match=r"levels go from 0.1 to 10, the interval of guidance from 20 to 30; set"):
+        train(host, PROMPTS, replace(config, teacher="interval"))
+    assert host.teacher_rows == []
+    train(host, PROMPTS, replace(config, iterations=1, held_out=0))  # another teacher's run
 
 
 # -- What can't work

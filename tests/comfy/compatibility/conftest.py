@@ -20,15 +20,15 @@ def base():
     return tiny(TwoWidths())
 
 
-@pytest.fixture(scope="package")
-def save(base, tmp_path_factory):
+@pytest.fixture(scope="package", params=["cross_attention", "delta"])
+def save(request, base, tmp_path_factory):
     """Writes an adapter that was trained with the workflows' negative prompt for its unconditional."""
-    info = info_for(describe_base(base.model), hidden=8, encoder_width=8, prompt_tokens=16)
+    info = info_for(describe_base(base.model), kind=request.param, hidden=8, encoder_width=8, prompt_tokens=16)
 
     def save(name: str, make) -> Path:
         torch.manual_seed(3)
         adapter = make(Adapter(info.config))
-        adapter.unconditional.copy_(PROMPTS.negative[0][0].mean(dim=(0, 1)))
+        adapter.unconditional.copy_(PROMPTS.negative[0][0][0])
         return checkpoint.save(tmp_path_factory.mktemp("adapters") / name, adapter, info)
 
     return save
@@ -46,7 +46,7 @@ def other(save):
 
 @pytest.fixture(scope="package")
 def new(save):
-    """An adapter that adds nothing: with it a workflow is unguided."""
+    """An adapter that has learnt nothing."""
     return save("new.safetensors", lambda adapter: adapter)
 
 

@@ -15,7 +15,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "support" / "compiled.py"
 UNGUIDED = ("the base", "cfg 1", "bypassed")  # cases whose picture is the base's own
 COSTS = {"the base": ROW.without, "cfg 1": 1, "bypassed": ROW.without}
 COSTS |= dict.fromkeys(("an adapter", "another omega", "another adapter"), ROW.with_agd)
-COSTS |= {"the loader after the compile node": ROW.with_agd}
+COSTS |= dict.fromkeys(("a low_rank adapter", "an adapter again", "the loader after the compile node"), ROW.with_agd)
+UNSEEN = "torch.compile doesn't see what a low_rank adapter does inside of the model's layers; with the adapter the "
+UNSEEN += "model runs uncompiled."
 
 
 def sample_compiled(attention: str, backend: str, folder: Path, *cases: str) -> dict:
@@ -40,7 +42,7 @@ def costs(report: dict) -> dict[str, float]:
 def test_a_model_that_is_one_graph_stays_right_whatever_changes(tmp_path):
     report = sample_compiled("pytorch", "eager", tmp_path)
     assert costs(report) == COSTS
-    assert report["said"] == []
+    assert report["said"] == [UNSEEN]
 
 
 @pytest.mark.slow
@@ -49,8 +51,9 @@ def test_a_model_that_breaks_into_several_graphs_runs_uncompiled_and_says_so(tmp
     # Each patched MODEL finds out once, at the first step of its first sampling.
     first = ("an adapter", "another adapter", "the loader after the compile node")
     assert costs(report) == COSTS | {name: COSTS[name] + 1 / STEPS for name in first}
-    assert len(report["said"]) == len(first)
-    assert all(message.startswith("torch.compile breaks this model into several graphs") for message in report["said"])
+    broken = [message for message in report["said"] if message != UNSEEN]
+    assert len(broken) == len(first) == len(report["said"]) - 1
+    assert all(message.startswith("torch.compile breaks this model into several graphs") for message in broken)
 
 
 @pytest.mark.slow

@@ -186,10 +186,10 @@ def test_the_second_model_of_a_merge_brings_no_adapter(base, file):
     assert torch.equal(ksampler(merged, PROMPTS, steps=1), ksampler(expected, PROMPTS, steps=1))
 
 
-def test_an_attn2_replacement_sees_positive_rows_only(model):
-    image = ImagePrompt()
+def test_an_attn2_replacement_is_asked_for_the_unconditional_by_kinds_that_hear_the_negative(model):
+    image, (adapter,) = ImagePrompt(), model.get_nested_additional_models()
     ksampler(image.install(model), PROMPTS)
-    assert image.seen == {0}
+    assert image.seen == ({0, 1} if adapter.model.uses_negative else {0})
 
 
 def test_cfg_override_sets_omega_for_its_steps(base, model):

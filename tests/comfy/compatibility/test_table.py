@@ -45,8 +45,8 @@ def test_row(base, file, new, plain, row, variant):
     if row.aside or row.as_base:
         assert torch.equal(with_agd, without)
     else:
-        unguided, _ = evaluate(row, variant, base, partial(patched, file=new))
-        assert not torch.equal(with_agd, unguided)
+        untrained, _ = evaluate(row, variant, base, partial(patched, file=new))
+        assert not torch.equal(with_agd, untrained)
     if row.variants == AROUND:
         assert torch.equal(evaluate(row, "after", base, partial(patched, file=file))[0], with_agd)
     expected = [f"{row.aside.format(variant)} needs the unconditional prediction"] if row.aside else []

@@ -1,0 +1,94 @@
+"""Whole samples as ComfyUI's KSampler makes them, unguided, with CFG and with an adapter; what they cost is counted."""
+
+from collections.abc import Callable
+
+import comfy.model_patcher
+import comfy.sample
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ..checkpoint import AdapterInfo
+from ..guidance import GuidanceRule
+from .counting import counted
+from .embedded import apply_adapter
+from .host import EncodedPrompt
+from .patch import KEY
+
+
+def guided_by(model: comfy.model_patcher.ModelPatcher, rule: GuidanceRule) -> comfy.model_patcher.ModelPatcher:
+    """A clone of `model` whose samplers combine both predictions by `rule` instead of plain CFG."""
+
+    def combine(args: dict) -> torch.Tensor:
+        x, sigma, cond = args["input"], args["sigma"], args["cond_denoised"]
+        omega = torch.full((len(x),), float(args["cond_scale"]), device=x.device)
+        return x - rule(x, sigma, cond, args["uncond_denoised"], omega)  # ComfyUI wants the noise
+
+    clone = model.clone()
+    clone.set_model_sampler_cfg_function(combine)
+    return clone
+
+
+class ComfySampler:
+    """Implements `training.assess.Sampler` for one MODEL and one adapter. `notes`: what the adapter's user should know.
+
+    Raises `ValueError` for a model that has an adapter already, `AdapterFileError` where the adapter doesn't fit it.
+    """
+
+    def __init__(
+        self,
+        model: comfy.model_patcher.ModelPatcher,
+        info: AdapterInfo,
+        state: dict[str, torch.Tensor],
+        *,
+        source: str,
+        rule: GuidanceRule = GuidanceRule(),
+    ):
+        if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+            raise ValueError("This model has an AGD adapter already; give it without one, to compare with its own CFG.")
+        self.notes: list[str] = []
+        embedded = apply_adapter(model, info, state, source=source, notify=self.notes.append)
+        teacher = model if rule.name == "cfg" else guided_by(model, rule)
+        self._models = {
+            "unguided": counted(model),
+            "guided": counted(teacher),
+            "agd": counted(embedded),
+        }
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        method: str,
+        noise: torch.Tensor,
+        prompt: EncodedPrompt,
+        negative: EncodedPrompt,
+        *,
+        omega: float,
+        steps: int,
+        progress: Callable[[], None],
+    ) -> tuple[torch.Tensor, int]:
+        """A latent (1, c, h, w) as `ComfyHost.picture` takes it, and the evaluations (rows) that it took.
+
+        `method`: "unguided", "guided" or "agd"; `noise`: (1, c, h, w); `progress` is called at every step.
+        """
+        model, counter = self._models[method]
+        counter.clear()
+        latent = comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            1.0 if method == "unguided" else omega,
+            "euler",
+            "normal",
+            _conditioning(prompt),
+            _conditioning(negative),
+            torch.zeros_like(noise),
+            callback=lambda step, denoised, x, steps: progress(),
+            disable_pbar=True,
+            seed=0,
+        )
+        return model.model.process_latent_in(latent.float().cpu()), counter.total
+
+
+def _conditioning(prompt: EncodedPrompt) -> list[list]:
+    """An encoded prompt as CLIPTextEncode gives it."""
+    return [[prompt.cond["cross_attn"], prompt.cond]]

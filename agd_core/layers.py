@@ -1,0 +1,67 @@
+"""Layers that several kinds of adapters have: what they know of the guidance scale and of time, as vectors.
+
+Shapes: b rows, D channels of a token.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What an evaluation is guided by: omega and t (b,), fp32, and what the E encoders make of them, (b, E, 2, D).
+
+    Without encoders `tokens` is None. `dtype`: of the base's activations.
+    """
+
+    omega: torch.Tensor
+    t: torch.Tensor
+    tokens: torch.Tensor | None
+    dtype: torch.dtype
+
+
+def zero_init(module: nn.Module) -> None:
+    """Zero the layers of `module`: a last projection, so that it adds nothing yet."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+
+
+def sinusoidal(position: torch.Tensor, width: int, max_period: float) -> torch.Tensor:
+    """Sines and cosines of `position` (b,), periods 2 pi ... 2 pi max_period -> (b, width), fp32."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=position.device) / half)
+    angles = position.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class GuidanceEncoder(nn.Module):
+    """(omega, t) -> two tokens of `width` channels, one for each."""
+
+    def __init__(self, config: AdapterConfig, width: int, operations=nn):
+        super().__init__()
+        e = config.encoder_width
+        self.width = e
+        self.log_omega = config.omega_embedding == "log"
+        if not self.log_omega:
+            # The authors' random Fourier features; part of the adapter's state, because they are random.
+            self.register_buffer("frequencies", torch.randn(e // 2))
+        self.omega = nn.Sequential(operations.Linear(e, e), nn.SiLU(), operations.Linear(e, width))
+        self.time = nn.Sequential(operations.Linear(e, e), nn.SiLU(), operations.Linear(e, width))
+
+    def embed_omega(self, omega: torch.Tensor) -> torch.Tensor:
+        """(b,) -> (b, e), fp32."""
+        if self.log_omega:
+            # Ten radians per factor e at the finest: omega = 7 and 7.5 stay close. Below 1e-2 nothing is guidance.
+            return sinusoidal(10 * omega.float().clamp(min=1e-2).log(), self.width, max_period=100)
+        angles = 2 * math.pi * omega.float()[:, None] * self.frequencies.float().to(omega.device)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def forward(self, omega: torch.Tensor, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """omega (b,), t (b,) in the model's timesteps -> (b, 2, D) in `dtype`."""
+        embedded_t = sinusoidal(t, self.width, max_period=10_000)
+        return torch.stack([self.omega(self.embed_omega(omega).to(dtype)), self.time(embedded_t.to(dtype))], dim=1)

@@ -1,0 +1,60 @@
+"""A low_rank adapter without modulation as a LoRA: merged into the weights, guidance at a fixed scale costs nothing.
+
+The file is one of kohya's scripts': for each layer `lora_up` (out, r), `lora_down` (r, in) and alpha, of which loaders
+make `W + alpha / r * up @ down`. At strength 1, without CFG, the model is then the one with the adapter at `omega`.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from . import checkpoint
+from .checkpoint import AdapterInfo
+from .kinds.low_rank import key_of, layers_of
+
+_BLOCKS = {"input": "input_blocks.{}", "middle": "middle_block", "output": "output_blocks.{}"}
+
+
+def module_path(site: str) -> str:
+    """Where a UNet has the transformer block of a site: "input_1_0" -> "input_blocks.1.1.transformer_blocks.0".
+
+    Each block begins with its residual block, so the transformer is its second module.
+    """
+    kind, number, index = site.rsplit("_", 2)
+    return f"{_BLOCKS[kind].format(number)}.1.transformer_blocks.{index}"
+
+
+def lora(info: AdapterInfo, state: dict[str, torch.Tensor], omega: float) -> dict[str, torch.Tensor]:
+    """An adapter's weights as a LoRA's. Raises `ValueError` where it is none."""
+    config = info.config
+    if config.kind != "low_rank" or config.modulated:
+        kind = f"{config.kind} with modulation by t and omega" if config.kind == "low_rank" else config.kind
+        raise ValueError(
+            f"This adapter is {kind}, which no LoRA can express: train one with --kind low_rank --no-modulated."
+        )
+    if not 0 < omega < math.inf:
+        raise ValueError(f"omega is {omega:g}, but must be a number above 0.")
+    found = {}
+    for site in config.sites:
+        for path in layers_of(site):
+            key, name = key_of(site.name, path), f"lora_unet_{module_path(site.name)}.{path}".replace(".", "_")
+            found[f"{name}.lora_up.weight"] = (omega - 1) * state[f"sites.to_out.{key}.weight"]
+            found[f"{name}.lora_down.weight"] = state[f"sites.down.{key}.weight"]
+            found[f"{name}.alpha"] = torch.tensor(float(config.hidden))
+    return found
+
+
+def export(adapter: str | Path, output: str | Path, omega: float) -> Path:
+    """Write the adapter's file as a LoRA. Returns the path; raises `ValueError`."""
+    info, state = checkpoint.load_state(adapter)
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(info.config.hidden),
+        "ss_network_alpha": str(info.config.hidden),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{info.base.family.lower()}/lora",
+        "modelspec.title": Path(output).stem,
+        "modelspec.description": f"Guidance at scale {omega:g} (AGD): use it at strength 1 and cfg 1.",
+    }
+    return checkpoint.write(output, lora(info, state, omega), metadata)

@@ -1,0 +1,221 @@
+"""What AGD is compared with: other ways to sample with guidance, and the distillation of a whole model."""
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.ops
+import comfy.samplers
+import comfy.utils
+import torch
+import torch.nn.functional as F
+from comfy.patcher_extension import WrappersMP
+from torch import nn
+
+from comfyui_agd.agd_core.comfyui.host import EncodedPrompt
+from comfyui_agd.agd_core.comfyui.trace import FUSED_ATTENTION
+from comfyui_agd.agd_core.guidance import GuidanceRule, balanced_weights, gaps, weighted_error
+from comfyui_agd.agd_core.layers import sinusoidal, zero_init
+from comfyui_agd.examples.toy import model as toy
+from comfyui_agd.training.config import TrainConfig
+from comfyui_agd.training.recording import RecordedBatches
+from comfyui_agd.training.trainer import learning_rate
+
+_KEY = "agd_baseline"
+# Castillo et al. have 0.991 for a latent model of 512x512 pixels. Here both branches agree by 0.998 from the first
+# step on, so that threshold would switch guidance off at once; at 0.999 it lasts for about half of the steps.
+AGREEMENT = 0.999
+
+
+@contextmanager
+def _cfg_1(guider):
+    """ComfyUI evaluates the negative only where cfg is not 1."""
+    saved, guider.cfg = guider.cfg, 1.0
+    try:
+        yield
+    finally:
+        guider.cfg = saved
+
+
+def limited_interval(model: comfy.model_patcher.ModelPatcher, rule: GuidanceRule) -> comfy.model_patcher.ModelPatcher:
+    """CFG where rule.sigma_min < sigma <= rule.sigma_max, one pass elsewhere (Kynkäänniemi et al. 2024)."""
+    clone = model.clone()
+
+    def predict_noise(executor, x, timestep, model_options={}, seed=None):
+        if rule.sigma_min < float(timestep.flatten()[0]) <= rule.sigma_max:
+            return executor(x, timestep, model_options, seed)
+        with _cfg_1(executor.class_obj):
+            return executor(x, timestep, model_options, seed)
+
+    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _KEY, predict_noise)
+    return clone
+
+
+def guided_by(model: comfy.model_patcher.ModelPatcher, rule: GuidanceRule) -> comfy.model_patcher.ModelPatcher:
+    """Two passes at every step, combined by a teacher's rule."""
+    clone = model.clone()
+
+    def combine(args: dict) -> torch.Tensor:
+        x, sigma, cond = args["input"], args["sigma"], args["cond_denoised"]
+        omega = torch.full_like(sigma, args["cond_scale"])
+        return x - rule(x, sigma, cond, args["uncond_denoised"], omega)
+
+    clone.set_model_sampler_cfg_function(combine)
+    return clone
+
+
+class AdaptiveGuidance:
+    """Castillo et al. 2023 (arXiv 2312.12487): once the noise predictions of both branches agree, a picture goes on
+    without the second pass. Each picture decides for itself, and only the others' rows are evaluated twice.
+    """
+
+    def __init__(self, agreement: float = AGREEMENT):
+        self.agreement = agreement
+        self.guided: torch.Tensor | None = None  # (b,) bool, of the sampling that is going on
+
+    def __call__(self, args: dict) -> list[torch.Tensor]:
+        """ComfyUI's `sampler_calc_cond_batch_function`: [denoised with the prompt, with the negative one]."""
+        x, sigma, (positive, negative) = args["input"], args["sigma"], args["conds"]
+        if negative is None:  # at cfg 1
+            return comfy.samplers.calc_cond_batch(args["model"], args["conds"], x, sigma, args["model_options"])
+        if self.guided is None:
+            self.guided = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        rows = self.guided.nonzero()[:, 0]
+
+        def evaluate(conds: list, x: torch.Tensor, sigma: torch.Tensor) -> list[torch.Tensor]:
+            return comfy.samplers.calc_cond_batch(args["model"], conds, x, sigma, args["model_options"])
+
+        if len(rows) == len(x):
+            cond, uncond = evaluate([positive, negative], x, sigma)
+        else:
+            (cond,) = evaluate([positive], x, sigma)
+            uncond = cond.clone()  # no guidance
+            if len(rows):
+                (uncond[rows],) = evaluate([_of_rows(negative, rows, len(x))], x[rows], sigma[rows])
+        eps = ((x - denoised).flatten(1) for denoised in (cond, uncond))  # times sigma
+        self.guided = self.guided & (torch.cosine_similarity(*eps) <= self.agreement)
+        return [cond, uncond]
+
+    def start(self, executor, *args, **kwargs):
+        """OUTER_SAMPLE wrapper: every sampling begins with guidance."""
+        self.guided = None
+        return executor(*args, **kwargs)
+
+
+def _of_rows(conds: list[dict], rows: torch.Tensor, count: int) -> list[dict]:
+    """Conditions for these rows of a batch of `count`, of which each row may have a prompt of its own."""
+
+    def chosen(cond):
+        return cond._copy_with(cond.cond[rows.to(cond.cond.device)]) if len(cond.cond) == count else cond
+
+    return [{**cond, "model_conds": {key: chosen(c) for key, c in cond["model_conds"].items()}} for cond in conds]
+
+
+def adaptive(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    clone, guidance = model.clone(), AdaptiveGuidance()
+    clone.set_model_sampler_calc_cond_batch_function(guidance)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, guidance.start)
+    return clone
+
+
+class GuidedTimeEmbedding(nn.Module):
+    """A UNet's time embedding plus one of omega, which is zero before training."""
+
+    WIDTH = 64
+
+    def __init__(self, time_embed: nn.Sequential):
+        super().__init__()
+        out = time_embed[-1].out_features
+        self.time_embed = time_embed
+        self.first, self.last = (comfy.ops.manual_cast.Linear(width, out) for width in (self.WIDTH, out))
+        nn.Linear.reset_parameters(self.first)  # ComfyUI's layers skip it
+        zero_init(self.last)
+        self.omega: torch.Tensor | None = None  # (1,) or (b,), of the evaluation that comes next
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """A timestep's sines and cosines (b, c) -> (b, 4 c)."""
+        embedded = sinusoidal(10 * self.omega.clamp(min=1e-2).log(), self.WIDTH, max_period=100)
+        return self.time_embed(t) + self.last(F.silu(self.first(embedded.to(t))))
+
+
+@dataclass(frozen=True)
+class GuidedModel:
+    """The student of Meng et al. 2023 (arXiv 2210.03142), stage one: a copy of the whole base that hears omega."""
+
+    model: comfy.model_base.BaseModel
+    device: torch.device
+
+    @classmethod
+    def of_base(cls, device: torch.device) -> "GuidedModel":
+        model = toy.build_model()
+        model.load_model_weights(comfy.utils.load_torch_file(str(toy.WEIGHTS / "unet.safetensors")))
+        model.diffusion_model.time_embed = GuidedTimeEmbedding(model.diffusion_model.time_embed)
+        return cls(model.to(device), device)
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.model.diffusion_model
+
+    def student(
+        self,
+        adapter: None,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        prompts: Sequence[EncodedPrompt],
+        negative: Sequence[EncodedPrompt],
+        omega: torch.Tensor,
+    ) -> torch.Tensor:
+        """As a host's `student`, so that `evaluate` can measure it; it has no adapter and hears no negative prompt."""
+        context = torch.cat([prompt.cond["cross_attn"] for prompt in prompts])
+        x, sigma, context, omega = (v.to(self.device) for v in (x, sigma, context, omega))
+        self.unet.time_embed.omega = omega
+        return self.model.apply_model(x, sigma, c_crossattn=context, transformer_options=dict(FUSED_ATTENTION)).float()
+
+    def patcher(self) -> comfy.model_patcher.ModelPatcher:
+        """A MODEL that takes omega from the sampler's cfg, in one pass."""
+        patcher = comfy.model_patcher.ModelPatcher(self.model, self.device, self.device)
+
+        def predict_noise(executor, x, timestep, model_options={}, seed=None):
+            guider = executor.class_obj
+            self.unet.time_embed.omega = torch.full((1,), guider.cfg, device=x.device)
+            with _cfg_1(guider):
+                return executor(x, timestep, model_options, seed)
+
+        patcher.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _KEY, predict_noise)
+        return patcher
+
+
+def distil_model(
+    student: GuidedModel,
+    prompts: Sequence[EncodedPrompt],
+    batches: RecordedBatches,
+    config: TrainConfig,
+    progress: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Train all of the student's weights from recorded batches, as `train` trains an adapter: the same loss, schedule,
+    clipping and moving average, which the student has in the end.
+    """
+    unet = student.unet.requires_grad_(True)
+    average = copy.deepcopy(unet).requires_grad_(False)
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    for step in range(config.iterations):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, config)
+        batch = batches.next(step)
+        gap = gaps(batch.cond, batch.target, batch.sigma)
+        weights = balanced_weights(gap, gap.mean())
+        weights = (weights / (weights * gap).sum()).to(student.device)
+        chosen = [prompts[i] for i in batch.positive.tolist()]
+        denoised = student.student(None, batch.x, batch.sigma, chosen, [], batch.omega)
+        optimiser.zero_grad(set_to_none=True)
+        weighted_error(denoised, batch.target.to(denoised), batch.sigma.to(denoised), weights).backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), config.clip)
+        optimiser.step()
+        decay = min(config.ema, (2 + step) / (11 + step))  # the trainer's
+        for mean, live in zip(average.parameters(), unet.parameters(), strict=True):
+            mean.lerp_(live.detach(), 1 - decay)
+        progress(step + 1)
+    unet.requires_grad_(False).load_state_dict(average.state_dict())

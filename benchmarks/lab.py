@@ -1,0 +1,330 @@
+"""The laboratory of `quality.py`: the toy with its prompts, what is recorded, sampled and measured with it, and the
+folder where all of that is kept."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_patcher
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm, trange
+
+from comfyui_agd.agd_core.checkpoint import replacing
+from comfyui_agd.agd_core.comfyui.counting import counted
+from comfyui_agd.agd_core.comfyui.host import ComfyHost
+from comfyui_agd.agd_core.guidance import GuidanceRule
+from comfyui_agd.benchmarks import metrics
+from comfyui_agd.examples.toy.judge import recognised
+from comfyui_agd.examples.toy.sampling import STEPS, Jury, Toy, captions_of, encode, held_out_captions, sample
+from comfyui_agd.examples.toy.scenes import (
+    IMAGE_SIZE,
+    Description,
+    Scene,
+    all_unwanted,
+    draw_scenes,
+    open_caption,
+)
+from comfyui_agd.training.config import TrainConfig
+from comfyui_agd.training.evaluate import Evaluation, State, follow_teacher
+from comfyui_agd.training.job import Job
+from comfyui_agd.training.recording import Recording, identity_of
+from comfyui_agd.training.trainer import split_prompts
+
+BATCH = 64  # pictures sampled at once, from one seed
+TRAINING_BATCH = 16
+REUSE = 4  # optimiser steps per recorded batch, each with other guidance scales
+BLOCKS, KEPT_STEPS = 8, 10  # gap closed: blocks of captions, noise levels of a trajectory's 20
+_TRAINING_SEED, _CHOICE_SEED, _GAP_SEED, _CAPTIONS_SEED, _OPEN_SEED = 3, 61, 29, 37, 43
+_NOISE_SEED, _OPEN_NOISE_SEED = 70_000, 90_000
+# Which attribute of a picture to forbid is read from CFG's pictures at a scale that is not itself measured.
+_CHOOSING_OMEGA = 1.5
+CFG = GuidanceRule()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is computed. `pictures` per setting; `pairs` of pictures, without and with a negative prompt;
+    `iterations` of a training on so many `captions`, with so many batches of trajectories in the `pool`;
+    `gap_captions` to measure the gap on. `tuned`: whether learning rates are tried where a method has several, or the
+    last is taken.
+    """
+
+    pictures: int = 1024
+    pairs: int = 512
+    iterations: int = 1200
+    omegas: tuple[float, ...] = (2.0, 3.0, 5.0)
+    captions: int = 2000
+    pool: int = 8
+    gap_captions: int = 64
+    tuned: bool = True
+
+
+QUICK = Sizes(pictures=32, pairs=8, iterations=8, omegas=(3.0,), captions=32, pool=1, gap_captions=2, tuned=False)
+
+
+class Work:
+    """A folder of results. Each is kept with its identity, what it was made from, and made again when that changes."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, kind: str, name: str) -> Path:
+        (self.folder / kind).mkdir(parents=True, exist_ok=True)
+        return self.folder / kind / name
+
+    @contextlib.contextmanager
+    def alone(self, kind: str, name: str) -> Iterator[None]:
+        """Only one process at a time; another that wants the same waits, and then finds it."""
+        with self.path("locks", f"{kind}-{name}").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def tensors(
+        self, kind: str, name: str, identity: dict, make: Callable[[], dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """What `make` returns, or returned when it was called with this identity."""
+        path, identity = self.path(kind, f"{name}.safetensors"), json.loads(json.dumps(identity))
+        with self.alone(kind, name):
+            if path.exists():
+                with safe_open(path, framework="pt") as file:
+                    if json.loads(file.metadata()["identity"]) == identity:
+                        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+            tensors = make()
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, metadata={"identity": json.dumps(identity)})
+        return tensors
+
+    def save_rows(self, name: str, rows: list[dict]) -> None:
+        with replacing(self.path("rows", f"{name}.json")) as temporary:
+            Path(temporary).write_text(json.dumps(rows, indent=1) + "\n")
+
+    def rows(self) -> list[dict]:
+        files = sorted((self.folder / "rows").glob("*.json"))
+        return [row for file in files for row in json.loads(file.read_text())]
+
+
+@dataclass
+class Ready:
+    """A method that can be sampled. `model` takes omega from the sampler's cfg.
+
+    `identity`: what tells it from its earlier versions; `parameters`: how many were trained; `evaluate`: how it does at
+    the states of its teacher, for what is a function of a state; `rule`: that teacher's.
+    """
+
+    model: comfy.model_patcher.ModelPatcher
+    identity: dict
+    parameters: int = 0
+    evaluate: Callable[[Sequence[State]], Evaluation] | None = None
+    rule: GuidanceRule = CFG
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A caption that leaves attributes open, which of its seed's noises to start from, and what is unwanted there."""
+
+    caption: str
+    noise: int
+    unwanted: Description
+
+
+def setting(method: str, omega: float, steps: int = STEPS) -> str:
+    """The name of what belongs to it."""
+    return f"{method}-omega{omega:g}-steps{steps}"
+
+
+def shows(scene: Scene, unwanted: Description) -> bool:
+    return any(unwanted.fits(thing) for thing in scene.things)
+
+
+class Lab:
+    """Everything that methods share: made when it is first needed, kept in the work folder where that saves time."""
+
+    def __init__(self, work: Work, sizes: Sizes):
+        self.work, self.sizes = work, sizes
+        self.parts, self.jury = Toy.load(), Jury()
+        self.base_parameters = sum(p.numel() for p in self.parts.model.model.diffusion_model.parameters())
+        self._states: dict[GuidanceRule, list[list[State]]] = {}
+
+    def host(self) -> ComfyHost:
+        return ComfyHost(self.parts.model, self.parts.clip)
+
+    # Training: what all trained methods have in common.
+
+    def train_config(self, **settings) -> TrainConfig:
+        common = {
+            "iterations": self.sizes.iterations,
+            "batch": TRAINING_BATCH,
+            "learning_rate": 2e-3,
+            "omega_max": 6.0,
+            "width": IMAGE_SIZE,
+            "height": IMAGE_SIZE,
+            "encoder_width": 32,
+            "pool": self.sizes.pool,
+            "steps_min": 15,
+            "steps_max": 25,
+            "held_out": 0,
+            "evaluate_every": 0,
+            "preview_every": 0,
+        }
+        return TrainConfig(**common | settings)
+
+    @functools.cached_property
+    def training_captions(self) -> list[str]:
+        return captions_of(draw_scenes(self.sizes.captions, _TRAINING_SEED, held=False))
+
+    @functools.cached_property
+    def choice_captions(self) -> list[str]:
+        """To choose between learning rates with."""
+        return held_out_captions(16, _CHOICE_SEED)[1]
+
+    def negatives(self, mixed: bool) -> list[str]:
+        """Of the training: half empty, half of what the held-out side of the split does not name; or only empty."""
+        named = [unwanted.text() for unwanted in all_unwanted(held=False)]
+        return [""] * len(named) + named if mixed else [""]
+
+    def recording(self, config: TrainConfig, negatives: list[str]) -> tuple[Recording, list[str]]:
+        """The teacher's trajectories for this config, and the captions in the order in which it counts them: the same
+        captions, seeds and number of evaluations for all."""
+        batches = -(-config.iterations // REUSE)
+        identity = identity_of(config, self.training_captions, negatives, self.host().base.fingerprint)
+        name = f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}-{batches}"
+        job = Job(self.host(), self.training_captions, config, self.work.path("recordings", name), negatives)
+        with self.work.alone("recordings", name), tqdm(total=batches, desc="recording", leave=False) as bar:
+            recording = job.record(batches, lambda done, total: bar.update(done - bar.n))
+        return recording, split_prompts(self.training_captions, config)[0]
+
+    # Gap closed and direction cosine.
+
+    def follow(self, captions: list[str], omegas: Sequence[float], rule: GuidanceRule, seed: int) -> list[State]:
+        """States on the teacher's trajectories away from the empty prompt."""
+        host = self.host()
+        positive, empty = host.encode(captions), host.encode([""], "negative")
+        shape, rows = host.latent_shape(IMAGE_SIZE, IMAGE_SIZE), len(captions)
+        how = {"steps": STEPS, "keep": KEPT_STEPS, "seed": seed, "batch": rows, "rule": rule}
+        with host.session():
+            return follow_teacher(host, positive, empty * rows, shape, omegas, **how)
+
+    def states(self, rule: GuidanceRule) -> list[list[State]]:
+        """Blocks of held-out captions, each with a seed of its own."""
+        if rule not in self._states:
+            captions = held_out_captions(self.sizes.gap_captions, _GAP_SEED)[1]
+            blocks = [captions[i::BLOCKS] for i in range(min(BLOCKS, len(captions)))]
+            omegas = self.sizes.omegas
+            self._states[rule] = [self.follow(block, omegas, rule, 100 + i) for i, block in enumerate(blocks)]
+        return self._states[rule]
+
+    def gap(self, method: str, ready: Ready) -> dict[str, torch.Tensor]:
+        """`gap_closed` and `direction_cosine` (omegas, blocks)."""
+        identity = ready.identity | {"omegas": self.sizes.omegas, "rule": dataclasses.asdict(ready.rule)}
+        identity |= {"blocks": BLOCKS, "captions": self.sizes.gap_captions, "steps": KEPT_STEPS}
+
+        def make() -> dict[str, torch.Tensor]:
+            found = [ready.evaluate(states) for states in self.states(ready.rule)]
+            return {
+                key: torch.tensor([[getattr(e, key)[omega] for e in found] for omega in self.sizes.omegas])
+                for key in ("gap_closed", "direction_cosine")
+            }
+
+        return self.work.tensors("gaps", method, identity, make)
+
+    # Pictures.
+
+    @functools.cached_property
+    def reference(self) -> dict[str, torch.Tensor]:
+        """The real, held-out pictures: their `features` and `radii`."""
+
+        def make() -> dict[str, torch.Tensor]:
+            return {"features": self.jury.reference, "radii": metrics.radii(self.jury.reference)}
+
+        return self.work.tensors("samples", "real", {"pictures": "held-out"}, make)
+
+    @functools.cached_property
+    def captions(self) -> tuple[list[Scene], list[list]]:
+        """What pictures are asked for: held-out scenes, and batches of their encoded captions."""
+        scenes, captions = held_out_captions(self.sizes.pictures, _CAPTIONS_SEED)
+        return scenes, encode(self.parts.clip, captions)
+
+    def pictures(self, method: str, ready: Ready, omega: float, steps: int) -> dict[str, torch.Tensor]:
+        """The judge's `features` (n, d) of the pictures and whether each is `correct` in all (n,); `seconds` per
+        picture, of each batch; `evaluations`: the rows that the UNet was given."""
+
+        def make() -> dict[str, torch.Tensor]:
+            (scenes, prompts), (model, counter) = self.captions, counted(ready.model)
+            features, seen, seconds = [], [], []
+            for i, batch in enumerate(tqdm(prompts, desc=setting(method, omega, steps), leave=False)):
+                images, spent = sample(self.parts, model, [batch], cfg=omega, seed=_NOISE_SEED + i, steps=steps)
+                features.append(self.jury.features(images))
+                seen += recognised(self.jury.judge, images)
+                seconds.append(spent / len(images))
+            return {
+                "features": torch.cat(features),
+                "correct": torch.tensor([found == asked for found, asked in zip(seen, scenes, strict=True)]),
+                "seconds": torch.tensor(seconds),
+                "evaluations": torch.tensor(counter.total),
+            }
+
+        identity = ready.identity | {"omega": omega, "steps": steps, "pictures": self.sizes.pictures}
+        return self.work.tensors("samples", setting(method, omega, steps), identity, make)
+
+    @functools.cached_property
+    def pairs(self) -> list[Pair]:
+        """Captions that leave attributes open, with a held-out attribute or combination that CFG draws there."""
+        identity = {"pairs": self.sizes.pairs, "omega": _CHOOSING_OMEGA}
+        path = self.work.path("negatives", "pairs.json")
+        with self.work.alone("negatives", "pairs"):
+            if path.exists() and (kept := json.loads(path.read_text()))["identity"] == identity:
+                return [Pair(p["caption"], p["noise"], Description(**p["unwanted"])) for p in kept["pairs"]]
+            found = self._choose_pairs()
+            data = {"identity": identity, "pairs": [dataclasses.asdict(pair) for pair in found]}
+            with replacing(path) as temporary:
+                Path(temporary).write_text(json.dumps(data))
+        return found
+
+    def _choose_pairs(self) -> list[Pair]:
+        rng, unwanted, found = random.Random(_OPEN_SEED), all_unwanted(held=True), []
+        rows = min(BATCH, 2 * self.sizes.pairs)  # about half of them show something held out
+        for first in itertools.count(0, rows):
+            if len(found) >= self.sizes.pairs:
+                break
+            drawn = [open_caption(rng) for _ in range(rows)]
+            captions, noise = [caption for caption, _ in drawn], range(first, first + rows)
+            scenes = self._draw(self.parts.model, _CHOOSING_OMEGA, captions, noise)
+            for (caption, said), scene, index in zip(drawn, scenes, noise, strict=True):
+                open_to = [u for u in unwanted if u.said().keys().isdisjoint(said.said())]
+                there = [u for u in open_to if shows(scene, u)]
+                found += [Pair(caption, index, rng.choice(there))] if there else []
+        return found[: self.sizes.pairs]
+
+    def _draw(
+        self, model, omega: float, captions: list[str], noise: Sequence[int], negatives: list[str] | None = None
+    ) -> list[Scene]:
+        """What the judge sees in a batch of pictures."""
+        prompts, unwanted = (encode(self.parts.clip, texts) if texts else None for texts in (captions, negatives))
+        how = {"cfg": omega, "seed": _OPEN_NOISE_SEED, "negative": unwanted, "noise": [noise]}
+        return recognised(self.jury.judge, sample(self.parts, model, prompts, **how)[0])
+
+    def unwanted(self, method: str, ready: Ready, omega: float) -> dict[str, torch.Tensor]:
+        """Whether the unwanted is seen `without` and `with` the negative prompt, from the same noise: bool (pairs,)."""
+
+        def make() -> dict[str, torch.Tensor]:
+            found = {"without": [], "with": []}
+            for first in trange(0, len(self.pairs), BATCH, desc=f"{method}, omega {omega:g}, negatives", leave=False):
+                own = self.pairs[first : first + BATCH]
+                captions, noise = [pair.caption for pair in own], [pair.noise for pair in own]
+                for key, negatives in (("without", None), ("with", [pair.unwanted.text() for pair in own])):
+                    scenes = self._draw(ready.model, omega, captions, noise, negatives)
+                    found[key] += [shows(scene, pair.unwanted) for scene, pair in zip(scenes, own, strict=True)]
+            return {key: torch.tensor(values) for key, values in found.items()}
+
+        identity = ready.identity | {"omega": omega, "pairs": [dataclasses.asdict(pair) for pair in self.pairs]}
+        return self.work.tensors("negatives", setting(method, omega), identity, make)

@@ -1,0 +1,232 @@
+"""The methods that `quality.py` compares: what each is in a line, and how to get it ready. Adding one is one entry."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_patcher
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.checkpoint import replacing
+from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
+from comfyui_agd.agd_core.guidance import GuidanceRule
+from comfyui_agd.benchmarks import baselines
+from comfyui_agd.benchmarks.lab import CFG, Lab, Ready
+from comfyui_agd.training.config import TrainConfig
+from comfyui_agd.training.evaluate import evaluate, omegas_of
+from comfyui_agd.training.trainer import Callbacks, train
+
+# Adapters whose width can be chosen have at most this share of the base's parameters, in percent.
+BUDGET = 5.0
+OURS = {"kind": "delta"}
+AS_PUBLISHED = {
+    "gain": False,
+    "omega_embedding": "fourier",
+    "shared_encoder": False,
+    "loss": "plain",
+    "omega_sampling": "uniform",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """`make(lab, name)` trains it unless the work folder has it. `omegas`: None is those of the run."""
+
+    what: str
+    make: Callable[[Lab, str], Ready]
+    omegas: tuple[float, ...] | None = None
+
+
+def sampled(
+    patch: Callable[[comfy.model_patcher.ModelPatcher], comfy.model_patcher.ModelPatcher], **settings
+) -> Callable[[Lab, str], Ready]:
+    """The base itself, sampled in another way. `settings`: what another value of gives other pictures."""
+    return lambda lab, name: Ready(patch(lab.parts.model), {"sampling": settings})
+
+
+def ruled(patch: Callable, rule: GuidanceRule) -> Callable[[Lab, str], Ready]:
+    """The base, with both passes combined by a teacher's rule."""
+    return sampled(lambda model: patch(model, rule), way=patch.__name__, rule=dataclasses.asdict(rule))
+
+
+def adapter(
+    settings: dict, *, hears_negative: bool, percent: float = BUDGET, learning_rates: tuple[float, ...] = (2e-3,)
+) -> Callable[[Lab, str], Ready]:
+    """An adapter trained with these settings; of several learning rates the best one's.
+
+    `hears_negative`: whether to learn from random negative prompts too. Those that can't hear them learn from empty
+    ones only, for what differs by something unheard could only blur what they learn.
+    """
+
+    def make(lab: Lab, name: str) -> Ready:
+        hidden = _widest(lab, settings, percent)
+        configs = [lab.train_config(**settings, hidden=hidden, learning_rate=rate) for rate in learning_rates]
+        config, file = _best(lab, name, configs, hears_negative, _train_adapter)
+        info, state = checkpoint.load_state(file)
+        trained, host = Adapter(info.config).eval().requires_grad_(False), lab.host()
+        trained.load_state_dict(state)
+        trained.to(host.device)
+
+        def measured(states):
+            with host.session():
+                return evaluate(host, trained, states)
+
+        model = apply_adapter(lab.parts.model, info, state, source=file.name)
+        return Ready(model, {"weights": _checksum(file)}, trained.parameter_count(), measured, config.rule)
+
+    return make
+
+
+def meng(lab: Lab, name: str) -> Ready:
+    """Full-model guidance distillation."""
+    configs = [lab.train_config(learning_rate=rate) for rate in (5e-4, 1e-4)]
+    _, file = _best(lab, name, configs, False, _train_model)
+    student = baselines.GuidedModel.of_base(lab.host().device)
+    student.unet.load_state_dict(load_file(file))
+    student.unet.requires_grad_(False)
+    count = sum(parameter.numel() for parameter in student.unet.parameters())
+    identity = {"weights": _checksum(file)}
+    return Ready(student.patcher(), identity, count, lambda states: evaluate(student, None, states))
+
+
+def _widest(lab: Lab, settings: dict, percent: float) -> int:
+    """The `hidden` with which an adapter just stays within that share of the base's parameters."""
+    base, fits = lab.host().base, 0
+    step = 4 if settings["kind"] == "cross_attention" else 1  # its heads share the width
+    for hidden in range(step, 513, step):
+        config = lab.train_config(**settings, hidden=hidden).adapter_config(base, prompt_tokens=1)
+        with torch.device("meta"):
+            if Adapter(config).parameter_count() > percent / 100 * lab.base_parameters:
+                break
+        fits = hidden
+    if not fits:
+        raise ValueError(f"No width of {settings} has as few parameters as {percent:g} % of the base's.")
+    return fits
+
+
+def _best(lab: Lab, name: str, configs: list[TrainConfig], hears_negative: bool, train_to: Callable) -> tuple:
+    """(config, file) of the one that closes most of the gap on captions kept for this choice; trains what is missing.
+
+    `train_to(lab, config, negatives, file, captions)` writes the file and returns the gap closed on those captions,
+    or None where the training diverged.
+    """
+    negatives, found = lab.negatives(hears_negative), []
+    configs = configs if lab.sizes.tuned else configs[-1:]
+    captions = lab.choice_captions if len(configs) > 1 else []
+    for config in configs:
+        stem = f"{name}-lr{config.learning_rate:g}"
+        file, note = (lab.work.path("models", stem + suffix) for suffix in (".safetensors", ".json"))
+        identity = json.loads(
+            json.dumps({"config": config.result_settings(), "negatives": negatives, "captions": lab.training_captions})
+        )
+        with lab.work.alone("models", stem):
+            known = json.loads(note.read_text()) if note.exists() else {}
+            if known.get("identity") != identity or not (file.exists() or known["gap_closed"] is None):
+                known = {"identity": identity, "gap_closed": train_to(lab, config, negatives, file, captions)}
+                with replacing(note) as temporary:
+                    Path(temporary).write_text(json.dumps(known))
+        if known["gap_closed"] is not None:
+            found.append((known["gap_closed"], config, file))
+    if not found:
+        raise FloatingPointError(f"{name} diverged at every learning rate.")
+    return max(found, key=lambda each: each[0])[1:]
+
+
+def _train_adapter(
+    lab: Lab, config: TrainConfig, negatives: list[str], file: Path, captions: list[str]
+) -> float | None:
+    recording, prompts = lab.recording(config, negatives)
+    # A run that was stopped goes on from its folder.
+    named = json.dumps([config.result_settings(), negatives, captions, recording.checksum()])
+    run = file.with_name(f"{file.stem}-{hashlib.sha256(named.encode()).hexdigest()[:12]}.run")
+    with tqdm(desc=f"training {file.stem}", total=config.iterations, leave=False) as bar:
+
+        def show(progress) -> None:
+            if progress.phase == "train":
+                bar.update(progress.step - bar.n)
+
+        how = {"negative": negatives, "held_out": captions, "folder": run, "recording": recording}
+        try:
+            trained = train(lab.host(), prompts, config, Callbacks(show), **how)
+        except FloatingPointError as error:
+            tqdm.write(f"{file.stem}: {error}")
+            return None
+    checkpoint.save(file, trained.adapter, trained.info)
+    shutil.rmtree(run)
+    return trained.evaluation.score if captions else 0.0
+
+
+def _train_model(lab: Lab, config: TrainConfig, negatives: list[str], file: Path, captions: list[str]) -> float | None:
+    (recording, prompts), host = lab.recording(config, negatives), lab.host()
+    torch.manual_seed(config.seed)
+    student, encoded = baselines.GuidedModel.of_base(host.device), host.encode(prompts)
+    with tqdm(desc=f"training {file.stem}", total=config.iterations, leave=False) as bar:
+        batches = recording.source(config, range(config.batch))
+        baselines.distil_model(student, encoded, batches, config, lambda step: bar.update())
+    with replacing(file) as temporary:
+        save_file({key: value.contiguous() for key, value in student.unet.state_dict().items()}, temporary)
+    if not captions:
+        return 0.0
+    states = lab.follow(captions, omegas_of(config), config.rule, seed=1)
+    return evaluate(student, None, states).score
+
+
+def _checksum(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+METHODS: dict[str, Method] = {
+    "unguided": Method("the base without guidance", sampled(lambda model: model), omegas=(1.0,)),
+    "cfg": Method("classifier-free guidance, two evaluations per step", sampled(lambda model: model)),
+    "cfg_interval": Method(
+        f"CFG at {CFG.sigma_min} < sigma <= {CFG.sigma_max}, one evaluation elsewhere (Kynkäänniemi et al. 2024)",
+        ruled(baselines.limited_interval, CFG),
+    ),
+    "adaptive": Method(
+        "Adaptive Guidance: no second evaluation once the cosine of both noise predictions is above "
+        f"{baselines.AGREEMENT} (Castillo et al. 2023)",
+        sampled(baselines.adaptive, agreement=baselines.AGREEMENT),
+    ),
+    **{
+        f"teacher_{rule}": Method(
+            f"the teacher of `ours_{rule}`, two evaluations per step",
+            ruled(baselines.guided_by, GuidanceRule(rule)),
+        )
+        for rule in ("rescale", "apg", "cfg_zero")
+    },
+    "meng": Method("a copy of the whole base, fine-tuned with an embedding of omega (Meng et al. 2023)", meng),
+    "static_lora": Method(
+        "a LoRA on all linear layers of the blocks, of strength omega - 1",
+        adapter({"kind": "low_rank", "modulated": False}, hears_negative=False, learning_rates=(2e-3, 5e-4)),
+    ),
+    **{
+        f"paper_{kind}": Method(
+            f"the paper's {kind.replace('_', '-')} adapter as published (arXiv 2503.07274)",
+            adapter({"kind": kind, **AS_PUBLISHED}, hears_negative=False, learning_rates=(1e-4, 2e-3)),
+        )
+        for kind in ("cross_attention", "offset")
+    },
+    "ours": Method(f"the default adapter, at most {BUDGET:g} % of the base", adapter(OURS, hears_negative=True)),
+    **{
+        f"ours_{percent}pct": Method(
+            f"the same, at most {percent} %",
+            adapter({**OURS, "encoder_width": width}, hears_negative=True, percent=percent),
+        )
+        for percent, width in ((1, 8), (2, 16))
+    },
+    **{
+        f"ours_{rule}": Method(
+            f"ours, learnt from the teacher `{rule}`", adapter({**OURS, "teacher": rule}, hears_negative=True)
+        )
+        for rule in ("interval", "rescale", "apg", "cfg_zero")
+    },
+}
+QUICK = ("unguided", "cfg", "cfg_interval", "adaptive", "teacher_apg", "meng", "paper_cross_attention", "ours")

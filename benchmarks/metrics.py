@@ -1,0 +1,85 @@
+"""How good a set of pictures is, from their features, and how sure of that one may be. Torch only."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+
+from comfyui_agd.examples.toy.judge import frechet_distance
+
+BLOCKS = 16  # that the jackknife leaves out in turn
+NEIGHBOURS = 3
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """The mean of independent values (n,) and its standard error; of yes and no (0, 1) that is the binomial one."""
+    values = values.double()
+    return values.mean().item(), (values.var(unbiased=False) / max(1, len(values) - 1)).sqrt().item()
+
+
+def jackknife(statistic: Callable[[torch.Tensor], float], count: int) -> tuple[float, float]:
+    """`statistic` of all of `count` samples, and its standard error from leaving out a block of them at a time.
+
+    `statistic` is given the indices (n,) of the samples it may use. Blocks are consecutive samples: of other prompts
+    and, where noise is drawn batch by batch, of other seeds.
+    """
+    everything = torch.arange(count)
+    blocks = everything.tensor_split(min(BLOCKS, count))
+    found = torch.tensor([statistic(everything[~torch.isin(everything, block)]) for block in blocks])
+    error = ((len(blocks) - 1) / len(blocks) * (found - found.mean()).square().sum()).sqrt()
+    return statistic(everything), error.item()
+
+
+def frechet(features: torch.Tensor, reference: torch.Tensor, *, paired: bool = False) -> tuple[float, float]:
+    """Fréchet distance (Heusel et al. 2017) of features (n, d) to a reference (m, d), and its standard error.
+
+    `paired`: the reference's rows belong to the same prompts and noise, and are left out together with them.
+    """
+
+    def distance(own: torch.Tensor) -> float:
+        return frechet_distance(features[own], reference[own] if paired else reference)
+
+    return jackknife(distance, len(features))
+
+
+def radii(features: torch.Tensor, neighbours: int = NEIGHBOURS) -> torch.Tensor:
+    """The distance of each feature (n, d) to its k-th nearest other one: (n,)."""
+    return torch.cdist(features, features).kthvalue(min(neighbours + 1, len(features)), dim=1).values  # 1st: itself
+
+
+def covered(features: torch.Tensor, others: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """Which features (n, d) lie within the radius (m,) of one of the `others` (m, d): bool (n,)."""
+    return (torch.cdist(features, others) <= radius).any(1)
+
+
+def precision(features: torch.Tensor, reference: torch.Tensor, radius: torch.Tensor) -> tuple[float, float]:
+    """Improved precision (Kynkäänniemi et al. 2019, arXiv 1904.06991): the share of samples (n, d) that look real.
+
+    `radius`: the reference's `radii` (m,), the same for every set of samples.
+    """
+    return mean_and_error(covered(features, reference, radius))
+
+
+def recall(features: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """Improved recall (ibid.): the share of the reference (m, d) that the samples (n, d) reach."""
+    return jackknife(functools.partial(_recall, features, reference), len(features))
+
+
+def _recall(features: torch.Tensor, reference: torch.Tensor, own: torch.Tensor) -> float:
+    return covered(reference, features[own], radii(features[own])).float().mean().item()
+
+
+def share_of_reduction(own: dict[str, torch.Tensor], cfg: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """How much rarer something becomes by naming it in the negative prompt, over what CFG achieves for the same prompts
+    and noise, and the standard error. Both: whether it is seen `without` and `with` the negative, bool (n,) each.
+    """
+
+    def reduction(seen: dict[str, torch.Tensor], kept: torch.Tensor) -> float:
+        return (seen["without"][kept].float().mean() - seen["with"][kept].float().mean()).item()
+
+    def share(kept: torch.Tensor) -> float:
+        of_cfg = reduction(cfg, kept)
+        return reduction(own, kept) / of_cfg if of_cfg else math.nan
+
+    return jackknife(share, len(own["with"]))

@@ -1,0 +1,158 @@
+"""How good guidance in one pass is on the toy, beside what else there is: every method in one table.
+
+    python benchmarks/quality.py [--quick] [--only METHOD ...] [--work DIR] [--json FILE] [--device cuda]
+
+Trains what has to be trained, samples through ComfyUI's KSampler, and writes quality.md, quality.json and quality.png.
+All results are kept in the work folder: the command goes on where it was stopped, makes anew what was made with other
+settings (not what other code would make: delete a method's files for that), and may run several times at once on
+different methods. The tables hold everything that the work folder has rows of.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import platform
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_ONE_PASS = 1.02  # evaluations per step: fewer steps are not worth a second setting
+
+
+def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
+    """All that is measured of one setting. `cfg`: CFG, made ready."""
+    from comfyui_agd.benchmarks import metrics
+    from comfyui_agd.examples.toy.measure import omega_star
+    from comfyui_agd.examples.toy.sampling import STEPS
+
+    made, real = lab.pictures(method, ready, omega, steps), lab.reference
+    # What has no guidance scale is compared with CFG at its best.
+    target = lab.pictures("cfg", cfg, omega if omega > 1 else omega_star(), STEPS)["features"]
+    features, count = made["features"], len(made["features"])
+    measured = {
+        "seconds_per_image": metrics.mean_and_error(made["seconds"]),
+        "prompt_accuracy": metrics.mean_and_error(made["correct"]),
+        "frechet_to_real": metrics.frechet(features, real["features"]),
+        "frechet_to_cfg": metrics.frechet(features, target, paired=True),
+        "precision": metrics.precision(features, real["features"], real["radii"]),
+        "recall": metrics.recall(features, real["features"]),
+    }
+    measured |= dict.fromkeys(("gap_closed", "direction_cosine"), (None, None))
+    measured |= dict.fromkeys(("negative_reduction", "unwanted_without", "unwanted_with"), (None, None))
+    if steps == STEPS and ready.evaluate is not None:
+        of_omega = lab.sizes.omegas.index(omega)
+        measured |= {key: metrics.mean_and_error(values[of_omega]) for key, values in lab.gap(method, ready).items()}
+    if steps == STEPS and omega > 1:
+        own, of_cfg = lab.unwanted(method, ready, omega), lab.unwanted("cfg", cfg, omega)
+        measured |= {f"unwanted_{key}": metrics.mean_and_error(seen) for key, seen in own.items()}
+        measured["negative_reduction"] = metrics.share_of_reduction(own, of_cfg)
+    row = {
+        "model": "toy",
+        "method": method,
+        "omega": omega,
+        "steps": steps,
+        "pictures": count,
+        "parameters_percent": 100 * ready.parameters / lab.base_parameters,
+        "evaluations_per_step": made["evaluations"].item() / (count * steps),
+    }
+    for key, (value, error) in measured.items():
+        row |= {key: value, f"{key}_se": error}
+    return {key: _number(value) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def _number(value: float) -> float | None:
+    """As JSON has them: of very few pictures some errors and ratios don't exist."""
+    return round(value, 5) if math.isfinite(value) else None
+
+
+def measure(lab, method: str) -> None:
+    """Every row of a method, into the work folder."""
+    from comfyui_agd.benchmarks.lab import setting
+    from comfyui_agd.benchmarks.methods import METHODS
+    from comfyui_agd.examples.toy.sampling import STEPS
+
+    ready, cfg = (METHODS[name].make(lab, name) for name in (method, "cfg"))
+    for omega in METHODS[method].omegas or lab.sizes.omegas:
+        row = row_of(lab, method, ready, cfg, omega, STEPS)
+        rows = [row]
+        if row["evaluations_per_step"] > _ONE_PASS:  # as many evaluations as one pass per step has
+            rows.append(row_of(lab, method, ready, cfg, omega, max(1, int(STEPS / row["evaluations_per_step"]))))
+        lab.work.save_rows(setting(method, omega), rows)
+        print(
+            f"{method}, omega {omega:g}: prompt accuracy {row['prompt_accuracy']:.4f}, Fréchet distance "
+            f"{row['frechet_to_real']:.2f}, {row['evaluations_per_step']:.2f} evaluations per step",
+            flush=True,
+        )
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods; default: all")
+    parser.add_argument("--list", action="store_true", help="say which methods there are, and do nothing")
+    parser.add_argument("--quick", action="store_true", help="few methods, few pictures, hardly trained")
+    parser.add_argument("--work", type=Path, help="what is kept; default: build/quality, or build/quality-quick")
+    parser.add_argument(
+        "--results", type=Path, help="where to write quality.md, .json and .png; default: results, unless quick"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows here, too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--pictures", type=int, help="per setting")
+    parser.add_argument("--pairs", type=int, help="of pictures without and with a negative prompt, per setting")
+    parser.add_argument("--iterations", type=int, help="of every training")
+    parser.add_argument("--omegas", type=float, nargs="+", help="guidance scales")
+    return parser.parse_args(argv)
+
+
+def machine(device: str) -> str:
+    """In general words."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    use_comfyui(cpu=args.device == "cpu")
+    from comfyui_agd.benchmarks import lab, report
+    from comfyui_agd.benchmarks.methods import METHODS, QUICK
+
+    if args.list:
+        print("\n".join(f"{name:<24}{method.what}" for name, method in METHODS.items()))
+        return
+    if unknown := sorted(set(args.only or ()) - METHODS.keys()):
+        sys.exit(f"There is no method {', '.join(unknown)}; --list says which there are.")
+    given = {key: getattr(args, key) for key in ("pictures", "pairs", "iterations", "omegas")}
+    given = {key: value for key, value in given.items() if value is not None}
+    sizes = dataclasses.replace(lab.QUICK if args.quick else lab.Sizes(), **given)
+    work = lab.Work(args.work or Path("build") / ("quality-quick" if args.quick else "quality"))
+    own, failed = lab.Lab(work, sizes), []
+    for method in args.only or (QUICK if args.quick else METHODS):
+        try:
+            measure(own, method)
+        except Exception:  # one method that fails in the night should not keep the others from their turn
+            traceback.print_exc()
+            failed.append(method)
+    rows = report.in_order(work.rows())
+    print(report.plain(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    results = args.results or (None if args.quick else RESULTS)
+    if results and rows:
+        results.mkdir(parents=True, exist_ok=True)
+        made = f"{datetime.date.today():%d %B %Y}, on {machine(args.device)}"
+        (results / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (results / "quality.md").write_text(report.page(rows, sizes, made))
+        report.plot(rows).save(results / "quality.png")
+    if failed:
+        sys.exit(f"Failed: {', '.join(failed)}; the same command tries again.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The tables, the page and the plot of `quality.py`, from its rows."""
+
+import colorsys
+from collections.abc import Callable, Iterable
+
+from PIL import Image, ImageDraw, ImageFont
+
+from comfyui_agd.benchmarks import lab, metrics
+from comfyui_agd.benchmarks.methods import BUDGET, METHODS
+from comfyui_agd.examples.toy.sampling import SAMPLER, SCHEDULER, STEPS
+from comfyui_agd.examples.toy.scenes import HELD_OUT_UNWANTED
+from comfyui_agd.training.plot import Diagram
+
+# Heading, key of the row, factor, digits after the point.
+_COLUMNS = (
+    ("parameters, %", "parameters_percent", 1, 1),
+    ("evaluations per step", "evaluations_per_step", 1, 2),
+    ("ms per picture", "seconds_per_image", 1000, 0),
+    ("prompt accuracy, %", "prompt_accuracy", 100, 1),
+    ("Fréchet to real", "frechet_to_real", 1, 1),
+    ("Fréchet to CFG", "frechet_to_cfg", 1, 1),
+    ("precision", "precision", 1, 3),
+    ("recall", "recall", 1, 3),
+    ("gap closed", "gap_closed", 1, 3),
+    ("cosine", "direction_cosine", 1, 3),
+    ("unwanted without, %", "unwanted_without", 100, 1),
+    ("unwanted with negative, %", "unwanted_with", 100, 1),
+    ("of CFG's reduction", "negative_reduction", 1, 2),
+)
+_ONLY_AT_EQUAL_STEPS = ("gap_closed", "direction_cosine", "unwanted_without", "unwanted_with", "negative_reduction")
+_PLOTS = (
+    ("Prompt accuracy, %", "prompt_accuracy", 100),
+    ("Fréchet distance to real pictures", "frechet_to_real", 1),
+)
+_SHORT_LINE = 12  # pixels of a colour in the plot's key
+
+
+def in_order(rows: list[dict]) -> list[dict]:
+    """As the methods are listed; rows of methods that are gone are left out."""
+    places = {name: i for i, name in enumerate(METHODS)}
+    known = [row for row in rows if row["method"] in places]
+    return sorted(known, key=lambda row: (places[row["method"]], row["omega"], -row["steps"]))
+
+
+def _cell(row: dict, key: str, factor: float, digits: int) -> str:
+    value, error = row[key], row.get(f"{key}_se")
+    if value is None:
+        return "–"
+    text = f"{value * factor:.{digits}f}"
+    return text if error is None else f"{text} ± {error * factor:.{digits}f}"
+
+
+def _evaluations(row: dict) -> float:
+    return row["evaluations_per_step"] * row["steps"]
+
+
+def _at_equal_steps(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["steps"] == STEPS]
+
+
+def _at_equal_time(rows: list[dict]) -> list[dict]:
+    """The rows that take about as many evaluations per picture as one pass per step."""
+    return [row for row in rows if _evaluations(row) <= STEPS * 1.02]
+
+
+def plain(rows: list[dict]) -> str:
+    """For a terminal."""
+    lines = [
+        f"{'method':<24}{'omega':>6}{'steps':>6}{'evals':>7}{'accuracy':>10}{'Fréchet':>9}{'gap':>7}{'negative':>10}"
+    ]
+    for row in rows:
+        closed, heard = ("" if row[key] is None else f"{row[key]:.3f}" for key in ("gap_closed", "negative_reduction"))
+        lines.append(
+            f"{row['method']:<24}{row['omega']:>6g}{row['steps']:>6}{_evaluations(row):>7.1f}"
+            f"{row['prompt_accuracy']:>10.4f}{row['frechet_to_real']:>9.2f}{closed:>7}{heard:>10}"
+        )
+    return "\n".join(lines)
+
+
+def _table(rows: list[dict], columns: Iterable[tuple], first: dict[str, Callable[[dict], str]]) -> str:
+    headings = [*first, *(heading for heading, *_ in columns)]
+    lines = [headings, ["---"] * len(headings)]
+    lines += [[*(cell(row) for cell in first.values()), *(_cell(row, *how) for _, *how in columns)] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def page(rows: list[dict], sizes: lab.Sizes, made: str) -> str:
+    """quality.md. `made`: when and on what."""
+    first = {"method": lambda row: f"`{row['method']}`", "omega": lambda row: f"{row['omega']:g}"}
+    short = [column for column in _COLUMNS if column[1] not in ("parameters_percent", *_ONLY_AT_EQUAL_STEPS)]
+    in_time = first | {
+        "steps": lambda row: str(row["steps"]),
+        "evaluations per picture": lambda row: f"{_evaluations(row):.1f}",
+    }
+    there = dict.fromkeys(row["method"] for row in rows)
+    said = "\n".join(f"- `{name}`: {METHODS[name].what}." for name in there)
+    batches = -(-sizes.iterations // lab.REUSE)
+    pictures = "/".join(map(str, sorted({row["pictures"] for row in rows})))
+    return f"""# How good guidance in one pass is
+
+`python benchmarks/quality.py`, {made}. The toy, {pictures} pictures per row. Written by the command; each value with
+its standard error.
+
+## At equal sampler steps
+
+{STEPS} steps of {SAMPLER}/{SCHEDULER}.
+
+{_table(_at_equal_steps(rows), _COLUMNS, first)}
+
+## At equal time
+
+Two-pass methods take as many steps as {STEPS} evaluations per picture allow.
+
+{_table(_at_equal_time(rows), short, in_time)}
+
+![prompt accuracy and Fréchet distance against evaluations and seconds per picture](quality.png)
+
+## The methods
+
+{said}
+
+All trained methods have {sizes.iterations} iterations of batch {lab.TRAINING_BATCH}, on {batches} recorded batches of
+the teacher's two predictions ({sizes.captions} captions; each state {lab.REUSE} times, with other omegas up to 6), and
+AdamW with 10 % warm-up and a cosine, clipping at 1 and a moving average of 0.99. Two learning rates were tried for the
+paper's adapters (1e-4 and 2e-3), `meng` (1e-4 and 5e-4) and `static_lora` (5e-4 and 2e-3): the one counts that closes
+more of the gap on captions kept for this choice; `ours` has 2e-3. Methods that hear the negative prompt learn from
+half empty, half random ones; those that can't hear it learn from as many batches with empty ones only. Adapters have
+the largest width within {BUDGET:g} % of the base's parameters, unless their line says otherwise.
+
+## What is measured
+
+- **Evaluations** are counted: rows that reach the UNet. Seconds are those inside KSampler and depend on what else the
+  machine did.
+- **Prompt accuracy**: pictures in which the judge sees every attribute of a held-out caption.
+- **Fréchet distance** in the judge's 128 features, to 4096 real held-out pictures and to CFG's pictures of the same
+  captions, noise and omega. It is biased upwards by the number of pictures, for all methods alike.
+- **Precision and recall**: improved ones (Kynkäänniemi et al. 2019), k = {metrics.NEIGHBOURS}, in the same features.
+- **Gap closed and direction cosine**: towards the method's own teacher, on its trajectories over
+  {sizes.gap_captions} held-out captions, with an empty negative prompt.
+- **Negative prompts**: captions that leave attributes open, such as "a small shape on a blue background". For each, an
+  attribute or a combination is unwanted that CFG at omega 1.5 draws there: one that is no negative prompt of the
+  training, where {_listed(HELD_OUT_UNWANTED)} and a tenth of all combinations are left out. The share of pictures that
+  show it, without and with the negative prompt, from the same noise; the last column is the difference over CFG's.
+- **Standard errors**: binomial for shares, over batches for seconds, over {lab.BLOCKS} blocks of captions for the gap,
+  and a jackknife over {metrics.BLOCKS} blocks of captions and seeds for the rest. They are about other captions and
+  other noise; of each method one adapter was trained.
+"""
+
+
+def _listed(words: tuple[str, ...]) -> str:
+    return ", ".join(f'"{word}"' for word in words)
+
+
+def plot(rows: list[dict]) -> Image.Image:
+    """Prompt accuracy and Fréchet distance, against evaluations and against milliseconds per picture."""
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    colours = {name: _colour(i, len(names)) for i, name in enumerate(names)}
+    across = (
+        ("evaluations per picture", _evaluations),
+        ("milliseconds per picture", lambda row: 1000 * row["seconds_per_image"]),
+    )
+    diagrams = [_diagram(rows, colours, plot, axis) for plot in _PLOTS for axis in across]
+    width, height = diagrams[0].size
+    font, columns = ImageFont.load_default(size=14), 4
+    image = Image.new("RGB", (2 * width, 2 * height + 24 * (-(-len(names) // columns) + 1)), "white")
+    for i, diagram in enumerate(diagrams):
+        image.paste(diagram, (i % 2 * width, i // 2 * height))
+    draw = ImageDraw.Draw(image)
+    for i, (name, colour) in enumerate(colours.items()):
+        x, y = 80 + i % columns * (2 * width - 100) // columns, 2 * height + 12 + 24 * (i // columns)
+        draw.rectangle([x, y, x + _SHORT_LINE, y + _SHORT_LINE], fill=colour)
+        draw.text((x + 2 * _SHORT_LINE, y + _SHORT_LINE / 2), name, fill="#222222", font=font, anchor="lm")
+    return image
+
+
+def _colour(index: int, count: int) -> str:
+    """Neighbours in the list differ in brightness too."""
+    red, green, blue = colorsys.hsv_to_rgb(index / count, 0.9, (0.9, 0.6)[index % 2])
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+
+
+def _diagram(rows: list[dict], colours: dict[str, str], plot: tuple, axis: tuple) -> Image.Image:
+    """A line per method and number of steps, through its omegas."""
+    (title, key, factor), (across, value_of) = plot, axis
+    values = [factor * row[key] for row in rows]
+    margin = 0.05 * (max(values) - min(values)) or 1.0
+    last = -(-max(map(value_of, rows)) // 5) * 5
+    diagram = Diagram(title, 0, int(last), min(values) - margin, max(values) + margin, across)
+    lines: dict[tuple, list] = {}
+    for row in rows:
+        lines.setdefault((row["method"], row["steps"] == STEPS), []).append((value_of(row), factor * row[key]))
+    for (method, _), points in lines.items():
+        diagram.curve(points, colours[method], width=1, dots=True)
+    return diagram.image

@@ -1,0 +1,174 @@
+"""AGD Evaluate: MODEL, CLIP, an adapter and prompts in, an account of how good the adapter is here out."""
+
+import time
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import torch
+from comfy_api.v0_0_2 import io
+
+from ..agd_core import checkpoint
+from ..agd_core.comfyui import folders
+from ..agd_core.comfyui.host import ComfyHost
+from ..agd_core.comfyui.sampler import ComfySampler
+from ..agd_core.config import BaseInfo
+from ..agd_core.training_free import NAME as TRAINING_FREE
+from ..agd_core.training_free import training_free
+from ..training import prompts as prompt_sources
+from ..training.assess import AssessConfig, assess, rule_of
+from ..training.trainer import Progress
+from .common import AdapterType, AdapterValue, show_on_node
+
+_DEFAULTS = AssessConfig()
+_SHOWN = {
+    "encode": "Encoding prompts",
+    "teacher": "Following the trajectories of guidance",
+    "adapter": "Measuring the adapter on them",
+    "sample": "Sampling unguided, with guidance and with the adapter",
+}
+
+
+class _Display:
+    """Shows on the node and in ComfyUI's own bar what is done, and lets an interrupt through at every evaluation."""
+
+    def __init__(self, node_id: str):
+        self.node_id, self.shown = node_id, 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        now = time.monotonic()
+        if now - self.shown > 0.2 or progress.step == progress.total:
+            self.shown = now
+            bar = comfy.utils.ProgressBar(progress.total, node_id=self.node_id)
+            bar.update_absolute(progress.step, progress.total)
+            show_on_node(self.node_id, f"{_SHOWN[progress.phase]}: {progress.step}/{progress.total}")
+
+
+def _size(name: str) -> io.Input:
+    return io.Int.Input(
+        name,
+        default=0,
+        min=0,
+        max=8192,
+        step=8,
+        advanced=True,
+        tooltip=f"{name.capitalize()} of the pictures. 0 takes the size that the adapter was trained at.",
+    )
+
+
+class AGDEvaluate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AGDEvaluate",
+            display_name="AGD Evaluate",
+            category="model/training",
+            description=(
+                "Measures how much of the guidance an adapter gives on your model with your prompts, and how fast; "
+                "shows its pictures beside those of CFG; says whether an adapter of another checkpoint fits this one."
+            ),
+            search_aliases=["agd", "guidance distillation", "evaluate adapter", "compare cfg", "transfer score"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model to try the adapter on, with its LoRAs, but without the adapter."
+                ),
+                io.Clip.Input("clip", tooltip="Encodes the prompts."),
+                io.String.Input(
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    tooltip="One prompt per line, as you sample with. {red|blue} and __animal__ are wildcards.",
+                ),
+                io.String.Input(
+                    "negative",
+                    default="",
+                    multiline=True,
+                    tooltip="The negative prompt of the guidance; of several lines each prompt has one in turn.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=7.0,
+                    min=1.1,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="The guidance scale (omega) to compare at.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=_DEFAULTS.count,
+                    min=1,
+                    max=10_000,
+                    tooltip="Pictures by each method; the prompts take turns. More make the figures surer.",
+                ),
+                io.Int.Input("steps", default=_DEFAULTS.steps, min=1, max=1000, tooltip="Of every sampling, by Euler."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Seed of the first picture; the next one has the next.",
+                ),
+                _size("width"),
+                _size("height"),
+                io.Combo.Input(
+                    "adapter_name",
+                    options=[TRAINING_FREE, *folders.adapters()],
+                    optional=True,
+                    tooltip="An adapter file from models/agd, or 'training-free', which needs no file.",
+                ),
+                AdapterType.Input(
+                    "adapter", optional=True, tooltip="Straight from AGD Train, in place of the file of adapter_name."
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="Decodes the pictures; without it they are approximate."),
+            ],
+            outputs=[
+                io.String.Output("report", tooltip="All figures with their standard errors, and what they mean."),
+                io.Image.Output(
+                    "picture", tooltip="A row per prompt: unguided, CFG, AGD, and how AGD differs from CFG."
+                ),
+                io.Float.Output("gap_closed", tooltip="0 is no guidance, 1 exactly that of CFG."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, adapter_name=None):
+        # Whether an adapter is linked, in place of a file, isn't known here: a missing file is an error when it runs.
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter_name="", **kwargs):
+        # A file that changed on disk is loaded again.
+        if folders.why_missing(adapter_name):
+            return ""
+        stat = folders.adapter_path(adapter_name).stat()
+        return f"{stat.st_mtime_ns}-{stat.st_size}"
+
+    @classmethod
+    def execute(
+        cls, model, clip, prompts, negative, cfg, count, steps, seed, width, height,
+        adapter_name="", adapter=None, vae=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        config = AssessConfig((cfg,), steps=steps, count=count, seed=seed, width=width, height=height)
+        texts = prompt_sources.expand(prompt_sources.prompts_of(prompts), count, seed)
+        unwanted = prompt_sources.prompts_of(negative) or [""]
+        host = ComfyHost(model, clip, vae=vae)
+        info, state, source = adapter or _named(adapter_name, host.base)
+        sampler = ComfySampler(model, info, state, source=source, rule=rule_of(info))
+        display, node_id = _Display(cls.hidden.unique_id), cls.hidden.unique_id
+        what = host, sampler, info, state, texts, config
+        found = assess(*what, source=source, negative=unwanted, progress=display)
+        show_on_node(node_id, found.report())
+        picture = torch.from_numpy(np.asarray(found.picture, dtype=np.float32) / 255)[None]
+        return io.NodeOutput(found.report(), picture, found.gap_closed)
+
+
+def _named(name: str, base: BaseInfo) -> AdapterValue:
+    if name == TRAINING_FREE:
+        return AdapterValue(*training_free(base), source=name)
+    path = folders.adapter_path(name)
+    return AdapterValue(*checkpoint.load_state(path), source=path.name)

@@ -1,0 +1,261 @@
+"""Adapters on the base's linear layers: as if its weights were changed, for the time of one evaluation."""
+
+from dataclasses import replace
+from functools import partial
+
+import comfy.model_management as mm
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from analytic import CONFIG as ANALYTIC
+from analytic import PROMPTS
+from companions import write_lora
+from runtime import CFG, STEPS, TinyUNet, TinyXL, in_dtype, ksampler, latent, patched, random_prompts, rows_of, tiny
+from small import info_for, randomised
+
+from comfyui_agd.agd_core import checkpoint, lora
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.comfyui import patch
+from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
+from comfyui_agd.agd_core.comfyui.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.sites import UnsupportedModel, describe_base, transformers
+from comfyui_agd.agd_core.kinds.low_rank import key_of, layers_of
+from comfyui_agd.training.trainer import train
+
+close = partial(torch.testing.assert_close, atol=2e-4, rtol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny(TinyUNet())
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return random_prompts()
+
+
+@pytest.fixture(scope="module")
+def files(base, save_adapter):
+    return {modulated: save_adapter(base, kind="low_rank", modulated=modulated) for modulated in (True, False)}
+
+
+@pytest.fixture(params=[True, False], ids=["modulated", "lora"])
+def file(files, request):
+    return files[request.param]
+
+
+def hooks_of(model) -> int:
+    return sum(len(module._forward_hooks) for module in model.model.diffusion_model.modules())
+
+
+def with_weights(model, file, omega: float, t: float | None = None):
+    """The base with the weights that the adapter is meant to give it."""
+    clone, (_, adapter) = model.clone(), checkpoint.load(file)
+    times = torch.tensor([0.0 if t is None else t])
+    prepared = adapter.prepare(torch.tensor([omega]), times, torch.zeros(1, 16, 128), dtype=torch.float32)
+    blocks = transformers(model.model.diffusion_model)
+    names = {module: name for name, module in model.model.named_modules()}
+    for index, site in enumerate(adapter.config.sites):
+        for path in layers_of(site):
+            up, down = (getattr(adapter.sites, part)[key_of(site.name, path)].weight for part in ("to_out", "down"))
+            m = prepared.shared[index][path]
+            change = (omega - 1) * (up if m is None else up * m[0]) @ down
+            clone.add_patches({f"{names[blocks[site.name]]}.{path}.weight": (change.detach(),)})
+    assert len(clone.patches) == 10 * len(adapter.config.sites)
+    return clone
+
+
+def with_lora(model, file):
+    return comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(file)), 1.0, 1.0)[0]
+
+
+# What it computes
+
+
+def test_it_costs_one_evaluation(base, prompts, file):
+    assert rows_of(patched(base, file), ksampler, prompts) == [1] * STEPS
+
+
+def test_it_is_the_base_with_other_weights(base, prompts, files):
+    sampled = ksampler(patched(base, files[False]), prompts)
+    close(sampled, ksampler(with_weights(base, files[False], CFG), prompts, cfg=1.0))
+    assert (sampled - ksampler(base, prompts, cfg=1.0)).abs().max() > 0.1
+
+
+def test_its_weights_depend_on_the_time_where_it_is_modulated(base, prompts, files):
+    first = 999.0  # the time of the highest noise level, the only one here
+    sampled = ksampler(patched(base, files[True]), prompts, steps=1)
+    close(sampled, ksampler(with_weights(base, files[True], CFG, t=first), prompts, cfg=1.0, steps=1))
+    other = ksampler(with_weights(base, files[True], CFG, t=0.0), prompts, cfg=1.0, steps=1)
+    assert (sampled - other).abs().max() > 0.01
+
+
+def test_a_picture_of_a_batch_equals_it_alone(base, prompts, file):
+    model = patched(base, file)
+    close(ksampler(model, prompts, at=latent(3))[:1], ksampler(model, prompts))
+
+
+def test_prompts_of_a_batch_equal_each_alone(base, file):
+    prompts, other = random_prompts(lengths=(16, 16)), random_prompts(lengths=(32, 16), seed=6)
+    model = patched(base, file)
+    both = replace(prompts, positive=prompts.positive + other.positive)
+    one, two = (ksampler(model, p, steps=1) for p in (prompts, replace(other, negative=prompts.negative)))
+    close(ksampler(model, both, steps=1), (one + two) / 2)
+
+
+def test_on_a_model_with_y(save_adapter):
+    base, prompts, at = tiny(TinyXL()), random_prompts(pooled=1280), latent(2, channels=4)
+    file = save_adapter(base, kind="low_rank", modulated=False)
+    expected = ksampler(with_weights(base, file, CFG), prompts, cfg=1.0, at=at)
+    close(ksampler(patched(base, file), prompts, at=at), expected)
+
+
+# What it leaves alone
+
+
+def test_the_base_is_itself_before_and_after_and_at_omega_1(base, prompts, file):
+    guided, plain = ksampler(base, prompts), ksampler(base, prompts, cfg=1.0)
+    model = patched(base, file)
+    assert not torch.equal(ksampler(model, prompts), guided)
+    assert hooks_of(base) == 0
+    assert torch.equal(ksampler(model, prompts, cfg=1.0), plain)
+    assert torch.equal(ksampler(patched(base, file, strength=0.0), prompts), guided)
+    assert torch.equal(ksampler(base, prompts), guided)
+
+
+def test_a_new_adapter_is_the_base_unguided(base, prompts):
+    for modulated in (True, False):
+        info = info_for(describe_base(base.model), kind="low_rank", modulated=modulated, hidden=8, encoder_width=8)
+        model = apply_adapter(base, info, Adapter(info.config).state_dict(), source="new")
+        assert torch.equal(ksampler(model, prompts), ksampler(base, prompts, cfg=1.0))
+
+
+def test_no_hook_outlives_an_evaluation_that_fails(base, prompts, file):
+    last, seen = base.model.diffusion_model.out[-1], []
+
+    def fail(*_):
+        seen.append(hooks_of(base))
+        raise ZeroDivisionError
+
+    before, handle = ksampler(base, prompts), last.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            ksampler(patched(base, file), prompts)
+    finally:
+        handle.remove()
+    assert seen == [10 * len(describe_base(base.model).sites)]
+    assert hooks_of(base) == 0
+    assert torch.equal(ksampler(base, prompts), before)
+
+
+def test_a_layer_that_cannot_be_hooked_leaves_no_hook(base, prompts, file, monkeypatch):
+    model, (*_, last) = patched(base, file), transformers(base.model.diffusion_model).values()
+    monkeypatch.setattr(last.ff.net[2], "out_features", 1)
+    with pytest.raises(UnsupportedModel, match=r"ff.net.2 in block output_\d_0 .* from 128 to 32 .* from 128 to 1 "):
+        ksampler(model, prompts)
+    assert hooks_of(base) == 0
+
+
+def test_a_base_that_is_built_otherwise_is_refused(save_adapter):
+    class NoSelfAttention(TinyUNet):
+        unet_config = {**TinyUNet.unet_config, "disable_self_attentions": [True, True]}
+
+    other = tiny(NoSelfAttention())
+    file = save_adapter(other, kind="low_rank")
+    with pytest.raises(UnsupportedModel, match=r"attn1.to_k in block input_1_0 .* from 32 to 32 .* from 128 to 32"):
+        patched(other, file)
+    assert patched(other, save_adapter(other))  # other kinds don't mind
+
+
+# What else works beside it
+
+
+def test_a_lora_on_the_base_and_the_adapter_add_up(base, prompts, files, tmp_path):
+    style = write_lora(tmp_path / "style.safetensors", base, 0)
+    model = patched(with_lora(base, style), files[False])
+    assert torch.equal(ksampler(with_lora(patched(base, files[False]), style), prompts), ksampler(model, prompts))
+    merged = with_weights(with_lora(base, style), files[False], CFG)
+    close(ksampler(model, prompts), ksampler(merged, prompts, cfg=1.0))
+
+
+def test_adapters_add_up_whatever_their_kinds(base, prompts, files, save_adapter):
+    """Those on the linear layers change the weights for the others."""
+    plain, modulated = files[False], files[True]
+    for kind in ("cross_attention", "offset", "delta"):
+        other = save_adapter(base, kind=kind)
+        together = ksampler(patched(patched(base, plain), other), prompts)
+        close(together, ksampler(patched(patched(base, other), plain), prompts))
+        if kind != "delta":  # its negative is looked up in the base's own weights
+            close(together, ksampler(patched(with_weights(base, plain, CFG), other), prompts))
+    two = patched(patched(base, plain), modulated)
+    close(ksampler(two, prompts), ksampler(patched(with_weights(base, plain, CFG), modulated), prompts))
+    halves = patched(patched(base, modulated, strength=0.5), modulated, strength=0.5)
+    close(ksampler(halves, prompts), ksampler(patched(base, modulated), prompts))
+
+
+FEW_BITS = [(torch.float16, None), (torch.bfloat16, None), (torch.float8_e4m3fn, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("stored", "computed"), FEW_BITS, ids=str)
+def test_on_a_base_in_few_bits_it_is_what_it_is_but_for_rounding(base, prompts, file, stored, computed):
+    lean = in_dtype(base, TinyUNet, stored, computed)
+    exact, guided = ksampler(base, prompts, steps=1, cfg=1.0), ksampler(patched(base, file), prompts, steps=1)
+    own = (ksampler(lean, prompts, steps=1, cfg=1.0) - exact).norm() / exact.norm()
+    found = ksampler(patched(lean, file), prompts, steps=1)
+    assert (found - guided).norm() / guided.norm() < 3 * own + 1e-6
+
+
+def test_on_a_base_that_is_partly_in_system_memory(base, prompts, file, card):
+    model = patched(base, file)
+    expected = ksampler(model, prompts)
+    mm.unload_all_models()
+    card(base.model_size() // 2 + 1000, model)
+    assert torch.equal(ksampler(model, prompts), expected)
+    assert 0 < base.loaded_size() < base.model_size()
+
+
+# Training
+
+
+@pytest.mark.parametrize("modulated", [True, False])
+def test_it_learns(base, toy, modulated):
+    config = replace(ANALYTIC, kind="low_rank", modulated=modulated, iterations=60, held_out=1, evaluate_every=0)
+    before = {key: value.clone() for key, value in base.model.state_dict().items()}
+    trained = train(ComfyHost(base, toy.clip), PROMPTS, config)
+    assert trained.losses[0] == pytest.approx(1.0)  # a new adapter closes nothing
+    assert sum(trained.losses[-10:]) / 10 < 0.8
+    assert all(value > 0 for value in trained.evaluation.gap_closed.values())
+    assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
+    assert hooks_of(base) == 0
+
+
+def test_under_autocast_it_leaves_the_dtype_of_the_layers(base, toy, monkeypatch):
+    host, seen = ComfyHost(base, toy.clip), set()
+    monkeypatch.setattr(host, "_autocast", torch.bfloat16)
+    adapt = patch.adapt_linear
+
+    def watch(layer, inputs, out, **rest):
+        changed = adapt(layer, inputs, out, **rest)
+        seen.add((out.dtype, changed.dtype))
+        return changed
+
+    monkeypatch.setattr(patch, "adapt_linear", watch)
+    config = replace(ANALYTIC, kind="low_rank").adapter_config(host.base, 16)
+    prompt, omega = host.encode(PROMPTS[:1]), torch.tensor([4.0])
+    with host.session():
+        x = torch.randn(1, 12, 8, 8)
+        host.student(randomised(Adapter(config)), x, torch.ones(1), prompt, prompt, omega).sum().backward()
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+
+
+# As a file for any LoRA loader
+
+
+def test_exported_it_is_the_same_in_comfyuis_lora_loader(base, prompts, files, tmp_path):
+    for omega in (CFG, 2.0, 0.5):
+        exported = lora.export(files[False], tmp_path / f"{omega}.safetensors", omega)
+        model = with_lora(base, exported)
+        assert len(model.patches) == 10 * len(describe_base(base.model).sites)
+        close(ksampler(model, prompts, cfg=1.0), ksampler(patched(base, files[False]), prompts, cfg=omega))

@@ -1,0 +1,209 @@
+"""The laboratory of benchmarks/quality.py: other ways to sample, negative prompts that are new, and one small run."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+from comfyui_agd.agd_core.comfyui.counting import counted
+from comfyui_agd.agd_core.guidance import GuidanceRule
+from comfyui_agd.benchmarks import baselines, lab, quality
+from comfyui_agd.benchmarks.methods import METHODS
+from comfyui_agd.examples.toy.judge import recognised
+from comfyui_agd.examples.toy.sampling import Jury, Toy, encode, held_out_captions, sample
+from comfyui_agd.examples.toy.scenes import (
+    HELD_OUT_UNWANTED,
+    Description,
+    Thing,
+    all_unwanted,
+    draw_scenes,
+    open_caption,
+    render,
+)
+
+STEPS, ROWS = 6, 3
+ROW_KEYS = (
+    "model method omega parameters_percent evaluations_per_step frechet_to_real precision recall prompt_accuracy "
+    "gap_closed direction_cosine negative_reduction frechet_to_cfg steps seconds_per_image"
+)
+
+
+@pytest.fixture(scope="module")
+def parts() -> Toy:
+    return Toy.load()
+
+
+@pytest.fixture
+def draw(parts):
+    """Samples with a model and returns the pictures and the rows that the UNet was given."""
+
+    def run(model, cfg: float = 3.0, **how) -> tuple[torch.Tensor, list[int]]:
+        model, counter = counted(model)
+        images, _ = sample(parts, model, encode(parts.clip, held_out_captions(ROWS, 5)[1]), cfg=cfg, seed=1, **how)
+        return images, counter.rows
+
+    return lambda model, **how: run(model, **({"steps": STEPS} | how))
+
+
+def test_unwanted_words_and_combinations_of_training_and_measurement_are_disjoint():
+    trained, measured = all_unwanted(held=False), all_unwanted(held=True)
+    assert not {u.text() for u in trained} & {u.text() for u in measured}
+    assert not any(word in u.text().split() for u in trained for word in HELD_OUT_UNWANTED)
+    alone = {word for u in measured if len(u.said()) == 1 for word in u.said().values()}
+    assert alone == set(HELD_OUT_UNWANTED)
+    assert any(set(u.text().split()).isdisjoint(HELD_OUT_UNWANTED) for u in measured)  # new as a combination only
+
+
+def test_a_description_fits_what_has_all_its_attributes():
+    thing = Thing("small", "orange", "ring")
+    assert Description(colour="orange").fits(thing)
+    assert not Description(size="large", colour="orange").fits(thing)
+    assert Description(colour="orange").text() == "an orange shape"
+
+
+def test_open_captions_leave_something_open_and_never_name_the_background_twice():
+    rng = random.Random(0)
+    for _ in range(200):
+        text, said = open_caption(rng)
+        assert len(said.said()) < 3
+        assert said.colour is None or text.count(said.colour) == 1
+
+
+def test_the_judge_recognises_scenes():
+    scenes = draw_scenes(64, 51, held=True)
+    seen = recognised(Jury().judge, render(scenes, 51))
+    assert sum(a == b for a, b in zip(seen, scenes, strict=True)) >= 60
+
+
+def test_noise_can_be_chosen_row_by_row(parts, draw):
+    three, _ = draw(parts.model, cfg=1.0, noise=[[4, 5, 6]])
+    turned, _ = draw(parts.model, cfg=1.0, noise=[[6, 5, 4]])
+    torch.testing.assert_close(turned[1], three[1])
+    assert not torch.allclose(turned[0], three[0], atol=1e-2)
+
+
+def test_negative_prompts_can_be_one_per_row(parts, draw):
+    negative = encode(parts.clip, ["", "a red shape", ""])
+    empty, mixed = draw(parts.model)[0], draw(parts.model, negative=negative)[0]
+    changed = (empty - mixed).abs().amax((1, 2, 3)) > 1e-3
+    assert changed.tolist() == [False, True, False]
+
+
+def test_outside_of_its_interval_guidance_costs_nothing(parts, draw):
+    cfg, rows = draw(parts.model)
+    assert rows == [2 * ROWS] * STEPS
+    everywhere, rows = draw(baselines.limited_interval(parts.model, GuidanceRule(sigma_min=0.0, sigma_max=100.0)))
+    assert rows == [2 * ROWS] * STEPS
+    assert torch.equal(everywhere, cfg)
+    middle, rows = draw(baselines.limited_interval(parts.model, GuidanceRule()))
+    assert rows[0] == rows[-1] == ROWS
+    assert 2 * ROWS in rows
+    assert not torch.allclose(middle, cfg, atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["rescale", "apg", "cfg_zero"])
+def test_a_teacher_samples_in_two_passes(parts, draw, rule):
+    images, rows = draw(baselines.guided_by(parts.model, GuidanceRule(rule)))
+    assert rows == [2 * ROWS] * STEPS
+    assert not torch.allclose(images, draw(parts.model)[0], atol=1e-3)
+
+
+def adaptive(model, agreement: float):
+    clone, guidance = model.clone(), baselines.AdaptiveGuidance(agreement)
+    clone.set_model_sampler_calc_cond_batch_function(guidance)
+    return guidance, clone
+
+
+def test_adaptive_guidance_that_never_agrees_is_cfg(parts, draw):
+    _, model = adaptive(parts.model, 2.0)
+    images, rows = draw(model)
+    assert rows == [2 * ROWS] * STEPS
+    assert torch.equal(images, draw(parts.model)[0])
+
+
+def test_adaptive_guidance_that_agrees_at_once_has_one_second_pass(parts, draw):
+    guidance, model = adaptive(parts.model, -2.0)
+    assert draw(model)[1] == [2 * ROWS] + [ROWS] * (STEPS - 1)
+    assert not guidance.guided.any()
+
+
+def test_adaptive_guidance_drops_the_second_pass_picture_by_picture(parts, draw, monkeypatch):
+    agrees = iter([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0] * 3, [0.0] * 3, [0.0] * 3])
+    monkeypatch.setattr(torch, "cosine_similarity", lambda a, b: torch.tensor(next(agrees)))
+    _, model = adaptive(parts.model, 0.5)
+    negative = encode(parts.clip, ["a red shape", "a star", "a blue shape"])
+    images, rows = draw(model, negative=negative)
+    # The prompt's rows and, apart from them, those that still have a second pass.
+    assert rows == [6, 3, 2, 3, 2, 3, 1, 3, 1, 3, 1]
+    guided = draw(parts.model, negative=negative)[0]
+    same = (images - guided).abs().amax((1, 2, 3)) < 1e-3
+    assert same.tolist() == [False, False, True]  # the last one kept its own negative prompt to the end
+
+
+def test_every_sampling_of_adaptive_guidance_begins_with_guidance(parts, draw):
+    model = baselines.adaptive(parts.model)
+    (first, rows), (second, again) = draw(model), draw(model)
+    assert torch.equal(first, second)
+    assert rows == again
+
+
+def test_the_whole_model_starts_as_the_base_and_takes_omega_from_cfg(parts, draw):
+    student = baselines.GuidedModel.of_base(torch.device("cpu"))
+    base = draw(parts.model, cfg=1.0)[0]
+    images, rows = draw(student.patcher(), cfg=5.0)
+    assert rows == [ROWS] * STEPS
+    torch.testing.assert_close(images, base)
+    torch.nn.init.normal_(student.unet.time_embed.last.weight, std=0.05)
+    two, five = (draw(student.patcher(), cfg=cfg)[0] for cfg in (2.0, 5.0))
+    assert not torch.allclose(two, five, atol=1e-3)
+
+
+def test_a_recording_goes_with_its_prompts(tmp_path):
+    laboratory = lab.Lab(lab.Work(tmp_path), dataclasses.replace(lab.QUICK, iterations=2))
+    config, negatives = laboratory.train_config(), laboratory.negatives(True)
+    recording, prompts = laboratory.recording(config, negatives)
+    batch, host = recording.source(config, range(config.batch)).next(0), laboratory.host()
+    positive, negative = host.encode(prompts), host.encode(negatives, "negative")
+    with host.session():
+        cond = host.denoise(batch.x, batch.sigma, [positive[i] for i in batch.positive.tolist()])
+        uncond = host.denoise(batch.x, batch.sigma, [negative[i] for i in batch.negative.tolist()])
+    torch.testing.assert_close(cond, batch.cond, atol=2e-2, rtol=0)
+    torch.testing.assert_close(uncond, batch.uncond, atol=2e-2, rtol=0)
+
+
+@pytest.mark.slow
+def test_one_command_makes_the_table_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("comfyui_agd.examples.toy.sampling.REFERENCE_IMAGES", 256)
+    few = ["--quick", "--pictures", "6", "--pairs", "2", "--iterations", "2", "--work", str(tmp_path / "work")]
+    few += ["--results", str(tmp_path / "results"), "--json", str(tmp_path / "rows.json")]
+    quality.main([*few, "--only", "cfg", "adaptive", "meng", "paper_offset"])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert all(set(row) >= set(ROW_KEYS.split()) for row in rows)
+    assert [row["method"] for row in rows] == ["cfg", "cfg", "adaptive", "adaptive", "meng", "paper_offset"]
+    of = {row["method"]: row for row in rows if row["steps"] == 20}
+    assert of["cfg"]["evaluations_per_step"] == 2
+    assert of["meng"]["evaluations_per_step"] == of["paper_offset"]["evaluations_per_step"] == 1
+    assert 1 < of["adaptive"]["evaluations_per_step"] < 2
+    assert [row["steps"] for row in rows if row["method"] == "cfg"] == [20, 10]
+    assert of["cfg"]["negative_reduction"] == 1
+    assert of["meng"]["parameters_percent"] > 100 > 5 >= of["paper_offset"]["parameters_percent"] > 4
+    assert of["meng"]["gap_closed"] is not None
+    page = (tmp_path / "results" / "quality.md").read_text()
+    assert all(f"| `{name}` |" in page and f"- `{name}`: " in page for name in of)
+    assert Image.open(tmp_path / "results" / "quality.png").width > 1000
+
+    # Again, with one more method: nothing else is trained or sampled anew.
+    drawn = []
+    monkeypatch.setattr(METHODS["meng"].make.__globals__["baselines"], "distil_model", None)
+    monkeypatch.setattr("comfyui_agd.benchmarks.lab.sample", lambda *a, **how: drawn.append(how) or sample(*a, **how))
+    quality.main([*few, "--only", "cfg", "meng", "unguided"])
+    assert {how["cfg"] for how in drawn} == {1.0}
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == len(rows) + 1
+
+
+def test_an_unknown_method_is_an_error_that_says_where_to_look(tmp_path):
+    with pytest.raises(SystemExit, match="There is no method nonsense; --list says which there are"):
+        quality.main(["--only", "nonsense", "--work", str(tmp_path)])

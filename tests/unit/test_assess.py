@@ -1,0 +1,321 @@
+"""`assess` on the analytic base, where the answers are known."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from analytic import CHANNELS, PROMPTS, AnalyticHost, Stopped
+from PIL import Image
+from small import info_for, randomised
+
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.checkpoint import AdapterFileError
+from comfyui_agd.agd_core.guidance import cfg
+from comfyui_agd.training.assess import AssessConfig, _of_sums, assess, rule_of
+from comfyui_agd.training.assessment import Estimate, Transfer
+from comfyui_agd.training.evaluate import evaluate, follow_teacher
+from comfyui_agd.training.solvers import solver_step
+
+SMALL = AssessConfig(omegas=(3.0, 6.0), steps=4, count=3, width=64, height=64)
+
+
+class Partly(AnalyticHost):
+    """An analytic base whose student is a known share of the way from the unguided prediction to CFG's."""
+
+    def __init__(self, share: float, **options):
+        super().__init__(**options)
+        self.share = share
+
+    def student(self, adapter, x, sigma, prompts, negative, omega):
+        self.student_rows.append(len(x))
+        cond, uncond = self.denoise(x, sigma, prompts), self.denoise(x, sigma, negative)
+        return cond + self.share * (cfg(cond, uncond, omega) - cond)
+
+
+class EulerSampler:
+    """`training.assess.Sampler` on a host: what it is asked for is remembered."""
+
+    def __init__(self, host, adapter, rows: int = 1):
+        self.host, self.adapter, self.rows = host, adapter, rows
+        self.notes, self.asked = ["something to know."], []
+
+    def __call__(self, method, noise, prompt, negative, *, omega, steps, progress):
+        self.asked.append((method, noise, omega, steps))
+        sigmas = self.host.sigmas("normal", steps)
+        x, scale = self.host.start(noise, sigmas[:1]), torch.tensor([omega])
+        for sigma, sigma_next in zip(sigmas[:-1, None], sigmas[1:, None], strict=True):
+            cond, uncond = (self.host.denoise(x, sigma, [each]) for each in (prompt, negative))
+            if method == "agd":
+                aim = self.host.student(self.adapter, x, sigma, [prompt], [negative], scale)
+            else:
+                aim = cond if method == "unguided" else cfg(cond, uncond, scale)
+            x = solver_step(x, aim, sigma, sigma_next)
+            progress()
+        return x, steps * {"unguided": 1, "guided": 2, "agd": self.rows}[method]
+
+
+def info_and_state(host, training: dict | None = None, random: bool = False):
+    info = info_for(host.base, kind="cross_attention", hidden=8, encoder_width=8, prompt_tokens=3)
+    torch.manual_seed(0)
+    adapter = Adapter(info.config)
+    return replace(info, training=training or {}), (randomised(adapter) if random else adapter).state_dict()
+
+
+def assessed(host, config: AssessConfig = SMALL, training: dict | None = None, random: bool = False, **options):
+    info, state = info_and_state(host, training, random)
+    adapter = Adapter(info.config)
+    adapter.load_state_dict(state)
+    options = {"sampler": EulerSampler(host, adapter), "prompts": PROMPTS, **options}
+    return assess(host, info=info, state=state, config=config, source="a.safetensors", **options)
+
+
+def test_an_adapter_that_does_nothing_closes_no_gap_and_is_as_far_from_cfg_as_no_guidance():
+    found = assessed(AnalyticHost())
+    for closeness in found.by_omega.values():
+        assert closeness.gap_closed == Estimate(0.0, 0.0)
+        assert closeness.direction_cosine.value == 0
+        assert closeness.distance == Estimate(1.0, 0.0)
+    assert found.gap_closed == 0
+    assert found.transfer.fits == "no"
+
+
+def test_one_that_is_cfg_closes_all_of_it():
+    found = assessed(Partly(1.0), training={"gap_closed": {"3": 0.9, "6": 0.7}})
+    for closeness in found.by_omega.values():
+        assert closeness.gap_closed.value == pytest.approx(1)
+        assert closeness.direction_cosine.value == pytest.approx(1)
+        assert closeness.distance.value == pytest.approx(0, abs=1e-5)
+        assert [level.gap_closed.value for level in closeness.by_sigma] == pytest.approx([1] * SMALL.steps)
+    assert found.transfer.kept.value == pytest.approx(1 / 0.8)
+    assert found.transfer.fits == "yes"
+
+
+def test_half_the_way_is_three_quarters_of_the_squared_gap():
+    for closeness in assessed(Partly(0.5)).by_omega.values():
+        assert closeness.gap_closed.value == pytest.approx(0.75)
+        assert closeness.gap_closed.se == pytest.approx(0, abs=1e-6)  # on every image alike
+        assert closeness.direction_cosine.value == pytest.approx(1)
+        assert 0.3 < closeness.distance.value < 0.7
+
+
+def test_what_is_measured_is_what_training_measures():
+    host = AnalyticHost()
+    info, state = info_and_state(host, random=True)
+    adapter = Adapter(info.config)
+    adapter.load_state_dict(state)
+    positive, negative = host.encode(PROMPTS[:3]), host.encode([""] * 3)
+    states = follow_teacher(host, positive, negative, (CHANNELS, 8, 8), SMALL.omegas, steps=4, seed=SMALL.seed)
+    expected, found = evaluate(host, adapter, states), assessed(host, random=True)
+    for omega, closeness in found.by_omega.items():
+        assert closeness.gap_closed.value == pytest.approx(expected.gap_closed[omega])
+        assert closeness.direction_cosine.value == pytest.approx(expected.direction_cosine[omega])
+        levels = [(level.sigma, level.gap_closed.value) for level in closeness.by_sigma]
+        assert levels == [pytest.approx(pair) for pair in expected.by_sigma[omega]]
+
+
+@pytest.mark.parametrize("function", [lambda ratio: 1 - ratio, torch.sqrt])
+def test_the_standard_error_is_the_spread_of_many_repetitions(function):
+    generator = torch.Generator().manual_seed(0)
+    repeated = []
+    for _ in range(400):
+        before = torch.rand(20, generator=generator).double() + 0.5
+        now = before * torch.rand(20, generator=generator)
+        repeated.append(_of_sums(function, now, before))
+    spread = torch.tensor([estimate.value for estimate in repeated]).std().item()
+    assert sum(estimate.se for estimate in repeated) / len(repeated) == pytest.approx(spread, rel=0.1)
+
+
+def test_the_standard_error_is_over_images():
+    found = assessed(AnalyticHost(), replace(SMALL, count=6), random=True)
+    gap, cosine, distance = (
+        getattr(found.by_omega[3.0], key) for key in ("gap_closed", "direction_cosine", "distance")
+    )
+    assert min(gap.se, cosine.se, distance.se) > 0.005  # prompts differ far more than rounding
+    assert found.transfer.gap_closed.se == pytest.approx((gap.se + found.by_omega[6.0].gap_closed.se) / 2)
+
+
+def test_a_single_image_has_no_standard_error():
+    found = assessed(AnalyticHost(), replace(SMALL, count=1, omegas=(3.0,)), random=True)
+    assert {found.by_omega[3.0].gap_closed.se, found.costs["agd"].seconds_per_image.se} == {None}
+    assert "±" not in found.report().replace("± is", "")
+
+
+def test_every_method_starts_from_equal_noise_and_the_warm_up_is_not_counted():
+    host = AnalyticHost()
+    info, state = info_and_state(host)
+    sampler = EulerSampler(host, Adapter(info.config))
+    found = assess(host, sampler, info, state, PROMPTS[:2], SMALL, source="a")
+    warm_up, asked = sampler.asked[:3], sampler.asked[3:]
+    assert [(method, steps) for method, _, _, steps in warm_up] == [("unguided", 2), ("guided", 2), ("agd", 2)]
+    assert len(asked) == SMALL.count * (1 + 2 * len(SMALL.omegas))
+    of_image = [asked[i : i + 5] for i in range(0, len(asked), 5)]
+    for samples in of_image:
+        assert all(torch.equal(noise, samples[0][1]) for _, noise, _, _ in samples)
+    assert not torch.equal(of_image[0][0][1], of_image[2][0][1])  # the same prompt again, but another seed
+    costs = {method: cost.evaluations_per_step for method, cost in found.costs.items()}
+    assert costs == {"unguided": 1, "guided": 2, "agd": 1}
+    assert (found.images, found.prompts) == (3, 2)
+
+
+def test_negative_prompts_take_turns_too():
+    host = AnalyticHost()
+    one, other, both = (
+        assessed(host, random=True, negative=negative).gap_closed
+        for negative in (["a red star"], ["a blue ring"], ["a red star", "a blue ring"])
+    )
+    assert len({one, other, both}) == 3
+    with pytest.raises(ValueError, match="Guidance changes nothing here"):
+        assessed(host, prompts=["a red star"], negative=["a red star"])
+
+
+def test_the_adapters_own_teacher_is_what_it_is_measured_against():
+    training = {"config": {"teacher": "interval", "interval_sigma_min": 1.0, "interval_sigma_max": 5.0, "batch": 4}}
+    host = AnalyticHost()
+    info, _ = info_and_state(host, training)
+    assert (rule_of(info).name, rule_of(info).sigma_max) == ("interval", 5.0)
+    found = assessed(host, training=training)
+    assert found.teacher == "INTERVAL"
+    sigmas = [level.sigma for level in found.by_omega[3.0].by_sigma]
+    assert sigmas
+    assert all(1.0 < sigma <= 5.0 for sigma in sigmas)
+    everywhere = assessed(Partly(1.0), training=training).by_omega[3.0]
+    assert everywhere.gap_closed.value < 1  # what it adds outside of the interval counts against it
+    assert everywhere.direction_cosine.value == pytest.approx(1)
+
+
+def test_omegas_and_sizes_are_those_of_the_training_unless_chosen():
+    host = AnalyticHost()
+    assert list(assessed(host, replace(SMALL, omegas=()), {"gap_closed": {"2.5": 0.5}}).by_omega) == [2.5]
+    assert list(assessed(host, replace(SMALL, omegas=())).by_omega) == [2.3, 5.2, 12.0]
+    info, state = info_and_state(host)
+    info = replace(info, resolutions=((10, 12), (8, 8)))
+    sampler = EulerSampler(host, Adapter(info.config))
+    for size, expected in (({}, (10, 12)), ({"width": 64}, (10, 8)), ({"width": 80, "height": 72}, (9, 10))):
+        config = AssessConfig(omegas=(3.0,), steps=2, count=1, **size)
+        assert assess(host, sampler, info, state, PROMPTS, config, source="a").latent == expected
+
+
+def test_what_training_reported_is_interpolated_in_log_omega():
+    training = {"gap_closed": {"2": 0.8, "8": 0.4}}
+    host = Partly(1.0)
+    for omega, reported in ((1.5, 0.8), (2.0, 0.8), (4.0, 0.6), (12.0, 0.4)):
+        found = assessed(host, replace(SMALL, omegas=(omega,)), training)
+        assert found.transfer.reported == pytest.approx(reported)
+    assert assessed(host).transfer.reported is None
+
+
+@pytest.mark.parametrize(
+    ("gap", "reported", "fits", "said"),
+    [
+        (0.6, 0.6, "yes", r"It fits: 100% \(± 8%\) of the gap closed in its own training is kept here\.$"),
+        (0.48, 0.6, "yes", "It fits: 80%"),
+        (0.3, 0.6, "partly", "It fits partly: 50% .* train one for this checkpoint"),
+        (0.2, 0.6, "no", "It does not fit: 33% .* train one for this checkpoint"),
+        (-0.2, 0.6, "no", "It does not fit: 0%"),
+        (0.2, None, "unknown", "can't be told"),
+        (-0.1, None, "no", "It does not fit: no gap is closed here"),
+        (0.3, 0.0, "unknown", "can't be told"),
+    ],
+)
+def test_the_verdict_on_another_checkpoint(gap, reported, fits, said):
+    transfer = Transfer(False, Estimate(gap, 0.05), reported)
+    assert transfer.fits == fits
+    assert re.search(said, transfer.verdict())
+    if reported:
+        assert transfer.kept.se == pytest.approx(0.05 / reported)
+
+
+def test_the_remedy_for_its_own_checkpoint_is_no_new_training():
+    verdict = Transfer(True, Estimate(0.2, None), 0.6).verdict()
+    assert "train one" not in verdict
+    assert "unlike its training's" in verdict
+
+
+def test_a_sibling_is_told_from_the_checkpoint_of_the_training_and_so_are_loras():
+    host = AnalyticHost()
+    assert "the checkpoint that it was trained on" in assessed(host).report()
+    info, state = info_and_state(host)
+    untold = replace(info, base=replace(info.base, fingerprint=""))
+    sampler = EulerSampler(host, Adapter(info.config))
+    assert "context 16).\n" in assess(host, sampler, untold, state, PROMPTS, SMALL, source="a").report()
+    sibling = AnalyticHost(base=replace(host.base, fingerprint="another"), teacher={"patched_weights": 7})
+    found = assess(sibling, EulerSampler(sibling, Adapter(info.config)), info, state, PROMPTS, SMALL, source="a")
+    assert not found.transfer.same_weights
+    assert "other weights than those of its training" in found.report()
+    assert found.notes == [
+        "LoRAs and the like patch 7 weights of this model, but 0 of the one it was trained on.",
+        "something to know.",
+    ]
+
+
+def test_the_report_and_the_json_say_it_all():
+    found = assessed(Partly(0.5), training={"gap_closed": {"3": 0.8, "6": 0.7}})
+    report = found.report()
+    assert "cfg 3: gap closed 0.750 ± 0.000, direction cosine 1.000 ± 0.000, distance to CFG 0." in report
+    assert "AGD: " in report
+    assert "2.00 model evaluations per step" in report
+    assert "It fits: 100% (± 0%) of the gap closed" in report
+    assert "Note: something to know." in report
+    data = json.loads(json.dumps(found.as_json()))
+    assert data["by_omega"]["6"]["gap_closed"]["value"] == pytest.approx(0.75)
+    assert len(data["by_omega"]["6"]["by_sigma"]) == 4
+    assert data["costs"]["guided"]["evaluations_per_step"] == 2
+    assert "picture" not in data
+    assert data["transfer"]["fits"] == "yes"
+    assert data["transfer"]["kept"]["value"] == pytest.approx(1.0)
+
+
+def test_the_picture_has_a_row_per_image_and_shows_differences():
+    class Painted(Partly):
+        def picture(self, latent):
+            return Image.new("RGB", (64, 64), (int(128 + 20 * latent.mean().clamp(-5, 5)),) * 3)
+
+    found = assessed(Painted(1.0), replace(SMALL, count=8))
+    width, height = found.picture.size
+    assert (width, height) == (4 * 264 - 8, 28 + 6 * 284)  # 64 pixels are shown as 256; six images at most
+    assert found.picture.getpixel((3 * 264 + 100, 28 + 28 + 100)) == (128, 128, 128)
+
+
+def test_raising_from_progress_stops_at_any_evaluation():
+    last, host = {}, AnalyticHost()
+
+    def remember(progress):
+        last[progress.phase] = progress
+
+    assessed(host, progress=remember)
+    assert list(last) == ["encode", "teacher", "adapter", "sample"]
+    assert all(progress.step == progress.total for progress in last.values())
+    for phase in last:
+
+        def stop(progress, phase=phase):
+            if progress.phase == phase:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            assessed(host, progress=stop)
+
+
+def test_rows_that_do_not_fit_are_halved():
+    host = AnalyticHost(fits=2)
+    whole, halved = assessed(AnalyticHost(), random=True), assessed(host, random=True)
+    assert max(host.student_rows) == 3  # tried, and then
+    assert whole.by_omega[3.0].gap_closed.value == pytest.approx(halved.by_omega[3.0].gap_closed.value)
+
+
+def test_what_cannot_be_evaluated_is_one_sentence():
+    with pytest.raises(ValueError, match="There are no prompts to evaluate with"):
+        assessed(AnalyticHost(), prompts=["", "  "])
+    with pytest.raises(ValueError, match=r"count is 0, but must be 1 or more; width is 32, but must be 64 or more"):
+        AssessConfig(count=0, width=32)
+    with pytest.raises(ValueError, match="cfg is 1, but guidance begins above 1"):
+        AssessConfig(omegas=(1.0,))
+    with pytest.raises(ValueError, match="cfg is nan"):
+        AssessConfig(omegas=(math.nan,))
+    host = AnalyticHost()
+    other = AnalyticHost(base=replace(host.base, prediction="V_PREDICTION"))
+    info, state = info_and_state(host)
+    with pytest.raises(AdapterFileError, match="was made for Analytic"):
+        assess(other, EulerSampler(other, None), info, state, PROMPTS, SMALL, source="a.safetensors")

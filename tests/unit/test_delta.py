@@ -1,0 +1,118 @@
+"""What must hold of the kinds that work on delta, and so hear the negative prompt: `scale` and `delta`."""
+
+import pytest
+import torch
+from small import randomised, small_sites
+
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.config import AdapterConfig
+from comfyui_agd.agd_core.kinds.scale import KNOTS, LAST_TIMESTEP, START
+
+KINDS = pytest.mark.parametrize("kind", ["scale", "delta"])
+
+
+def build(kind: str) -> Adapter:
+    torch.manual_seed(0)
+    return Adapter(AdapterConfig(sites=small_sites(), kind=kind, hidden=8, encoder_width=8))
+
+
+def some(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def guide(adapter: Adapter, omega: float = 4.0, t: float = 500.0, *, name="input_1_0", delta=None, h=None, **more):
+    """What is added at a site of width 24 to an attention of zeros; two rows."""
+    width = {"input_1_0": 24, "middle_0_0": 32}[name]
+    delta = some(1, 2, 9, width) if delta is None else delta
+    h = some(2, 2, 9, width) if h is None else h
+    context = torch.zeros(2, 5, 16)
+    prepared = adapter.prepare(torch.tensor([omega]), torch.full((2,), t), context, dtype=torch.float32, **more)
+    return adapter.guide(name, torch.zeros_like(delta), delta, h, prepared)
+
+
+def trained(kind: str) -> Adapter:
+    """An adapter in which everything does something."""
+    adapter = build(kind)
+    with torch.no_grad():
+        for index, parameter in enumerate(adapter.parameters()):
+            parameter.add_(0.1 * some(index, *parameter.shape))
+    return adapter
+
+
+@KINDS
+@pytest.mark.parametrize("t", [0.0, 333.0, 999.0])
+def test_a_new_adapter_is_the_training_free_one(kind, t):
+    delta = some(1, 2, 9, 24)
+    torch.testing.assert_close(guide(build(kind), 4.0, t), (4.0 - 1) * START * delta)
+
+
+@KINDS
+def test_a_new_adapter_leaves_the_middle_of_the_unet_alone(kind):
+    assert torch.count_nonzero(guide(build(kind), name="middle_0_0")) == 0
+
+
+@KINDS
+def test_omega_1_adds_exactly_nothing(kind):
+    assert torch.count_nonzero(guide(trained(kind), omega=1.0)) == 0
+
+
+@KINDS
+def test_every_parameter_is_trained(kind):
+    adapter = trained(kind)
+    for name in ("input_1_0", "middle_0_0"):
+        for t in (0.0, 400.0, 700.0, 999.0):
+            guide(adapter, t=t, name=name).square().sum().backward()
+    still = [name for name, p in adapter.trained() if p.grad is None or torch.count_nonzero(p.grad) == 0]
+    assert still == []
+
+
+@KINDS
+def test_strength_scales_the_residual(kind):
+    adapter = trained(kind)
+    torch.testing.assert_close(guide(adapter, strength=0.5), 0.5 * guide(adapter))
+
+
+@KINDS
+def test_rows_do_not_see_each_other(kind):
+    adapter, delta, h = trained(kind), some(1, 2, 9, 24), some(2, 2, 9, 24)
+    together = guide(adapter, delta=delta, h=h)
+    other = guide(adapter, delta=delta * torch.tensor([1.0, 2.0])[:, None, None], h=h)
+    torch.testing.assert_close(together[0], other[0])
+    assert not torch.allclose(together[1], other[1])
+
+
+@KINDS
+def test_where_both_prompts_attend_alike_scale_adds_nothing(kind):
+    added = guide(trained(kind), delta=torch.zeros(2, 9, 24))
+    assert (torch.count_nonzero(added) == 0) == (kind == "scale")
+
+
+def test_omega_and_time_matter_to_delta_beyond_the_gain():
+    adapter = trained("delta")
+    per_gain = [guide(adapter, omega, t) / (omega - 1) for omega, t in ((2.0, 500.0), (8.0, 500.0), (2.0, 50.0))]
+    assert not torch.allclose(per_gain[0], per_gain[1])
+    assert not torch.allclose(per_gain[0], per_gain[2])
+
+
+def test_the_scale_is_linear_between_its_knots():
+    adapter = trained("scale")
+    knots = [LAST_TIMESTEP * i / (KNOTS - 1) for i in range(KNOTS)]
+    at = [guide(adapter, t=t) for t in knots]
+    for first, second, low, high in zip(at, at[1:], knots, knots[1:], strict=False):
+        torch.testing.assert_close(guide(adapter, t=0.75 * low + 0.25 * high), 0.75 * first + 0.25 * second)
+    weight = adapter.sites.to_scale.weight[:24]  # the first site's
+    torch.testing.assert_close(at[0], 3 * weight[:, 0] * some(1, 2, 9, 24))
+
+
+def test_delta_has_one_encoder_for_all_sites():
+    with pytest.raises(ValueError, match="one encoder for all sites"):
+        AdapterConfig(sites=small_sites(), kind="delta", shared_encoder=False)
+
+
+def test_scale_has_no_encoder():
+    assert dict(build("scale").named_parameters()).keys() == {"sites.to_scale.weight"}
+
+
+def test_last_layers_of_delta_start_at_zero():
+    assert not any(layer.weight.any() for layer in build("delta").last())
+    assert all(layer.weight.any() for layer in randomised(build("delta")).last())

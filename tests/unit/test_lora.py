@@ -1,0 +1,76 @@
+"""An adapter as a LoRA file: its names, its weights, what can't be one. Loaders are in tests/comfy/test_low_rank.py."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from small import info_for, randomised
+
+from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.lora import export, lora, module_path
+from comfyui_agd.training import cli
+
+
+@pytest.fixture
+def info(base):
+    return info_for(base, kind="low_rank", modulated=False, hidden=3)
+
+
+@pytest.fixture
+def file(info, tmp_path):
+    return checkpoint.save(tmp_path / "adapter.safetensors", randomised(Adapter(info.config)), info)
+
+
+def test_names_are_those_of_the_unets_modules():
+    assert module_path("input_1_0") == "input_blocks.1.1.transformer_blocks.0"
+    assert module_path("middle_0_9") == "middle_block.1.transformer_blocks.9"
+    assert module_path("output_11_2") == "output_blocks.11.1.transformer_blocks.2"
+
+
+def test_the_strength_is_in_the_file(file):
+    info, state = checkpoint.load_state(file)
+    found, name = lora(info, state, 4.0), "lora_unet_middle_block_1_transformer_blocks_0_ff_net_0_proj"
+    assert len(found) == 3 * 10 * 2
+    assert found[f"{name}.lora_up.weight"].shape == (8 * 32, 3)
+    assert found[f"{name}.lora_down.weight"].shape == (3, 32)
+    assert found[f"{name}.alpha"] == 3.0  # the rank: loaders multiply by alpha / rank
+    torch.testing.assert_close(
+        found[f"{name}.lora_up.weight"], 3.0 * state["sites.to_out.middle_0_0_ff_net_0_proj.weight"]
+    )
+
+
+def test_the_command_writes_what_lora_tools_read(file, tmp_path, capsys):
+    output = tmp_path / "new" / "lora.safetensors"
+    assert cli.main(["export", str(file), str(output), "--omega", "5"]) == 0
+    assert capsys.readouterr().out == f"Wrote {output}: at strength 1 and cfg 1 it is guidance 5.\n"
+    with safe_open(str(output), framework="pt") as opened:
+        assert opened.metadata()["ss_network_dim"] == "3"
+        assert opened.metadata()["modelspec.description"].startswith("Guidance at scale 5 ")
+        assert len(list(opened.keys())) == 60
+    assert cli.main(["export", str(file), str(output), "--omega", "20"]) == 0
+    assert "It was trained for guidance 1 to 12 only." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [({"modulated": True}, "low_rank with modulation by t and omega"), ({"kind": "offset"}, "offset")],
+)
+def test_what_no_lora_can_be_is_refused(info, tmp_path, capsys, config, kind):
+    info = replace(info, config=replace(info.config, **config))
+    file = checkpoint.save(tmp_path / "other.safetensors", Adapter(info.config), info)
+    assert cli.main(["export", str(file), str(tmp_path / "lora.safetensors"), "--omega", "5"]) == 1
+    assert f"This adapter is {kind}, which no LoRA can express" in capsys.readouterr().err
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("omega", [0.0, -3.0, float("nan"), float("inf")])
+def test_an_omega_that_is_none_is_refused(file, tmp_path, omega):
+    with pytest.raises(ValueError, match="must be a number above 0"):
+        export(file, tmp_path / "lora.safetensors", omega)
+
+
+def test_a_bad_output_is_refused(file, capsys):
+    assert cli.main(["export", str(file), "lora.ckpt", "--omega", "5"]) == 1
+    assert "must be a file that ends in .safetensors" in capsys.readouterr().err
