@@ -1,5 +1,7 @@
 """Guidance in one evaluation for a base that nobody has trained an adapter for (DESIGN 1.10)."""
 
+from dataclasses import replace
+
 import torch
 
 from .adapter import Adapter
@@ -12,5 +14,6 @@ NAME = "training-free"
 def training_free(base: BaseInfo) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
     """A new adapter of the kind "scale": info and weights, as from a file. It needs a negative prompt to guide from."""
     adapter = Adapter(AdapterConfig(sites=base.sites, kind="scale", prompt_tokens=1))
+    base = replace(base, fingerprint="")  # it is of no checkpoint in particular
     info = AdapterInfo(adapter.config, base, omega_range=(1.0, 6.0), unconditional="", negative_mode="used")
     return info, adapter.state_dict()

@@ -18,6 +18,7 @@ from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.checkpoint import replacing
 from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 from comfyui_agd.agd_core.guidance import GuidanceRule
+from comfyui_agd.agd_core.training_free import training_free
 from comfyui_agd.benchmarks import baselines
 from comfyui_agd.benchmarks.lab import CFG, Lab, Ready
 from comfyui_agd.training.config import TrainConfig
@@ -71,18 +72,33 @@ def adapter(
         configs = [lab.train_config(**settings, hidden=hidden, learning_rate=rate) for rate in learning_rates]
         config, file = _best(lab, name, configs, hears_negative, _train_adapter)
         info, state = checkpoint.load_state(file)
-        trained, host = Adapter(info.config).eval().requires_grad_(False), lab.host()
-        trained.load_state_dict(state)
-        trained.to(host.device)
-
-        def measured(states):
-            with host.session():
-                return evaluate(host, trained, states)
-
         model = apply_adapter(lab.parts.model, info, state, source=file.name)
-        return Ready(model, {"weights": _checksum(file)}, trained.parameter_count(), measured, config.rule)
+        return _measured(lab, model, info, state, {"weights": _checksum(file)}, config.rule)
 
     return make
+
+
+def untrained(lab: Lab, name: str) -> Ready:
+    """What AGD Adapter Loader offers without a file."""
+    info, state = training_free(lab.host().base)
+    model = apply_adapter(lab.parts.model, info, state, source=name)
+    return _measured(lab, model, info, state, {"training-free": _sum_of(state)})
+
+
+def _measured(lab: Lab, model, info, state: dict, identity: dict, rule: GuidanceRule = CFG) -> Ready:
+    trained, host = Adapter(info.config).eval().requires_grad_(False), lab.host()
+    trained.load_state_dict(state)
+    trained.to(host.device)
+
+    def measured(states):
+        with host.session():
+            return evaluate(host, trained, states)
+
+    return Ready(model, identity, trained.parameter_count(), measured, rule)
+
+
+def _sum_of(state: dict[str, torch.Tensor]) -> float:
+    return sum(value.double().sum().item() for value in state.values())
 
 
 def meng(lab: Lab, name: str) -> Ready:
@@ -214,6 +230,11 @@ METHODS: dict[str, Method] = {
         )
         for kind in ("cross_attention", "offset")
     },
+    "training_free": Method("attention-space guidance with constants, nothing trained", untrained),
+    "calibrated": Method(
+        "the same with a few numbers per channel, fitted in 150 iterations",
+        adapter({"kind": "scale", "iterations": 150}, hears_negative=True, learning_rates=(2e-2,)),
+    ),
     "ours": Method(f"the default adapter, at most {BUDGET:g} % of the base", adapter(OURS, hears_negative=True)),
     **{
         f"ours_{percent}pct": Method(

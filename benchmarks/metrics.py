@@ -13,9 +13,13 @@ NEIGHBOURS = 3
 
 
 def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """The mean of independent values (n,) and its standard error; of yes and no (0, 1) that is the binomial one."""
+    """The mean of independent values (n,) and its standard error; of yes and no (0, 1) that is the binomial one.
+
+    A single value has none: nan.
+    """
     values = values.double()
-    return values.mean().item(), (values.var(unbiased=False) / max(1, len(values) - 1)).sqrt().item()
+    error = values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return values.mean().item(), error
 
 
 def jackknife(statistic: Callable[[torch.Tensor], float], count: int) -> tuple[float, float]:

@@ -30,7 +30,7 @@ _COLUMNS = (
 _ONLY_AT_EQUAL_STEPS = ("gap_closed", "direction_cosine", "unwanted_without", "unwanted_with", "negative_reduction")
 _PLOTS = (
     ("Prompt accuracy, %", "prompt_accuracy", 100),
-    ("Fréchet distance to real pictures", "frechet_to_real", 1),
+    ("Frechet distance to real pictures", "frechet_to_real", 1),  # PIL's font lacks the accent
 )
 _SHORT_LINE = 12  # pixels of a colour in the plot's key
 
@@ -46,7 +46,7 @@ def _cell(row: dict, key: str, factor: float, digits: int) -> str:
     value, error = row[key], row.get(f"{key}_se")
     if value is None:
         return "–"
-    text = f"{value * factor:.{digits}f}"
+    text = f"{round(value * factor, digits) + 0.0:.{digits}f}"  # no "-0.0"
     return text if error is None else f"{text} ± {error * factor:.{digits}f}"
 
 
@@ -98,8 +98,8 @@ def page(rows: list[dict], sizes: lab.Sizes, made: str) -> str:
     pictures = "/".join(map(str, sorted({row["pictures"] for row in rows})))
     return f"""# How good guidance in one pass is
 
-`python benchmarks/quality.py`, {made}. The toy, {pictures} pictures per row. Written by the command; each value with
-its standard error.
+`python benchmarks/quality.py`, {made}. The toy, {pictures} pictures per row.
+Written by the command; each value with its standard error.
 
 ## At equal sampler steps
 
@@ -120,7 +120,7 @@ Two-pass methods take as many steps as {STEPS} evaluations per picture allow.
 {said}
 
 All trained methods have {sizes.iterations} iterations of batch {lab.TRAINING_BATCH}, on {batches} recorded batches of
-the teacher's two predictions ({sizes.captions} captions; each state {lab.REUSE} times, with other omegas up to 6), and
+the teacher's two predictions ({sizes.captions} captions; each state {lab.REUSE} times, with other omegas up to 6),
 AdamW with 10 % warm-up and a cosine, clipping at 1 and a moving average of 0.99. Two learning rates were tried for the
 paper's adapters (1e-4 and 2e-3), `meng` (1e-4 and 5e-4) and `static_lora` (5e-4 and 2e-3): the one counts that closes
 more of the gap on captions kept for this choice; `ours` has 2e-3. Methods that hear the negative prompt learn from

@@ -25,7 +25,7 @@ from .trainer import Progress
 
 _LEAST = {"steps": 1, "count": 1, "width": 64, "height": 64}
 _KEPT_STEPS = 8  # of the measured trajectories', as in training
-_ROWS = 8  # evaluated at once, if they fit
+_ROWS = 4  # evaluated at once, if they fit
 _WARM_UP = 2  # steps by every method before any is timed
 _SHOWN = 6  # images of each method in the picture
 _RULE = ("teacher", "interval_sigma_min", "interval_sigma_max", "rescale_phi", "apg_eta", "apg_threshold")

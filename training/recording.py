@@ -100,6 +100,17 @@ class Recording:
         own = {key: tuple(value) if isinstance(value, list) else value for key, value in self.identity.items()}
         return replace(config, **{key: own[key] for key in SETTINGS})
 
+    def check_texts(self, own: list[str], positive: list[str], negative: list[str]) -> None:
+        """Raises `RecordingError` where a training has other prompts than the recorded ones, `own`, in their order.
+
+        The recorded states say which by number.
+        """
+        if own != positive or self.identity["negative"] != negative:
+            raise RecordingError(
+                f"The recording {self.folder} was made with other prompts or negative prompts, or holds out others; "
+                "train with the same, or record again."
+            )
+
     def source(self, config: TrainConfig, lanes: range) -> "RecordedBatches":
         """What takes the pool's place in training."""
         return RecordedBatches(self, config, lanes)

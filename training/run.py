@@ -42,6 +42,8 @@ class Run:
     """`micro_batch`: rows that the student evaluates at once, halved when out of memory. `loss_scale`: what the loss is
     multiplied by in the backward pass, for in fp16 small gradients are lost; halved when large ones overflow.
 
+    `unconditional`: the negative prompt that stands in where a workflow has none; by default the first.
+
     `whole`: whether this is the state after an iteration, from which a run goes on unchanged.
     """
 
@@ -52,6 +54,7 @@ class Run:
     ranks: Ranks
     micro_batch: int
     teacher: Teacher
+    unconditional: Prompt | None = None
     loss_scale: float = 1.0
     step: int = 0
     evaluations: int = 0
@@ -69,7 +72,10 @@ class Run:
             self.adapter = Adapter(self.adapter_config, MixedPrecision).to(self.host.device)
         if self.host.computes_in is torch.float16:
             self.loss_scale = _LOSS_SCALE
-        self.adapter.unconditional.copy_(self._unconditional())
+        if self.unconditional is None:
+            self.unconditional = self.prompts["negative"][0]
+        tokens = self.host.context(self.unconditional)
+        self.adapter.unconditional.copy_(tokens[: self.adapter_config.prompt_tokens])  # of a long prompt its beginning
         self.average = copy.deepcopy(self.adapter).requires_grad_(False)
         self.optimiser = torch.optim.AdamW(self.adapter.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
 
@@ -87,10 +93,6 @@ class Run:
             )
         self.adapter.load_state_dict(own | state)
         self.average.load_state_dict(self.adapter.state_dict())
-
-    def _unconditional(self) -> torch.Tensor:
-        """The prompt tokens (m, d) of the first negative; of a longer prompt its beginning."""
-        return self.host.context(self.prompts["negative"][0])[: self.adapter_config.prompt_tokens].float()
 
     def recent_loss(self) -> float:
         """The mean of the last 50 iterations', for a single one tells little."""

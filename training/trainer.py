@@ -122,7 +122,7 @@ def train(
     a step fits into memory; without one it is taken at once, unless the config says otherwise. With `start`, an adapter
     file, the new adapter begins as that one. Started by `torchrun`, all processes train one adapter; each returns it.
     """
-    ranks, negative = Ranks(), sorted(negative, key=bool)  # an empty one first: it is the unconditional
+    ranks, negative = Ranks(), list(negative)
     started = checkpoint.load_state(start) if start is not None else None
     lanes = ranks.lanes(config.batch)
     host.check_schedulers(config.schedulers)
@@ -141,10 +141,13 @@ def train(
         callbacks.on_start()
     if held_out is None:
         prompts, held_out = split_prompts(prompts, config)
+    if recording is not None:
+        recording.check_texts(split_prompts(recording.identity["prompts"], config)[0], prompts, negative)
     encoded = {
         "positive": _encode(host, prompts, callbacks),
         "negative": _encode(host, negative, callbacks, "negative"),
     }
+    unconditional = encoded["negative"][negative.index("") if "" in negative else 0]
     shown = _encode(host, held_out or prompts[:1], callbacks)
     host.release_text_encoder()
     shortest = min(len(host.context(prompt)) for prompt in [*encoded["positive"], *encoded["negative"]])
@@ -158,6 +161,7 @@ def train(
             ranks,
             micro_batch=plan.micro_batch if plan else config.micro_batch or rows,
             teacher=Teacher(host, plan.teacher_rows if plan else 2 * rows),
+            unconditional=unconditional,
         )
         if started is not None:
             checkpoint.check_base(started[0], host.base, start)
@@ -384,7 +388,7 @@ class Lab:
         if not run.ranks.first:
             return
         omega = omegas_of(run.config)[-2] if len(omegas_of(run.config)) > 1 else run.config.omega_max
-        what = run.host, self.shown[0], run.prompts["negative"][0], self.shape, omega
+        what = run.host, self.shown[0], run.unconditional, self.shape, omega
         if self.guided is None:
             self.guided = sample(*what, None, rule=run.config.rule, progress=self._progress(callbacks))
         own = sample(*what, run.average, progress=self._progress(callbacks))
@@ -405,7 +409,7 @@ def _identity(config: TrainConfig, texts: dict, host: Host, recording: Recording
 
 
 def _describe_unconditional(negative: Sequence[str]) -> str:
-    distinct = list(dict.fromkeys(negative))
+    distinct = sorted(dict.fromkeys(negative), key=bool)  # an empty one first
     if not any(distinct):
         return "empty prompt"
     if len(distinct) == 1:

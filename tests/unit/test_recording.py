@@ -23,7 +23,7 @@ def short_shards(monkeypatch):
 
 
 def make(folder: Path, config=CONFIG, batches: int = CONFIG.iterations, progress=lambda done, total: None) -> Recording:
-    return Job(AnalyticHost(), PROMPTS, config, folder).record(batches, progress)
+    return Job(AnalyticHost(), PROMPTS, config, folder, [""]).record(batches, progress)
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def test_the_balanced_loss_is_the_share_of_the_gap_that_is_open(monkeypatch, sha
 
 @pytest.mark.parametrize("loss", ["balanced", "plain"])
 def test_a_new_adapter_has_the_loss_of_none(loss):
-    run = run_of(config=replace(CONFIG, loss=loss), new=True)
+    run = run_of(config=replace(CONFIG, loss=loss, kind="cross_attention"), new=True)
     assert run.learn(batch_of(run))[2] == pytest.approx(1.0, rel=1e-4)
 
 
