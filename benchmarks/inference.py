@@ -7,9 +7,10 @@ and patches. The methods take turns, one step each, so that a machine that slows
 medians, with the quartiles of the ratio to the unguided step of the same round beside them.
 
 Two figures besides, for adapters whose cost drowns in the noise of a step. `inside`: the share of the step that is
-spent in the adapter, timed at its two doors in further steps (on a GPU by the device's own clock). `floor`: what must
-be spent, counted: the adapter's FLOPs as a share of the unguided step's, and the bytes that it moves at least (its
-weights once; each site's input, attention output and sum).
+spent in the adapter, timed at its doors in further steps (on a GPU by the device's own clock); the attention to the
+negative prompt is the base's own and not inside. `floor`: what must be spent, counted: the FLOPs beyond the unguided
+step's, that attention's among them, and the bytes that the adapter moves at least (its weights once; each site's input,
+attention output, sum, and delta).
 """
 
 import argparse
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 
-PAPER = {"gain": False, "omega_embedding": "fourier", "shared_encoder": False}
+PAPER = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
 ADAPTERS = {"agd": {}, "paper-128": {**PAPER, "hidden": 128}, "paper-320": {**PAPER, "hidden": 320}}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OMEGA = 7.0
@@ -192,33 +193,34 @@ def peak_bytes(method: Method, device: torch.device) -> int | None:
 
 
 class Doors:
-    """Wraps an adapter's `prepare` and `add`, and its layers, for some steps: seconds inside, bytes moved at sites."""
+    """Wraps what the hooks call of an adapter, and its layers, for some steps: seconds inside, bytes moved at sites."""
+
+    _MOVED = {"add": 3, "guide": 4}  # tensors of the site's size that come or go
 
     def __init__(self, adapter: torch.nn.Module, clock: Clock):
         self.clock, self.moved = clock, 0
-        sites = adapter.sites
-        groups = {"encoder": adapter.encoders, "to_kv": [sites.to_kv]}
-        groups |= {"to_q": sites.to_q.values(), "to_out": sites.to_out.values()}
-        self.calls = [(adapter, "prepare", "doors"), (adapter, "add", "doors")]
+        parts = {"encoder": adapter.encoders, **dict(adapter.sites.named_children())}
+        groups = {name: [m for m in part.modules() if not list(m.children())] for name, part in parts.items()}
+        self.calls = [(adapter, method, "doors") for method in ("prepare", *self._MOVED)]
         self.calls += [(layer, "forward", name) for name, layers in groups.items() for layer in layers]
         self.moments: dict[str, list] = {name: [] for name in ("doors", *groups)}
 
     def __enter__(self):
         for owner, method, name in self.calls:
-            setattr(owner, method, self._timed(getattr(owner, method), self.moments[name], counts=method == "add"))
+            setattr(owner, method, self._timed(getattr(owner, method), self.moments[name], self._MOVED.get(method, 0)))
         return self
 
     def __exit__(self, *_):
         for owner, method, _ in self.calls:
             delattr(owner, method)
 
-    def _timed(self, function, moments: list, counts: bool):
+    def _timed(self, function, moments: list, tensors: int):
         def timed(*args, **kwargs):
             start = self.clock.moment()
             result = function(*args, **kwargs)
             moments.append((start, self.clock.moment()))
-            if counts:  # the sum, the attention's output and the site's input
-                self.moved += 3 * result.nbytes
+            if tensors:
+                self.moved += tensors * result.nbytes
             return result
 
         return timed
@@ -227,9 +229,9 @@ class Doors:
         return self._total("doors")
 
     def shares(self) -> dict[str, float]:
-        """Of the seconds inside: by layer, and what is left for the attention, reshaping and adding up."""
+        """Of the seconds inside: by layer, and what is left for reshaping, adding up, and attention of its own."""
         shares = {name: self._total(name) / self.seconds() for name in self.moments if name != "doors"}
-        return shares | {"attention and adding": 1 - sum(shares.values())}
+        return shares | {"the rest": 1 - sum(shares.values())}
 
     def _total(self, name: str) -> float:
         return sum(self.clock.between(*pair) for pair in self.moments[name])

@@ -33,6 +33,7 @@ from comfyui_agd.examples.toy.scenes import (
     all_unwanted,
     draw_scenes,
     open_caption,
+    training_negatives,
 )
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.evaluate import Evaluation, State, follow_teacher
@@ -188,9 +189,8 @@ class Lab:
         return held_out_captions(16, _CHOICE_SEED)[1]
 
     def negatives(self, mixed: bool) -> list[str]:
-        """Of the training: half empty, half of what the held-out side of the split does not name; or only empty."""
-        named = [unwanted.text() for unwanted in all_unwanted(held=False)]
-        return [""] * len(named) + named if mixed else [""]
+        """Of the training: the toy's own, or only empty."""
+        return training_negatives() if mixed else [""]
 
     def recording(self, config: TrainConfig, negatives: list[str]) -> tuple[Recording, list[str]]:
         """The teacher's trajectories for this config, and the captions in the order in which it counts them: the same

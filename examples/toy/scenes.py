@@ -161,6 +161,12 @@ def all_unwanted(*, held: bool) -> list[Description]:
     return [d for d in itertools.starmap(Description, every) if d.said() and _held_out_unwanted(d) == held]
 
 
+def training_negatives() -> list[str]:
+    """Half of them empty, half what the held-out side of the split does not name."""
+    named = [unwanted.text() for unwanted in all_unwanted(held=False)]
+    return [""] * len(named) + named
+
+
 def open_caption(rng: random.Random) -> tuple[str, Description]:
     """A caption of one thing that leaves at least one of its attributes open, and what it says of the thing."""
     thing = Thing(rng.choice(SIZES), rng.choice(tuple(COLOURS)), rng.choice(SHAPES))

@@ -110,7 +110,7 @@ def test_zero_terminal_snr_is_seen():
 def test_an_adapter_of_true_size_has_every_weight_of_its_sites(name):
     base = base_of(name)
     with torch.device("meta"):
-        adapter = Adapter(AdapterConfig(base.sites, hidden=128))
+        adapter = Adapter(AdapterConfig(base.sites, kind="cross_attention", hidden=128))
     shapes = {key: tuple(value.shape) for key, value in adapter.state_dict().items() if key.startswith("sites.")}
     named = {part for key in shapes for part in key.split(".")}
     assert {part for part in named if part.startswith(("input_", "middle_", "output_"))} == {s.name for s in base.sites}

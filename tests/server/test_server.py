@@ -193,22 +193,48 @@ def test_an_adapter_straight_from_training_gives_what_its_file_gives(server, tra
 
 def test_what_the_user_should_know_is_on_the_node_and_in_the_log_once(server, trained):
     # A range of its own, so that no other test's loader is reused.
-    def graph(seed: int, negative: str, sampler: str) -> dict:
+    def graph(seed: int, sampler: str) -> dict:
         graph = with_adapter(base_graph(cfg=30.0, seed=seed), trained, end_percent=0.999)
-        graph["negative"]["inputs"]["text"] = negative
         graph["sampler"]["inputs"]["sampler_name"] = sampler
         return graph
 
-    server.run(graph(1, "", "euler"))
+    server.run(graph(1, "euler"))
     assert server.texts["agd"] == "Guidance 30 lies outside the adapter's trained range, 1 to 6."
-    server.run(graph(2, "a large blue ring", "euler"))
-    assert "The negative prompt has no effect with this adapter" in server.texts["agd"]
-    server.run(graph(3, "", "euler_cfg_pp"))
+    server.run(graph(3, "euler_cfg_pp"))
     assert "The sampler euler_cfg_pp needs the unconditional prediction" in server.texts["agd"]
-    server.run(graph(4, "", "euler_cfg_pp"))
+    server.run(graph(4, "euler_cfg_pp"))
     log = server.log.read_text()
     assert log.count("AGD: the sampler euler_cfg_pp needs the unconditional") == 1
     assert log.count("AGD: guidance 30 lies outside") == 1
+
+
+def without(server, name: str, unwanted: str) -> np.ndarray:
+    graph = with_adapter(base_graph(prompt="a large star on a white background"), name)
+    graph["negative"]["inputs"]["text"] = unwanted
+    return pixels(server.image(server.run(graph), "save"))
+
+
+def test_the_negative_prompt_is_heard_with_a_trained_adapter_and_without_training(server, trained):
+    for name in (trained, "training-free"):
+        assert not np.array_equal(without(server, name, ""), without(server, name, "red"))
+    assert not np.array_equal(without(server, trained, ""), without(server, "training-free", ""))
+
+
+def test_a_calibrated_adapter_is_where_training_may_begin(server):
+    server.run(train_graph("calibrated", 5, kind="scale"))
+    assert checkpoint.read_info(server.adapters / "calibrated.safetensors").config.kind == "scale"
+    server.run(train_graph("begun", 2, start="calibrated.safetensors", learning_rate=1e-9))
+    begun, calibrated = (
+        checkpoint.load_state(server.adapters / f"{name}.safetensors")[1] for name in ("begun", "calibrated")
+    )
+    found, start = begun["sites.scale.to_scale.weight"], calibrated["sites.to_scale.weight"]
+    assert np.allclose(found.numpy(), start.numpy(), atol=1e-6)
+
+
+def test_an_adapter_that_does_not_hear_the_negative_prompt_says_so(server):
+    server.run(train_graph("deaf", 2, kind="offset"))
+    without(server, "deaf.safetensors", "a large blue ring")
+    assert "The negative prompt has no effect with this adapter" in server.texts["agd"]
 
 
 def test_training_shows_what_it_does_and_reports_at_the_end(server, trained):

@@ -1,0 +1,72 @@
+"""Which negative prompts an adapter is trained with."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from analytic import CONFIG, PROMPTS, AnalyticHost
+
+from comfyui_agd.training.job import Job
+from comfyui_agd.training.prompts import fragments
+
+LONG = ["a photo of an owl, soft light, in the snow", "two lions"]
+
+
+def negatives(negative=(), host=None, prompts=LONG, **config) -> list[str]:
+    return Job(host or AnalyticHost(), prompts, replace(CONFIG, **config), Path("a.safetensors"), negative).negatives
+
+
+class FewWords(AnalyticHost):
+    """As the toy: unknown words are an error."""
+
+    def encode(self, prompts, kind="positive"):
+        if any("lions" not in prompt and "owl" not in prompt and prompt for prompt in prompts):
+            raise ValueError("I don't know these words.")
+        return super().encode(prompts, kind)
+
+
+@pytest.mark.parametrize("kind", ["delta", "scale"])
+def test_half_of_what_a_kind_that_hears_them_learns_from_is_empty(kind):
+    found = negatives(kind=kind)
+    assert sum(not text for text in found) == len(found) / 2
+    assert found[0] == ""
+
+
+@pytest.mark.parametrize("kind", ["delta", "scale"])
+def test_given_ones_are_the_other_half(kind):
+    assert negatives(["blurry", "text"], kind=kind) == ["", "", "blurry", "text"]
+
+
+def test_only_empty_ones_if_that_is_what_is_given():
+    assert negatives([""], kind="delta") == [""]
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "offset", "low_rank"])
+def test_a_kind_that_hears_none_learns_from_exactly_those_given(kind):
+    assert negatives(kind=kind) == [""]
+    assert negatives(["blurry"], kind=kind) == ["blurry"]
+
+
+def test_the_built_in_ones_are_left_out_where_the_text_encoder_does_not_know_their_words():
+    few, all_words = set(negatives(host=FewWords())), set(negatives())
+    assert few < all_words
+    assert all(any(text in prompt for prompt in LONG) for text in few)
+
+
+def test_they_are_the_same_for_the_same_seed():
+    assert negatives(prompts=PROMPTS) == negatives(prompts=PROMPTS)
+    assert negatives(prompts=PROMPTS) != negatives(prompts=PROMPTS, seed=1)
+
+
+def test_fragments_are_parts_between_commas_and_up_to_four_words_of_them():
+    found = fragments(LONG, 200, seed=0)
+    assert len(found) == 200
+    assert {"a photo of an owl", "soft light", "two lions"} <= set(found)
+    parts = [part.strip() for prompt in LONG for part in prompt.split(",")]
+    for text in found:
+        assert any(text in part for part in parts)
+        assert text in parts or len(text.split()) <= 4
+
+
+def test_no_prompts_no_fragments():
+    assert fragments(["", " , "], 5, seed=0) == []

@@ -1,0 +1,79 @@
+"""Training that begins with another adapter's weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_same, stop_after
+
+from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core.checkpoint import AdapterFileError
+from comfyui_agd.agd_core.config import BaseInfo
+from comfyui_agd.training.presets import settings_for
+from comfyui_agd.training.run import DifferentRun
+from comfyui_agd.training.trainer import train
+
+SHORT = replace(CONFIG, iterations=2, evaluate_every=0)
+NEGATIVE = ["", "a blot"]
+
+
+@pytest.fixture
+def save(tmp_path):
+    def save(**settings):
+        trained = train(AnalyticHost(), PROMPTS, replace(SHORT, **settings), negative=NEGATIVE)
+        return checkpoint.save(tmp_path / f"{settings['kind']}.safetensors", trained.adapter, trained.info)
+
+    return save
+
+
+def begun(start, **settings):
+    """An adapter after a step too small to move it."""
+    config = replace(SHORT, iterations=1, learning_rate=1e-30, **settings)
+    return train(AnalyticHost(), PROMPTS, config, negative=NEGATIVE, start=start).adapter.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["delta", "scale", "cross_attention"])
+def test_one_of_the_same_kind_goes_on(save, kind):
+    file = save(kind=kind)
+    expected, found = checkpoint.load_state(file)[1], begun(file, kind=kind)
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def test_a_calibrated_one_is_the_scale_of_delta(save):
+    file = save(kind="scale", learning_rate=0.1)
+    calibrated, found = checkpoint.load_state(file)[1]["sites.to_scale.weight"], begun(file, kind="delta")
+    assert torch.equal(found["sites.scale.to_scale.weight"], calibrated)
+    assert not torch.equal(begun(None, kind="delta")["sites.scale.to_scale.weight"], calibrated)
+
+
+@pytest.mark.parametrize("other", [{"kind": "cross_attention"}, {"kind": "delta", "hidden": 12}])
+def test_one_that_does_not_fit_is_refused(save, other):
+    with pytest.raises(ValueError, match=r"can't be the start of one of kind delta, hidden 8"):
+        begun(save(**other), kind="delta")
+
+
+def test_one_of_another_base_is_refused(save, tmp_path):
+    info, adapter = checkpoint.load(save(kind="delta"))
+    other = replace(info, base=BaseInfo("Other", "V_PREDICTION", info.base.sites))
+    file = checkpoint.save(tmp_path / "other.safetensors", adapter, other)
+    with pytest.raises(AdapterFileError, match="was made for Other"):
+        begun(file, kind="delta")
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_state_and_not_from_the_start_again(save, tmp_path):
+    start, config = save(kind="scale"), replace(CONFIG, kind="delta")
+    whole = train(AnalyticHost(), PROMPTS, config, negative=NEGATIVE, start=start)
+    how = {"negative": NEGATIVE, "folder": tmp_path / "a.run"}
+    with pytest.raises(Stopped):
+        train(AnalyticHost(), PROMPTS, config, stop_after(5), start=start, **how)
+    with pytest.raises(DifferentRun, match="start"):
+        train(AnalyticHost(), PROMPTS, config, **how)
+    assert_same(train(AnalyticHost(), PROMPTS, config, start=start, **how), whole)
+
+
+def test_calibration_has_settings_of_its_own():
+    base = AnalyticHost().base
+    calibration, training = settings_for(base, {"kind": "scale"}), settings_for(base, {})
+    assert calibration.iterations < training.iterations / 5
+    assert calibration.learning_rate > 10 * training.learning_rate
+    assert settings_for(base, {"kind": "scale", "iterations": 7}).iterations == 7
