@@ -47,8 +47,8 @@ REUSE = 4  # optimiser steps per recorded batch, each with other guidance scales
 BLOCKS, KEPT_STEPS = 8, 10  # gap closed: blocks of captions, noise levels of a trajectory's 20
 _TRAINING_SEED, _CHOICE_SEED, _GAP_SEED, _CAPTIONS_SEED, _OPEN_SEED = 3, 61, 29, 37, 43
 _NOISE_SEED, _OPEN_NOISE_SEED = 70_000, 90_000
-# Which attribute of a picture to forbid is read from CFG's pictures at a scale that is not itself measured.
-_CHOOSING_OMEGA = 1.5
+# Which attribute of a picture to forbid is read from the unguided picture, which is the same for every method.
+_CHOOSING_OMEGA = 1.0
 CFG = GuidanceRule()
 
 
@@ -278,7 +278,7 @@ class Lab:
 
     @functools.cached_property
     def pairs(self) -> list[Pair]:
-        """Captions that leave attributes open, with a held-out attribute or combination that CFG draws there."""
+        """Captions that leave attributes open, with a held-out attribute or combination that the base draws there."""
         identity = {"pairs": self.sizes.pairs, "omega": _CHOOSING_OMEGA}
         path = self.work.path("negatives", "pairs.json")
         with self.work.alone("negatives", "pairs"):

@@ -119,13 +119,14 @@ Two-pass methods take as many steps as {STEPS} evaluations per picture allow.
 
 {said}
 
-All trained methods have {sizes.iterations} iterations of batch {lab.TRAINING_BATCH}, on {batches} recorded batches of
-the teacher's two predictions ({sizes.captions} captions; each state {lab.REUSE} times, with other omegas up to 6),
-AdamW with 10 % warm-up and a cosine, clipping at 1 and a moving average of 0.99. Two learning rates were tried for the
-paper's adapters (1e-4 and 2e-3), `meng` (1e-4 and 5e-4) and `static_lora` (5e-4 and 2e-3): the one counts that closes
-more of the gap on captions kept for this choice; `ours` has 2e-3. Methods that hear the negative prompt learn from
-half empty, half random ones; those that can't hear it learn from as many batches with empty ones only. Adapters have
-the largest width within {BUDGET:g} % of the base's parameters, unless their line says otherwise.
+Trained methods have, unless their line says otherwise, {sizes.iterations} iterations of batch {lab.TRAINING_BATCH}, on
+{batches} recorded batches of the teacher's two predictions ({sizes.captions} captions; each state {lab.REUSE} times,
+with other omegas up to 6), AdamW with 10 % warm-up and a cosine, clipping at 1 and a moving average of 0.99. Two
+learning rates are tried for the paper's adapters (1e-4 and 2e-3), `meng` (1e-4 and 5e-4) and `static_lora` (5e-4 and
+2e-3): the one counts that closes more of the gap on captions kept for this choice; `ours` has 2e-3. Methods that hear
+the negative prompt learn from half empty, half random ones; those that can't hear it learn from as many batches with
+empty ones only. Adapters have the largest width within {BUDGET:g} % of the base's parameters, unless their line says
+otherwise.
 
 ## What is measured
 
@@ -138,7 +139,7 @@ the largest width within {BUDGET:g} % of the base's parameters, unless their lin
 - **Gap closed and direction cosine**: towards the method's own teacher, on its trajectories over
   {sizes.gap_captions} held-out captions, with an empty negative prompt.
 - **Negative prompts**: captions that leave attributes open, such as "a small shape on a blue background". For each, an
-  attribute or a combination is unwanted that CFG at omega 1.5 draws there: one that is no negative prompt of the
+  attribute or a combination is unwanted that the base draws there unguided: one that is no negative prompt of the
   training, where {_listed(HELD_OUT_UNWANTED)} and a tenth of all combinations are left out. The share of pictures that
   show it, without and with the negative prompt, from the same noise; the last column is the difference over CFG's.
 - **Standard errors**: binomial for shares, over batches for seconds, over {lab.BLOCKS} blocks of captions for the gap,
