@@ -75,12 +75,14 @@ def _recall(features: torch.Tensor, reference: torch.Tensor, own: torch.Tensor) 
 
 
 def share_of_reduction(own: dict[str, torch.Tensor], cfg: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """How much rarer something becomes by naming it in the negative prompt, over what CFG achieves for the same prompts
-    and noise, and the standard error. Both: whether it is seen `without` and `with` the negative, bool (n,) each.
+    """The share by which something becomes rarer by naming it in the negative prompt, over the share that CFG achieves
+    for the same prompts and noise, and the standard error. Both: whether it is seen `without` and `with` the negative,
+    bool (n,) each. A share, for without the negative the methods don't draw it equally often.
     """
 
     def reduction(seen: dict[str, torch.Tensor], kept: torch.Tensor) -> float:
-        return (seen["without"][kept].float().mean() - seen["with"][kept].float().mean()).item()
+        before = seen["without"][kept].float().mean()
+        return (1 - seen["with"][kept].float().mean() / before).item() if before else math.nan
 
     def share(kept: torch.Tensor) -> float:
         of_cfg = reduction(cfg, kept)

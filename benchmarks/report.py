@@ -141,7 +141,8 @@ otherwise.
 - **Negative prompts**: captions that leave attributes open, such as "a small shape on a blue background". For each, an
   attribute or a combination is unwanted that the base draws there unguided: one that is no negative prompt of the
   training, where {_listed(HELD_OUT_UNWANTED)} and a tenth of all combinations are left out. The share of pictures that
-  show it, without and with the negative prompt, from the same noise; the last column is the difference over CFG's.
+  show it, without and with the negative prompt, from the same noise; the last column is by which share it became rarer,
+  over that of CFG.
 - **Standard errors**: binomial for shares, over batches for seconds, over {lab.BLOCKS} blocks of captions for the gap,
   and a jackknife over {metrics.BLOCKS} blocks of captions and seeds for the rest. They are about other captions and
   other noise; of each method one adapter was trained.

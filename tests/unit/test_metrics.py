@@ -66,3 +66,5 @@ def test_the_share_of_a_reduction_is_relative_to_cfg():
     share, error = metrics.share_of_reduction({"without": often, "with": seldom}, {"without": often, "with": never})
     assert share == pytest.approx(50 / 80)
     assert error > 0
+    rarer = {"without": torch.arange(100) < 40, "with": torch.arange(100) < 20}  # drawn half as often, and halved
+    assert metrics.share_of_reduction(rarer, {"without": often, "with": torch.arange(100) < 40})[0] == pytest.approx(1)
