@@ -208,6 +208,14 @@ def test_what_the_user_should_know_is_on_the_node_and_in_the_log_once(server, tr
     assert log.count("AGD: guidance 30 lies outside") == 1
 
 
+def test_training_shows_what_it_does_and_reports_at_the_end(server, trained):
+    folder = server.adapters / "first.run"
+    assert {path.name for path in (folder / "previews").iterdir()} == {"step-000020.png", "step-000040.png"}
+    assert server.texts["train"].startswith("Adapter first.safetensors: ")
+    assert "Gap closed on 3 prompts that were not trained with" in server.texts["train"]
+    assert server.previews > 0
+
+
 def without(server, name: str, unwanted: str) -> np.ndarray:
     graph = with_adapter(base_graph(prompt="a large star on a white background"), name)
     graph["negative"]["inputs"]["text"] = unwanted
@@ -235,14 +243,6 @@ def test_an_adapter_that_does_not_hear_the_negative_prompt_says_so(server):
     server.run(train_graph("deaf", 2, kind="offset"))
     without(server, "deaf.safetensors", "a large blue ring")
     assert "The negative prompt has no effect with this adapter" in server.texts["agd"]
-
-
-def test_training_shows_what_it_does_and_reports_at_the_end(server, trained):
-    folder = server.adapters / "first.run"
-    assert {path.name for path in (folder / "previews").iterdir()} == {"step-000020.png", "step-000040.png"}
-    assert server.texts["train"].startswith("Adapter first.safetensors: ")
-    assert "Gap closed on 3 prompts that were not trained with" in server.texts["train"]
-    assert server.previews > 0
 
 
 @pytest.mark.parametrize(
