@@ -71,7 +71,7 @@ class Adapter(nn.Module):
         omega = omega.to(t.device).expand(t.shape[0]).float()
         gain = strength * (omega - 1 if self.config.gain else (omega != 1).float())
         tokens = [encoder(omega, t, dtype) for encoder in self.encoders]
-        guidance = Guidance(omega, t.float(), torch.stack(tokens, dim=1) if tokens else None, dtype)
+        guidance = Guidance(t.float(), torch.stack(tokens, dim=1) if tokens else None, dtype)
         return Prepared(guidance, gain.to(dtype)[:, None, None], context, self.sites.prepare(guidance, context))
 
     def add(

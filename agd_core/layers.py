@@ -14,12 +14,11 @@ from .config import AdapterConfig
 
 @dataclass(frozen=True)
 class Guidance:
-    """What an evaluation is guided by: omega and t (b,), fp32, and what the E encoders make of them, (b, E, 2, D).
+    """What an evaluation is guided by: t (b,), fp32, and what the E encoders make of omega and t, (b, E, 2, D).
 
     Without encoders `tokens` is None. `dtype`: of the base's activations.
     """
 
-    omega: torch.Tensor
     t: torch.Tensor
     tokens: torch.Tensor | None
     dtype: torch.dtype

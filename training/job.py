@@ -50,8 +50,11 @@ class Job:
 
     @functools.cached_property
     def negatives(self) -> list[str]:
-        """The negative prompts to train with: half of them empty, if the adapter hears what the others say."""
-        if KINDS[self.config.kind].place != "attention":
+        """The negative prompts to train with: half of them empty, if the adapter hears what the others say.
+
+        With a recording they are the recorded ones, whichever kind they were drawn for.
+        """
+        if self.recording is not None or KINDS[self.config.kind].place != "attention":
             return list(self.negative) or [""]
         drawn = [text for text in self.negative if text]
         if not self.negative:

@@ -12,8 +12,8 @@ from torch import nn
 from ..config import AdapterConfig
 from ..layers import Guidance
 
-# What a new adapter adds of delta; benchmarks/results/training_free.md compares other forms. Nothing in the middle of
-# the UNet: the little that is left of the picture there changes as a whole.
+# What a new adapter adds of delta; docs/quality.md says what that is worth. Nothing in the middle of the UNet: the
+# little that is left of the picture there changes as a whole.
 START, START_IN_THE_MIDDLE = 0.35, 0.0
 # The scale is linear between so many timesteps, evenly over the base's thousand.
 KNOTS, LAST_TIMESTEP = 4, 999

@@ -47,6 +47,11 @@ def test_a_kind_that_hears_none_learns_from_exactly_those_given(kind):
     assert negatives(["blurry"], kind=kind) == ["blurry"]
 
 
+def test_with_a_recording_they_are_the_recorded_ones_whichever_kind_is_trained():
+    job = Job(AnalyticHost(), LONG, CONFIG, Path("a.safetensors"), ["blurry", "", "text"], recording=object())
+    assert job.negatives == ["blurry", "", "text"]
+
+
 def test_the_built_in_ones_are_left_out_where_the_text_encoder_does_not_know_their_words():
     few, all_words = set(negatives(host=FewWords())), set(negatives())
     assert few < all_words
