@@ -44,6 +44,7 @@ from comfyui_agd.training.trainer import split_prompts
 BATCH = 64  # pictures sampled at once, from one seed
 TRAINING_BATCH = 16
 REUSE = 4  # optimiser steps per recorded batch, each with other guidance scales
+BUDGETS = (20, 10)  # evaluations per picture at which methods are compared
 BLOCKS, KEPT_STEPS = 8, 10  # gap closed: blocks of captions, noise levels of a trajectory's 20
 _TRAINING_SEED, _CHOICE_SEED, _GAP_SEED, _CAPTIONS_SEED, _OPEN_SEED = 3, 61, 29, 37, 43
 _NOISE_SEED, _OPEN_NOISE_SEED = 70_000, 90_000
@@ -119,7 +120,7 @@ class Ready:
     """A method that can be sampled. `model` takes omega from the sampler's cfg.
 
     `identity`: what tells it from its earlier versions; `parameters`: how many were trained; `evaluate`: how it does at
-    the states of its teacher, for what is a function of a state; `rule`: that teacher's.
+    the states of its teacher, for what is a function of a state; `rule`: that teacher's; `file`: an adapter's.
     """
 
     model: comfy.model_patcher.ModelPatcher
@@ -127,6 +128,7 @@ class Ready:
     parameters: int = 0
     evaluate: Callable[[Sequence[State]], Evaluation] | None = None
     rule: GuidanceRule = CFG
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,14 @@ class Lab:
         self.work, self.sizes = work, sizes
         self.parts, self.jury = Toy.load(), Jury()
         self.base_parameters = sum(p.numel() for p in self.parts.model.model.diffusion_model.parameters())
-        self._states: dict[GuidanceRule, list[list[State]]] = {}
+        self._states: dict[tuple[GuidanceRule, bool], list[list[State]]] = {}
 
-    def host(self) -> ComfyHost:
-        return ComfyHost(self.parts.model, self.parts.clip)
+    def host(self, width: int | None = None) -> ComfyHost:
+        """`width`: adapters are for the sites of so many channels only."""
+        host = ComfyHost(self.parts.model, self.parts.clip)
+        sites = tuple(site for site in host.base.sites if width in (None, site.width))
+        host.base = dataclasses.replace(host.base, sites=sites)
+        return host
 
     # Training: what all trained methods have in common.
 
@@ -171,6 +177,7 @@ class Lab:
             "height": IMAGE_SIZE,
             "encoder_width": 32,
             "pool": self.sizes.pool,
+            "reuse": REUSE,
             "steps_min": 15,
             "steps_max": 25,
             "held_out": 0,
@@ -195,7 +202,7 @@ class Lab:
     def recording(self, config: TrainConfig, negatives: list[str]) -> tuple[Recording, list[str]]:
         """The teacher's trajectories for this config, and the captions in the order in which it counts them: the same
         captions, seeds and number of evaluations for all."""
-        batches = -(-config.iterations // REUSE)
+        batches = -(-config.iterations // config.reuse)
         identity = identity_of(config, self.training_captions, negatives, self.host().base.fingerprint)
         name = f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}-{batches}"
         job = Job(self.host(), self.training_captions, config, self.work.path("recordings", name), negatives)
@@ -205,37 +212,48 @@ class Lab:
 
     # Gap closed and direction cosine.
 
-    def follow(self, captions: list[str], omegas: Sequence[float], rule: GuidanceRule, seed: int) -> list[State]:
-        """States on the teacher's trajectories away from the empty prompt."""
+    def follow(
+        self,
+        captions: list[str],
+        omegas: Sequence[float],
+        rule: GuidanceRule,
+        seed: int,
+        negatives: Sequence[str] = (),
+    ) -> list[State]:
+        """States on the teacher's trajectories away from a negative prompt each, by default the empty one."""
         host = self.host()
-        positive, empty = host.encode(captions), host.encode([""], "negative")
+        positive, negative = host.encode(captions), host.encode(list(negatives) or [""] * len(captions), "negative")
         shape, rows = host.latent_shape(IMAGE_SIZE, IMAGE_SIZE), len(captions)
         how = {"steps": STEPS, "keep": KEPT_STEPS, "seed": seed, "batch": rows, "rule": rule}
         with host.session():
-            return follow_teacher(host, positive, empty * rows, shape, omegas, **how)
+            return follow_teacher(host, positive, negative, shape, omegas, **how)
 
-    def states(self, rule: GuidanceRule) -> list[list[State]]:
-        """Blocks of held-out captions, each with a seed of its own."""
-        if rule not in self._states:
+    def states(self, rule: GuidanceRule, negatives: bool = False) -> list[list[State]]:
+        """Blocks of held-out captions, each with a seed of its own; negative prompts are empty, or held-out ones."""
+        if (rule, negatives) not in self._states:
             captions = held_out_captions(self.sizes.gap_captions, _GAP_SEED)[1]
-            blocks = [captions[i::BLOCKS] for i in range(min(BLOCKS, len(captions)))]
-            omegas = self.sizes.omegas
-            self._states[rule] = [self.follow(block, omegas, rule, 100 + i) for i, block in enumerate(blocks)]
-        return self._states[rule]
+            rng, unwanted = random.Random(_GAP_SEED), [each.text() for each in all_unwanted(held=True)]
+            pairs = [(caption, rng.choice(unwanted) if negatives else "") for caption in captions]
+            blocks = [pairs[i::BLOCKS] for i in range(min(BLOCKS, len(pairs)))]
+            self._states[rule, negatives] = [
+                self.follow([c for c, _ in block], self.sizes.omegas, rule, 100 + i, [n for _, n in block])
+                for i, block in enumerate(blocks)
+            ]
+        return self._states[rule, negatives]
 
-    def gap(self, method: str, ready: Ready) -> dict[str, torch.Tensor]:
-        """`gap_closed` and `direction_cosine` (omegas, blocks)."""
+    def gap(self, method: str, ready: Ready, negatives: bool = False) -> dict[str, torch.Tensor]:
+        """`gap_closed` and `direction_cosine` (omegas, blocks); `negatives`: away from held-out negative prompts."""
         identity = ready.identity | {"omegas": self.sizes.omegas, "rule": dataclasses.asdict(ready.rule)}
         identity |= {"blocks": BLOCKS, "captions": self.sizes.gap_captions, "steps": KEPT_STEPS}
 
         def make() -> dict[str, torch.Tensor]:
-            found = [ready.evaluate(states) for states in self.states(ready.rule)]
+            found = [ready.evaluate(states) for states in self.states(ready.rule, negatives)]
             return {
                 key: torch.tensor([[getattr(e, key)[omega] for e in found] for omega in self.sizes.omegas])
                 for key in ("gap_closed", "direction_cosine")
             }
 
-        return self.work.tensors("gaps", method, identity, make)
+        return self.work.tensors("gaps", f"{method}-negatives" if negatives else method, identity, make)
 
     # Pictures.
 
@@ -254,15 +272,29 @@ class Lab:
         scenes, captions = held_out_captions(self.sizes.pictures, _CAPTIONS_SEED)
         return scenes, encode(self.parts.clip, captions)
 
-    def pictures(self, method: str, ready: Ready, omega: float, steps: int) -> dict[str, torch.Tensor]:
+    def pictures(
+        self,
+        method: str,
+        ready: Ready,
+        omega: float,
+        steps: int,
+        *,
+        shown: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
+        **how: str,
+    ) -> dict[str, torch.Tensor]:
         """The judge's `features` (n, d) of the pictures and whether each is `correct` in all (n,); `seconds` per
-        picture, of each batch; `evaluations`: the rows that the UNet was given."""
+        picture, of each batch; `evaluations`: the rows that the UNet was given.
+
+        `how`: another `sampler` or `scheduler`. `shown` makes of pictures (n, 3, h, w) what the judge is to see.
+        """
+        name = "-".join([setting(method, omega, steps), *how.values()])
 
         def make() -> dict[str, torch.Tensor]:
             (scenes, prompts), (model, counter) = self.captions, counted(ready.model)
             features, seen, seconds = [], [], []
-            for i, batch in enumerate(tqdm(prompts, desc=setting(method, omega, steps), leave=False)):
-                images, spent = sample(self.parts, model, [batch], cfg=omega, seed=_NOISE_SEED + i, steps=steps)
+            for i, batch in enumerate(tqdm(prompts, desc=name, leave=False)):
+                images, spent = sample(self.parts, model, [batch], cfg=omega, seed=_NOISE_SEED + i, steps=steps, **how)
+                images = shown(images)
                 features.append(self.jury.features(images))
                 seen += recognised(self.jury.judge, images)
                 seconds.append(spent / len(images))
@@ -273,8 +305,8 @@ class Lab:
                 "evaluations": torch.tensor(counter.total),
             }
 
-        identity = ready.identity | {"omega": omega, "steps": steps, "pictures": self.sizes.pictures}
-        return self.work.tensors("samples", setting(method, omega, steps), identity, make)
+        identity = ready.identity | {"omega": omega, "steps": steps, "pictures": self.sizes.pictures} | how
+        return self.work.tensors("samples", name, identity, make)
 
     @functools.cached_property
     def pairs(self) -> list[Pair]:

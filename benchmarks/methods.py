@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from comfyui_agd.agd_core.training_free import training_free
 from comfyui_agd.benchmarks import baselines
 from comfyui_agd.benchmarks.lab import CFG, Lab, Ready
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import evaluate, omegas_of
+from comfyui_agd.training.evaluate import Evaluation, State, evaluate, omegas_of
 from comfyui_agd.training.trainer import Callbacks, train
 
 # Adapters whose width can be chosen have at most this share of the base's parameters, in percent.
@@ -68,12 +68,13 @@ def adapter(
     """
 
     def make(lab: Lab, name: str) -> Ready:
-        hidden = _widest(lab, settings, percent)
+        hidden = widest(lab, settings, percent)
         configs = [lab.train_config(**settings, hidden=hidden, learning_rate=rate) for rate in learning_rates]
-        config, file = _best(lab, name, configs, hears_negative, _train_adapter)
+        config, file = _best(lab, name, configs, hears_negative, train_adapter)
         info, state = checkpoint.load_state(file)
         model = apply_adapter(lab.parts.model, info, state, source=file.name)
-        return _measured(lab, model, info, state, {"weights": _checksum(file)}, config.rule)
+        ready = measured(lab, model, info, state, {"weights": checksum(file)}, config.rule)
+        return dataclasses.replace(ready, file=file)
 
     return make
 
@@ -82,19 +83,19 @@ def untrained(lab: Lab, name: str) -> Ready:
     """What AGD Adapter Loader offers without a file."""
     info, state = training_free(lab.host().base)
     model = apply_adapter(lab.parts.model, info, state, source=name)
-    return _measured(lab, model, info, state, {"training-free": _sum_of(state)})
+    return measured(lab, model, info, state, {"training-free": _sum_of(state)})
 
 
-def _measured(lab: Lab, model, info, state: dict, identity: dict, rule: GuidanceRule = CFG) -> Ready:
-    trained, host = Adapter(info.config).eval().requires_grad_(False), lab.host()
-    trained.load_state_dict(state)
-    trained.to(host.device)
+def measured(lab: Lab, model, info, state: dict, identity: dict, rule: GuidanceRule = CFG) -> Ready:
+    adapter, host = Adapter(info.config).eval().requires_grad_(False), lab.host()
+    adapter.load_state_dict(state)
+    adapter.to(host.device)
 
-    def measured(states):
+    def at(states: Sequence[State]) -> Evaluation:
         with host.session():
-            return evaluate(host, trained, states)
+            return evaluate(host, adapter, states)
 
-    return Ready(model, identity, trained.parameter_count(), measured, rule)
+    return Ready(model, identity, adapter.parameter_count(), at, rule)
 
 
 def _sum_of(state: dict[str, torch.Tensor]) -> float:
@@ -109,13 +110,13 @@ def meng(lab: Lab, name: str) -> Ready:
     student.unet.load_state_dict(load_file(file))
     student.unet.requires_grad_(False)
     count = sum(parameter.numel() for parameter in student.unet.parameters())
-    identity = {"weights": _checksum(file)}
+    identity = {"weights": checksum(file)}
     return Ready(student.patcher(), identity, count, lambda states: evaluate(student, None, states))
 
 
-def _widest(lab: Lab, settings: dict, percent: float) -> int:
-    """The `hidden` with which an adapter just stays within that share of the base's parameters."""
-    base, fits = lab.host().base, 0
+def widest(lab: Lab, settings: dict, percent: float, width: int | None = None) -> int:
+    """The `hidden` with which an adapter of sites of that `width` just stays within that share of the base's."""
+    base, fits = lab.host(width).base, 0
     step = 4 if settings["kind"] == "cross_attention" else 1  # its heads share the width
     for hidden in range(step, 513, step):
         config = lab.train_config(**settings, hidden=hidden).adapter_config(base, prompt_tokens=1)
@@ -138,30 +139,46 @@ def _best(lab: Lab, name: str, configs: list[TrainConfig], hears_negative: bool,
     configs = configs if lab.sizes.tuned else configs[-1:]
     captions = lab.choice_captions if len(configs) > 1 else []
     for config in configs:
-        stem = f"{name}-lr{config.learning_rate:g}"
-        file, note = (lab.work.path("models", stem + suffix) for suffix in (".safetensors", ".json"))
-        identity = json.loads(
-            json.dumps({"config": config.result_settings(), "negatives": negatives, "captions": lab.training_captions})
-        )
-        with lab.work.alone("models", stem):
-            known = json.loads(note.read_text()) if note.exists() else {}
-            if known.get("identity") != identity or not (file.exists() or known["gap_closed"] is None):
-                known = {"identity": identity, "gap_closed": train_to(lab, config, negatives, file, captions)}
-                with replacing(note) as temporary:
-                    Path(temporary).write_text(json.dumps(known))
-        if known["gap_closed"] is not None:
-            found.append((known["gap_closed"], config, file))
+        gap, file = trained(lab, f"{name}-lr{config.learning_rate:g}", config, negatives, captions, train_to)
+        if gap is not None:
+            found.append((gap, config, file))
     if not found:
         raise FloatingPointError(f"{name} diverged at every learning rate.")
     return max(found, key=lambda each: each[0])[1:]
 
 
-def _train_adapter(
-    lab: Lab, config: TrainConfig, negatives: list[str], file: Path, captions: list[str]
+def trained(
+    lab: Lab,
+    stem: str,
+    config: TrainConfig,
+    negatives: list[str],
+    captions: list[str],
+    train_to: Callable,
+    **settings,
+) -> tuple[float | None, Path]:
+    """(gap closed on `captions`, file) of what `train_to` trains, unless the work folder has it; `settings` are its."""
+    file, note = (lab.work.path("models", stem + suffix) for suffix in (".safetensors", ".json"))
+    told = {"config": config.result_settings(), "negatives": negatives, "captions": lab.training_captions} | settings
+    identity = json.loads(json.dumps(told))
+    with lab.work.alone("models", stem):
+        known = json.loads(note.read_text()) if note.exists() else {}
+        if known.get("identity") != identity or not (file.exists() or known["gap_closed"] is None):
+            gap = train_to(lab, config, negatives, file, captions, **settings)
+            known = {"identity": identity, "gap_closed": gap}
+            with replacing(note) as temporary:
+                Path(temporary).write_text(json.dumps(known))
+    return known["gap_closed"], file
+
+
+def train_adapter(
+    lab: Lab, config: TrainConfig, negatives: list[str], file: Path, captions: list[str], width: int | None = None
 ) -> float | None:
-    recording, prompts = lab.recording(config, negatives)
+    """The gap closed on `captions`, or None where the training diverged. `width`: of the only sites to adapt."""
+    # Trajectories that the student moves on can't be recorded.
+    recording, prompts = (None, lab.training_captions) if config.on_policy else lab.recording(config, negatives)
     # A run that was stopped goes on from its folder.
-    named = json.dumps([config.result_settings(), negatives, captions, recording.checksum()])
+    known = recording.checksum() if recording else None
+    named = json.dumps([config.result_settings(), negatives, captions, known])
     run = file.with_name(f"{file.stem}-{hashlib.sha256(named.encode()).hexdigest()[:12]}.run")
     with tqdm(desc=f"training {file.stem}", total=config.iterations, leave=False) as bar:
 
@@ -171,13 +188,13 @@ def _train_adapter(
 
         how = {"negative": negatives, "held_out": captions, "folder": run, "recording": recording}
         try:
-            trained = train(lab.host(), prompts, config, Callbacks(show), **how)
+            found = train(lab.host(width), prompts, config, Callbacks(show), **how)
         except FloatingPointError as error:
             tqdm.write(f"{file.stem}: {error}")
             return None
-    checkpoint.save(file, trained.adapter, trained.info)
+    checkpoint.save(file, found.adapter, found.info)
     shutil.rmtree(run)
-    return trained.evaluation.score if captions else 0.0
+    return found.evaluation.score if captions else 0.0
 
 
 def _train_model(lab: Lab, config: TrainConfig, negatives: list[str], file: Path, captions: list[str]) -> float | None:
@@ -195,7 +212,7 @@ def _train_model(lab: Lab, config: TrainConfig, negatives: list[str], file: Path
     return evaluate(student, None, states).score
 
 
-def _checksum(file: Path) -> str:
+def checksum(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 

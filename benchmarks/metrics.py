@@ -47,6 +47,17 @@ def frechet(features: torch.Tensor, reference: torch.Tensor, *, paired: bool = F
     return jackknife(distance, len(features))
 
 
+def frechet_above(features: torch.Tensor, other: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """By how much the distance of `features` (n, d) to the reference is larger than that of `other` (n, d), and its
+    standard error: much smaller than either's, for the rows of both belong to the same prompts and noise.
+    """
+
+    def difference(own: torch.Tensor) -> float:
+        return frechet_distance(features[own], reference) - frechet_distance(other[own], reference)
+
+    return jackknife(difference, len(features))
+
+
 def radii(features: torch.Tensor, neighbours: int = NEIGHBOURS) -> torch.Tensor:
     """The distance of each feature (n, d) to its k-th nearest other one: (n,)."""
     return torch.cdist(features, features).kthvalue(min(neighbours + 1, len(features)), dim=1).values  # 1st: itself

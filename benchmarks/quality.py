@@ -23,7 +23,6 @@ import torch
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_ONE_PASS = 1.02  # evaluations per step: fewer steps are not worth a second setting
 
 
 def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
@@ -34,13 +33,15 @@ def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
 
     made, real = lab.pictures(method, ready, omega, steps), lab.reference
     # What has no guidance scale is compared with CFG at its best.
-    target = lab.pictures("cfg", cfg, omega if omega > 1 else omega_star(), STEPS)["features"]
+    target = lab.pictures("cfg", cfg, omega if omega > 1 else omega_star(), STEPS)
     features, count = made["features"], len(made["features"])
     measured = {
         "seconds_per_image": metrics.mean_and_error(made["seconds"]),
         "prompt_accuracy": metrics.mean_and_error(made["correct"]),
+        "prompt_accuracy_above_cfg": metrics.mean_and_error(made["correct"].double() - target["correct"].double()),
         "frechet_to_real": metrics.frechet(features, real["features"]),
-        "frechet_to_cfg": metrics.frechet(features, target, paired=True),
+        "frechet_above_cfg": metrics.frechet_above(features, target["features"], real["features"]),
+        "frechet_to_cfg": metrics.frechet(features, target["features"], paired=True),
         "precision": metrics.precision(features, real["features"], real["radii"]),
         "recall": metrics.recall(features, real["features"]),
     }
@@ -64,26 +65,28 @@ def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
     }
     for key, (value, error) in measured.items():
         row |= {key: value, f"{key}_se": error}
-    return {key: _number(value) if isinstance(value, float) else value for key, value in row.items()}
+    return {key: number(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
     """As JSON has them: of very few pictures some errors and ratios don't exist."""
     return round(value, 5) if math.isfinite(value) else None
 
 
 def measure(lab, method: str) -> None:
     """Every row of a method, into the work folder."""
-    from comfyui_agd.benchmarks.lab import setting
+    from comfyui_agd.benchmarks.lab import BUDGETS, setting
     from comfyui_agd.benchmarks.methods import METHODS
+    from comfyui_agd.examples.toy.measure import omega_star
     from comfyui_agd.examples.toy.sampling import STEPS
 
     ready, cfg = (METHODS[name].make(lab, name) for name in (method, "cfg"))
     for omega in METHODS[method].omegas or lab.sizes.omegas:
         row = row_of(lab, method, ready, cfg, omega, STEPS)
         rows = [row]
-        if row["evaluations_per_step"] > _ONE_PASS:  # as many evaluations as one pass per step has
-            rows.append(row_of(lab, method, ready, cfg, omega, max(1, int(STEPS / row["evaluations_per_step"]))))
+        if omega in (1.0, omega_star()):  # at equal numbers of evaluations
+            fewer = {max(1, round(budget / row["evaluations_per_step"])) for budget in BUDGETS}
+            rows += [row_of(lab, method, ready, cfg, omega, steps) for steps in sorted(fewer) if steps < STEPS]
         lab.work.save_rows(setting(method, omega), rows)
         print(
             f"{method}, omega {omega:g}: prompt accuracy {row['prompt_accuracy']:.4f}, Fréchet distance "

@@ -1,6 +1,7 @@
 """The tables, the page and the plot of `quality.py`, from its rows."""
 
 import colorsys
+import math
 from collections.abc import Callable, Iterable
 
 from PIL import Image, ImageDraw, ImageFont
@@ -17,7 +18,9 @@ _COLUMNS = (
     ("evaluations per step", "evaluations_per_step", 1, 2),
     ("ms per picture", "seconds_per_image", 1000, 0),
     ("prompt accuracy, %", "prompt_accuracy", 100, 1),
+    ("above CFG's, points", "prompt_accuracy_above_cfg", 100, 1),
     ("Fréchet to real", "frechet_to_real", 1, 1),
+    ("above CFG's", "frechet_above_cfg", 1, 1),
     ("Fréchet to CFG", "frechet_to_cfg", 1, 1),
     ("precision", "precision", 1, 3),
     ("recall", "recall", 1, 3),
@@ -28,6 +31,7 @@ _COLUMNS = (
     ("of CFG's reduction", "negative_reduction", 1, 2),
 )
 _ONLY_AT_EQUAL_STEPS = ("gap_closed", "direction_cosine", "unwanted_without", "unwanted_with", "negative_reduction")
+_SHORT = [column for column in _COLUMNS if column[1] in ("prompt_accuracy", "frechet_to_real")]
 _PLOTS = (
     ("Prompt accuracy, %", "prompt_accuracy", 100),
     ("Frechet distance to real pictures", "frechet_to_real", 1),  # PIL's font lacks the accent
@@ -43,7 +47,7 @@ def in_order(rows: list[dict]) -> list[dict]:
 
 
 def _cell(row: dict, key: str, factor: float, digits: int) -> str:
-    value, error = row[key], row.get(f"{key}_se")
+    value, error = row.get(key), row.get(f"{key}_se")
     if value is None:
         return "–"
     text = f"{round(value * factor, digits) + 0.0:.{digits}f}"  # no "-0.0"
@@ -58,9 +62,29 @@ def _at_equal_steps(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["steps"] == STEPS]
 
 
-def _at_equal_time(rows: list[dict]) -> list[dict]:
-    """The rows that take about as many evaluations per picture as one pass per step."""
-    return [row for row in rows if _evaluations(row) <= STEPS * 1.02]
+def _at_equal_time(rows: list[dict], budget: int) -> list[dict]:
+    """The rows that take about so many evaluations per picture."""
+    return [row for row in rows if 0.85 * budget <= _evaluations(row) <= 1.05 * budget]
+
+
+def _better(row: dict, other: dict) -> bool:
+    """Whether `row` takes no more evaluations than the other and is surely better in accuracy or Fréchet distance, by
+    two standard errors of their difference to CFG, and surely worse in neither."""
+    if _evaluations(row) > 1.02 * _evaluations(other):
+        return False
+    gains = []
+    for key, sign in (("prompt_accuracy_above_cfg", 1), ("frechet_above_cfg", -1)):
+        error = math.hypot(row[f"{key}_se"], other[f"{key}_se"])
+        gains.append(sign * (row[key] - other[key]) / error if error else 0.0)
+    return max(gains) > 2 and min(gains) > -2
+
+
+def _dominance(rows: list[dict]) -> list[dict]:
+    """The rows at the omega where all numbers of steps are, each with the rows that are better for no more, as text."""
+    best = max((row["omega"] for row in rows if row["steps"] < STEPS), default=None)
+    own = [row for row in rows if row["omega"] in (1.0, best)]
+    named = {id(row): f"`{row['method']}` at {row['steps']} steps" for row in own}
+    return [row | {"by": ", ".join(named[id(o)] for o in own if _better(o, row)) or "none"} for row in own]
 
 
 def plain(rows: list[dict]) -> str:
@@ -77,7 +101,7 @@ def plain(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _table(rows: list[dict], columns: Iterable[tuple], first: dict[str, Callable[[dict], str]]) -> str:
+def table(rows: list[dict], columns: Iterable[tuple], first: dict[str, Callable[[dict], str]]) -> str:
     headings = [*first, *(heading for heading, *_ in columns)]
     lines = [headings, ["---"] * len(headings)]
     lines += [[*(cell(row) for cell in first.values()), *(_cell(row, *how) for _, *how in columns)] for row in rows]
@@ -92,6 +116,11 @@ def page(rows: list[dict], sizes: lab.Sizes, made: str) -> str:
         "steps": lambda row: str(row["steps"]),
         "evaluations per picture": lambda row: f"{_evaluations(row):.1f}",
     }
+    budgets = "\n\n".join(
+        f"### {budget} evaluations per picture\n\n{table(_at_equal_time(rows, budget), short, in_time)}"
+        for budget in lab.BUDGETS
+    )
+    dominated = in_time | {"surely better for no more evaluations": lambda row: row["by"]}
     there = dict.fromkeys(row["method"] for row in rows)
     said = "\n".join(f"- `{name}`: {METHODS[name].what}." for name in there)
     batches = -(-sizes.iterations // lab.REUSE)
@@ -105,13 +134,21 @@ Written by the command; each value with its standard error.
 
 {STEPS} steps of {SAMPLER}/{SCHEDULER}.
 
-{_table(_at_equal_steps(rows), _COLUMNS, first)}
+{table(_at_equal_steps(rows), _COLUMNS, first)}
 
 ## At equal time
 
-Two-pass methods take as many steps as {STEPS} evaluations per picture allow.
+With as many steps as so many evaluations per picture allow.
 
-{_table(_at_equal_time(rows), short, in_time)}
+{budgets}
+
+### Which are dominated
+
+A row is, where another takes no more evaluations and is better in prompt accuracy or Fréchet distance by more than two
+standard errors, and worse in neither. Both are compared through their difference to CFG with the same captions and
+noise.
+
+{table(_dominance(rows), _SHORT, dominated)}
 
 ![prompt accuracy and Fréchet distance against evaluations and seconds per picture](quality.png)
 
@@ -136,6 +173,7 @@ otherwise.
 - **Fréchet distance** in the judge's 128 features, to 4096 real held-out pictures and to CFG's pictures of the same
   captions, noise and omega. It is biased upwards by the number of pictures, for all methods alike.
 - **Precision and recall**: improved ones (Kynkäänniemi et al. 2019), k = {metrics.NEIGHBOURS}, in the same features.
+- **Above CFG's**: the difference to CFG's 20 steps at the same omega, captions and noise, whose error is much smaller.
 - **Gap closed and direction cosine**: towards the method's own teacher, on its trajectories over
   {sizes.gap_captions} held-out captions, with an empty negative prompt.
 - **Negative prompts**: captions that leave attributes open, such as "a small shape on a blue background". For each, an
@@ -182,7 +220,7 @@ def _colour(index: int, count: int) -> str:
 
 
 def _diagram(rows: list[dict], colours: dict[str, str], plot: tuple, axis: tuple) -> Image.Image:
-    """A line per method and number of steps, through its omegas."""
+    """A line per method and omega, through its numbers of steps."""
     (title, key, factor), (across, value_of) = plot, axis
     values = [factor * row[key] for row in rows]
     margin = 0.05 * (max(values) - min(values)) or 1.0
@@ -190,7 +228,7 @@ def _diagram(rows: list[dict], colours: dict[str, str], plot: tuple, axis: tuple
     diagram = Diagram(title, 0, int(last), min(values) - margin, max(values) + margin, across)
     lines: dict[tuple, list] = {}
     for row in rows:
-        lines.setdefault((row["method"], row["steps"] == STEPS), []).append((value_of(row), factor * row[key]))
+        lines.setdefault((row["method"], row["omega"]), []).append((value_of(row), factor * row[key]))
     for (method, _), points in lines.items():
         diagram.curve(points, colours[method], width=1, dots=True)
     return diagram.image

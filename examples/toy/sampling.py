@@ -56,6 +56,8 @@ def sample(
     steps: int = STEPS,
     negative: list[list] | None = None,
     noise: Sequence[Sequence[int]] | None = None,
+    sampler: str = SAMPLER,
+    scheduler: str = SCHEDULER,
 ) -> tuple[torch.Tensor, float]:
     """One picture per encoded prompt through EmptyLatentImage, KSampler and VAEDecode.
 
@@ -71,7 +73,7 @@ def sample(
         unwanted = negative[i] if negative else empty
         start = time.perf_counter()
         latent = nodes.KSampler().sample(
-            model, seed + i, steps, cfg, SAMPLER, SCHEDULER, positive, unwanted, latent, denoise=1.0
+            model, seed + i, steps, cfg, sampler, scheduler, positive, unwanted, latent, denoise=1.0
         )[0]
         seconds += time.perf_counter() - start
         images.append(nodes.VAEDecode().decode(parts.vae, latent)[0].movedim(-1, 1).clamp(0, 1))

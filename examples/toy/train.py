@@ -10,6 +10,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.ops
@@ -164,17 +165,28 @@ def token_ids(captions: list[str]) -> torch.Tensor:
 
 
 def fit_diffusion(
-    stage: str, folder: Path, model, text: nn.Module, training: "Training", steps: int, batch: int = 64
+    stage: str,
+    folder: Path,
+    model,
+    text: nn.Module,
+    training: "Training",
+    steps: int,
+    batch: int = 64,
+    pool: int = POOL,
+    redraw: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
 ) -> None:
-    """Noise prediction on latents of drawings, with one caption in eight dropped for the unconditional."""
+    """Noise prediction on latents of drawings, with one caption in eight dropped for the unconditional.
+
+    `pool`: how many drawings; `redraw` makes other pictures of them, (n, 3, h, w) in [0, 1].
+    """
     start, vae = time.time(), load_vae(folder)
-    scenes = draw_scenes(POOL, SEED + 2, held=False)
+    scenes = draw_scenes(pool, SEED + 2, held=False)
     with torch.no_grad(), torch.autocast(**AUTOCAST):
-        parts = [vae.encode(render(scenes[i : i + 50], i) * 2 - 1).float() for i in trange(0, POOL, 50)]
+        parts = [vae.encode(redraw(render(scenes[i : i + 50], i)) * 2 - 1).float() for i in trange(0, pool, 50)]
     latents, unet = torch.cat(parts), model.diffusion_model
     sigmas, rng, losses, curve = model.model_sampling.sigmas, random.Random(SEED), [], {}
     for i in trange(steps, mininterval=30):
-        chosen = torch.randint(0, POOL, (batch,))
+        chosen = torch.randint(0, pool, (batch,))
         captions = [training_caption(scenes[j], rng) if rng.random() > DROPOUT else "" for j in chosen.tolist()]
         t = torch.randint(0, 1000, (batch,))
         sigma = sigmas[t][:, None, None, None]
