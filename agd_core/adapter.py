@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .config import AdapterConfig
-from .kinds import KINDS
+from .kinds import KINDS, hears_negative
 from .layers import Guidance, GuidanceEncoder
 from .mixed_precision import MixedPrecision
 
@@ -59,7 +59,7 @@ class Adapter(nn.Module):
     @property
     def uses_negative(self) -> bool:
         """Whether it hears the negative prompt."""
-        return self.place == "attention"
+        return hears_negative(self.config.kind)
 
     def prepare(
         self, omega: torch.Tensor, t: torch.Tensor, context: torch.Tensor, *, dtype: torch.dtype, strength=1.0

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
+from comfyui_agd.agd_core.kinds import hears_negative
 from comfyui_agd.benchmarks.quality import RESULTS, machine, number
 
 ITERATIONS, CAPTIONS = 300, 1000
@@ -54,7 +55,7 @@ class Variant:
 
     @property
     def hears_negative(self) -> bool:
-        return self.settings.get("kind", "delta") in ("delta", "scale")
+        return hears_negative(self.settings.get("kind", "delta"))
 
 
 def variants(iterations: int) -> list[Variant]:

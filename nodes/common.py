@@ -8,9 +8,14 @@ import torch
 from comfy_api.v0_0_2 import io
 from server import PromptServer
 
+from ..agd_core import checkpoint
 from ..agd_core.checkpoint import AdapterInfo
+from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.embedded import apply_adapter
 from ..agd_core.comfyui.sites import is_trained_on
+from ..agd_core.config import BaseInfo
+from ..agd_core.training_free import NAME as TRAINING_FREE
+from ..agd_core.training_free import training_free
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +28,32 @@ class AdapterValue(NamedTuple):
     info: AdapterInfo
     state: dict[str, torch.Tensor]
     source: str
+
+
+def adapter_names() -> list[str]:
+    """What `adapter_name` can be: the files, and what needs none."""
+    return [TRAINING_FREE, *folders.adapters()]
+
+
+def why_no_adapter(name: str) -> str | None:
+    """Why there is no adapter of that name, in one sentence, or None if there is one."""
+    return None if name == TRAINING_FREE else folders.why_missing(name)
+
+
+def adapter_fingerprint(name: str) -> str:
+    """Another one when the file has changed on disk, so that it is loaded again."""
+    if name == TRAINING_FREE or folders.why_missing(name):
+        return name
+    stat = folders.adapter_path(name).stat()
+    return f"{stat.st_mtime_ns}-{stat.st_size}"
+
+
+def named_adapter(name: str, base: BaseInfo) -> AdapterValue:
+    """Raises `FileNotFoundError`, or `AdapterFileError` where the file is no adapter's."""
+    if name == TRAINING_FREE:
+        return AdapterValue(*training_free(base), source=name)
+    path = folders.adapter_path(name)
+    return AdapterValue(*checkpoint.load_state(path), source=str(path))
 
 
 def use_inputs() -> list[io.Input]:

@@ -8,17 +8,12 @@ import numpy as np
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..agd_core import checkpoint
-from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.host import ComfyHost
 from ..agd_core.comfyui.sampler import ComfySampler
-from ..agd_core.config import BaseInfo
-from ..agd_core.training_free import NAME as TRAINING_FREE
-from ..agd_core.training_free import training_free
 from ..training import prompts as prompt_sources
 from ..training.assess import AssessConfig, assess, rule_of
 from ..training.trainer import Progress
-from .common import AdapterType, AdapterValue, show_on_node
+from .common import AdapterType, adapter_fingerprint, adapter_names, named_adapter, show_on_node
 
 _DEFAULTS = AssessConfig()
 _SHOWN = {
@@ -116,7 +111,7 @@ class AGDEvaluate(io.ComfyNode):
                 _size("height"),
                 io.Combo.Input(
                     "adapter_name",
-                    options=[TRAINING_FREE, *folders.adapters()],
+                    options=adapter_names(),
                     optional=True,
                     tooltip="An adapter file from models/agd, or 'training-free', which needs no file.",
                 ),
@@ -142,11 +137,7 @@ class AGDEvaluate(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name="", **kwargs):
-        # A file that changed on disk is loaded again.
-        if folders.why_missing(adapter_name):
-            return ""
-        stat = folders.adapter_path(adapter_name).stat()
-        return f"{stat.st_mtime_ns}-{stat.st_size}"
+        return adapter_fingerprint(adapter_name)
 
     @classmethod
     def execute(
@@ -157,7 +148,7 @@ class AGDEvaluate(io.ComfyNode):
         texts = prompt_sources.expand(prompt_sources.prompts_of(prompts), count, seed)
         unwanted = prompt_sources.prompts_of(negative) or [""]
         host = ComfyHost(model, clip, vae=vae)
-        info, state, source = adapter or _named(adapter_name, host.base)
+        info, state, source = adapter or named_adapter(adapter_name, host.base)
         sampler = ComfySampler(model, info, state, source=source, rule=rule_of(info))
         display, node_id = _Display(cls.hidden.unique_id), cls.hidden.unique_id
         what = host, sampler, info, state, texts, config
@@ -165,10 +156,3 @@ class AGDEvaluate(io.ComfyNode):
         show_on_node(node_id, found.report())
         picture = torch.from_numpy(np.asarray(found.picture, dtype=np.float32) / 255)[None]
         return io.NodeOutput(found.report(), picture, found.gap_closed)
-
-
-def _named(name: str, base: BaseInfo) -> AdapterValue:
-    if name == TRAINING_FREE:
-        return AdapterValue(*training_free(base), source=name)
-    path = folders.adapter_path(name)
-    return AdapterValue(*checkpoint.load_state(path), source=path.name)

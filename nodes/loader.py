@@ -3,11 +3,8 @@
 from comfy_api.v0_0_2 import io
 
 from ..agd_core import checkpoint
-from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.sites import describe_base
-from ..agd_core.training_free import NAME as TRAINING_FREE
-from ..agd_core.training_free import training_free
-from .common import AdapterValue, use_adapter, use_inputs
+from .common import adapter_fingerprint, adapter_names, named_adapter, use_adapter, use_inputs, why_no_adapter
 
 
 class AGDAdapterLoader(io.ComfyNode):
@@ -26,7 +23,7 @@ class AGDAdapterLoader(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to sample with. The adapter must be made for its family."),
                 io.Combo.Input(
                     "adapter_name",
-                    options=[TRAINING_FREE, *folders.adapters()],
+                    options=adapter_names(),
                     tooltip=(
                         "An adapter file from models/agd; AGD Train makes one from your own checkpoint. "
                         "'training-free' needs none, and gives a part of what a trained adapter does."
@@ -43,23 +40,15 @@ class AGDAdapterLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, adapter_name=None):
-        return adapter_name in (None, TRAINING_FREE) or folders.why_missing(adapter_name) or True
+        return adapter_name is None or why_no_adapter(adapter_name) or True
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name, **kwargs):
-        if adapter_name == TRAINING_FREE:
-            return adapter_name
-        # A file that changed on disk is loaded again.
-        stat = folders.adapter_path(adapter_name).stat()
-        return f"{stat.st_mtime_ns}-{stat.st_size}"
+        return adapter_fingerprint(adapter_name)
 
     @classmethod
     def execute(cls, model, adapter_name, **use) -> io.NodeOutput:
-        if adapter_name == TRAINING_FREE:
-            base, source = describe_base(model.model, model.get_model_object("model_sampling")), TRAINING_FREE
-            adapter = AdapterValue(*training_free(base), source)
-        else:
-            source = folders.adapter_path(adapter_name)
-            adapter = AdapterValue(*checkpoint.load_state(source), str(source))
+        base = describe_base(model.model, model.get_model_object("model_sampling"))
+        adapter = named_adapter(adapter_name, base)
         patched = use_adapter(model, adapter, cls.hidden.unique_id, **use)
-        return io.NodeOutput(patched, checkpoint.describe(adapter.info, source))
+        return io.NodeOutput(patched, checkpoint.describe(adapter.info, adapter.source))

@@ -18,7 +18,7 @@ from .assessment import METHODS, Assessment, Closeness, Cost, Estimate, Level, T
 from .config import TrainConfig, option
 from .evaluate import State, follow_teacher, omegas_of, predict
 from .fitting import as_fits
-from .host import Host, Prompt
+from .host import Host, Prompt, encode
 from .plot import contact_sheet
 from .presets import settings_for
 from .trainer import Progress
@@ -107,7 +107,7 @@ def assess(
         return lambda done, total: progress(Progress(phase, done, total))
 
     encoded = [
-        _encode(host, texts, kind, told("encode"))
+        encode(host, texts, kind, told("encode"))
         for texts, kind in zip(zip(*turns, strict=True), ("positive", "negative"), strict=True)
     ]
     adapter = Adapter(info.config, MixedPrecision)
@@ -161,14 +161,6 @@ def _omegas(info: AdapterInfo, config: AssessConfig) -> list[float]:
 def _middle(omegas: Sequence[float]) -> float:
     """The one whose samples are shown."""
     return omegas[len(omegas) // 2]
-
-
-def _encode(host: Host, texts: Sequence[str], kind: str, progress: Callable[[int, int], None]) -> list[Prompt]:
-    distinct, known = list(dict.fromkeys(texts)), {}
-    for i, text in enumerate(distinct, 1):
-        (known[text],) = host.encode([text], kind)
-        progress(i, len(distinct))
-    return [known[text] for text in texts]
 
 
 def _of_sums(function: Callable[[torch.Tensor], torch.Tensor], now: torch.Tensor, before: torch.Tensor) -> Estimate:

@@ -1,6 +1,6 @@
 """What the trainer needs of whatever runs the base model. `agd_core.comfyui.host` is the one implementation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -77,3 +77,16 @@ class Host(Protocol):
     def trace_teacher(self, shape: tuple[int, int, int], rows: int) -> Costs: ...
 
     def matmul_rate(self) -> float: ...
+
+
+_ENCODED = 16  # prompts between two reports
+
+
+def encode(host: Host, prompts: Sequence[str], kind: str, progress: Callable[[int, int], None]) -> list[Prompt]:
+    """Each prompt encoded, equal ones once. `kind` is "positive" or "negative"; `progress` is told of distinct ones."""
+    encoded, distinct = [], list(dict.fromkeys(prompts))
+    for i in range(0, len(distinct), _ENCODED):
+        encoded += host.encode(distinct[i : i + _ENCODED], kind)
+        progress(len(encoded), len(distinct))
+    found = dict(zip(distinct, encoded, strict=True))
+    return [found[prompt] for prompt in prompts]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..agd_core import checkpoint
-from ..agd_core.kinds import KINDS
+from ..agd_core.kinds import hears_negative
 from .config import TrainConfig
 from .distributed import Ranks
 from .fitting import Teacher
@@ -54,7 +54,7 @@ class Job:
 
         With a recording they are the recorded ones, whichever kind they were drawn for.
         """
-        if self.recording is not None or KINDS[self.config.kind].place != "attention":
+        if self.recording is not None or not hears_negative(self.config.kind):
             return list(self.negative) or [""]
         drawn = [text for text in self.negative if text]
         if not self.negative:

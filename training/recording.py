@@ -43,7 +43,8 @@ def size_in_bytes(host, config: TrainConfig, batches: int) -> int:
     return round(batches * config.batch * (len(_HALVES) * 2 * values + 4 * 2 + 8 * 2) + of_pool)
 
 
-def _checksum(path: Path) -> str:
+def checksum_of(path: Path) -> str:
+    """A file's sha256, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -118,7 +119,7 @@ class Recording:
     def check(self, index: int) -> None:
         """Raises `RecordingError` where a shard is not what was written."""
         path = self.folder / self.shards[index]["file"]
-        if _checksum(path) != self.shards[index]["sha256"]:
+        if checksum_of(path) != self.shards[index]["sha256"]:
             raise RecordingError(
                 f"{path} is damaged (its checksum differs); "
                 f"delete {self.folder} and run `agd record` again, to the same recording."
@@ -202,7 +203,7 @@ def _append(recording: Recording, rolled: list[Batch], pool: TrajectoryPool) -> 
         raise RecordingError(
             f"{path} could not be written ({error}); make room there, and the same command goes on."
         ) from error
-    size, checksum = path.stat().st_size, _checksum(path)
+    size, checksum = path.stat().st_size, checksum_of(path)
     recording.shards.append({"file": name, "batches": len(rolled), "bytes": size, "sha256": checksum})
     common, lanes = pool.state_dict()
     state = {"common": common, "lanes": lanes, "identity": recording.identity}

@@ -19,15 +19,14 @@ from .config import TrainConfig
 from .distributed import Ranks
 from .evaluate import Evaluation, State, evaluate, follow_teacher, omegas_of, sample
 from .fitting import Teacher
-from .host import Host, Prompt
+from .host import Host, encode
 from .plan import Plan
 from .plot import preview, training_plot
 from .pool import TrajectoryPool
-from .recording import Recording
+from .recording import Recording, checksum_of
 from .run import Best, Run, check_same_run
 from .run_folder import RunFolder
 
-_ENCODED = 16  # prompts between two reports
 _KEPT_STEPS = 8  # of the held-out trajectories' twenty: to measure at
 _RECENT, _EXPLODED = 20, 20.0  # so many iterations with so many times the loss of no adapter: that won't come back
 
@@ -133,7 +132,7 @@ def train(
     if files is not None and ranks.first:
         files.prepare()
     identity = _identity(config, {"prompts": prompts, "negative": negative, "measured": held_out}, host, recording)
-    identity |= {"start": str(start)} if start is not None else {}
+    identity |= {"start": f"{start.name}, {checksum_of(start)[:12]}"} if start is not None else {}
     saved = files.load_state() if files is not None else None
     if saved is not None:
         check_same_run(saved, identity, files.path)
@@ -143,12 +142,16 @@ def train(
         prompts, held_out = split_prompts(prompts, config)
     if recording is not None:
         recording.check_texts(split_prompts(recording.identity["prompts"], config)[0], prompts, negative)
+
+    def told(done: int, total: int) -> None:
+        callbacks.on_progress(Progress("encode", done, total))
+
     encoded = {
-        "positive": _encode(host, prompts, callbacks),
-        "negative": _encode(host, negative, callbacks, "negative"),
+        "positive": encode(host, prompts, "positive", told),
+        "negative": encode(host, negative, "negative", told),
     }
     unconditional = encoded["negative"][negative.index("") if "" in negative else 0]
-    shown = _encode(host, held_out or prompts[:1], callbacks)
+    shown = encode(host, held_out or prompts[:1], "positive", told)
     host.release_text_encoder()
     shortest = min(len(host.context(prompt)) for prompt in [*encoded["positive"], *encoded["negative"]])
     rows, checkpointing = len(lanes), plan.checkpointing if plan else config.checkpointing == "on"
@@ -235,15 +238,6 @@ def _summary(run: Run, prompts: int, held_out: int) -> dict:
         measured = next(entry for entry in run.history if entry["step"] == run.best.step)
         summary |= {key: measured[key] for key in ("gap_closed", "direction_cosine") if key in measured}
     return summary | ({"teacher": run.host.teacher} if run.host.teacher else {})
-
-
-def _encode(host: Host, prompts: Sequence[str], callbacks: Callbacks, kind: str = "positive") -> list[Prompt]:
-    encoded, distinct = [], list(dict.fromkeys(prompts))
-    for i in range(0, len(distinct), _ENCODED):
-        encoded += host.encode(distinct[i : i + _ENCODED], kind)
-        callbacks.on_progress(Progress("encode", len(encoded), len(distinct)))
-    found = dict(zip(distinct, encoded, strict=True))
-    return [found[prompt] for prompt in prompts]
 
 
 def _fit(

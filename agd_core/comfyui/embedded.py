@@ -142,7 +142,8 @@ class Sampling:
             with _with_cfg(guider, omegas[-1]):
                 return executor(x, timestep, model_options, seed)
         guiding = [(use, omega) for use, omega in zip(uses, omegas, strict=True) if not math.isclose(omega, 1.0)]
-        away_from = self._away_from(guider, timestep)
+        hears_negative = any(use.patcher.model.uses_negative for use, _ in guiding)
+        away_from = self._away_from(guider, timestep) if hears_negative else ()
         if not away_from:
             guiding = [(use, omega) for use, omega in guiding if self._needs_no_negative(use)]
         with _with_cfg(guider, 1.0):

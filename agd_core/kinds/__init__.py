@@ -18,3 +18,8 @@ KINDS = {
     "low_rank": LowRankAdapter,
     "scale": ScaleAdapter,
 }
+
+
+def hears_negative(kind: str) -> bool:
+    """Whether adapters of that kind know the negative prompt."""
+    return KINDS[kind].place == "attention"

@@ -68,6 +68,11 @@ def test_a_run_that_was_stopped_goes_on_from_its_state_and_not_from_the_start_ag
         train(AnalyticHost(), PROMPTS, config, stop_after(5), start=start, **how)
     with pytest.raises(DifferentRun, match="start"):
         train(AnalyticHost(), PROMPTS, config, **how)
+    kept = start.read_bytes()
+    assert save(kind="scale", seed=1) == start  # another adapter in its place
+    with pytest.raises(DifferentRun, match="start"):
+        train(AnalyticHost(), PROMPTS, config, start=start, **how)
+    start.write_bytes(kept)
     assert_same(train(AnalyticHost(), PROMPTS, config, start=start, **how), whole)
 
 
