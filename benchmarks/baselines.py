@@ -1,6 +1,7 @@
 """What AGD is compared with: other ways to sample with guidance, and the distillation of a whole model."""
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
+from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 from comfyui_agd.agd_core.comfyui.host import EncodedPrompt
+from comfyui_agd.agd_core.comfyui.patch import KEY as AGD
 from comfyui_agd.agd_core.comfyui.trace import FUSED_ATTENTION
+from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.guidance import GuidanceRule, balanced_weights, gaps, weighted_error
 from comfyui_agd.agd_core.layers import sinusoidal, zero_init
+from comfyui_agd.agd_core.training_free import training_free
 from comfyui_agd.examples.toy import model as toy
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.recording import RecordedBatches
@@ -28,6 +33,7 @@ _KEY = "agd_baseline"
 # Castillo et al. have 0.991 for a latent model of 512x512 pixels. Here both branches agree by 0.998 from the first
 # step on, so that threshold would switch guidance off at once; at 0.999 it lasts for about half of the steps.
 AGREEMENT = 0.999
+NAG_TAU, NAG_ALPHA = 2.5, 0.25  # as published
 
 
 @contextmanager
@@ -112,6 +118,24 @@ def _of_rows(conds: list[dict], rows: torch.Tensor, count: int) -> list[dict]:
         return cond._copy_with(cond.cond[rows.to(cond.cond.device)]) if len(cond.cond) == count else cond
 
     return [{**cond, "model_conds": {key: chosen(c) for key, c in cond["model_conds"].items()}} for cond in conds]
+
+
+def normalised(model: comfy.model_patcher.ModelPatcher, base: BaseInfo) -> comfy.model_patcher.ModelPatcher:
+    """Normalised attention guidance (Chen et al. 2025, arXiv 2505.21179) at one evaluation per step, with omega for its
+    scale: the guided attention's norm is limited to tau times that without guidance, and alpha of it is mixed in.
+    """
+    patched = apply_adapter(model, *training_free(base), source="nag")
+    (patcher,) = patched.get_additional_models_with_key(AGD)
+    patcher.model.guide = functools.partial(_normalised, tau=NAG_TAU, alpha=NAG_ALPHA)
+    return patched
+
+
+def _normalised(name, out: torch.Tensor, delta: torch.Tensor, h, prepared, *, tau: float, alpha: float) -> torch.Tensor:
+    """In place of `Adapter.guide`: out and delta (b, n, w)."""
+    guided = out + prepared.gain * delta
+    ratio = guided.abs().sum(-1, keepdim=True) / out.abs().sum(-1, keepdim=True)
+    guided = guided * (ratio.clamp(max=tau) / ratio)
+    return torch.lerp(out, guided, alpha)
 
 
 def adaptive(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:

@@ -86,6 +86,11 @@ def untrained(lab: Lab, name: str) -> Ready:
     return measured(lab, model, info, state, {"training-free": _sum_of(state)})
 
 
+def nag(lab: Lab, name: str) -> Ready:
+    patched = baselines.normalised(lab.parts.model, lab.host().base)
+    return Ready(patched, {"nag": [baselines.NAG_TAU, baselines.NAG_ALPHA]})
+
+
 def measured(lab: Lab, model, info, state: dict, identity: dict, rule: GuidanceRule = CFG) -> Ready:
     adapter, host = Adapter(info.config).eval().requires_grad_(False), lab.host()
     adapter.load_state_dict(state)
@@ -248,6 +253,11 @@ METHODS: dict[str, Method] = {
         for kind in ("cross_attention", "offset")
     },
     "training_free": Method("attention-space guidance with constants, nothing trained", untrained),
+    "nag": Method(
+        f"normalised attention guidance (Chen et al. 2025) in one evaluation: tau {baselines.NAG_TAU:g}, alpha "
+        f"{baselines.NAG_ALPHA:g}, omega for its scale",
+        nag,
+    ),
     "calibrated": Method(
         "the same with a few numbers per channel, fitted in 150 iterations",
         adapter({"kind": "scale", "iterations": 150}, hears_negative=True, learning_rates=(2e-2,)),

@@ -67,7 +67,7 @@ def _at_equal_time(rows: list[dict], budget: int) -> list[dict]:
     return [row for row in rows if 0.85 * budget <= _evaluations(row) <= 1.05 * budget]
 
 
-def _better(row: dict, other: dict) -> bool:
+def surely_better(row: dict, other: dict) -> bool:
     """Whether `row` takes no more evaluations than the other and is surely better in accuracy or Fréchet distance, by
     two standard errors of their difference to CFG, and surely worse in neither."""
     if _evaluations(row) > 1.02 * _evaluations(other):
@@ -84,7 +84,7 @@ def _dominance(rows: list[dict]) -> list[dict]:
     best = max((row["omega"] for row in rows if row["steps"] < STEPS), default=None)
     own = [row for row in rows if row["omega"] in (1.0, best)]
     named = {id(row): f"`{row['method']}` at {row['steps']} steps" for row in own}
-    return [row | {"by": ", ".join(named[id(o)] for o in own if _better(o, row)) or "none"} for row in own]
+    return [row | {"by": ", ".join(named[id(o)] for o in own if surely_better(o, row)) or "none"} for row in own]
 
 
 def plain(rows: list[dict]) -> str:

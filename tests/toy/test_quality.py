@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from comfyui_agd.agd_core.comfyui.counting import counted
+from comfyui_agd.agd_core.comfyui.sites import describe_base
 from comfyui_agd.agd_core.guidance import GuidanceRule
-from comfyui_agd.benchmarks import baselines, lab, quality
+from comfyui_agd.benchmarks import ablation, baselines, extrapolation, lab, quality, report
 from comfyui_agd.benchmarks.methods import METHODS
 from comfyui_agd.examples.toy.judge import recognised
 from comfyui_agd.examples.toy.sampling import Jury, Toy, encode, held_out_captions, sample
@@ -150,6 +152,21 @@ def test_every_sampling_of_adaptive_guidance_begins_with_guidance(parts, draw):
     assert rows == again
 
 
+def test_normalised_attention_guidance_is_one_pass_that_hears_the_negative(parts, draw):
+    model = baselines.normalised(parts.model, describe_base(parts.model.model))
+    images, rows = draw(model)
+    assert rows == [ROWS] * STEPS
+    assert not torch.allclose(images, draw(parts.model, cfg=1.0)[0], atol=1e-3)
+    away = draw(model, negative=encode(parts.clip, ["a red shape"] * ROWS))[0]
+    assert not torch.allclose(away, images, atol=1e-3)
+
+
+def test_normalised_attention_never_grows_beyond_its_limit():
+    out, delta, gain = torch.ones(1, 2, 4), torch.ones(1, 2, 4), torch.full((1, 1, 1), 9.0)
+    found = baselines._normalised("site", out, delta, None, SimpleNamespace(gain=gain), tau=2.5, alpha=0.5)
+    torch.testing.assert_close(found, torch.full_like(out, 1.75))  # half of 1, half of 2.5
+
+
 def test_the_whole_model_starts_as_the_base_and_takes_omega_from_cfg(parts, draw):
     student = baselines.GuidedModel.of_base(torch.device("cpu"))
     base = draw(parts.model, cfg=1.0)[0]
@@ -182,12 +199,14 @@ def test_one_command_makes_the_table_and_goes_on_where_it_was(tmp_path, monkeypa
     quality.main([*few, "--only", "cfg", "adaptive", "meng", "paper_offset"])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert all(set(row) >= set(ROW_KEYS.split()) for row in rows)
-    assert [row["method"] for row in rows] == ["cfg", "cfg", "adaptive", "adaptive", "meng", "paper_offset"]
+    settings = [(row["method"], row["steps"]) for row in rows]
+    assert [steps for name, steps in settings if name == "cfg"] == [20, 10, 5]
+    assert [steps for name, steps in settings if name == "meng"] == [20, 10]
+    assert list(dict(settings)) == ["cfg", "adaptive", "meng", "paper_offset"]
     of = {row["method"]: row for row in rows if row["steps"] == 20}
     assert of["cfg"]["evaluations_per_step"] == 2
     assert of["meng"]["evaluations_per_step"] == of["paper_offset"]["evaluations_per_step"] == 1
     assert 1 < of["adaptive"]["evaluations_per_step"] < 2
-    assert [row["steps"] for row in rows if row["method"] == "cfg"] == [20, 10]
     assert of["cfg"]["negative_reduction"] == 1
     assert of["meng"]["parameters_percent"] > 100 > 5 >= of["paper_offset"]["parameters_percent"] > 4
     assert of["meng"]["gap_closed"] is not None
@@ -201,9 +220,51 @@ def test_one_command_makes_the_table_and_goes_on_where_it_was(tmp_path, monkeypa
     monkeypatch.setattr("comfyui_agd.benchmarks.lab.sample", lambda *a, **how: drawn.append(how) or sample(*a, **how))
     quality.main([*few, "--only", "cfg", "meng", "unguided"])
     assert {how["cfg"] for how in drawn} == {1.0}
-    assert len(json.loads((tmp_path / "rows.json").read_text())) == len(rows) + 1
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == len(rows) + 2
 
 
 def test_an_unknown_method_is_an_error_that_says_where_to_look(tmp_path):
     with pytest.raises(SystemExit, match="There is no method nonsense; --list says which there are"):
         quality.main(["--only", "nonsense", "--work", str(tmp_path)])
+
+
+def test_a_row_is_dominated_by_what_is_surely_better_for_no_more_evaluations():
+    def row(accuracy: float, frechet: float, evaluations: float = 1.0, error: float = 0.01) -> dict:
+        values = {"steps": 20, "evaluations_per_step": evaluations, "prompt_accuracy_above_cfg": accuracy}
+        values |= {"frechet_above_cfg": frechet, "frechet_above_cfg_se": 1.0}
+        return values | {"prompt_accuracy_above_cfg_se": error}
+
+    better, usual = row(-0.01, 1.0), row(-0.06, 1.0)
+    assert report.surely_better(better, usual)
+    assert not report.surely_better(usual, better)
+    assert not report.surely_better(row(-0.01, 1.0, evaluations=2.0), usual)
+    assert not report.surely_better(row(-0.01, 1.0, error=0.1), usual)
+    assert not report.surely_better(row(-0.01, 9.0), usual)  # worse in the other
+    assert not report.surely_better(usual, usual)
+
+
+@pytest.mark.slow
+def test_the_ablation_trains_and_measures_what_is_asked_for(tmp_path, capsys):
+    how = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "rows.json")]
+    ablation.main([*how, "--only", "deep sites", "half on policy", "offset"])
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert list(rows) == ["offset", "half on policy", "only the 4 deep sites"]
+    assert all(4 < row["parameters_percent"] <= 5 and row["gap_closed_from_negatives_3"] < 1 for row in rows.values())
+    # From the constants that a new one starts with.
+    assert rows["half on policy"]["gap_closed_3"] > rows["offset"]["gap_closed_3"]
+    assert "| only the 4 deep sites |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="No variant has nonsense"):
+        ablation.main([*how, "--only", "nonsense"])
+
+
+@pytest.mark.slow
+def test_the_extrapolation_takes_an_adapter_to_where_it_was_not_trained(tmp_path):
+    how = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "rows.json")]
+    extrapolation.main([*how, "--adapter", "calibrated", "--only", "sizes", "sibling"])
+    rows = {row["setting"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert all(0 < row["gap_closed"] < 1 for row in rows.values() if "gap_closed" in row)
+    # Two steps of fine-tuning hardly change the base, and a LoRA of half of that still less.
+    changes = [abs(rows[name]["gap_closed"] - rows["base"]["gap_closed"]) for name in rows if "LoRA" in name]
+    assert changes[0] < changes[1] < 0.1
+    assert rows["sibling-cfg"]["evaluations_per_step"] == 2
+    assert rows["sibling-calibrated"]["evaluations_per_step"] == 1

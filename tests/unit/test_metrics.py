@@ -22,6 +22,14 @@ def test_the_frechet_distance_of_scaled_gaussians_is_that_of_their_deviations():
     assert distance == pytest.approx(4 * (3 - 1) ** 2, abs=4 * error)
 
 
+def test_a_difference_of_distances_is_surer_than_either():
+    samples, reference = normal(1000, 0) + 2, normal(4000, 1)
+    difference, error = metrics.frechet_above(samples + torch.tensor([0.1, 0, 0, 0]), samples, reference)
+    assert difference == pytest.approx(2.1**2 - 2**2, abs=4 * error)
+    assert error < metrics.frechet(samples, reference)[1] / 5
+    assert metrics.frechet_above(samples, samples, reference) == (0, 0)
+
+
 def test_the_jackknife_of_a_mean_is_its_usual_standard_error():
     values = normal(1600, 2, 1)[:, 0]
     mean, error = metrics.jackknife(lambda own: values[own].mean().item(), len(values))
