@@ -94,7 +94,7 @@ class Adapter(nn.Module):
 
         `path` is the layer's in the block. In `out`'s dtype: under autocast that is not the one of the preparation.
         """
-        residual = self.sites(name, path, x, prepared.shared[self._index[name]][path])
+        residual = self.sites.linear(name, path, x, prepared.shared[self._index[name]])
         return torch.addcmul(out, prepared.gain.to(out.dtype), residual)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -103,7 +103,8 @@ class Adapter(nn.Module):
 
     def last(self) -> Iterable[nn.Module]:
         """The layers that a new adapter starts at zero, one per site or per linear layer."""
-        return self.sites.to_out.values()
+        low_rank = getattr(self.sites, "low_rank", None)
+        return [*self.sites.to_out.values(), *(low_rank.to_out.values() if low_rank is not None else ())]
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for _, parameter in self.trained())

@@ -213,7 +213,8 @@ def check_base(info: AdapterInfo, base: BaseInfo, path: str | Path) -> None:
 
 def _described(config: AdapterConfig) -> str:
     if config.kind != "low_rank":
-        return f"{config.kind}, hidden {config.hidden}"
+        beside = f", rank {config.rank}" if config.rank else ""
+        return f"{config.kind}, hidden {config.hidden}{beside}"
     return f"low_rank, rank {config.hidden}, {'' if config.modulated else 'not '}modulated"
 
 

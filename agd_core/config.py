@@ -32,6 +32,7 @@ class AdapterConfig:
     encoder_width: int = 128  # channels inside the omega/t encoder
     prompt_tokens: int = 77  # length of the context of a short prompt: CLIP's
     modulated: bool = True  # low_rank only: m(t, omega); without it the adapter is a plain LoRA of strength omega - 1
+    rank: int = 0  # delta only: of low-rank changes of the blocks' linear layers beside it; 0: none
 
     def __post_init__(self):
         checks = {
@@ -46,6 +47,8 @@ class AdapterConfig:
             f"hidden is {self.hidden}, but must be from 1 to 512": (
                 self.kind != "cross_attention" and not 1 <= self.hidden <= 512
             ),
+            f"rank is {self.rank}, but must be from 0 to 512": not 0 <= self.rank <= 512,
+            f"rank is {self.rank}, but kind {self.kind!r} has none beside it": self.kind != "delta" and self.rank != 0,
             f"kind {self.kind!r} has one encoder for all sites, so shared_encoder must be on": (
                 self.kind in ("delta", "low_rank") and not self.shared_encoder
             ),
@@ -67,6 +70,11 @@ class AdapterConfig:
     @property
     def context_dim(self) -> int:
         return self.sites[0].context_dim
+
+    @property
+    def changes_linears(self) -> bool:
+        """Whether the linear layers of the base's blocks get something added."""
+        return self.kind == "low_rank" or self.rank > 0
 
     @property
     def encoders(self) -> int:

@@ -75,6 +75,8 @@ def variants(iterations: int) -> list[Variant]:
         ours(section, "low_rank", kind="low_rank"),
         ours(section, "scale", kind="scale", learning_rate=2e-2),
         ours(section, "delta"),
+        ours(section, "delta with rank 2", rank=2),
+        ours(section, "delta with rank 4", rank=4),
     ]
     section = "delta, without one of them"
     back = {"gain": False, "omega_embedding": "fourier", "loss": "plain", "omega_sampling": "uniform"}
@@ -83,8 +85,6 @@ def variants(iterations: int) -> list[Variant]:
     section = "delta, more"
     found += [
         ours(section, "half on policy", on_policy=0.5),
-        ours(section, "learning rate 4e-3", learning_rate=4e-3),
-        ours(section, "learning rate 1e-3", learning_rate=1e-3),
         ours(section, "only the 4 deep sites", width=128),
         ours(section, "only the 3 outer sites", width=64),
     ]
@@ -96,7 +96,7 @@ def variants(iterations: int) -> list[Variant]:
     for factor in (1 / 3, 3):
         count = max(1, round(iterations * factor))
         found += [ours("Iterations", f"delta, {count} iterations", iterations=count)]
-    for reuse in (1, 2, 12):
+    for reuse in (1, 12):
         found += [ours("Teacher evaluations", f"delta, each state {reuse} times", reuse=reuse)]
     return found + [ours("Prompts", f"delta, {n} captions", captions=n) for n in (10, 50, 200)]
 

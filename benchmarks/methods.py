@@ -28,6 +28,7 @@ from comfyui_agd.training.trainer import Callbacks, train
 # Adapters whose width can be chosen have at most this share of the base's parameters, in percent.
 BUDGET = 5.0
 OURS = {"kind": "delta"}
+RANKED = {**OURS, "rank": 4}
 AS_PUBLISHED = {
     "gain": False,
     "omega_embedding": "fourier",
@@ -266,6 +267,13 @@ METHODS: dict[str, Method] = {
     "ours_longer": Method(
         "the same with three times the iterations and teacher evaluations",
         adapter({**OURS, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),
+    ),
+    "ours_rank": Method(
+        "the default adapter, narrower, with low-rank changes of rank 4 beside it", adapter(RANKED, hears_negative=True)
+    ),
+    "ours_rank_longer": Method(
+        "the same with 5400 iterations and three times the teacher evaluations",
+        adapter({**RANKED, "iterations": 5400, "reuse": 6}, hears_negative=True, learning_rates=(3e-3,)),
     ),
     **{
         f"ours_{percent}pct": Method(

@@ -265,6 +265,17 @@ class AGDTrain(io.ComfyNode):
                     advanced=True,
                     tooltip="An adapter to begin from: of the same kind and width, or a calibrated one for 'delta'.",
                 ),
+                io.Int.Input(
+                    "rank",
+                    default=_DEFAULTS.rank,
+                    min=0,
+                    max=512,
+                    advanced=True,
+                    tooltip=(
+                        "Of 'delta': more than 0 also changes the blocks' linear layers, which brings it closer to CFG "
+                        "and costs time in every step; try 4."
+                    ),
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the previews; without it they are approximate."),
             ],
             outputs=[

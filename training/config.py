@@ -69,6 +69,7 @@ class TrainConfig:
     kind: str = option("delta", "the adapter; the paper's are cross_attention and offset", KINDS)
     hidden: int = option(128, "width H inside the adapter of a site; of low_rank the rank: try 16")
     modulated: bool = option(True, "low_rank: scale the ranks by t and omega; without, it is a LoRA for `agd export`")
+    rank: int = option(0, "delta: rank of changes of all of the blocks' linear layers beside it; 0: none")
     encoder_width: int = option(128, "width inside the encoder of omega and t")
     gain: bool = option(True, "multiply the residual by (omega - 1); the paper: no")
     omega_embedding: str = option("log", "how omega is embedded; the paper: 'fourier'", OMEGA_EMBEDDINGS)
@@ -155,5 +156,6 @@ class TrainConfig:
             shared_encoder=self.shared_encoder,
             encoder_width=self.encoder_width,
             modulated=self.modulated,
+            rank=self.rank,
             prompt_tokens=prompt_tokens,
         )

@@ -228,8 +228,8 @@ class Sampling:
         unseen = step.changes_linears and is_compiled(options)
         if unseen:
             self.embedded.say(
-                "torch.compile doesn't see what a low_rank adapter does inside of the model's layers; with the adapter "
-                "the model runs uncompiled."
+                "torch.compile doesn't see what an adapter of low rank does inside of the model's layers; with the "
+                "adapter the model runs uncompiled."
             )
         if self.embedded.compiled and not unseen:
             try:
@@ -267,7 +267,7 @@ def apply_adapter(
     """
     sampling = model.get_model_object("model_sampling")
     check_base(info, describe_base(model.model, sampling), source)
-    if info.config.kind == "low_rank":
+    if info.config.changes_linears:
         check_linear_layers(model.model.diffusion_model, info.config.sites)
     clone = model.clone()
     if strength == 0 or start_percent >= end_percent:

@@ -95,7 +95,7 @@ class Step:
     @property
     def changes_linears(self) -> bool:
         """Whether an adapter works on the base's linear layers, where torch.compile would not see it come and go."""
-        return any(active.adapter.place == "linear" for active in self.active)
+        return any(active.adapter.config.changes_linears for active in self.active)
 
 
 class Broken(Exception):
@@ -202,11 +202,11 @@ def guided_attention(q, k, v, extra_options, *, name: str, attend: Callable):
 
 @contextmanager
 def adapted_linears(blocks: dict[str, nn.Module], prepared: list[tuple[Adapter, Prepared]]) -> Iterator[None]:
-    """Inside, low_rank adapters add to what the linear layers of `blocks`, transformer blocks by site name, return."""
+    """Inside, adapters of low rank add to what linear layers of `blocks`, transformer blocks by site name, return."""
     hooks = []
     try:
         for adapter, shared in prepared:
-            for site in adapter.config.sites if adapter.place == "linear" else ():
+            for site in adapter.config.sites if adapter.config.changes_linears else ():
                 layers = linear_layers(blocks[site.name], site) if site.name in blocks else {}
                 for path, layer in layers.items():
                     hook = functools.partial(adapt_linear, adapter=adapter, name=site.name, path=path, shared=shared)

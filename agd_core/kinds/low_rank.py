@@ -64,7 +64,8 @@ class LowRankAdapter(nn.Module):
         m = rearrange(m, "b n (s l r) -> s l b n r", s=self.count, l=len(self.paths))
         return [dict(zip(self.paths, own.unbind(), strict=True)) for own in m.unbind()]
 
-    def forward(self, name: str, path: str, x: torch.Tensor, m: torch.Tensor | None) -> torch.Tensor:
-        """What a site's layer `path` is given, (b, n, in), and its m -> what is added to its output, (b, n, out)."""
-        hidden = self.down[key_of(name, path)](x)
+    def linear(self, name: str, path: str, x: torch.Tensor, shared: dict[str, torch.Tensor | None]) -> torch.Tensor:
+        """What a site's layer `path` is given, (b, n, in), and the site's part of `prepare` -> what is added to the
+        layer's output, (b, n, out)."""
+        hidden, m = self.down[key_of(name, path)](x), shared[path]
         return self.to_out[key_of(name, path)](hidden if m is None else hidden * m)

@@ -195,6 +195,24 @@ def test_adapters_add_up_whatever_their_kinds(base, prompts, files, save_adapter
     close(ksampler(halves, prompts), ksampler(patched(base, modulated), prompts))
 
 
+def test_a_rank_beside_delta_is_both_adapters_in_one(base, prompts, save_adapter, tmp_path):
+    info, whole = checkpoint.load_state(save_adapter(base, kind="delta", rank=4))
+    inner = "sites.low_rank."
+    shared = {key: value for key, value in whole.items() if not key.startswith("sites.")}
+    states = {
+        "delta": {key: value for key, value in whole.items() if not key.startswith(inner)},
+        "low_rank": shared | {f"sites.{k.removeprefix(inner)}": v for k, v in whole.items() if k.startswith(inner)},
+    }
+    settings, apart = {"delta": {"rank": 0}, "low_rank": {"rank": 0, "hidden": 4}}, base
+    for kind, state in states.items():
+        own = replace(info, config=replace(info.config, kind=kind, **settings[kind]))
+        apart = apply_adapter(apart, own, state, source=kind)
+    together = apply_adapter(base, info, whole, source="both")
+    assert rows_of(together, ksampler, prompts) == [1] * STEPS
+    close(ksampler(together, prompts), ksampler(apart, prompts))
+    assert hooks_of(base) == 0
+
+
 FEW_BITS = [(torch.float16, None), (torch.bfloat16, None), (torch.float8_e4m3fn, torch.bfloat16)]
 
 
@@ -219,12 +237,11 @@ def test_on_a_base_that_is_partly_in_system_memory(base, prompts, file, card):
 # Training
 
 
-@pytest.mark.parametrize("modulated", [True, False])
-def test_it_learns(base, toy, modulated):
-    config = replace(ANALYTIC, kind="low_rank", modulated=modulated, iterations=60, held_out=1, evaluate_every=0)
+@pytest.mark.parametrize("how", [{"modulated": True}, {"modulated": False}, {"kind": "delta", "rank": 4}], ids=str)
+def test_it_learns(base, toy, how):
+    config = replace(ANALYTIC, **{"kind": "low_rank", "iterations": 60, "held_out": 1, "evaluate_every": 0} | how)
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     trained = train(ComfyHost(base, toy.clip), PROMPTS, config)
-    assert trained.losses[0] == pytest.approx(1.0)  # a new adapter closes nothing
     assert sum(trained.losses[-10:]) / 10 < 0.8
     assert all(value > 0 for value in trained.evaluation.gap_closed.values())
     assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())

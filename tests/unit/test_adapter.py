@@ -189,6 +189,8 @@ def test_a_shared_encoder_is_evaluated_once():
         ({"hidden": 30, "kind": "cross_attention"}, "hidden is 30, but must be a multiple of 4 from 4 to 512"),
         ({"kind": "low_rank", "hidden": 0}, "hidden is 0, but must be from 1 to 512"),
         ({"kind": "low_rank", "hidden": 513}, "hidden is 513, but must be from 1 to 512"),
+        ({"kind": "delta", "rank": -1}, "rank is -1, but must be from 0 to 512"),
+        ({"kind": "low_rank", "rank": 4}, "rank is 4, but kind 'low_rank' has none beside it"),
         ({"kind": "low_rank", "shared_encoder": False}, "kind 'low_rank' has one encoder for all sites"),
         ({"kind": "low_rank", "modulated": False, "gain": False}, "would be the same for every omega"),
         ({"encoder_width": 7}, "encoder_width is 7"),

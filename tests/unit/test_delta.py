@@ -11,9 +11,9 @@ from comfyui_agd.agd_core.kinds.scale import KNOTS, LAST_TIMESTEP, START
 KINDS = pytest.mark.parametrize("kind", ["scale", "delta"])
 
 
-def build(kind: str) -> Adapter:
+def build(kind: str, **settings) -> Adapter:
     torch.manual_seed(0)
-    return Adapter(AdapterConfig(sites=small_sites(), kind=kind, hidden=8, encoder_width=8))
+    return Adapter(AdapterConfig(sites=small_sites(), kind=kind, hidden=8, encoder_width=8, **settings))
 
 
 def some(seed: int, *shape: int) -> torch.Tensor:
@@ -116,3 +116,15 @@ def test_scale_has_no_encoder():
 def test_last_layers_of_delta_start_at_zero():
     assert not any(layer.weight.any() for layer in build("delta").last())
     assert all(layer.weight.any() for layer in randomised(build("delta")).last())
+
+
+def test_a_rank_beside_it_starts_at_nothing_and_is_trained():
+    new = build("delta", rank=4)
+    prepared = new.prepare(torch.tensor([4.0]), torch.tensor([500.0]), torch.zeros(1, 5, 16), dtype=torch.float32)
+    x, zeros = some(1, 1, 9, 24), torch.zeros(1, 9, 24)
+    assert torch.equal(new.adapt("input_1_0", "attn1.to_q", zeros, x, prepared), zeros)
+    assert new.parameter_count() > build("delta").parameter_count()
+    assert len(list(new.last())) == 2 + 2 * 10  # of both sites: their maps, and their ten layers
+    with torch.no_grad():
+        new.sites.low_rank.to_out["input_1_0_attn1_to_q"].weight.fill_(1.0)
+    assert new.adapt("input_1_0", "attn1.to_q", zeros, x, prepared).abs().min() > 0

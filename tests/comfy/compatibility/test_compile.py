@@ -16,8 +16,8 @@ UNGUIDED = ("the base", "cfg 1", "bypassed")  # cases whose picture is the base'
 COSTS = {"the base": ROW.without, "cfg 1": 1, "bypassed": ROW.without}
 COSTS |= dict.fromkeys(("an adapter", "another omega", "another adapter"), ROW.with_agd)
 COSTS |= dict.fromkeys(("a low_rank adapter", "an adapter again", "the loader after the compile node"), ROW.with_agd)
-UNSEEN = "torch.compile doesn't see what a low_rank adapter does inside of the model's layers; with the adapter the "
-UNSEEN += "model runs uncompiled."
+UNSEEN = "torch.compile doesn't see what an adapter of low rank does inside of the model's layers; with the adapter "
+UNSEEN += "the model runs uncompiled."
 
 
 def sample_compiled(attention: str, backend: str, folder: Path, *cases: str) -> dict:
