@@ -3,8 +3,9 @@
     python benchmarks/inference.py [--device cuda] [--dtype fp16 bf16] [--compile] [--quick] [--json FILE]
 
 Random weights: time and memory do not depend on their values. Every step goes through ComfyUI's own guider, wrappers
-and patches. The methods take turns, one step each, so that a machine that slows down slows all of them; ratios are of
-medians, with the quartiles of the ratio to the unguided step of the same round beside them.
+and patches. The methods take turns, so that a machine that slows down slows all of them: two steps each, of which the
+second is timed, for the first one also computes what a whole sampling needs once. Ratios are of medians, with the
+quartiles of the ratio to the unguided step of the same round beside them.
 
 Two figures besides, for adapters whose cost drowns in the noise of a step. `inside`: the share of the step that is
 spent in the adapter, timed at its doors in further steps (on a GPU by the device's own clock); the attention to the
@@ -33,7 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 
 PAPER = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
-ADAPTERS = {"agd": {}, "paper-128": {**PAPER, "hidden": 128}, "paper-320": {**PAPER, "hidden": 320}}
+ADAPTERS = {
+    "agd": {},
+    "agd-rank-4": {"rank": 4, "hidden": 32},
+    "paper-128": {**PAPER, "hidden": 128},
+    "paper-320": {**PAPER, "hidden": 320},
+}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OMEGA = 7.0
 STEPS_INSIDE = 2
@@ -195,7 +201,7 @@ def peak_bytes(method: Method, device: torch.device) -> int | None:
 class Doors:
     """Wraps what the hooks call of an adapter, and its layers, for some steps: seconds inside, bytes moved at sites."""
 
-    _MOVED = {"add": 3, "guide": 4}  # tensors of the site's size that come or go
+    _MOVED = {"add": 3, "guide": 4, "adapt": 3}  # tensors of the result's size that come or go
 
     def __init__(self, adapter: torch.nn.Module, clock: Clock):
         self.clock, self.moved = clock, 0
@@ -244,11 +250,13 @@ def look_inside(methods: list[Method], device: torch.device, clock: Clock, compi
         found["peak_bytes"] = peak_bytes(method, device)
         if compiled:
             continue  # compiled code has no doors, and its rows and FLOPs are those of the other runs
-        method.rows.clear()
-        with FlopCounterMode(display=False) as flops:
-            method.sampling(1)
-        found["evaluations_per_step"] = method.rows.total
-        found["flops_per_step"] = flops.get_total_flops()
+        counted = []
+        for steps in (1, 2):
+            method.rows.clear()
+            with FlopCounterMode(display=False) as flops:
+                method.sampling(steps)
+            counted.append((method.rows.total, flops.get_total_flops()))
+        found["evaluations_per_step"], found["flops_per_step"] = (b - a for a, b in zip(*counted, strict=True))
         if method.adapter is not None:
             with Doors(method.adapter, clock) as doors:
                 spent = sum(method.sampling(STEPS_INSIDE))
@@ -262,7 +270,8 @@ def measure(methods: list[Method], rounds: int) -> None:
         method.sampling(1)  # loading, autotuning, compiling
     for done in range(rounds):
         for method in methods:
-            method.seconds += method.sampling(1)
+            # The first step of a sampling also looks up the negative prompt's keys and values.
+            method.seconds += method.sampling(2)[1:]
         print(f"  round {done + 1} of {rounds}", flush=True)
 
 
