@@ -10,7 +10,6 @@ stopped. One adapter per variant; `quality.py` says what a gap is worth in pictu
 
 import argparse
 import dataclasses
-import datetime
 import json
 import sys
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.agd_core.kinds import hears_negative
-from comfyui_agd.benchmarks.quality import RESULTS, machine, number
+from comfyui_agd.benchmarks.output import RESULTS, made_on, number, write, write_rows
 
 ITERATIONS, CAPTIONS = 300, 1000
 BUDGETS = (1.0, 2.0, 5.0)
@@ -194,15 +193,13 @@ def main(argv: list[str] | None = None) -> None:
         )
         rows.append(measure(few, variant))
         print(json.dumps(rows[-1]), flush=True)
-    text = page(rows, sizes, f"{datetime.date.today():%d %B %Y}, on {machine(args.device)}")
+    text = page(rows, sizes, made_on(args.device))
     print(text)
     results = args.results or (None if args.quick or args.only else RESULTS)
     if results:
-        results.mkdir(parents=True, exist_ok=True)
-        (results / "ablation.md").write_text(text)
-        (results / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n")
+        write(results, "ablation", text, rows)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ and what each part of it does to pictures, is told too. Writes extrapolation.md 
 
 import argparse
 import dataclasses
-import datetime
 import json
 import random
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.quality import RESULTS, machine, number
+from comfyui_agd.benchmarks.output import RESULTS, made_on, number, write, write_rows
 
 OMEGAS = (1.5, 2.0, 3.0, 5.0, 6.0, 8.0, 12.0)
 SIZES = ((48, 48), (64, 64), (64, 96), (96, 96), (128, 128))
@@ -288,15 +287,13 @@ def main(argv: list[str] | None = None) -> None:
     bench = Bench(lab.Lab(work, sizes), args.adapter, sibling_steps=2 if args.quick else SIBLING_STEPS)
     for section in args.only:
         SECTIONS[section](bench)
-    text = page(bench.rows, sizes, args.adapter, f"{datetime.date.today():%d %B %Y}, on {machine(args.device)}")
+    text = page(bench.rows, sizes, args.adapter, made_on(args.device))
     print(text)
     results = args.results or (None if args.quick or len(args.only) < len(SECTIONS) else RESULTS)
     if results:
-        results.mkdir(parents=True, exist_ok=True)
-        (results / "extrapolation.md").write_text(text)
-        (results / "extrapolation.json").write_text(json.dumps(bench.rows, indent=1) + "\n")
+        write(results, "extrapolation", text, bench.rows)
     if args.json:
-        args.json.write_text(json.dumps(bench.rows, indent=1) + "\n")
+        write_rows(args.json, bench.rows)
 
 
 if __name__ == "__main__":

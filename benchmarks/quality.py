@@ -10,19 +10,12 @@ different methods. The tables hold everything that the work folder has rows of.
 
 import argparse
 import dataclasses
-import datetime
-import json
-import math
-import platform
 import sys
 import traceback
 from pathlib import Path
 
-import torch
-
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-
-RESULTS = Path(__file__).resolve().parent / "results"
+from comfyui_agd.benchmarks.output import RESULTS, made_on, number, write, write_rows
 
 
 def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
@@ -31,14 +24,14 @@ def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
     from comfyui_agd.examples.toy.measure import omega_star
     from comfyui_agd.examples.toy.sampling import STEPS
 
-    made, real = lab.pictures(method, ready, omega, steps), lab.reference
+    own, real = lab.pictures(method, ready, omega, steps), lab.reference
     # What has no guidance scale is compared with CFG at its best.
     target = lab.pictures("cfg", cfg, omega if omega > 1 else omega_star(), STEPS)
-    features, count = made["features"], len(made["features"])
+    features, count = own["features"], len(own["features"])
     measured = {
-        "seconds_per_image": metrics.mean_and_error(made["seconds"]),
-        "prompt_accuracy": metrics.mean_and_error(made["correct"]),
-        "prompt_accuracy_above_cfg": metrics.mean_and_error(made["correct"].double() - target["correct"].double()),
+        "seconds_per_image": metrics.mean_and_error(own["seconds"]),
+        "prompt_accuracy": metrics.mean_and_error(own["correct"]),
+        "prompt_accuracy_above_cfg": metrics.mean_and_error(own["correct"].double() - target["correct"].double()),
         "frechet_to_real": metrics.frechet(features, real["features"]),
         "frechet_above_cfg": metrics.frechet_above(features, target["features"], real["features"]),
         "frechet_to_cfg": metrics.frechet(features, target["features"], paired=True),
@@ -51,9 +44,9 @@ def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
         of_omega = lab.sizes.omegas.index(omega)
         measured |= {key: metrics.mean_and_error(values[of_omega]) for key, values in lab.gap(method, ready).items()}
     if steps == STEPS and omega > 1:
-        own, of_cfg = lab.unwanted(method, ready, omega), lab.unwanted("cfg", cfg, omega)
-        measured |= {f"unwanted_{key}": metrics.mean_and_error(seen) for key, seen in own.items()}
-        measured["negative_reduction"] = metrics.share_of_reduction(own, of_cfg)
+        seen, of_cfg = lab.unwanted(method, ready, omega), lab.unwanted("cfg", cfg, omega)
+        measured |= {f"unwanted_{key}": metrics.mean_and_error(values) for key, values in seen.items()}
+        measured["negative_reduction"] = metrics.share_of_reduction(seen, of_cfg)
     row = {
         "model": "toy",
         "method": method,
@@ -61,16 +54,11 @@ def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
         "steps": steps,
         "pictures": count,
         "parameters_percent": 100 * ready.parameters / lab.base_parameters,
-        "evaluations_per_step": made["evaluations"].item() / (count * steps),
+        "evaluations_per_step": own["evaluations"].item() / (count * steps),
     }
     for key, (value, error) in measured.items():
         row |= {key: value, f"{key}_se": error}
     return {key: number(value) if isinstance(value, float) else value for key, value in row.items()}
-
-
-def number(value: float) -> float | None:
-    """As JSON has them: of very few pictures some errors and ratios don't exist."""
-    return round(value, 5) if math.isfinite(value) else None
 
 
 def measure(lab, method: str) -> None:
@@ -113,13 +101,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def machine(device: str) -> str:
-    """In general words."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     use_comfyui(cpu=args.device == "cpu")
@@ -145,13 +126,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = report.in_order(work.rows())
     print(report.plain(rows))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(args.json, rows)
     results = args.results or (None if args.quick else RESULTS)
     if results and rows:
-        results.mkdir(parents=True, exist_ok=True)
-        made = f"{datetime.date.today():%d %B %Y}, on {machine(args.device)}"
-        (results / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (results / "quality.md").write_text(report.page(rows, sizes, made))
+        write(results, "quality", report.page(rows, sizes, made_on(args.device)), rows)
         report.plot(rows).save(results / "quality.png")
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}; the same command tries again.")
