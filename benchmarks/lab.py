@@ -44,7 +44,7 @@ from comfyui_agd.training.trainer import split_prompts
 BATCH = 64  # pictures sampled at once, from one seed
 TRAINING_BATCH = 16
 REUSE = 4  # optimiser steps per recorded batch, each with other guidance scales
-BUDGETS = (20, 10)  # evaluations per picture at which methods are compared
+BUDGETS = (20, 10, 6)  # evaluations per picture at which methods are compared
 BLOCKS, KEPT_STEPS = 8, 10  # gap closed: blocks of captions, noise levels of a trajectory's 20
 _TRAINING_SEED, _CHOICE_SEED, _GAP_SEED, _CAPTIONS_SEED, _OPEN_SEED = 3, 61, 29, 37, 43
 _NOISE_SEED, _OPEN_NOISE_SEED = 70_000, 90_000

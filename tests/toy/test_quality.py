@@ -200,8 +200,8 @@ def test_one_command_makes_the_table_and_goes_on_where_it_was(tmp_path, monkeypa
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert all(set(row) >= set(ROW_KEYS.split()) for row in rows)
     settings = [(row["method"], row["steps"]) for row in rows]
-    assert [steps for name, steps in settings if name == "cfg"] == [20, 10, 5]
-    assert [steps for name, steps in settings if name == "meng"] == [20, 10]
+    assert [steps for name, steps in settings if name == "cfg"] == [20, 10, 5, 3]
+    assert [steps for name, steps in settings if name == "meng"] == [20, 10, 6]
     assert list(dict(settings)) == ["cfg", "adaptive", "meng", "paper_offset"]
     of = {row["method"]: row for row in rows if row["steps"] == 20}
     assert of["cfg"]["evaluations_per_step"] == 2
@@ -220,7 +220,7 @@ def test_one_command_makes_the_table_and_goes_on_where_it_was(tmp_path, monkeypa
     monkeypatch.setattr("comfyui_agd.benchmarks.lab.sample", lambda *a, **how: drawn.append(how) or sample(*a, **how))
     quality.main([*few, "--only", "cfg", "meng", "unguided"])
     assert {how["cfg"] for how in drawn} == {1.0}
-    assert len(json.loads((tmp_path / "rows.json").read_text())) == len(rows) + 2
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == len(rows) + 3
 
 
 def test_an_unknown_method_is_an_error_that_says_where_to_look(tmp_path):
