@@ -74,9 +74,7 @@ def measure(lab, method: str) -> None:
         rows = [row]
         if omega in (1.0, omega_star()):  # at equal numbers of evaluations
             fewer = {max(1, round(budget / row["evaluations_per_step"])) for budget in BUDGETS}
-            rows += [
-                row_of(lab, method, ready, cfg, omega, steps) for steps in sorted(fewer, reverse=True) if steps < STEPS
-            ]
+            rows += [row_of(lab, method, ready, cfg, omega, steps) for steps in sorted(fewer) if steps < STEPS]
         lab.work.save_rows(setting(method, omega), rows)
         print(
             f"{method}, omega {omega:g}: prompt accuracy {row['prompt_accuracy']:.4f}, Fréchet distance "
