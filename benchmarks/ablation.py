@@ -121,7 +121,7 @@ def measure(lab, variant: Variant) -> dict:
     row["parameters_percent"] = round(100 * ready.parameters / lab.base_parameters, 2)
     for key, negatives in (("gap_closed", False), ("gap_closed_from_negatives", True)):
         closed = lab.gap(stem, ready, negatives)["gap_closed"]
-        for omega, blocks in zip(lab.sizes.omegas, closed, strict=True):
+        for omega, blocks in zip(lab.sizes.gap_omegas, closed, strict=True):
             row[f"{key}_{omega:g}"], row[f"{key}_{omega:g}_se"] = map(number, metrics.mean_and_error(blocks))
     return row
 
@@ -152,13 +152,13 @@ def page(rows: list[dict], sizes, made: str) -> str:
 
 `python benchmarks/ablation.py`, {made}. Written by the command.
 
-Gap closed on the toy, on {sizes.gap_captions} held-out captions, at omega {", ".join(f"{o:g}" for o in sizes.omegas)}:
-away from the empty prompt, and from negative prompts that were not trained with. Unless its line says otherwise a
-variant has the largest width within 5 % of the base's parameters, {sizes.iterations} iterations of batch 16 on recorded
-batches, each used 4 times, {CAPTIONS} captions and a learning rate of 2e-3 (`scale`: 2e-2). The error is over captions
-and noise; one adapter was trained per variant. What can't hear the negative prompt was trained with empty ones.
+Gap closed on the toy, on {sizes.gap_captions} held-out captions: away from the empty prompt, and from negative prompts
+that were not trained with. Unless its line says otherwise a variant has the largest width within 5 % of the base's
+parameters, {sizes.iterations} iterations of batch 16 on recorded batches, each used 4 times, {CAPTIONS} captions and a
+learning rate of 2e-3 (`scale`: 2e-2). The error is over captions and noise; one adapter was trained per variant. What
+can't hear the negative prompt was trained with empty ones.
 
-{table(rows, sizes.omegas)}"""
+{table(rows, sizes.gap_omegas)}"""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,7 +7,6 @@ and what each part of it does to pictures, is told too. Writes extrapolation.md 
 """
 
 import argparse
-import dataclasses
 import json
 import random
 import shutil
@@ -282,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.adapter not in METHODS:
         sys.exit(f"There is no method {args.adapter}; benchmarks/quality.py --list says which there are.")
-    sizes = dataclasses.replace(lab.QUICK if args.quick else lab.Sizes(), omegas=lab.Sizes().omegas)
+    sizes = lab.QUICK if args.quick else lab.Sizes()
     work = lab.Work(args.work or Path("build") / ("quality-quick" if args.quick else "quality"))
     bench = Bench(lab.Lab(work, sizes), args.adapter, sibling_steps=2 if args.quick else SIBLING_STEPS)
     for section in args.only:

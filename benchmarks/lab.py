@@ -55,23 +55,34 @@ CFG = GuidanceRule()
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is computed. `pictures` per setting; `pairs` of pictures, without and with a negative prompt;
-    `iterations` of a training on so many `captions`, with so many batches of trajectories in the `pool`;
-    `gap_captions` to measure the gap on. `tuned`: whether learning rates are tried where a method has several, or the
-    last is taken.
+    """How much is computed. `pictures` per setting, at each of `omegas`; `pairs` of pictures, without and with a
+    negative prompt; `iterations` of a training on so many `captions`, with so many batches of trajectories in the
+    `pool`; `gap_captions` to measure the gap on, at `gap_omegas`. `tuned`: whether learning rates are tried where a
+    method has several, or the last is taken.
     """
 
     pictures: int = 1024
     pairs: int = 512
     iterations: int = 1200
     omegas: tuple[float, ...] = (2.0, 3.0, 5.0)
+    gap_omegas: tuple[float, ...] = (2.0, 3.0, 5.0)
     captions: int = 2000
     pool: int = 8
     gap_captions: int = 64
     tuned: bool = True
 
 
-QUICK = Sizes(pictures=32, pairs=8, iterations=8, omegas=(3.0,), captions=32, pool=1, gap_captions=2, tuned=False)
+QUICK = Sizes(
+    pictures=32,
+    pairs=8,
+    iterations=8,
+    omegas=(3.0,),
+    gap_omegas=(3.0,),
+    captions=32,
+    pool=1,
+    gap_captions=2,
+    tuned=False,
+)
 
 
 class Work:
@@ -236,20 +247,20 @@ class Lab:
             pairs = [(caption, rng.choice(unwanted) if negatives else "") for caption in captions]
             blocks = [pairs[i::BLOCKS] for i in range(min(BLOCKS, len(pairs)))]
             self._states[rule, negatives] = [
-                self.follow([c for c, _ in block], self.sizes.omegas, rule, 100 + i, [n for _, n in block])
+                self.follow([c for c, _ in block], self.sizes.gap_omegas, rule, 100 + i, [n for _, n in block])
                 for i, block in enumerate(blocks)
             ]
         return self._states[rule, negatives]
 
     def gap(self, method: str, ready: Ready, negatives: bool = False) -> dict[str, torch.Tensor]:
         """`gap_closed` and `direction_cosine` (omegas, blocks); `negatives`: away from held-out negative prompts."""
-        identity = ready.identity | {"omegas": self.sizes.omegas, "rule": dataclasses.asdict(ready.rule)}
+        identity = ready.identity | {"omegas": self.sizes.gap_omegas, "rule": dataclasses.asdict(ready.rule)}
         identity |= {"blocks": BLOCKS, "captions": self.sizes.gap_captions, "steps": KEPT_STEPS}
 
         def make() -> dict[str, torch.Tensor]:
             found = [ready.evaluate(states) for states in self.states(ready.rule, negatives)]
             return {
-                key: torch.tensor([[getattr(e, key)[omega] for e in found] for omega in self.sizes.omegas])
+                key: torch.tensor([[getattr(e, key)[omega] for e in found] for omega in self.sizes.gap_omegas])
                 for key in ("gap_closed", "direction_cosine")
             }
 

@@ -264,6 +264,10 @@ METHODS: dict[str, Method] = {
         adapter({"kind": "scale", "iterations": 150}, hears_negative=True, learning_rates=(2e-2,)),
     ),
     "ours": Method(f"the default adapter, at most {BUDGET:g} % of the base", adapter(OURS, hears_negative=True)),
+    "ours_third": Method(
+        "the same with a third of the iterations and teacher evaluations",
+        adapter({**OURS, "iterations": 400}, hears_negative=True),
+    ),
     "ours_longer": Method(
         "the same with three times the iterations and teacher evaluations",
         adapter({**OURS, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),

@@ -41,8 +41,10 @@ def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
     measured |= dict.fromkeys(("gap_closed", "direction_cosine"), (None, None))
     measured |= dict.fromkeys(("negative_reduction", "unwanted_without", "unwanted_with"), (None, None))
     if steps == STEPS and ready.evaluate is not None:
-        of_omega = lab.sizes.omegas.index(omega)
-        measured |= {key: metrics.mean_and_error(values[of_omega]) for key, values in lab.gap(method, ready).items()}
+        for key, blocks in lab.gap(method, ready).items():
+            by_omega = {o: metrics.mean_and_error(own) for o, own in zip(lab.sizes.gap_omegas, blocks, strict=True)}
+            measured |= {f"{key}_at_{o:g}": value for o, value in by_omega.items()}
+            measured[key] = by_omega.get(omega, (None, None))
     if steps == STEPS and omega > 1:
         seen, of_cfg = lab.unwanted(method, ready, omega), lab.unwanted("cfg", cfg, omega)
         measured |= {f"unwanted_{key}": metrics.mean_and_error(values) for key, values in seen.items()}

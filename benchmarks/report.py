@@ -62,6 +62,20 @@ def _at_equal_steps(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["steps"] == STEPS]
 
 
+def _with_gaps(rows: list[dict]) -> list[dict]:
+    """A row of each method that has a gap to measure; it is measured at all omegas at once."""
+    return list({row["method"]: row for row in rows if _gap_columns([row])}.values())
+
+
+def _gap_columns(rows: list[dict]) -> list[tuple]:
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith("gap_closed_at_"))
+    return [(f"at omega {key.rsplit('_', 1)[1]}", key, 1, 3) for key in keys if not key.endswith("_se")]
+
+
+def _parameters(row: dict) -> str:
+    return f"{row['parameters_percent']:.1f}"
+
+
 def _at_equal_time(rows: list[dict], budget: int) -> list[dict]:
     """The rows that take about so many evaluations per picture."""
     return [row for row in rows if 0.85 * budget <= _evaluations(row) <= 1.05 * budget]
@@ -135,6 +149,10 @@ Written by the command; each value with its standard error.
 {STEPS} steps of {SAMPLER}/{SCHEDULER}.
 
 {table(_at_equal_steps(rows), _COLUMNS, first)}
+
+## Gap closed by omega
+
+{table(_with_gaps(rows), _gap_columns(rows), {"method": first["method"], "parameters, %": _parameters})}
 
 ## At equal time
 
