@@ -276,8 +276,8 @@ METHODS: dict[str, Method] = {
         "the default adapter, narrower, with low-rank changes of rank 4 beside it", adapter(RANKED, hears_negative=True)
     ),
     "ours_rank_longer": Method(
-        "the same with 5400 iterations and three times the teacher evaluations",
-        adapter({**RANKED, "iterations": 5400, "reuse": 6}, hears_negative=True, learning_rates=(3e-3,)),
+        "the same with three times the iterations and teacher evaluations",
+        adapter({**RANKED, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),
     ),
     **{
         f"ours_{percent}pct": Method(

@@ -8,8 +8,8 @@ before the base's `to_out`:
     hidden = down(delta) + from_h(h)
 
 `scale` is a `ScaleAdapter`: a new adapter is the training-free one, or goes on from a fitted one. With a `rank` the
-blocks' linear layers are changed as well (`low_rank.py`), for more quality at more cost; keys and values of the
-negative prompt stay the base's own.
+blocks' linear layers are changed as well (`low_rank.py`), for more quality at more cost. But not those of the keys and
+values: where both prompts are the same, `delta` is zero.
 
 Shapes: b rows, n image tokens, w channels of a site, H `hidden`, S sites, E `encoder_width`.
 """
@@ -24,6 +24,8 @@ from ..config import AdapterConfig
 from ..layers import Guidance, zero_init
 from .low_rank import LowRankAdapter
 from .scale import ScaleAdapter
+
+KEYS_VALUES = ("attn2.to_k", "attn2.to_v")
 
 
 class DeltaAdapter(nn.Module):
@@ -47,7 +49,7 @@ class DeltaAdapter(nn.Module):
         self.from_h = layers([(w, H) for w in self.widths])
         self.to_out = layers([(H, w) for w in self.widths])
         of_rank = replace(config, kind="low_rank", hidden=config.rank, rank=0) if config.rank else None
-        self.low_rank = LowRankAdapter(of_rank, operations) if of_rank else None
+        self.low_rank = LowRankAdapter(of_rank, operations, leave=KEYS_VALUES) if of_rank else None
 
     def start(self) -> None:
         """A new adapter: `scale` alone."""

@@ -40,10 +40,12 @@ class LowRankAdapter(nn.Module):
 
     place = "linear"
 
-    def __init__(self, config: AdapterConfig, operations=nn):
+    def __init__(self, config: AdapterConfig, operations=nn, leave: tuple[str, ...] = ()):
+        """`leave`: layers of the blocks that stay as they are."""
         super().__init__()
-        self.count, self.paths, rank = len(config.sites), list(layers_of(config.sites[0])), config.hidden
-        sizes = {key_of(site.name, path): size for site in config.sites for path, size in layers_of(site).items()}
+        self.count, rank = len(config.sites), config.hidden
+        self.paths = [path for path in layers_of(config.sites[0]) if path not in leave]
+        sizes = {key_of(site.name, path): layers_of(site)[path] for site in config.sites for path in self.paths}
         # The modulation of all layers, so that it costs one product per evaluation.
         inner = 2 * config.encoder_width
         self.to_modulation = operations.Linear(inner, len(sizes) * rank) if config.modulated else None

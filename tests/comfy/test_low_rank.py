@@ -199,14 +199,21 @@ def test_a_rank_beside_delta_is_both_adapters_in_one(base, prompts, save_adapter
     info, whole = checkpoint.load_state(save_adapter(base, kind="delta", rank=4))
     inner = "sites.low_rank."
     shared = {key: value for key, value in whole.items() if not key.startswith("sites.")}
-    states = {
-        "delta": {key: value for key, value in whole.items() if not key.startswith(inner)},
-        "low_rank": shared | {f"sites.{k.removeprefix(inner)}": v for k, v in whole.items() if k.startswith(inner)},
-    }
-    settings, apart = {"delta": {"rank": 0}, "low_rank": {"rank": 0, "hidden": 4}}, base
-    for kind, state in states.items():
-        own = replace(info, config=replace(info.config, kind=kind, **settings[kind]))
-        apart = apply_adapter(apart, own, state, source=kind)
+    delta = replace(info.config, rank=0)
+    low_rank = replace(delta, kind="low_rank", hidden=4)
+    state = {key: torch.zeros_like(value) for key, value in Adapter(low_rank).state_dict().items()}  # keys and values
+    state |= shared | {f"sites.{k.removeprefix(inner)}": v for k, v in whole.items() if k.startswith(inner)}
+    # The modulation of all layers is one matrix, in their order.
+    of = Adapter(low_rank).sites.paths
+    kept = torch.tensor([path not in ("attn2.to_k", "attn2.to_v") for path in of]).repeat_interleave(4)
+    rows = kept.repeat(len(info.config.sites))
+    for part in ("weight", "bias"):
+        modulation = whole[f"{inner}to_modulation.{part}"]
+        state[f"sites.to_modulation.{part}"] = modulation.new_zeros(len(rows), *modulation.shape[1:])
+        state[f"sites.to_modulation.{part}"][rows] = modulation
+    apart = apply_adapter(base, replace(info, config=low_rank), state, source="low_rank")
+    without = {key: value for key, value in whole.items() if not key.startswith(inner)}
+    apart = apply_adapter(apart, replace(info, config=delta), without, source="delta")
     together = apply_adapter(base, info, whole, source="both")
     assert rows_of(together, ksampler, prompts) == [1] * STEPS
     close(ksampler(together, prompts), ksampler(apart, prompts))
