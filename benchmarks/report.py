@@ -36,6 +36,7 @@ _PLOTS = (
     ("Prompt accuracy, %", "prompt_accuracy", 100),
     ("Frechet distance to real pictures", "frechet_to_real", 1),  # PIL's font lacks the accent
 )
+_NAMED = 3  # of the rows that are better than another
 _SHORT_LINE = 12  # pixels of a colour in the plot's key
 
 
@@ -98,7 +99,12 @@ def _dominance(rows: list[dict]) -> list[dict]:
     best = max((row["omega"] for row in rows if row["steps"] < STEPS), default=None)
     own = [row for row in rows if row["omega"] in (1.0, best)]
     named = {id(row): f"`{row['method']}` at {row['steps']} steps" for row in own}
-    return [row | {"by": ", ".join(named[id(o)] for o in own if surely_better(o, row)) or "none"} for row in own]
+    found = []
+    for row in own:
+        by = [named[id(other)] for other in own if surely_better(other, row)]
+        more = [f"{len(by) - _NAMED} more"] if len(by) > _NAMED else []
+        found.append(row | {"by": ", ".join(by[:_NAMED] + more) or "none"})
+    return found
 
 
 def plain(rows: list[dict]) -> str:
