@@ -260,28 +260,28 @@ METHODS: dict[str, Method] = {
         nag,
     ),
     "calibrated": Method(
-        "the same with a few numbers per channel, fitted in 150 iterations",
+        "`training_free` with a few numbers per channel, fitted in 150 iterations",
         adapter({"kind": "scale", "iterations": 150}, hears_negative=True, learning_rates=(2e-2,)),
     ),
     "ours": Method(f"the default adapter, at most {BUDGET:g} % of the base", adapter(OURS, hears_negative=True)),
     "ours_third": Method(
-        "the same with a third of the iterations and teacher evaluations",
+        "`ours` with a third of the iterations and teacher evaluations",
         adapter({**OURS, "iterations": 400}, hears_negative=True),
     ),
     "ours_longer": Method(
-        "the same with three times the iterations and teacher evaluations",
+        "`ours` with three times the iterations and teacher evaluations",
         adapter({**OURS, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),
     ),
     "ours_rank": Method(
-        "the default adapter, narrower, with low-rank changes of rank 4 beside it", adapter(RANKED, hears_negative=True)
+        "`ours`, narrower, with low-rank changes of rank 4 beside it", adapter(RANKED, hears_negative=True)
     ),
     "ours_rank_longer": Method(
-        "the same with three times the iterations and teacher evaluations",
+        "`ours`, narrower, with low-rank changes of rank 4 beside it and three times the iterations and evaluations",
         adapter({**RANKED, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),
     ),
     **{
         f"ours_{percent}pct": Method(
-            f"the same, at most {percent} %",
+            f"`ours`, at most {percent} %",
             adapter({**OURS, "encoder_width": width}, hears_negative=True, percent=percent),
         )
         for percent, width in ((1, 8), (2, 16))
