@@ -237,6 +237,16 @@ _COLUMNS = (
 )
 
 
+def _of_sibling(rows: list[dict]) -> str:
+    if not any(row["section"].startswith("Sibling") for row in rows):
+        return ""
+    return f"""
+The sibling is the base trained for {SIBLING_STEPS} more steps on pictures whose colours are exchanged (red for green,
+green for blue, blue for red); its pictures are judged with the colours changed back. The LoRA is the best one of rank
+{LORA_RANK} for the same change.
+"""
+
+
 def page(rows: list[dict], sizes, adapter: str, made: str) -> str:
     from comfyui_agd.benchmarks.report import table
 
@@ -255,10 +265,8 @@ def page(rows: list[dict], sizes, adapter: str, made: str) -> str:
 The adapter is `{adapter}` of [quality.md](quality.md), trained on the toy with omega up to 6, full captions, 64 x 64
 pixels, 15 to 25 steps of the schedulers normal and karras, and the base's own weights. Gaps are on {sizes.gap_captions}
 held-out captions, accuracy and Fréchet distance on {sizes.pictures} pictures, at omega 3 and 20 steps where nothing
-else is said; errors are over captions and noise. The sibling is the base trained for {SIBLING_STEPS} more steps on
-pictures whose colours are exchanged (red for green, green for blue, blue for red); its pictures are judged with the
-colours changed back. The LoRA is the best one of rank {LORA_RANK} for the same change.
-
+else is said; errors are over captions and noise.
+{_of_sibling(rows)}
 Gap closed by noise level at omega 3, on an eighth of the captions: {along or "not measured"}.
 
 {text}
