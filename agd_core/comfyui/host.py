@@ -81,6 +81,16 @@ def _lora(file: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{file} can't be read as a LoRA ({error}).") from error
 
 
+def options_of(model: comfy.model_patcher.ModelPatcher) -> dict:
+    """The transformer_options that a sampler would build for a MODEL with our hooks, idle without a step."""
+    model = model.clone()
+    register(model)
+    options = comfy.model_patcher.create_model_options_clone(model.model_options)["transformer_options"]
+    merge_nested_dicts(options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
+    merge_nested_dicts(options.setdefault("callbacks", {}), model.callbacks, copy_dict1=False)
+    return {**without_compile(options), **trace.FUSED_ATTENTION}
+
+
 @dataclass(frozen=True)
 class EncodedPrompt:
     """What the text encoder made of a prompt, on the CPU; `kind` is "positive" or "negative"."""
@@ -176,7 +186,7 @@ class ComfyHost:
             _without_inference_tensors(self._model.model)
             self._model.model.requires_grad_(False)  # ComfyUI itself freezes its models from 0.30 on
             self._model.pre_run()
-            self._options = self._build_options()
+            self._options = options_of(self._model)
             twice = checkpointing or not self._is_whole()
             try:
                 with checkpointed(self._model.model.diffusion_model) if twice else nullcontext():
@@ -191,15 +201,6 @@ class ComfyHost:
         """
         dynamic = getattr(self._model, "is_dynamic", lambda: False)()  # ComfyUI's dynamic VRAM may move any of them
         return not dynamic and self._model.loaded_size() >= self._model.model_size()
-
-    def _build_options(self) -> dict:
-        """The transformer_options that a sampler would build for the model with our hooks."""
-        model = self._model.clone()
-        register(model)
-        options = comfy.model_patcher.create_model_options_clone(model.model_options)["transformer_options"]
-        merge_nested_dicts(options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
-        merge_nested_dicts(options.setdefault("callbacks", {}), model.callbacks, copy_dict1=False)
-        return {**without_compile(options), **trace.FUSED_ATTENTION}
 
     def sigmas(self, scheduler: str, steps: int) -> torch.Tensor:
         """(steps + 1,) noise levels of one of ComfyUI's schedulers, the last one 0."""
@@ -303,7 +304,7 @@ class ComfyHost:
 
         Here and in `trace_teacher` the prompt is the last that was encoded.
         """
-        conds, options = self._conditions([self._example] * rows, torch.Size([rows, *shape])), self._build_options()
+        conds, options = self._conditions([self._example] * rows, torch.Size([rows, *shape])), options_of(self._model)
 
         def evaluate(adapter, x, sigma, omega):
             unwanted = conds if adapter.uses_negative else {}
@@ -313,7 +314,7 @@ class ComfyHost:
 
     def trace_teacher(self, shape: tuple[int, int, int], rows: int) -> trace.Traced:
         """As `trace_student`, for `denoise`."""
-        conds, options = self._conditions([self._example] * rows, torch.Size([rows, *shape])), self._build_options()
+        conds, options = self._conditions([self._example] * rows, torch.Size([rows, *shape])), options_of(self._model)
         return trace.teacher(self._model.model, lambda x, sigma: self._evaluate(x, sigma, conds, options), shape, rows)
 
     def matmul_rate(self) -> float:
