@@ -52,8 +52,7 @@ def named_adapter(name: str, base: BaseInfo) -> AdapterValue:
     """Raises `FileNotFoundError`, or `AdapterFileError` where the file is no adapter's."""
     if name == TRAINING_FREE:
         return AdapterValue(*training_free(base), source=name)
-    path = folders.adapter_path(name)
-    return AdapterValue(*checkpoint.load_state(path), source=str(path))
+    return AdapterValue(*checkpoint.load_state(folders.adapter_path(name)), source=name)
 
 
 def use_inputs() -> list[io.Input]:
