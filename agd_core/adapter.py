@@ -7,7 +7,7 @@ Shapes: b rows, n image tokens, m prompt tokens, d their channels (`context_dim`
 the encoders' tokens, S sites, E encoders of (omega, t): 1, S if every site has its own, 0 if there is no use for one.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -102,10 +102,9 @@ class Adapter(nn.Module):
         return self.named_parameters()
 
     @property
-    def paths(self) -> Sequence[str]:
-        """The linear layers of each block that get something added, by their path in it."""
-        low_rank = self.sites if self.place == "linear" else getattr(self.sites, "low_rank", None)
-        return low_rank.paths if low_rank is not None else ()
+    def paths(self) -> list[str]:
+        """The linear layers of each block that get something added, by their path, where `config.changes_linears`."""
+        return (self.sites if self.place == "linear" else self.sites.low_rank).paths
 
     def last(self) -> Iterable[nn.Module]:
         """The layers that a new adapter starts at zero, one per site or per linear layer."""

@@ -10,6 +10,7 @@ stopped. One adapter per variant; `quality.py` says what a gap is worth in pictu
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from dataclasses import dataclass, field
@@ -17,27 +18,17 @@ from pathlib import Path
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.agd_core.kinds import hears_negative
-from comfyui_agd.benchmarks.output import RESULTS, made_on, number, write, write_rows
+from comfyui_agd.benchmarks.output import RESULTS, made_on, with_errors, write, write_rows
 
 ITERATIONS, CAPTIONS = 300, 1000
-BUDGETS = (1.0, 2.0, 5.0)
-# As arXiv 2503.07274 has them; each is a switch that is tried alone.
-PAPER = {
-    "gain": False,
-    "omega_embedding": "fourier",
-    "shared_encoder": False,
-    "loss": "plain",
-    "omega_sampling": "uniform",
-}
+# The settings in which ours differ from the paper's, as `methods.AS_PUBLISHED` has them.
 SWITCHES = {
-    "gain": {"gain": True},
-    "log omega": {"omega_embedding": "log"},
-    "one encoder": {"shared_encoder": True},
-    "balanced loss": {"loss": "balanced"},
-    "log-uniform omega": {"omega_sampling": "log_uniform"},
+    "gain": "gain",
+    "log omega": "omega_embedding",
+    "one encoder": "shared_encoder",
+    "balanced loss": "loss",
+    "log-uniform omega": "omega_sampling",
 }
-# An encoder of omega and t that leaves something of a small budget for the rest.
-_ENCODERS = {1.0: 8, 2.0: 16, 5.0: 32}
 
 
 @dataclass(frozen=True)
@@ -59,14 +50,17 @@ class Variant:
 
 def variants(iterations: int) -> list[Variant]:
     """In the order of the tables."""
+    from comfyui_agd.benchmarks.methods import AS_PUBLISHED, SMALL_ENCODERS
 
     def ours(section: str, name: str, percent: float = 5.0, captions: int = CAPTIONS, width=None, **settings):
         return Variant(section, name, settings, percent, captions, width)
 
-    paper = {"kind": "cross_attention", **PAPER}
-    found = [Variant("Switches of the paper's cross-attention", "as published", paper)]
-    found += [Variant(found[0].section, f"{name} alone", paper | switch) for name, switch in SWITCHES.items()]
-    found += [ours(found[0].section, "all of them", kind="cross_attention")]
+    section, kind = "Switches of the paper's cross-attention", {"kind": "cross_attention"}
+    found = [ours(section, "as published", **kind, **AS_PUBLISHED)]
+    for name, switch in SWITCHES.items():
+        rest = {setting: value for setting, value in AS_PUBLISHED.items() if setting != switch}
+        found += [ours(section, f"{name} alone", **kind, **rest)]
+    found += [ours(section, "all of them", **kind)]
     section = "Kinds, with all switches"
     found += [
         ours(section, "offset", kind="offset"),
@@ -78,9 +72,9 @@ def variants(iterations: int) -> list[Variant]:
         ours(section, "delta with rank 4", rank=4),
     ]
     section = "delta, without one of them"
-    back = {"gain": False, "omega_embedding": "fourier", "loss": "plain", "omega_sampling": "uniform"}
-    for name, key in zip(("gain", "log omega", "balanced loss", "log-uniform omega"), back, strict=True):
-        found += [ours(section, f"without {name}", **{key: back[key]})]
+    for name, switch in SWITCHES.items():
+        if switch != "shared_encoder":  # delta has no other
+            found += [ours(section, f"without {name}", **{switch: AS_PUBLISHED[switch]})]
     section = "delta, more"
     found += [
         ours(section, "half on policy", on_policy=0.5),
@@ -88,9 +82,8 @@ def variants(iterations: int) -> list[Variant]:
         ours(section, "only the 3 outer sites", width=64),
     ]
     for kind in ("cross_attention", "low_rank", "delta"):
-        for percent in BUDGETS[:-1]:
-            own = {"kind": kind, "encoder_width": _ENCODERS[percent]}
-            found += [ours("Parameters", f"{kind}, {percent:g} %", percent, **own)]
+        for percent, width in SMALL_ENCODERS.items():
+            found += [ours("Parameters", f"{kind}, {percent} %", percent, kind=kind, encoder_width=width)]
     found += [ours("Parameters", "delta, 10 %", 10.0)]
     for factor in (1 / 3, 3):
         count = max(1, round(iterations * factor))
@@ -110,11 +103,11 @@ def measure(lab, variant: Variant) -> dict:
     config = lab.train_config(**settings, hidden=hidden)
     stem = "-".join(f"{variant.section} {variant.name}".replace("%", "pct").replace(",", "").split()).lower()
     only = {"width": variant.width} if variant.width else {}
-    how = (lab, stem, config, lab.negatives(variant.hears_negative), [], methods.train_adapter)
-    diverged, file = methods.trained(*how, **only)
+    how = (lab, stem, config, lab.prompts(negatives=variant.hears_negative), [], methods.train_adapter)
+    score, file = methods.trained(*how, **only)
     row = {"section": variant.section, "variant": variant.name, "iterations": config.iterations}
     row |= {"teacher_evaluations": 2 * config.batch * -(-config.iterations // config.reuse), "model": "toy"}
-    if diverged is None:
+    if score is None:  # it diverged
         return row | {"parameters_percent": None}
     info, state = checkpoint.load_state(file)
     ready = methods.measured(lab, lab.parts.model, info, state, {"weights": methods.checksum(file)})
@@ -122,29 +115,27 @@ def measure(lab, variant: Variant) -> dict:
     for key, negatives in (("gap_closed", False), ("gap_closed_from_negatives", True)):
         closed = lab.gap(stem, ready, negatives)["gap_closed"]
         for omega, blocks in zip(lab.sizes.gap_omegas, closed, strict=True):
-            row[f"{key}_{omega:g}"], row[f"{key}_{omega:g}_se"] = map(number, metrics.mean_and_error(blocks))
+            row |= with_errors({f"{key}_{omega:g}": metrics.mean_and_error(blocks)})
     return row
 
 
-def table(rows: list[dict], omegas: tuple[float, ...]) -> str:
+def tables(rows: list[dict], omegas: tuple[float, ...]) -> str:
     """Markdown, a table per section."""
-    lines = []
+    from comfyui_agd.benchmarks.report import table
+
+    columns = [(f"gap at {omega:g}", f"gap_closed_{omega:g}", 1, 3) for omega in omegas]
+    columns += [(f"from negatives, {omega:g}", f"gap_closed_from_negatives_{omega:g}", 1, 3) for omega in omegas]
+    first = {
+        "variant": lambda row: row["variant"] + ("" if row["parameters_percent"] else " (diverged)"),
+        "parameters, %": lambda row: str(row["parameters_percent"]),
+        "iterations": lambda row: str(row["iterations"]),
+        "teacher evaluations": lambda row: f"{row['teacher_evaluations']:,}",
+    }
+    parts = []
     for section in dict.fromkeys(row["section"] for row in rows):
-        lines += [f"## {section}", ""]
-        headings = ["variant", "parameters, %", "iterations", "teacher evaluations"]
-        headings += [f"gap at {omega:g}" for omega in omegas] + [f"from negatives, {omega:g}" for omega in omegas]
-        lines += [f"| {' | '.join(headings)} |", f"|{' --- |' * len(headings)}"]
-        for row in rows:
-            if row["section"] != section:
-                continue
-            cells = [row["variant"], row["parameters_percent"], row["iterations"], f"{row['teacher_evaluations']:,}"]
-            for key in ("gap_closed", "gap_closed_from_negatives"):
-                for omega in omegas:
-                    value, error = row.get(f"{key}_{omega:g}"), row.get(f"{key}_{omega:g}_se")
-                    cells.append("diverged" if value is None else f"{value:.3f} ± {error:.3f}")
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        lines.append("")
-    return "\n".join(lines)
+        own = [row for row in rows if row["section"] == section]
+        parts.append(f"## {section}\n\n{table(own, columns, first)}\n")
+    return "\n".join(parts)
 
 
 def page(rows: list[dict], sizes, made: str) -> str:
@@ -158,7 +149,7 @@ parameters, {sizes.iterations} iterations of batch 16 on recorded batches, each 
 learning rate of 2e-3 (`scale`: 2e-2). The error is over captions and noise; one adapter was trained per variant. What
 can't hear the negative prompt was trained with empty ones.
 
-{table(rows, sizes.gap_omegas)}"""
+{tables(rows, sizes.gap_omegas)}"""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -184,14 +175,10 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [v for v in variants(sizes.iterations) if any(a.lower() in f"{v.section} {v.name}".lower() for a in asked)]
     if not chosen:
         sys.exit(f"No variant has {' or '.join(asked)} in its name or section.")
-    own, rows = lab.Lab(work, sizes), []
+    lab_of = functools.cache(lambda captions: lab.Lab(work, dataclasses.replace(sizes, captions=captions)))
+    rows = []
     for variant in chosen:
-        few = (
-            own
-            if variant.captions == sizes.captions
-            else lab.Lab(work, dataclasses.replace(sizes, captions=variant.captions))
-        )
-        rows.append(measure(few, variant))
+        rows.append(measure(lab_of(variant.captions), variant))
         print(json.dumps(rows[-1]), flush=True)
     text = page(rows, sizes, made_on(args.device))
     print(text)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.output import RESULTS, made_on, number, write, write_rows
+from comfyui_agd.benchmarks.output import RESULTS, made_on, with_errors, write, write_rows
 
 OMEGAS = (1.5, 2.0, 3.0, 5.0, 6.0, 8.0, 12.0)
 SIZES = ((48, 48), (64, 64), (64, 96), (96, 96), (128, 128))
@@ -43,15 +43,12 @@ class Bench:
 
     def __init__(self, lab, name: str, sibling_steps: int):
         from comfyui_agd.agd_core import checkpoint
-        from comfyui_agd.agd_core.adapter import Adapter
         from comfyui_agd.benchmarks.methods import METHODS
         from comfyui_agd.examples.toy.measure import omega_star
 
         self.lab, self.name, self.best, self.sibling_steps = lab, name, omega_star(), sibling_steps
         self.ready, self.cfg = (METHODS[each].make(lab, each) for each in (name, "cfg"))
-        self.info, self.state = checkpoint.load_state(self.ready.file)
-        self.adapter = Adapter(self.info.config).eval().requires_grad_(False)
-        self.adapter.load_state_dict(self.state)
+        self.info, self.adapter = checkpoint.load(self.ready.file)
         self.rows: list[dict] = []
 
     def add(self, section: str, setting: str, **values) -> None:
@@ -61,42 +58,38 @@ class Bench:
     def patched(self, model, **how):
         from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 
-        return apply_adapter(model, self.info, self.state, source="the adapter", **how)
+        return apply_adapter(model, self.info, self.adapter.state_dict(), source="the adapter", **how)
 
     def gap(self, captions: list[str], omega: float, size=(64, 64), model=None, **how) -> dict:
         """Gap closed and cosine, over blocks of captions. `how`: of the teacher's trajectories."""
         from comfyui_agd.agd_core.comfyui.host import ComfyHost
         from comfyui_agd.benchmarks import metrics
-        from comfyui_agd.benchmarks.lab import BLOCKS
-        from comfyui_agd.training.evaluate import evaluate, follow_teacher
+        from comfyui_agd.benchmarks.lab import CFG, in_blocks
+        from comfyui_agd.training.evaluate import evaluate
 
         host, found = ComfyHost(model or self.lab.parts.model, self.lab.parts.clip), []
-        shape, blocks = host.latent_shape(*size), [captions[i::BLOCKS] for i in range(min(BLOCKS, len(captions)))]
-        how = {"steps": 20, "keep": 10, "batch": 8} | how
-        for i, block in enumerate(blocks):
-            positive, empty = host.encode(block), host.encode([""] * len(block), "negative")
+        for i, block in enumerate(in_blocks(captions)):
+            states = self.lab.follow(block, [omega], CFG, _SEED + i, host=host, size=size, **how)
             with host.session():
-                states = follow_teacher(host, positive, empty, shape, [omega], seed=_SEED + i, **how)
-                found.append(evaluate(host, self.adapter, states))
-        values = {}
-        for key in ("gap_closed", "direction_cosine"):
-            measured = metrics.mean_and_error(torch.tensor([getattr(each, key)[omega] for each in found]))
-            values |= dict(zip((key, f"{key}_se"), (number(value) for value in measured), strict=True))
-        return values | {"by_sigma": [[s, round(g, 3)] for s, g in found[0].by_sigma[omega]]}
+                found.append(evaluate(host, self.adapter.to(host.device), states))
+        measured = {
+            key: metrics.mean_and_error(torch.tensor([getattr(each, key)[omega] for each in found]))
+            for key in ("gap_closed", "direction_cosine")
+        }
+        return with_errors(measured) | {"by_sigma": [[s, round(g, 3)] for s, g in found[0].by_sigma[omega]]}
 
     def pictures(self, method: str, model, identity: dict, omega: float, steps: int, **how) -> dict:
-        """Prompt accuracy and Fréchet distance, and what CFG's are above them."""
+        """Prompt accuracy and Fréchet distance."""
         from comfyui_agd.benchmarks import metrics
         from comfyui_agd.benchmarks.lab import Ready
 
         made = self.lab.pictures(method, Ready(model, identity), omega, steps, **how)
-        values = {"evaluations_per_step": round(made["evaluations"].item() / len(made["correct"]) / steps, 2)}
-        for key, measured in (
-            ("prompt_accuracy", metrics.mean_and_error(made["correct"])),
-            ("frechet_to_real", metrics.frechet(made["features"], self.lab.reference["features"])),
-        ):
-            values |= dict(zip((key, f"{key}_se"), (number(value) for value in measured), strict=True))
-        return values
+        measured = {
+            "prompt_accuracy": metrics.mean_and_error(made["correct"]),
+            "frechet_to_real": metrics.frechet(made["features"], self.lab.reference["features"]),
+        }
+        evaluations = made["evaluations"].item() / len(made["correct"]) / steps
+        return {"evaluations_per_step": round(evaluations, 2)} | with_errors(measured)
 
 
 def captions(bench: Bench) -> list[str]:
@@ -116,7 +109,7 @@ def prompts(bench: Bench) -> None:
     count, rng = bench.lab.sizes.gap_captions, random.Random(_SEED)
     scenes = draw_scenes(count, _SEED, held=True)
     for name, texts in (
-        ("captions of the training", bench.lab.training_captions[:count]),
+        ("captions of the training", bench.lab.training_captions()[:count]),
         ("new captions", captions(bench)),
         ("new captions that leave things open", [partial_caption(scene, rng) for scene in scenes]),
         ("a shape alone", [f"a {scene.things[0].shape}" for scene in scenes]),
@@ -160,12 +153,14 @@ def noise(bench: Bench) -> None:
 
 def sibling(bench: Bench) -> None:
     """A checkpoint fine-tuned on other colours, and the same change as a LoRA on the base."""
+    import comfy.sd
+
     base, folder = bench.lab.parts.model, bench.lab.work.folder / "sibling"
     tuned = _fine_tuned(folder, bench.sibling_steps)
-    changed = {"sibling": bench.sibling_steps}
-    for name, model in [("base", base), ("sibling", tuned)] + [
-        (f"base with a LoRA of strength {strength:g}", _with_lora(base, tuned, strength)) for strength in (0.5, 1.0)
-    ]:
+    lora, changed = _lora(base, tuned), {"sibling": bench.sibling_steps}
+    half, full = (comfy.sd.load_lora_for_models(base, None, lora, strength, 0.0)[0] for strength in (0.5, 1.0))
+    names = ("base", "sibling", "base with a LoRA of strength 0.5", "base with a LoRA of strength 1")
+    for name, model in zip(names, (base, tuned, half, full), strict=True):
         bench.add("Sibling and LoRA", name, **bench.gap(captions(bench), bench.best, model=model))
     # The judge knows the old colours only.
     how, identity = {"shown": coloured_back}, bench.ready.identity | changed
@@ -173,7 +168,7 @@ def sibling(bench: Bench) -> None:
         ("sibling-unguided", tuned, 1.0),
         ("sibling-cfg", tuned, bench.best),
         (f"sibling-{bench.name}", bench.patched(tuned), bench.best),
-        (f"sibling-lora-{bench.name}", bench.patched(_with_lora(base, tuned, 1.0)), bench.best),
+        (f"sibling-lora-{bench.name}", bench.patched(full), bench.best),
     ):
         found = bench.pictures(name, model, identity, omega, 20, **how)
         bench.add("Sibling and LoRA", name, **found)
@@ -201,10 +196,8 @@ def _fine_tuned(folder: Path, steps: int):
     return toy.load_unet(folder / "unet.safetensors")
 
 
-def _with_lora(base, tuned, strength: float):
-    """`base` with the best LoRA of a given rank for its difference to `tuned`, as ComfyUI loads it."""
-    import comfy.sd
-
+def _lora(base, tuned) -> dict[str, torch.Tensor]:
+    """The best LoRA of a given rank for the difference of two MODELs, as ComfyUI reads it."""
     before, after = (m.model.diffusion_model.state_dict() for m in (base, tuned))
     lora = {}
     for key, weight in before.items():
@@ -216,7 +209,7 @@ def _with_lora(base, tuned, strength: float):
         if weight.ndim == 4:
             up, down = up[:, :, None, None], down.reshape(-1, *weight.shape[1:])
         lora |= {f"{name}.lora_up.weight": up.contiguous(), f"{name}.lora_down.weight": down.contiguous()}
-    return comfy.sd.load_lora_for_models(base, None, lora, strength, 0.0)[0]
+    return lora
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {

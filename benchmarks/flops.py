@@ -30,7 +30,7 @@ def count(name: str, pixels: int) -> list[dict]:
 
     from comfyui_agd.agd_core.adapter import Adapter
     from comfyui_agd.agd_core.comfyui import trace
-    from comfyui_agd.agd_core.comfyui.host import options_of
+    from comfyui_agd.agd_core.comfyui.host import at_sigma, options_of
     from comfyui_agd.agd_core.comfyui.patch import Active, Negative, Step, take_part
     from comfyui_agd.agd_core.comfyui.sites import describe_base
     from comfyui_agd.agd_core.config import AdapterConfig
@@ -47,7 +47,7 @@ def count(name: str, pixels: int) -> list[dict]:
         """Of so many steps of one sampling."""
 
         def evaluate(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            own = {**options, "cond_or_uncond": [0], "uuids": [], "sigmas": sigma, "sample_sigmas": sigma}
+            own = at_sigma(options, sigma)
             if config is not None:
                 adapter = Adapter(config, MixedPrecision)
                 negatives = (Negative(context),) if adapter.uses_negative else ()

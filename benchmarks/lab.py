@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import comfy.model_patcher
 import torch
@@ -33,6 +34,7 @@ from comfyui_agd.examples.toy.scenes import (
     all_unwanted,
     draw_scenes,
     open_caption,
+    training_caption,
     training_negatives,
 )
 from comfyui_agd.training.config import TrainConfig
@@ -142,6 +144,13 @@ class Ready:
     file: Path | None = None
 
 
+class Prompts(NamedTuple):
+    """What a training is given to distil from."""
+
+    captions: list[str]
+    negatives: list[str]
+
+
 @dataclass(frozen=True)
 class Pair:
     """A caption that leaves attributes open, which of its seed's noises to start from, and what is unwanted there."""
@@ -154,6 +163,11 @@ class Pair:
 def setting(method: str, omega: float, steps: int = STEPS) -> str:
     """The name of what belongs to it."""
     return f"{method}-omega{omega:g}-steps{steps}"
+
+
+def in_blocks(items: list) -> list[list]:
+    """Spread over as many blocks as standard errors are taken over."""
+    return [items[i::BLOCKS] for i in range(min(BLOCKS, len(items)))]
 
 
 def shows(scene: Scene, unwanted: Description) -> bool:
@@ -197,29 +211,30 @@ class Lab:
         }
         return TrainConfig(**common | settings)
 
-    @functools.cached_property
-    def training_captions(self) -> list[str]:
-        return captions_of(draw_scenes(self.sizes.captions, _TRAINING_SEED, held=False))
+    def training_captions(self, *, partial: bool = False) -> list[str]:
+        """`partial`: a quarter of them leave something open, like those that the base was trained with."""
+        scenes, rng = draw_scenes(self.sizes.captions, _TRAINING_SEED, held=False), random.Random(_TRAINING_SEED)
+        return [training_caption(scene, rng) for scene in scenes] if partial else captions_of(scenes)
 
     @functools.cached_property
     def choice_captions(self) -> list[str]:
         """To choose between learning rates with."""
         return held_out_captions(16, _CHOICE_SEED)[1]
 
-    def negatives(self, mixed: bool) -> list[str]:
-        """Of the training: the toy's own, or only empty."""
-        return training_negatives() if mixed else [""]
+    def prompts(self, *, negatives: bool, partial: bool = False) -> Prompts:
+        """Of a training. `negatives`: the toy's own too, or only empty ones; `partial`: as for `training_captions`."""
+        return Prompts(self.training_captions(partial=partial), training_negatives() if negatives else [""])
 
-    def recording(self, config: TrainConfig, negatives: list[str]) -> tuple[Recording, list[str]]:
+    def recording(self, config: TrainConfig, prompts: Prompts) -> tuple[Recording, list[str]]:
         """The teacher's trajectories for this config, and the captions in the order in which it counts them: the same
         captions, seeds and number of evaluations for all."""
         batches = -(-config.iterations // config.reuse)
-        identity = identity_of(config, self.training_captions, negatives, self.host().base.fingerprint)
+        identity = identity_of(config, *prompts, self.host().base.fingerprint)
         name = f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}-{batches}"
-        job = Job(self.host(), self.training_captions, config, self.work.path("recordings", name), negatives)
+        job = Job(self.host(), prompts.captions, config, self.work.path("recordings", name), prompts.negatives)
         with self.work.alone("recordings", name), tqdm(total=batches, desc="recording", leave=False) as bar:
             recording = job.record(batches, lambda done, total: bar.update(done - bar.n))
-        return recording, split_prompts(self.training_captions, config)[0]
+        return recording, split_prompts(prompts.captions, config)[0]
 
     # Gap closed and direction cosine.
 
@@ -230,12 +245,19 @@ class Lab:
         rule: GuidanceRule,
         seed: int,
         negatives: Sequence[str] = (),
+        *,
+        host: ComfyHost | None = None,
+        size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE),
+        **how,
     ) -> list[State]:
-        """States on the teacher's trajectories away from a negative prompt each, by default the empty one."""
-        host = self.host()
+        """States on the teacher's trajectories away from a negative prompt each, by default the empty one.
+
+        `host`: of another base; `size`: width and height in pixels; `how`: of the trajectories.
+        """
+        host = host or self.host()
         positive, negative = host.encode(captions), host.encode(list(negatives) or [""] * len(captions), "negative")
-        shape, rows = host.latent_shape(IMAGE_SIZE, IMAGE_SIZE), len(captions)
-        how = {"steps": STEPS, "keep": KEPT_STEPS, "seed": seed, "batch": rows, "rule": rule}
+        shape, rows = host.latent_shape(*size), len(captions)
+        how = {"steps": STEPS, "keep": KEPT_STEPS, "seed": seed, "batch": rows, "rule": rule} | how
         with host.session():
             return follow_teacher(host, positive, negative, shape, omegas, **how)
 
@@ -245,10 +267,9 @@ class Lab:
             captions = held_out_captions(self.sizes.gap_captions, _GAP_SEED)[1]
             rng, unwanted = random.Random(_GAP_SEED), [each.text() for each in all_unwanted(held=True)]
             pairs = [(caption, rng.choice(unwanted) if negatives else "") for caption in captions]
-            blocks = [pairs[i::BLOCKS] for i in range(min(BLOCKS, len(pairs)))]
             self._states[rule, negatives] = [
                 self.follow([c for c, _ in block], self.sizes.gap_omegas, rule, 100 + i, [n for _, n in block])
-                for i, block in enumerate(blocks)
+                for i, block in enumerate(in_blocks(pairs))
             ]
         return self._states[rule, negatives]
 

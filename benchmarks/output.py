@@ -17,9 +17,17 @@ def made_on(device: str) -> str:
     return f"{datetime.date.today():%d %B %Y}, on {torch.cuda.get_device_name() if device == 'cuda' else machine}"
 
 
-def number(value: float) -> float | None:
+def number(value: float | None) -> float | None:
     """As JSON has them: of very few pictures some errors and ratios don't exist."""
-    return round(value, 5) if math.isfinite(value) else None
+    return round(value, 5) if value is not None and math.isfinite(value) else None
+
+
+def with_errors(measured: dict[str, tuple[float | None, float | None]]) -> dict[str, float | None]:
+    """Values and their standard errors as a row has them: `key` and `key_se`."""
+    row = {}
+    for key, (value, error) in measured.items():
+        row |= {key: number(value), f"{key}_se": number(error)}
+    return row
 
 
 def write(folder: Path, name: str, page: str, rows: list[dict]) -> None:

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.output import RESULTS, made_on, number, write, write_rows
+from comfyui_agd.benchmarks.output import RESULTS, made_on, number, with_errors, write, write_rows
 
 
 def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
@@ -42,7 +42,7 @@ def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
     measured |= dict.fromkeys(("negative_reduction", "unwanted_without", "unwanted_with"), (None, None))
     if steps == STEPS and ready.evaluate is not None:
         for key, blocks in lab.gap(method, ready).items():
-            by_omega = {o: metrics.mean_and_error(own) for o, own in zip(lab.sizes.gap_omegas, blocks, strict=True)}
+            by_omega = dict(zip(lab.sizes.gap_omegas, map(metrics.mean_and_error, blocks), strict=True))
             measured |= {f"{key}_at_{o:g}": value for o, value in by_omega.items()}
             measured[key] = by_omega.get(omega, (None, None))
     if steps == STEPS and omega > 1:
@@ -55,12 +55,10 @@ def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
         "omega": omega,
         "steps": steps,
         "pictures": count,
-        "parameters_percent": 100 * ready.parameters / lab.base_parameters,
-        "evaluations_per_step": own["evaluations"].item() / (count * steps),
+        "parameters_percent": number(100 * ready.parameters / lab.base_parameters),
+        "evaluations_per_step": number(own["evaluations"].item() / (count * steps)),
     }
-    for key, (value, error) in measured.items():
-        row |= {key: value, f"{key}_se": error}
-    return {key: number(value) if isinstance(value, float) else value for key, value in row.items()}
+    return row | with_errors(measured)
 
 
 def measure(lab, method: str) -> None:

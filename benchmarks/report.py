@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from comfyui_agd.benchmarks import lab, metrics
 from comfyui_agd.benchmarks.methods import BUDGET, METHODS
+from comfyui_agd.examples.toy.measure import omega_star
 from comfyui_agd.examples.toy.sampling import SAMPLER, SCHEDULER, STEPS
 from comfyui_agd.examples.toy.scenes import HELD_OUT_UNWANTED
 from comfyui_agd.training.plot import Diagram
@@ -31,7 +32,7 @@ _COLUMNS = (
     ("of CFG's reduction", "negative_reduction", 1, 2),
 )
 _ONLY_AT_EQUAL_STEPS = ("gap_closed", "direction_cosine", "unwanted_without", "unwanted_with", "negative_reduction")
-_SHORT = [column for column in _COLUMNS if column[1] in ("prompt_accuracy", "frechet_to_real")]
+_COMPARED = [column for column in _COLUMNS if column[1] in ("prompt_accuracy", "frechet_to_real")]
 _PLOTS = (
     ("Prompt accuracy, %", "prompt_accuracy", 100),
     ("Frechet distance to real pictures", "frechet_to_real", 1),  # PIL's font lacks the accent
@@ -95,9 +96,8 @@ def surely_better(row: dict, other: dict) -> bool:
 
 
 def _dominance(rows: list[dict]) -> list[dict]:
-    """The rows at the omega where all numbers of steps are, each with the rows that are better for no more, as text."""
-    best = max((row["omega"] for row in rows if row["steps"] < STEPS), default=None)
-    own = [row for row in rows if row["omega"] in (1.0, best)]
+    """The rows at omega*, where all numbers of steps are, each with the rows that are better for no more, as text."""
+    own = [row for row in rows if row["omega"] in (1.0, omega_star())]
     named = {id(row): f"`{row['method']}` at {row['steps']} steps" for row in own}
     found = []
     for row in own:
@@ -172,7 +172,7 @@ A row is, where another takes no more evaluations and is better in prompt accura
 standard errors, and worse in neither. Both are compared through their difference to CFG with the same captions and
 noise.
 
-{table(_dominance(rows), _SHORT, dominated)}
+{table(_dominance(rows), _COMPARED, dominated)}
 
 ![prompt accuracy and Fréchet distance against evaluations and seconds per picture](quality.png)
 

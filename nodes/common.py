@@ -12,8 +12,7 @@ from ..agd_core import checkpoint
 from ..agd_core.checkpoint import AdapterInfo
 from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.embedded import apply_adapter
-from ..agd_core.comfyui.sites import is_trained_on
-from ..agd_core.config import BaseInfo
+from ..agd_core.comfyui.sites import describe_base, is_trained_on
 from ..agd_core.training_free import NAME as TRAINING_FREE
 from ..agd_core.training_free import training_free
 
@@ -48,9 +47,10 @@ def adapter_fingerprint(name: str) -> str:
     return f"{stat.st_mtime_ns}-{stat.st_size}"
 
 
-def named_adapter(name: str, base: BaseInfo) -> AdapterValue:
-    """Raises `FileNotFoundError`, or `AdapterFileError` where the file is no adapter's."""
+def named_adapter(name: str, model) -> AdapterValue:
+    """For this MODEL. Raises `FileNotFoundError`, or `AdapterFileError` where the file is no adapter's."""
     if name == TRAINING_FREE:
+        base = describe_base(model.model, model.get_model_object("model_sampling"))
         return AdapterValue(*training_free(base), source=name)
     return AdapterValue(*checkpoint.load_state(folders.adapter_path(name)), source=name)
 

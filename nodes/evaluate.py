@@ -148,7 +148,7 @@ class AGDEvaluate(io.ComfyNode):
         texts = prompt_sources.expand(prompt_sources.prompts_of(prompts), count, seed)
         unwanted = prompt_sources.prompts_of(negative) or [""]
         host = ComfyHost(model, clip, vae=vae)
-        info, state, source = adapter or named_adapter(adapter_name, host.base)
+        info, state, source = adapter or named_adapter(adapter_name, model)
         sampler = ComfySampler(model, info, state, source=source, rule=rule_of(info))
         display, node_id = _Display(cls.hidden.unique_id), cls.hidden.unique_id
         what = host, sampler, info, state, texts, config

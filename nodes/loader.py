@@ -3,7 +3,6 @@
 from comfy_api.v0_0_2 import io
 
 from ..agd_core import checkpoint
-from ..agd_core.comfyui.sites import describe_base
 from .common import adapter_fingerprint, adapter_names, named_adapter, use_adapter, use_inputs, why_no_adapter
 
 
@@ -48,7 +47,6 @@ class AGDAdapterLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, adapter_name, **use) -> io.NodeOutput:
-        base = describe_base(model.model, model.get_model_object("model_sampling"))
-        adapter = named_adapter(adapter_name, base)
+        adapter = named_adapter(adapter_name, model)
         patched = use_adapter(model, adapter, cls.hidden.unique_id, **use)
         return io.NodeOutput(patched, checkpoint.describe(adapter.info, adapter.source))

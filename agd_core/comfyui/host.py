@@ -91,6 +91,12 @@ def options_of(model: comfy.model_patcher.ModelPatcher) -> dict:
     return {**without_compile(options), **trace.FUSED_ATTENTION}
 
 
+def at_sigma(options: dict, sigma: torch.Tensor) -> dict:
+    """transformer_options for an evaluation at sigma (b,), one prompt per row."""
+    told = {"cond_or_uncond": [0] * len(sigma), "uuids": [], "sigmas": sigma, "sample_sigmas": sigma}
+    return {**options, **told}
+
+
 @dataclass(frozen=True)
 class EncodedPrompt:
     """What the text encoder made of a prompt, on the CPU; `kind` is "positive" or "negative"."""
@@ -223,13 +229,7 @@ class ComfyHost:
         return comfy.samplers.cond_cat(rows)  # apply_model brings them to the device
 
     def _evaluate(self, x: torch.Tensor, sigma: torch.Tensor, conds: dict, options: dict) -> torch.Tensor:
-        options = {
-            **options,
-            "cond_or_uncond": [0] * len(x),
-            "uuids": [],
-            "sigmas": sigma,
-            "sample_sigmas": sigma,
-        }
+        options = at_sigma(options, sigma)
         with torch.autocast(x.device.type, self._autocast, enabled=self._autocast is not None):
             return self._model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
 

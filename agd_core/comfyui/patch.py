@@ -95,7 +95,7 @@ class Step:
     @property
     def changes_linears(self) -> bool:
         """Whether an adapter works on the base's linear layers, where torch.compile would not see it come and go."""
-        return any(active.adapter.paths for active in self.active)
+        return any(active.adapter.config.changes_linears for active in self.active)
 
 
 class Broken(Exception):
@@ -206,9 +206,10 @@ def adapted_linears(blocks: dict[str, nn.Module], prepared: list[tuple[Adapter, 
     hooks = []
     try:
         for adapter, shared in prepared:
-            for site in adapter.config.sites if adapter.paths else ():
-                layers = linear_layers(blocks[site.name], site) if site.name in blocks else {}
-                for path in [path for path in adapter.paths if path in layers]:
+            sites = adapter.config.sites if adapter.config.changes_linears else ()
+            for site in [site for site in sites if site.name in blocks]:
+                layers = linear_layers(blocks[site.name], site)
+                for path in adapter.paths:
                     hook = functools.partial(adapt_linear, adapter=adapter, name=site.name, path=path, shared=shared)
                     hooks.append(layers[path].register_forward_hook(hook))
         yield

@@ -180,10 +180,10 @@ def test_the_whole_model_starts_as_the_base_and_takes_omega_from_cfg(parts, draw
 
 def test_a_recording_goes_with_its_prompts(tmp_path):
     laboratory = lab.Lab(lab.Work(tmp_path), dataclasses.replace(lab.QUICK, iterations=2))
-    config, negatives = laboratory.train_config(), laboratory.negatives(True)
-    recording, prompts = laboratory.recording(config, negatives)
+    config, told = laboratory.train_config(), laboratory.prompts(negatives=True)
+    recording, prompts = laboratory.recording(config, told)
     batch, host = recording.source(config, range(config.batch)).next(0), laboratory.host()
-    positive, negative = host.encode(prompts), host.encode(negatives, "negative")
+    positive, negative = host.encode(prompts), host.encode(told.negatives, "negative")
     with host.session():
         cond = host.denoise(batch.x, batch.sigma, [positive[i] for i in batch.positive.tolist()])
         uncond = host.denoise(batch.x, batch.sigma, [negative[i] for i in batch.negative.tolist()])
