@@ -212,10 +212,14 @@ def check_base(info: AdapterInfo, base: BaseInfo, path: str | Path) -> None:
 
 
 def _described(config: AdapterConfig) -> str:
-    if config.kind != "low_rank":
-        beside = f", rank {config.rank}" if config.rank else ""
-        return f"{config.kind}, hidden {config.hidden}{beside}"
-    return f"low_rank, rank {config.hidden}, {'' if config.modulated else 'not '}modulated"
+    if config.kind == "low_rank":
+        return f"low_rank, {_described_rank(config.hidden, config)}"
+    beside = f", {_described_rank(config.rank, config)}" if config.rank else ""
+    return f"{config.kind}, hidden {config.hidden}{beside}"
+
+
+def _described_rank(rank: int, config: AdapterConfig) -> str:
+    return f"rank {rank}, {'' if config.modulated else 'not '}modulated"
 
 
 def describe(info: AdapterInfo, path: str | Path) -> str:

@@ -31,7 +31,7 @@ class AdapterConfig:
     shared_encoder: bool = True  # one omega/t encoder for all sites; paper: one per site
     encoder_width: int = 128  # channels inside the omega/t encoder
     prompt_tokens: int = 77  # length of the context of a short prompt: CLIP's
-    modulated: bool = True  # low_rank only: m(t, omega); without it the adapter is a plain LoRA of strength omega - 1
+    modulated: bool = True  # low_rank and delta's rank: m(t, omega); without it they are LoRAs of strength omega - 1
     rank: int = 0  # delta only: of low-rank changes of the blocks' linear layers beside it; 0: none
 
     def __post_init__(self):

@@ -70,6 +70,7 @@ def variants(iterations: int) -> list[Variant]:
         ours(section, "delta"),
         ours(section, "delta with rank 2", rank=2),
         ours(section, "delta with rank 4", rank=4),
+        ours(section, "delta with rank 4 without m", rank=4, modulated=False),
     ]
     section = "delta, without one of them"
     for name, switch in SWITCHES.items():

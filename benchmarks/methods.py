@@ -292,6 +292,10 @@ METHODS: dict[str, Method] = {
         "`ours_rank` with a quarter of the captions leaving something open",
         adapter(RANKED, hears_negative=True, partial=True),
     ),
+    "ours_rank_2_longer": Method(
+        "`ours_rank_longer` with rank 2, and wider",
+        adapter({**OURS, "rank": 2, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),
+    ),
     **{
         f"ours_{percent}pct": Method(
             f"`ours`, at most {percent} %",

@@ -51,10 +51,14 @@ def test_inspect_shows_what_matters(file, info):
 
 
 @pytest.mark.parametrize("modulated", [True, False])
-def test_inspect_shows_the_rank(info, modulated):
-    config = dataclasses.replace(info.config, kind="low_rank", hidden=5, modulated=modulated)
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [({"kind": "low_rank", "hidden": 5}, "low_rank"), ({"hidden": 8, "rank": 5}, "delta, hidden 8")],
+)
+def test_inspect_shows_the_rank(info, settings, shown, modulated):
+    config = dataclasses.replace(info.config, modulated=modulated, **settings)
     text = checkpoint.describe(dataclasses.replace(info, config=config), "a.safetensors")
-    assert f"low_rank, rank 5, {'' if modulated else 'not '}modulated, {Adapter(config).parameter_count():,} " in text
+    assert f"{shown}, rank 5, {'' if modulated else 'not '}modulated, {Adapter(config).parameter_count():,} " in text
 
 
 def test_other_tools_find_modelspec_fields(file):

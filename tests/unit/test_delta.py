@@ -128,3 +128,14 @@ def test_a_rank_beside_it_starts_at_nothing_and_is_trained():
     with torch.no_grad():
         new.sites.low_rank.to_out["input_1_0_attn1_to_q"].weight.fill_(1.0)
     assert new.adapt("input_1_0", "attn1.to_q", zeros, x, prepared).abs().min() > 0
+
+
+def test_a_rank_beside_it_without_modulation_is_a_lora():
+    adapter, x, zeros = build("delta", rank=4, modulated=False), some(1, 1, 9, 24), torch.zeros(1, 9, 24)
+    low_rank = adapter.sites.low_rank
+    key = "input_1_0_attn1_to_q"
+    torch.nn.init.ones_(low_rank.to_out[key].weight)
+    expected = 3.0 * x @ low_rank.down[key].weight.T @ low_rank.to_out[key].weight.T
+    for t in (100.0, 900.0):
+        prepared = adapter.prepare(torch.tensor([4.0]), torch.tensor([t]), torch.zeros(1, 5, 16), dtype=torch.float32)
+        torch.testing.assert_close(adapter.adapt("input_1_0", "attn1.to_q", zeros, x, prepared), expected)
