@@ -34,6 +34,7 @@ from comfyui_agd.examples.toy.scenes import (
     all_unwanted,
     draw_scenes,
     open_caption,
+    render,
     training_caption,
     training_negatives,
 )
@@ -304,6 +305,24 @@ class Lab:
         scenes, captions = held_out_captions(self.sizes.pictures, _CAPTIONS_SEED)
         return scenes, encode(self.parts.clip, captions)
 
+    @functools.cached_property
+    def decoded(self) -> dict[str, torch.Tensor]:
+        """As `pictures`: drawings of what the captions say, once through the autoencoder."""
+
+        def make() -> dict[str, torch.Tensor]:
+            scenes, vae = self.captions[0], self.parts.vae
+            drawn = render(scenes, _CAPTIONS_SEED).split(BATCH)
+            images = torch.cat([vae.decode(vae.encode(part.movedim(1, -1))).movedim(-1, 1) for part in drawn])
+            images = images.clamp(0, 1)
+            return {"features": self.jury.features(images), "correct": self._correct(images)}
+
+        return self.work.tensors("samples", "decoded", {"pictures": self.sizes.pictures}, make)
+
+    def _correct(self, images: torch.Tensor) -> torch.Tensor:
+        """Which of the captions' pictures show all that theirs says: bool (n,)."""
+        seen = [scene for part in images.split(BATCH) for scene in recognised(self.jury.judge, part)]
+        return torch.tensor([found == asked for found, asked in zip(seen, self.captions[0], strict=True)])
+
     def pictures(
         self,
         method: str,
@@ -322,17 +341,16 @@ class Lab:
         name = "-".join([setting(method, omega, steps), *how.values()])
 
         def make() -> dict[str, torch.Tensor]:
-            (scenes, prompts), (model, counter) = self.captions, counted(ready.model)
-            features, seen, seconds = [], [], []
-            for i, batch in enumerate(tqdm(prompts, desc=name, leave=False)):
-                images, spent = sample(self.parts, model, [batch], cfg=omega, seed=_NOISE_SEED + i, steps=steps, **how)
-                images = shown(images)
-                features.append(self.jury.features(images))
-                seen += recognised(self.jury.judge, images)
-                seconds.append(spent / len(images))
+            model, counter = counted(ready.model)
+            images, seconds = [], []
+            for i, batch in enumerate(tqdm(self.captions[1], desc=name, leave=False)):
+                drawn, spent = sample(self.parts, model, [batch], cfg=omega, seed=_NOISE_SEED + i, steps=steps, **how)
+                images.append(shown(drawn))
+                seconds.append(spent / len(drawn))
+            images = torch.cat(images)
             return {
-                "features": torch.cat(features),
-                "correct": torch.tensor([found == asked for found, asked in zip(seen, scenes, strict=True)]),
+                "features": self.jury.features(images),
+                "correct": self._correct(images),
                 "seconds": torch.tensor(seconds),
                 "evaluations": torch.tensor(counter.total),
             }

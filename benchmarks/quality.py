@@ -18,18 +18,12 @@ from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.benchmarks.output import RESULTS, made_on, number, with_errors, write, write_rows
 
 
-def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
-    """All that is measured of one setting. `cfg`: CFG, made ready."""
+def of_pictures(lab, own: dict, target: dict) -> dict:
+    """What pictures are worth. `target`: those of CFG."""
     from comfyui_agd.benchmarks import metrics
-    from comfyui_agd.examples.toy.measure import omega_star
-    from comfyui_agd.examples.toy.sampling import STEPS
 
-    own, real = lab.pictures(method, ready, omega, steps), lab.reference
-    # What has no guidance scale is compared with CFG at its best.
-    target = lab.pictures("cfg", cfg, omega if omega > 1 else omega_star(), STEPS)
-    features, count = own["features"], len(own["features"])
-    measured = {
-        "seconds_per_image": metrics.mean_and_error(own["seconds"]),
+    features, real = own["features"], lab.reference
+    return {
         "prompt_accuracy": metrics.mean_and_error(own["correct"]),
         "prompt_accuracy_above_cfg": metrics.mean_and_error(own["correct"].double() - target["correct"].double()),
         "frechet_to_real": metrics.frechet(features, real["features"]),
@@ -38,6 +32,29 @@ def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
         "precision": metrics.precision(features, real["features"], real["radii"]),
         "recall": metrics.recall(features, real["features"]),
     }
+
+
+def row_of_real(lab) -> dict:
+    """Of real pictures of the captions: what no sampler can do better."""
+    from comfyui_agd.benchmarks.methods import METHODS
+    from comfyui_agd.examples.toy.measure import omega_star
+    from comfyui_agd.examples.toy.sampling import STEPS
+
+    target = lab.pictures("cfg", METHODS["cfg"].make(lab, "cfg"), omega_star(), STEPS)
+    return {"method": "real", "omega": 1.0} | with_errors(of_pictures(lab, lab.decoded, target))
+
+
+def row_of(lab, method: str, ready, cfg, omega: float, steps: int) -> dict:
+    """All that is measured of one setting. `cfg`: CFG, made ready."""
+    from comfyui_agd.benchmarks import metrics
+    from comfyui_agd.examples.toy.measure import omega_star
+    from comfyui_agd.examples.toy.sampling import STEPS
+
+    own = lab.pictures(method, ready, omega, steps)
+    # What has no guidance scale is compared with CFG at its best.
+    target = lab.pictures("cfg", cfg, omega if omega > 1 else omega_star(), STEPS)
+    count = len(own["features"])
+    measured = {"seconds_per_image": metrics.mean_and_error(own["seconds"])} | of_pictures(lab, own, target)
     measured |= dict.fromkeys(("gap_closed", "direction_cosine"), (None, None))
     measured |= dict.fromkeys(("negative_reduction", "unwanted_without", "unwanted_with"), (None, None))
     if steps == STEPS and ready.evaluate is not None:
@@ -129,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         write_rows(args.json, rows)
     results = args.results or (None if args.quick else RESULTS)
     if results and rows:
-        write(results, "quality", report.page(rows, sizes, made_on(args.device)), rows)
+        write(results, "quality", report.page(rows, row_of_real(own), sizes, made_on(args.device)), rows)
         report.plot(rows).save(results / "quality.png")
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}; the same command tries again.")

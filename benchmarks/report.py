@@ -128,8 +128,8 @@ def table(rows: list[dict], columns: Iterable[tuple], first: dict[str, Callable[
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def page(rows: list[dict], sizes: lab.Sizes, made: str) -> str:
-    """quality.md. `made`: when and on what."""
+def page(rows: list[dict], real: dict, sizes: lab.Sizes, made: str) -> str:
+    """quality.md. `real`: the row of real pictures; `made`: when and on what."""
     first = {"method": lambda row: f"`{row['method']}`", "omega": lambda row: f"{row['omega']:g}"}
     short = [column for column in _COLUMNS if column[1] not in ("parameters_percent", *_ONLY_AT_EQUAL_STEPS)]
     in_time = first | {
@@ -154,7 +154,7 @@ Written by the command; each value with its standard error.
 
 {STEPS} steps of {SAMPLER}/{SCHEDULER}.
 
-{table(_at_equal_steps(rows), _COLUMNS, first)}
+{table([real, *_at_equal_steps(rows)], _COLUMNS, first)}
 
 ## Gap closed by omega
 
@@ -178,6 +178,7 @@ noise.
 
 ## The methods
 
+- `real`: real pictures of the same captions, once through the autoencoder; no sampler can draw better ones.
 {said}
 
 Trained methods have, unless their line says otherwise, {sizes.iterations} iterations of batch {lab.TRAINING_BATCH}, on

@@ -4,7 +4,7 @@ import comfy.model_management as mm
 import nodes
 import pytest
 import torch
-from runtime import Prompts
+from runtime import Prompts, TinyUNet, random_prompts, tiny
 from small import info_for, randomised
 
 from comfyui_agd.agd_core import checkpoint
@@ -23,6 +23,18 @@ def toy_prompts(toy) -> Prompts:
     encode = nodes.CLIPTextEncode()
     positive = encode.encode(toy.clip, "a small red circle left of a large green star on a white background")[0]
     return Prompts(positive, encode.encode(toy.clip, "")[0])
+
+
+@pytest.fixture(scope="module")
+def base():
+    """A MODEL too small to draw anything."""
+    return tiny(TinyUNet())
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Prompts:
+    """For `base`."""
+    return random_prompts()
 
 
 @pytest.fixture(scope="session")

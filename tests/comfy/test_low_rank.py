@@ -27,16 +27,6 @@ close = partial(torch.testing.assert_close, atol=2e-4, rtol=2e-4)
 
 
 @pytest.fixture(scope="module")
-def base():
-    return tiny(TinyUNet())
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return random_prompts()
-
-
-@pytest.fixture(scope="module")
 def files(base, save_adapter):
     return {modulated: save_adapter(base, kind="low_rank", modulated=modulated) for modulated in (True, False)}
 

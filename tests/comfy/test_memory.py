@@ -35,16 +35,6 @@ def nothing_loaded():
     mm.unload_all_models()
 
 
-@pytest.fixture
-def base():
-    return tiny(TinyUNet())
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return random_prompts()
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> list[str]:
     folder, model = tmp_path_factory.mktemp("adapters"), tiny(TinyUNet())

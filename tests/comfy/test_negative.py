@@ -12,7 +12,6 @@ from runtime import (
     CFG,
     STEPS,
     Prompts,
-    TinyUNet,
     TinyXL,
     custom_sampler,
     ksampler,
@@ -28,16 +27,6 @@ from comfyui_agd.agd_core.comfyui.sites import block_of, describe_base, transfor
 from comfyui_agd.agd_core.training_free import NAME, training_free
 
 close = partial(torch.testing.assert_close, atol=2e-4, rtol=2e-4)
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny(TinyUNet())
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return random_prompts()
 
 
 @pytest.fixture(scope="module", params=["scale", "delta"])

@@ -7,7 +7,6 @@ import torch
 from runtime import (
     CFG,
     STEPS,
-    TinyUNet,
     TinyXL,
     custom_sampler,
     ksampler,
@@ -24,16 +23,6 @@ from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.checkpoint import AdapterFileError
 from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 from comfyui_agd.agd_core.comfyui.sites import describe_base
-
-
-@pytest.fixture(scope="module")
-def base():
-    return tiny(TinyUNet())
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return random_prompts()
 
 
 @pytest.fixture(scope="module")

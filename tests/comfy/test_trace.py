@@ -23,11 +23,6 @@ def host_of(base, toy) -> ComfyHost:
 
 
 @pytest.fixture
-def base():
-    return tiny(TinyUNet())
-
-
-@pytest.fixture
 def host(base, toy):
     return host_of(base, toy)
 

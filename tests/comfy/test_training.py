@@ -19,11 +19,6 @@ CONFIG = replace(ANALYTIC, iterations=8, held_out=0, save_every=4)
 
 
 @pytest.fixture(scope="module")
-def base():
-    return tiny(TinyUNet())
-
-
-@pytest.fixture(scope="module")
 def new_host(base, toy):
     """A host of a run: it lets go of the text encoder."""
     return lambda: ComfyHost(base, toy.clip)

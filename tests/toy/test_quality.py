@@ -211,7 +211,7 @@ def test_one_command_makes_the_table_and_goes_on_where_it_was(tmp_path, monkeypa
     assert of["meng"]["parameters_percent"] > 100 > 5 >= of["paper_offset"]["parameters_percent"] > 4
     assert of["meng"]["gap_closed"] is not None
     page = (tmp_path / "results" / "quality.md").read_text()
-    assert all(f"| `{name}` |" in page and f"- `{name}`: " in page for name in of)
+    assert all(f"| `{name}` |" in page and f"- `{name}`: " in page for name in [*of, "real"])
     assert Image.open(tmp_path / "results" / "quality.png").width > 1000
 
     # Again, with one more method: nothing else is trained or sampled anew.
