@@ -3,7 +3,8 @@
     python benchmarks/extrapolation.py [--quick] [--only SECTION ...] [--work DIR] [--json FILE] [--device cuda]
 
 Takes `quality.py`'s adapter `--adapter` from its work folder, or trains it. Where its error is along the noise levels,
-and what each part of it does to pictures, is told too. Writes extrapolation.md and extrapolation.json.
+and what each part of it does to pictures, is told too. Writes extrapolation.md and extrapolation.json, which hold every
+section that the work folder has of this adapter.
 """
 
 import argparse
@@ -269,10 +270,10 @@ Gap closed by noise level at omega 3, on an eighth of the captions: {along or "n
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="these sections")
-    parser.add_argument("--adapter", default="ours", help="a method of quality.py")
+    parser.add_argument("--adapter", default="ours_longer", help="a method of quality.py")
     parser.add_argument("--quick", action="store_true", help="few pictures, an adapter hardly trained")
     parser.add_argument("--work", type=Path, help="quality.py's; default: build/quality, or build/quality-quick")
-    parser.add_argument("--results", type=Path, help="for extrapolation.md and .json; default: results, but for a part")
+    parser.add_argument("--results", type=Path, help="for extrapolation.md and .json; default: results, unless quick")
     parser.add_argument("--json", type=Path, help="write the rows here, too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(argv)
@@ -285,15 +286,19 @@ def main(argv: list[str] | None = None) -> None:
     sizes = lab.QUICK if args.quick else lab.Sizes()
     work = lab.Work(args.work or Path("build") / ("quality-quick" if args.quick else "quality"))
     bench = Bench(lab.Lab(work, sizes), args.adapter, sibling_steps=2 if args.quick else SIBLING_STEPS)
+    kept = lab.Work(work.folder / f"extrapolation-{args.adapter}")
     for section in args.only:
+        bench.rows = []
         SECTIONS[section](bench)
-    text = page(bench.rows, sizes, args.adapter, made_on(args.device))
+        kept.save_rows(section, bench.rows)
+    rows = kept.rows(SECTIONS)
+    text = page(rows, sizes, args.adapter, made_on(args.device))
     print(text)
-    results = args.results or (None if args.quick or len(args.only) < len(SECTIONS) else RESULTS)
+    results = args.results or (None if args.quick else RESULTS)
     if results:
-        write(results, "extrapolation", text, bench.rows)
+        write(results, "extrapolation", text, rows)
     if args.json:
-        write_rows(args.json, bench.rows)
+        write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

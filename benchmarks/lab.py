@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -124,8 +124,10 @@ class Work:
         with replacing(self.path("rows", f"{name}.json")) as temporary:
             Path(temporary).write_text(json.dumps(rows, indent=1) + "\n")
 
-    def rows(self) -> list[dict]:
-        files = sorted((self.folder / "rows").glob("*.json"))
+    def rows(self, names: Iterable[str] | None = None) -> list[dict]:
+        """All that are saved, or those saved by these names, in their order."""
+        known = {file.stem: file for file in sorted((self.folder / "rows").glob("*.json"))}
+        files = known.values() if names is None else [known[name] for name in names if name in known]
         return [row for file in files for row in json.loads(file.read_text())]
 
 

@@ -23,6 +23,12 @@ def host_of(base, toy) -> ComfyHost:
 
 
 @pytest.fixture
+def base():
+    """Each test's own: some take it to the meta device."""
+    return tiny(TinyUNet())
+
+
+@pytest.fixture
 def host(base, toy):
     return host_of(base, toy)
 
