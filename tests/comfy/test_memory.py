@@ -35,6 +35,12 @@ def nothing_loaded():
     mm.unload_all_models()
 
 
+@pytest.fixture
+def base():
+    """Each test's own: what one loads must not be there for the next."""
+    return tiny(TinyUNet())
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> list[str]:
     folder, model = tmp_path_factory.mktemp("adapters"), tiny(TinyUNet())
