@@ -31,7 +31,7 @@ class AdapterConfig:
     shared_encoder: bool = True  # one omega/t encoder for all sites; paper: one per site
     encoder_width: int = 128  # channels inside the omega/t encoder
     prompt_tokens: int = 77  # length of the context of a short prompt: CLIP's
-    modulated: bool = True  # low_rank and delta's rank: m(t, omega); without it they are LoRAs of strength omega - 1
+    modulated: bool = False  # low_rank and delta's rank: m(t, omega); without it they are LoRAs of strength omega - 1
     rank: int = 0  # delta only: of low-rank changes of the blocks' linear layers beside it; 0: none
 
     def __post_init__(self):
@@ -75,6 +75,11 @@ class AdapterConfig:
     def changes_linears(self) -> bool:
         """Whether the linear layers of the base's blocks get something added."""
         return self.kind == "low_rank" or self.rank > 0
+
+    @property
+    def merges(self) -> bool:
+        """Whether that is, at any one omega, a LoRA, which the weights can have in them."""
+        return self.changes_linears and self.gain and not self.modulated
 
     @property
     def encoders(self) -> int:

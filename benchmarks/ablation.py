@@ -4,8 +4,9 @@
 
 Every variant is trained on the toy with the same captions, seeds and recorded teacher, but for what it is about, and
 measured on held-out captions, once away from the empty prompt and once from negative prompts that no training had.
-Writes ablation.md and ablation.json. Trained adapters are kept in the work folder: the command goes on where it was
-stopped. One adapter per variant; `quality.py` says what a gap is worth in pictures.
+Trained adapters and rows are kept in the work folder: the command goes on where it was stopped, and writes ablation.md
+and ablation.json with all rows that are there. One adapter per variant; `quality.py` says what a gap is worth in
+pictures.
 """
 
 import argparse
@@ -33,8 +34,8 @@ SWITCHES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """An adapter to train. `settings` are the trainer's; `percent` of the base's parameters sets its width; `width` is
-    that of the only sites it is for."""
+    """An adapter to train, unless told otherwise `delta` alone. `settings` are the trainer's; `percent` of the base's
+    parameters sets its width; `width` is that of the only sites it is for."""
 
     section: str
     name: str
@@ -46,6 +47,11 @@ class Variant:
     @property
     def hears_negative(self) -> bool:
         return hears_negative(self.settings.get("kind", "delta"))
+
+    @property
+    def stem(self) -> str:
+        """Of its files."""
+        return "-".join(f"{self.section} {self.name}".replace("%", "pct").replace(",", "").split()).lower()
 
 
 def variants(iterations: int) -> list[Variant]:
@@ -65,12 +71,11 @@ def variants(iterations: int) -> list[Variant]:
     found += [
         ours(section, "offset", kind="offset"),
         ours(section, "low_rank without m", kind="low_rank", modulated=False),
-        ours(section, "low_rank", kind="low_rank"),
+        ours(section, "low_rank", kind="low_rank", modulated=True),
         ours(section, "scale", kind="scale", learning_rate=2e-2),
         ours(section, "delta"),
-        ours(section, "delta with rank 2", rank=2),
-        ours(section, "delta with rank 4", rank=4),
-        ours(section, "delta with rank 4 without m", rank=4, modulated=False),
+        *(ours(section, f"delta with rank {rank}", rank=rank) for rank in (2, 4, 8)),
+        *(ours(section, f"delta with rank {rank} and m", rank=rank, modulated=True) for rank in (2, 4)),
     ]
     section = "delta, without one of them"
     for name, switch in SWITCHES.items():
@@ -84,7 +89,8 @@ def variants(iterations: int) -> list[Variant]:
     ]
     for kind in ("cross_attention", "low_rank", "delta"):
         for percent, width in SMALL_ENCODERS.items():
-            found += [ours("Parameters", f"{kind}, {percent} %", percent, kind=kind, encoder_width=width)]
+            how = {"kind": kind, "encoder_width": width, "modulated": True}
+            found += [ours("Parameters", f"{kind}, {percent} %", percent, **how)]
     found += [ours("Parameters", "delta, 10 %", 10.0)]
     for factor in (1 / 3, 3):
         count = max(1, round(iterations * factor))
@@ -99,12 +105,11 @@ def measure(lab, variant: Variant) -> dict:
     from comfyui_agd.agd_core import checkpoint
     from comfyui_agd.benchmarks import methods, metrics
 
-    settings = {"kind": "delta", "encoder_width": 32} | variant.settings
+    settings = {"kind": "delta", "rank": 0, "encoder_width": 32} | variant.settings
     hidden = methods.widest(lab, settings, variant.percent, variant.width)
     config = lab.train_config(**settings, hidden=hidden)
-    stem = "-".join(f"{variant.section} {variant.name}".replace("%", "pct").replace(",", "").split()).lower()
     only = {"width": variant.width} if variant.width else {}
-    how = (lab, stem, config, lab.prompts(negatives=variant.hears_negative), [], methods.train_adapter)
+    how = (lab, variant.stem, config, lab.prompts(negatives=variant.hears_negative), [], methods.train_adapter)
     score, file = methods.trained(*how, **only)
     row = {"section": variant.section, "variant": variant.name, "iterations": config.iterations}
     row |= {"teacher_evaluations": 2 * config.batch * -(-config.iterations // config.reuse), "model": "toy"}
@@ -114,7 +119,7 @@ def measure(lab, variant: Variant) -> dict:
     ready = methods.measured(lab, lab.parts.model, info, state, {"weights": methods.checksum(file)})
     row["parameters_percent"] = round(100 * ready.parameters / lab.base_parameters, 2)
     for key, negatives in (("gap_closed", False), ("gap_closed_from_negatives", True)):
-        closed = lab.gap(stem, ready, negatives)["gap_closed"]
+        closed = lab.gap(variant.stem, ready, negatives)["gap_closed"]
         for omega, blocks in zip(lab.sizes.gap_omegas, closed, strict=True):
             row |= with_errors({f"{key}_{omega:g}": metrics.mean_and_error(blocks)})
     return row
@@ -173,17 +178,19 @@ def main(argv: list[str] | None = None) -> None:
         sizes = dataclasses.replace(lab.QUICK, captions=CAPTIONS)
     work = lab.Work(args.work or Path("build") / ("ablation-quick" if args.quick else "ablation"))
     asked = args.only or (["as published", "kinds"] if args.quick else [""])
-    chosen = [v for v in variants(sizes.iterations) if any(a.lower() in f"{v.section} {v.name}".lower() for a in asked)]
+    known = variants(sizes.iterations)
+    chosen = [v for v in known if any(a.lower() in f"{v.section} {v.name}".lower() for a in asked)]
     if not chosen:
         sys.exit(f"No variant has {' or '.join(asked)} in its name or section.")
     lab_of = functools.cache(lambda captions: lab.Lab(work, dataclasses.replace(sizes, captions=captions)))
-    rows = []
     for variant in chosen:
-        rows.append(measure(lab_of(variant.captions), variant))
-        print(json.dumps(rows[-1]), flush=True)
+        row = measure(lab_of(variant.captions), variant)
+        work.save_rows(variant.stem, [row])
+        print(json.dumps(row), flush=True)
+    rows = work.rows(variant.stem for variant in known)
     text = page(rows, sizes, made_on(args.device))
     print(text)
-    results = args.results or (None if args.quick or args.only else RESULTS)
+    results = args.results or (None if args.quick else RESULTS)
     if results:
         write(results, "ablation", text, rows)
     if args.json:

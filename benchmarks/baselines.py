@@ -120,13 +120,15 @@ def _of_rows(conds: list[dict], rows: torch.Tensor, count: int) -> list[dict]:
     return [{**cond, "model_conds": {key: chosen(c) for key, c in cond["model_conds"].items()}} for cond in conds]
 
 
-def normalised(model: comfy.model_patcher.ModelPatcher, base: BaseInfo) -> comfy.model_patcher.ModelPatcher:
+def normalised(
+    model: comfy.model_patcher.ModelPatcher, base: BaseInfo, tau: float = NAG_TAU, alpha: float = NAG_ALPHA
+) -> comfy.model_patcher.ModelPatcher:
     """Normalised attention guidance (Chen et al. 2025, arXiv 2505.21179) at one evaluation per step, with omega for its
     scale: the guided attention's norm is limited to tau times that without guidance, and alpha of it is mixed in.
     """
     patched = apply_adapter(model, *training_free(base), source="nag")
     (patcher,) = patched.get_additional_models_with_key(AGD)
-    patcher.model.guide = functools.partial(_normalised, tau=NAG_TAU, alpha=NAG_ALPHA)
+    patcher.model.guide = functools.partial(_normalised, tau=tau, alpha=alpha)
     return patched
 
 

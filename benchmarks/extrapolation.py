@@ -26,7 +26,7 @@ SAMPLERS = (("dpmpp_2m", "karras"), ("euler_ancestral", "normal"))
 STEP_COUNTS = (5, 10, 20)
 # Shares of the steps in which the adapter works; in the others it is CFG.
 PARTS = ((0.0, 0.2), (0.2, 0.5), (0.5, 1.0))
-SIBLING_STEPS, SIBLING_BATCH, SIBLING_POOL, LORA_RANK = 600, 32, 4000, 16
+SIBLING_STEPS, SIBLING_BATCH, SIBLING_POOL, LORA_RANK = 2400, 32, 4000, 16
 _SEED = 101
 
 

@@ -35,8 +35,8 @@ from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 
 PAPER = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
 ADAPTERS = {
-    "agd": {},
-    "agd-rank-2": {"rank": 2, "hidden": 96},
+    "agd": {"rank": 4},
+    "agd-rank-0": {"rank": 0},
     "paper-128": {**PAPER, "hidden": 128},
     "paper-320": {**PAPER, "hidden": 320},
 }

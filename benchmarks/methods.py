@@ -27,10 +27,11 @@ from comfyui_agd.training.trainer import Callbacks, train
 
 # Adapters whose width can be chosen have at most this share of the base's parameters, in percent.
 BUDGET = 5.0
-OURS = {"kind": "delta"}
-RANKED = {**OURS, "rank": 4}
-# Widths of an encoder of omega and t that leave something of a budget of so many percent for the rest.
+OURS = {"kind": "delta", "rank": 4}
+DELTA = {**OURS, "rank": 0}
+# Widths of an encoder of omega and t that leave something of a budget of so many percent for the rest, and ranks.
 SMALL_ENCODERS = {1: 8, 2: 16}
+_SMALL_RANKS = {1: 1, 2: 2}
 AS_PUBLISHED = {
     "gain": False,
     "omega_embedding": "fourier",
@@ -245,7 +246,7 @@ METHODS: dict[str, Method] = {
     ),
     **{
         f"teacher_{rule}": Method(
-            f"the teacher of `ours_{rule}`, two evaluations per step",
+            f"the teacher of `delta_{rule}`, two evaluations per step",
             ruled(baselines.guided_by, GuidanceRule(rule)),
         )
         for rule in ("rescale", "apg", "cfg_zero")
@@ -281,31 +282,35 @@ METHODS: dict[str, Method] = {
         "`ours` with three times the iterations and teacher evaluations",
         adapter({**OURS, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),
     ),
-    "ours_rank": Method(
-        "`ours`, narrower, with low-rank changes of rank 4 beside it", adapter(RANKED, hears_negative=True)
-    ),
-    "ours_rank_longer": Method(
-        "`ours`, narrower, with low-rank changes of rank 4 beside it and three times the iterations and evaluations",
-        adapter({**RANKED, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),
-    ),
-    "ours_open": Method(
-        "`ours_rank` with a quarter of the captions leaving something open",
-        adapter(RANKED, hears_negative=True, partial=True),
-    ),
-    "ours_rank_2_longer": Method(
-        "`ours_rank_longer` with rank 2, and wider",
-        adapter({**OURS, "rank": 2, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),
-    ),
     **{
         f"ours_{percent}pct": Method(
-            f"`ours`, at most {percent} %",
-            adapter({**OURS, "encoder_width": width}, hears_negative=True, percent=percent),
+            f"`ours`, at most {percent} %, with rank {_SMALL_RANKS[percent]}",
+            adapter(
+                {**OURS, "encoder_width": width, "rank": _SMALL_RANKS[percent]}, hears_negative=True, percent=percent
+            ),
         )
         for percent, width in SMALL_ENCODERS.items()
     },
+    "ours_open": Method(
+        "`ours` with a quarter of the captions leaving something open",
+        adapter(OURS, hears_negative=True, partial=True),
+    ),
+    "modulated": Method(
+        "`ours` with its low-rank part modulated by t and omega",
+        adapter({**OURS, "modulated": True}, hears_negative=True),
+    ),
+    "modulated_longer": Method(
+        "`ours_longer` with its low-rank part modulated by t and omega",
+        adapter({**OURS, "modulated": True, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),
+    ),
+    "delta": Method("`ours`, wider, without its low-rank part", adapter(DELTA, hears_negative=True)),
+    "delta_longer": Method(
+        "`ours_longer`, wider, without its low-rank part",
+        adapter({**DELTA, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),
+    ),
     **{
-        f"ours_{rule}": Method(
-            f"ours, learnt from the teacher `{rule}`", adapter({**OURS, "teacher": rule}, hears_negative=True)
+        f"delta_{rule}": Method(
+            f"`delta`, learnt from the teacher `{rule}`", adapter({**DELTA, "teacher": rule}, hears_negative=True)
         )
         for rule in ("interval", "rescale", "apg", "cfg_zero")
     },

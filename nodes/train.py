@@ -247,8 +247,7 @@ class AGDTrain(io.ComfyNode):
                     default=_DEFAULTS.kind,
                     tooltip=(
                         "The adapter. 'delta' is the best and hears the negative prompt; 'scale' is calibration: tiny, "
-                        "and found in about a minute; 'low_rank' changes all of the blocks' layers; the others are the "
-                        "paper's."
+                        "and found in about a minute; 'low_rank' is a LoRA scaled by cfg; the others are the paper's."
                     ),
                 ),
                 io.Combo.Input(
@@ -272,8 +271,8 @@ class AGDTrain(io.ComfyNode):
                     max=512,
                     advanced=True,
                     tooltip=(
-                        "Of 'delta': more than 0 also changes the blocks' linear layers, which brings it closer to CFG "
-                        "and costs time in every step; try 4."
+                        "Of 'delta': of changes of the blocks' linear layers beside it, which bring it closer to CFG. "
+                        "Samplers have them in the model's weights, as a LoRA, so that they cost no step any time."
                     ),
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the previews; without it they are approximate."),

@@ -448,8 +448,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     export = commands.add_parser(
         "export",
         help="write a low_rank adapter as a LoRA for one guidance scale",
-        description="Writes an adapter that was trained with --kind low_rank --no-modulated as a LoRA that any loader "
-        "takes: at strength 1 and cfg 1 the model samples with that guidance.",
+        description="Writes an adapter that was trained with --kind low_rank as a LoRA that any loader takes: at "
+        "strength 1 and cfg 1 the model samples with that guidance.",
     )
     export.add_argument("adapter", type=Path)
     export.add_argument("output", type=Path)

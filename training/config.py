@@ -68,8 +68,8 @@ class TrainConfig:
     memory: float = option(0.0, "GB of the GPU's memory that may be used; 0 takes what is free", result=False)
     kind: str = option("delta", "the adapter; the paper's are cross_attention and offset", KINDS)
     hidden: int = option(128, "width H inside the adapter of a site; of low_rank the rank: try 16")
-    modulated: bool = option(True, "low_rank, delta's rank: scaled by t and omega; without, a LoRA (`agd export`)")
-    rank: int = option(0, "delta: rank of changes of all of the blocks' linear layers beside it; 0: none")
+    modulated: bool = option(False, "low_rank, delta's rank: scaled by t and omega, and so no LoRA any more")
+    rank: int = option(4, "delta: rank of changes of the blocks' linear layers beside it; 0: none")
     encoder_width: int = option(128, "width inside the encoder of omega and t")
     gain: bool = option(True, "multiply the residual by (omega - 1); the paper: no")
     omega_embedding: str = option("log", "how omega is embedded; the paper: 'fourier'", OMEGA_EMBEDDINGS)
@@ -156,6 +156,6 @@ class TrainConfig:
             shared_encoder=self.shared_encoder,
             encoder_width=self.encoder_width,
             modulated=self.modulated,
-            rank=self.rank,
+            rank=self.rank if self.kind == "delta" else 0,
             prompt_tokens=prompt_tokens,
         )

@@ -19,6 +19,7 @@ _FAMILIES = {
     "SD20": _AT_768,
     "SD21UnclipL": _AT_768,
     "SD21UnclipH": _AT_768,
+    "SD_X4Upscaler": {**_AT_512, "rank": 0},  # its blocks have no self-attention
     "SDXL": _AT_1024,
     "SDXLRefiner": _AT_1024,
     "SSD1B": _AT_1024,

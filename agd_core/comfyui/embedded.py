@@ -2,6 +2,7 @@
 
 import logging
 import math
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from comfy.patcher_extension import WrappersMP
 
 from ..adapter import Adapter
 from ..checkpoint import AdapterInfo, check_base
+from ..lora import low_rank_part
+from .merging import NotAsMerged, can_merge, merged_into
 from .patch import KEY, Active, Broken, Negative, Step, is_compiled, managed, register, take_part, without_compile
 from .sites import check_linear_layers, describe_base
 from .two_passes import who_needs_both
@@ -33,7 +36,8 @@ def say_in_log(message: str) -> None:
 
 @dataclass(frozen=True)
 class Use:
-    """One adapter as one node uses it. `guidance_scale` None takes omega from the guider's cfg."""
+    """One adapter as one node uses it. `guidance_scale` None takes omega from the guider's cfg; `lora`: what of it can
+    be merged into the weights, at strength omega - 1."""
 
     info: AdapterInfo
     patcher: comfy.model_patcher.ModelPatcher
@@ -41,9 +45,19 @@ class Use:
     strength: float
     sigma_start: float
     sigma_end: float
+    lora: dict[str, torch.Tensor]
+    identity: uuid.UUID = field(default_factory=uuid.uuid4)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it is for all of a sampling."""
+        return self.sigma_start == math.inf and self.sigma_end == 0.0
+
+    def omega(self, guider) -> float:
+        return guider.cfg if self.guidance_scale is None else self.guidance_scale
 
     def covers(self, timestep: torch.Tensor) -> bool:
-        if self.sigma_start == math.inf and self.sigma_end == 0.0:
+        if self.everywhere:
             return True  # the usual case, without reading a value back from the device
         # The end is not part of it, so that of two uses that meet there one takes the step.
         return self.sigma_end < float(timestep.flatten()[0]) <= self.sigma_start
@@ -63,19 +77,42 @@ class EmbeddedGuidance:
     """OUTER_SAMPLE wrapper: every sampling gets a `Sampling` of its own, so that nothing lasts longer than it does.
 
     `notify` hears what the user should know, each sentence once. `compiled`: a compiled model may run as it is.
+    `merging`: samplings may have low-rank changes in the weights, for those so far kept to one omega.
     """
 
     uses: tuple[Use, ...]
     notify: Callable[[str], None] = say_in_log
     said: set[str] = field(default_factory=set)
     compiled: bool = True
+    merging: bool = True
 
     def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs):
-        # The guider's options are this sampling's own copy. Last in, so innermost: CFGOverride and the like, before
-        # or after our node, have already set the cfg that is meant for a step.
-        wrappers = executor.class_obj.model_options["transformer_options"]["wrappers"]
-        wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = [Sampling(self, sampler)]
-        return executor(noise, latent_image, sampler, *args, **kwargs)
+        guider = executor.class_obj
+
+        def sampled(merged: float | None = None):
+            # The guider's options are this sampling's own copy. Last in, so innermost: CFGOverride and the like, before
+            # or after our node, have already set the cfg that is meant for a step.
+            wrappers = guider.model_options["transformer_options"]["wrappers"]
+            wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = [Sampling(self, sampler, merged)]
+            return executor(noise, latent_image, sampler, *args, **kwargs)
+
+        if self._merges(guider, sampler):
+            use, conds = self.uses[0], {kind: [cond.copy() for cond in own] for kind, own in guider.conds.items()}
+            omega = use.omega(guider)
+            try:
+                with merged_into(guider, use.lora, use.strength * (omega - 1), use.identity):
+                    return sampled(merged=omega)
+            except NotAsMerged:
+                # From the start again, with the weights as they are. ComfyUI has processed the conditions.
+                self.merging, guider.conds = False, conds
+        return sampled()
+
+    def _merges(self, guider, sampler: comfy.samplers.Sampler) -> bool:
+        """Whether to sample with the adapter's low-rank changes in the weights."""
+        use, *others = self.uses
+        if others or not self.merging or not use.lora or not use.everywhere or math.isclose(use.omega(guider), 1.0):
+            return False
+        return can_merge(guider) and not who_needs_both(guider, sampler, guider.model_options)
 
     def say(self, message: str) -> None:
         if message not in self.said:
@@ -118,10 +155,14 @@ def _has_negative_prompt(guider, trained: torch.Tensor) -> bool:
 
 @dataclass
 class Sampling:
-    """PREDICT_NOISE wrapper of one sampling: which omega a step gets, and whether adapters take part in it at all."""
+    """PREDICT_NOISE wrapper of one sampling: which omega a step gets, and whether adapters take part in it at all.
+
+    `merged`: the omega for which the weights have the only adapter's low-rank changes in them.
+    """
 
     embedded: EmbeddedGuidance
     sampler: comfy.samplers.Sampler
+    merged: float | None = None
     looked: bool = False
     tensors: dict[float, torch.Tensor] = field(default_factory=dict)
     prompts: list[dict] | None = None  # of the negative
@@ -133,7 +174,9 @@ class Sampling:
         if not uses:
             return executor(x, timestep, model_options, seed)
         needs_both = who_needs_both(guider, self.sampler, model_options)
-        omegas = [guider.cfg if use.guidance_scale is None else use.guidance_scale for use in uses]
+        omegas = [use.omega(guider) for use in uses]
+        if self.merged is not None and (needs_both or omegas != [self.merged]):
+            raise NotAsMerged
         if needs_both:
             self.embedded.say(
                 f"{needs_both} needs the unconditional prediction, so every step takes two passes all the same; the "
@@ -215,7 +258,8 @@ class Sampling:
             self.embedded.say(f"guidance {omega:g} lies outside the adapter's trained range, {low:g} to {high:g}.")
         adapter = use.patcher.model
         negatives = (away_from or self._trained_unconditional(adapter)) if adapter.uses_negative else ()
-        return Active(adapter, self._on_device(omega, x), self._on_device(use.strength, x), negatives)
+        omega, strength = self._on_device(omega, x), self._on_device(use.strength, x)
+        return Active(adapter, omega, strength, negatives, merged=self.merged is not None)
 
     def _on_device(self, value: float, x: torch.Tensor) -> torch.Tensor:
         """(1,) fp32. Made by the device itself: sending it there would wait for all that is queued before."""
@@ -263,7 +307,7 @@ def apply_adapter(
     steps outside [start_percent, end_percent], the model runs as if there were no adapter; on a model that has
     adapters already, this one's residuals are added to theirs. Raises `AdapterFileError` where the adapter was made
     for another base or its weights can't be used; `source` names it there. Raises `UnsupportedModel` where the base's
-    linear layers are not those that a low_rank adapter changes.
+    linear layers are not those that the adapter changes.
     """
     sampling = model.get_model_object("model_sampling")
     check_base(info, describe_base(model.model, sampling), source)
@@ -279,6 +323,8 @@ def apply_adapter(
         strength,
         sigma_start=math.inf if start_percent <= 0 else float(sampling.percent_to_sigma(start_percent)),
         sigma_end=0.0 if end_percent >= 1 else float(sampling.percent_to_sigma(end_percent)),
+        # Copied: files may be mapped.
+        lora={k: v.clone() for k, v in low_rank_part(info, state).items()} if info.config.merges else {},
     )
     before = [use for embedded in clone.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY) for use in embedded.uses]
     embedded = EmbeddedGuidance((*before, use), notify)

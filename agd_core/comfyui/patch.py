@@ -72,13 +72,20 @@ class Negative:
 class Active:
     """An adapter at work. Numbers are tensors, for torch.compile would take plain ones for constants.
 
-    `omega`: (1,) or (b,), one per row; `strength`: (1,). `negatives`: for adapters that use them, else empty.
+    `omega`: (1,) or (b,), one per row; `strength`: (1,). `negatives`: for adapters that use them, else empty. `merged`:
+    whether what it does to linear layers is in their weights, see `merging.py`.
     """
 
     adapter: Adapter
     omega: torch.Tensor
     strength: torch.Tensor
     negatives: tuple[Negative, ...] = ()
+    merged: bool = False
+
+    @property
+    def changes_linears(self) -> bool:
+        """Whether it works on the base's linear layers while they are evaluated."""
+        return self.adapter.config.changes_linears and not self.merged
 
 
 @dataclass
@@ -95,7 +102,7 @@ class Step:
     @property
     def changes_linears(self) -> bool:
         """Whether an adapter works on the base's linear layers, where torch.compile would not see it come and go."""
-        return any(active.adapter.config.changes_linears for active in self.active)
+        return any(active.changes_linears for active in self.active)
 
 
 class Broken(Exception):

@@ -77,7 +77,7 @@ def find_sites(unet: nn.Module) -> tuple[Site, ...]:
 
 
 def linear_layers(block: nn.Module, site: Site) -> dict[str, nn.Module]:
-    """The linear layers of a site's transformer block that a low_rank adapter changes, by their path in it.
+    """The linear layers of a site's transformer block that low-rank changes are for, by their path in it.
 
     Raises `UnsupportedModel` where one is built otherwise.
     """
@@ -91,15 +91,16 @@ def linear_layers(block: nn.Module, site: Site) -> dict[str, nn.Module]:
         if sizes != expected:
             shown = "nothing" if layer is None else f"a {type(layer).__name__} from {sizes[0]} to {sizes[1]} channels"
             raise UnsupportedModel(
-                f"A low_rank adapter needs {path} in block {site.name} to be a linear layer from {expected[0]} to "
-                f"{expected[1]} channels, but this model has {shown} there; choose another kind of adapter."
+                f"An adapter with low-rank changes needs {path} in block {site.name} to be a linear layer from "
+                f"{expected[0]} to {expected[1]} channels, but this model has {shown} there; train one of kind delta "
+                "with rank 0."
             )
         found[path] = layer
     return found
 
 
 def check_linear_layers(unet: nn.Module, sites: tuple[Site, ...]) -> None:
-    """Raises `UnsupportedModel` where a low_rank adapter of these sites can't work."""
+    """Raises `UnsupportedModel` where low-rank changes at these sites can't be made."""
     blocks = transformers(unet)
     for site in sites:
         linear_layers(blocks[site.name], site)

@@ -1,4 +1,7 @@
-"""Adapters on the base's linear layers: as if its weights were changed, for the time of one evaluation."""
+"""Adapters on the base's linear layers: as if its weights were changed, for the time of one evaluation.
+
+Where their changes are in the weights for a whole sampling: test_merging.py.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -16,7 +19,7 @@ from small import info_for, randomised
 
 from comfyui_agd.agd_core import checkpoint, lora
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.comfyui import patch
+from comfyui_agd.agd_core.comfyui import embedded, patch
 from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 from comfyui_agd.agd_core.comfyui.host import ComfyHost
 from comfyui_agd.agd_core.comfyui.sites import UnsupportedModel, describe_base, transformers
@@ -24,6 +27,11 @@ from comfyui_agd.agd_core.kinds.low_rank import key_of, layers_of
 from comfyui_agd.training.trainer import train
 
 close = partial(torch.testing.assert_close, atol=2e-4, rtol=2e-4)
+
+
+@pytest.fixture(autouse=True)
+def unmerged(monkeypatch):
+    monkeypatch.setattr(embedded, "can_merge", lambda guider: False)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +161,7 @@ def test_a_base_that_is_built_otherwise_is_refused(save_adapter):
         unet_config = {**TinyUNet.unet_config, "disable_self_attentions": [True, True]}
 
     other = tiny(NoSelfAttention())
-    file = save_adapter(other, kind="low_rank")
+    file = save_adapter(other, kind="low_rank", modulated=True)
     with pytest.raises(UnsupportedModel, match=r"attn1.to_k in block input_1_0 .* from 32 to 32 .* from 128 to 32"):
         patched(other, file)
     assert patched(other, save_adapter(other))  # other kinds don't mind
@@ -186,7 +194,7 @@ def test_adapters_add_up_whatever_their_kinds(base, prompts, files, save_adapter
 
 
 def test_a_rank_beside_delta_is_both_adapters_in_one(base, prompts, save_adapter, tmp_path):
-    info, whole = checkpoint.load_state(save_adapter(base, kind="delta", rank=4))
+    info, whole = checkpoint.load_state(save_adapter(base, kind="delta", rank=4, modulated=True))
     inner = "sites.low_rank."
     shared = {key: value for key, value in whole.items() if not key.startswith("sites.")}
     delta = replace(info.config, rank=0)

@@ -43,13 +43,19 @@ def base():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> list[str]:
+    """The second one's low-rank changes are in the base's weights while it is sampled."""
     folder, model = tmp_path_factory.mktemp("adapters"), tiny(TinyUNet())
-    return [write_adapter(folder, model, seed, hidden=64) for seed in range(2)]
+    return [write_adapter(folder, model, seed, hidden=64, rank=4 * seed) for seed in range(2)]
 
 
 @pytest.fixture
 def file(files):
     return files[0]
+
+
+@pytest.fixture(params=[0, 1], ids=["alone", "merged"])
+def either(files, request):
+    return files[request.param]
 
 
 def weights_of(file: str) -> int:
@@ -98,14 +104,14 @@ def test_two_adapters_are_two_models(base, files, prompts):
 
 
 @pytest.mark.parametrize("unload", [mm.unload_all_models, lambda: mm.free_memory(1e30, CPU)], ids=["all", "free"])
-def test_the_adapter_is_unloaded_with_the_rest_and_comes_back(base, file, prompts, unload):
-    model = patched(base, file)
+def test_the_adapter_is_unloaded_with_the_rest_and_comes_back(base, either, prompts, unload):
+    model = patched(base, either)
     first = ksampler(model, prompts)
     unload()
     assert mm.current_loaded_models == []
     assert patcher_of(model).loaded_size() == 0
     assert torch.equal(ksampler(model, prompts), first)
-    assert loaded_adapters() == [(weights_of(file),) * 2]
+    assert loaded_adapters() == [(weights_of(either),) * 2]
 
 
 @pytest.mark.parametrize(
@@ -202,9 +208,9 @@ def sample_everywhere(model, prompts):
 
 
 @pytest.mark.parametrize("order", [("clone", "model", "base"), ("base", "model", "clone"), ("model", "base", "clone")])
-def test_all_dies_with_the_last_model_without_the_garbage_collector(file, prompts, alive, order):
+def test_all_dies_with_the_last_model_without_the_garbage_collector(either, prompts, alive, order):
     held = {"base": tiny(TinyUNet())}
-    held["model"] = patched(held["base"], file, end_percent=0.8)
+    held["model"] = patched(held["base"], either)
     held["clone"] = held["model"].clone()
     refs = [weakref.ref(each) for model in held.values() for each in (model, model.model)]
     refs += [weakref.ref(patcher_of(held["model"])), weakref.ref(patcher_of(held["model"]).model)]
@@ -220,8 +226,8 @@ def test_all_dies_with_the_last_model_without_the_garbage_collector(file, prompt
     assert mm.current_loaded_models == []
 
 
-def test_a_bypassed_loader_takes_its_adapter_along(base, file, prompts, alive):
-    model = patched(base, file)
+def test_a_bypassed_loader_takes_its_adapter_along(base, either, prompts, alive):
+    model = patched(base, either)
     ksampler(model, prompts)
     del model
     assert alive(OF_A_MODEL + OF_A_SAMPLING) == {}
@@ -235,9 +241,9 @@ def leaks(caplog) -> list[str]:
 
 
 @pytest.mark.parametrize("unload", [True, False])
-def test_comfyui_sees_no_memory_leak(base, file, prompts, caplog, alive, unload):
+def test_comfyui_sees_no_memory_leak(base, either, prompts, caplog, alive, unload):
     caplog.set_level(logging.INFO)
-    model = patched(base, file)
+    model = patched(base, either)
     sample_everywhere(model, prompts)
     if unload:
         mm.unload_all_models()
@@ -317,9 +323,9 @@ def test_after_an_interrupt_or_error_everything_is_as_it_was(base, file, prompts
 
 
 @pytest.mark.parametrize(("disturb", "kind"), DISTURBANCES, ids=["interrupt", "error"])
-def test_an_interrupted_sampling_keeps_nothing_alive(file, prompts, alive, disturb, kind):
+def test_an_interrupted_sampling_keeps_nothing_alive(either, prompts, alive, disturb, kind):
     base = tiny(TinyUNet())
-    model = at_each_evaluation(patched(base, file), lambda count: disturb() if count == 2 else None)
+    model = at_each_evaluation(patched(base, either), lambda count: disturb() if count == 2 else None)
     try:
         ksampler(model, prompts)
     except kind:

@@ -47,7 +47,7 @@ def train_graph(name: str, iterations: int, **settings) -> dict:
         "kind": "delta",
         "teacher": "cfg",
         "start": "a new adapter",
-        "rank": 0,
+        "rank": 4,
         "aspect_ratios": False,
         "prompt_count": 20,
         "reuse": 2,

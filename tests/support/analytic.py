@@ -27,6 +27,7 @@ CONFIG = TrainConfig(
     width=64,
     height=64,
     hidden=8,
+    rank=0,
     encoder_width=8,
     steps_min=3,
     steps_max=5,

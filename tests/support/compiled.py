@@ -80,7 +80,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def main() -> None:
     first, second = adapter("first", 1), adapter("second", 2)
-    low_rank = adapter("low_rank", 3, kind="low_rank")
+    low_rank = adapter("low_rank", 3, kind="low_rank", modulated=True)
+    merged = adapter("merged", 4, rank=4)
     said: list[str] = []
     agd = partial(patched, notify=said.append)
     one = compile_it(agd(BASE, first))  # a single compiled MODEL that is sampled again and again
@@ -91,6 +92,7 @@ def main() -> None:
         ("cfg 1", one, BASE, 1.0),
         ("another adapter", compile_it(agd(BASE, second)), agd(BASE, second), 5.0),
         ("a low_rank adapter", compile_it(agd(BASE, low_rank)), agd(BASE, low_rank), 5.0),
+        ("an adapter in the weights", compile_it(agd(BASE, merged)), agd(BASE, merged), 5.0),
         ("an adapter again", one, agd(BASE, first), 5.0),
         ("the loader after the compile node", agd(compile_it(BASE), first), agd(BASE, first), 5.0),
         ("bypassed", compile_it(BASE), BASE, 5.0),

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from comfyui_agd.agd_core.comfyui.counting import counted
+from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 from comfyui_agd.agd_core.comfyui.sites import describe_base
 from comfyui_agd.agd_core.guidance import GuidanceRule
-from comfyui_agd.benchmarks import ablation, baselines, extrapolation, lab, quality, report
+from comfyui_agd.agd_core.training_free import training_free as nothing_trained
+from comfyui_agd.benchmarks import ablation, baselines, extrapolation, lab, quality, report, training_free
 from comfyui_agd.benchmarks.methods import METHODS
 from comfyui_agd.examples.toy.judge import recognised
 from comfyui_agd.examples.toy.sampling import Jury, Toy, encode, held_out_captions, sample
@@ -268,3 +270,26 @@ def test_the_extrapolation_takes_an_adapter_to_where_it_was_not_trained(tmp_path
     assert changes[0] < changes[1] < 0.1
     assert rows["sibling-cfg"]["evaluations_per_step"] == 2
     assert rows["sibling-calibrated"]["evaluations_per_step"] == 1
+
+
+def test_the_forms_of_training_free_guidance_are_compared_with_cfg(tmp_path, capsys):
+    how = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "rows.json")]
+    training_free.main([*how, "--only", "second pass", "outer sites"])
+    training_free.main([*how, "--only", "s = 0.35 at the deep"])  # the rows before are still there
+    rows = {row["form"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert list(rows) == ["unguided", "CFG", "s = 0.35 at the outer sites only", "s = 0.35 at the deep sites only"]
+    assert [row["evaluations_per_step"] for row in rows.values()] == [1, 2, 1, 1]
+    assert [row["share_of_lead"] for row in rows.values()][:2] == [0, 1]
+    assert "| s = 0.35 at the deep sites only | 1.00 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="No form has nonsense"):
+        training_free.main([*how, "--only", "nonsense"])
+
+
+@pytest.mark.parametrize("form", ["s = 0.35", "tau 2.5, alpha 0.25, as published"])
+def test_the_loaders_form_and_nags_are_among_them(draw, parts, form):
+    own = SimpleNamespace(parts=parts, host=lambda: SimpleNamespace(base=describe_base(parts.model.model)))
+    forms = {name: each for section in training_free.FORMS.values() for name, each in section.items()}
+    usual = baselines.normalised(parts.model, own.host().base)
+    if form == "s = 0.35":
+        usual = apply_adapter(parts.model, *nothing_trained(own.host().base), source="the loader's")
+    assert torch.equal(draw(training_free.patched(own, forms[form]))[0], draw(usual)[0])

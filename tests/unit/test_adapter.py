@@ -12,8 +12,8 @@ OURS = {"kind": "cross_attention"}
 PAPER = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
 OFFSET = {"kind": "offset"}
 PAPER_OFFSET = {**PAPER, "kind": "offset"}
-LOW_RANK = {"kind": "low_rank"}
-LORA = {"kind": "low_rank", "modulated": False}
+LOW_RANK = {"kind": "low_rank", "modulated": True}
+LORA = {"kind": "low_rank"}
 # At the output of the attention, and so with the prompt; anywhere.
 AT_OUTPUT = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSET], ids=str)
 VARIANTS = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSET, LOW_RANK, LORA], ids=str)

@@ -20,10 +20,12 @@ def base():
     return tiny(TwoWidths())
 
 
-@pytest.fixture(scope="package", params=["cross_attention", "delta"])
+@pytest.fixture(scope="package", params=[("cross_attention", 0), ("delta", 0), ("delta", 4)], ids=str)
 def save(request, base, tmp_path_factory):
     """Writes an adapter that was trained with the workflows' negative prompt for its unconditional."""
-    info = info_for(describe_base(base.model), kind=request.param, hidden=8, encoder_width=8, prompt_tokens=16)
+    kind, rank = request.param
+    config = {"kind": kind, "rank": rank, "hidden": 8, "encoder_width": 8, "prompt_tokens": 16}
+    info = info_for(describe_base(base.model), **config)
 
     def save(name: str, make) -> Path:
         torch.manual_seed(3)

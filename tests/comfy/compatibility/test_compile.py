@@ -15,7 +15,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "support" / "compiled.py"
 UNGUIDED = ("the base", "cfg 1", "bypassed")  # cases whose picture is the base's own
 COSTS = {"the base": ROW.without, "cfg 1": 1, "bypassed": ROW.without}
 COSTS |= dict.fromkeys(("an adapter", "another omega", "another adapter"), ROW.with_agd)
-COSTS |= dict.fromkeys(("a low_rank adapter", "an adapter again", "the loader after the compile node"), ROW.with_agd)
+COSTS |= dict.fromkeys(("a low_rank adapter", "an adapter in the weights", "an adapter again"), ROW.with_agd)
+COSTS |= {"the loader after the compile node": ROW.with_agd}
 UNSEEN = "torch.compile doesn't see what an adapter of low rank does inside of the model's layers; with the adapter "
 UNSEEN += "the model runs uncompiled."
 
@@ -49,7 +50,7 @@ def test_a_model_that_is_one_graph_stays_right_whatever_changes(tmp_path):
 def test_a_model_that_breaks_into_several_graphs_runs_uncompiled_and_says_so(tmp_path):
     report = sample_compiled("sub-quadratic", "eager", tmp_path)
     # Each patched MODEL finds out once, at the first step of its first sampling.
-    first = ("an adapter", "another adapter", "the loader after the compile node")
+    first = ("an adapter", "another adapter", "an adapter in the weights", "the loader after the compile node")
     assert costs(report) == COSTS | {name: COSTS[name] + 1 / STEPS for name in first}
     broken = [message for message in report["said"] if message != UNSEEN]
     assert len(broken) == len(first) == len(report["said"]) - 1

@@ -1,0 +1,189 @@
+"""Guidance in attention space with nothing trained: which form of it is worth most on the toy.
+
+    python benchmarks/training_free.py [--quick] [--only FORM ...] [--work DIR] [--json FILE] [--device cuda]
+
+Forms of `attention + (omega - 1) * s * delta`: s constant, by depth, by noise level, and normalised as in NAG, beside
+the base without guidance and with CFG. Pictures are those of `quality.py`, from the same work folder, where they are
+kept. Writes training_free.md and training_free.json, which hold every form that the work folder has rows of.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
+from comfyui_agd.benchmarks.output import RESULTS, made_on, with_errors, write, write_rows
+
+# s at the `KNOTS` of kinds/scale.py, from the least noise to the most.
+Knots = tuple[float, float, float, float]
+_NONE: Knots = (0.0, 0.0, 0.0, 0.0)
+_OUTER, _DEEP = 64, 128  # widths of the toy's sites; the middle of the UNet is as wide as the deep ones
+
+
+def _even(s: float) -> Knots:
+    return (s, s, s, s)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """s of the outer sites, the deep ones, and the middle of the UNet."""
+
+    outer: Knots
+    deep: Knots
+    middle: Knots = _NONE
+
+    def of(self, site) -> Knots:
+        if site.name.startswith("middle"):
+            return self.middle
+        return {_OUTER: self.outer, _DEEP: self.deep}[site.width]
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """NAG's tau and alpha."""
+
+    tau: float
+    alpha: float
+
+
+def _both(knots: Knots) -> Scales:
+    return Scales(knots, knots)
+
+
+FORMS: dict[str, dict[str, Scales | Normalised]] = {
+    "Constant, none in the middle of the UNet": {f"s = {s:g}": _both(_even(s)) for s in (0.2, 0.35, 0.5, 0.75, 1.0)},
+    "By depth": {
+        "s = 0.35 everywhere": Scales(_even(0.35), _even(0.35), _even(0.35)),
+        "s = 0.35 at the outer sites only": Scales(_even(0.35), _NONE),
+        "s = 0.35 at the deep sites only": Scales(_NONE, _even(0.35)),
+        "s = 0.7 outer, 0.35 deep": Scales(_even(0.7), _even(0.35)),
+        "s = 0.35 outer, 0.7 deep": Scales(_even(0.35), _even(0.7)),
+    },
+    "By noise level": {
+        "s falls with the noise, 0.6 to 0": _both((0.6, 0.4, 0.2, 0.0)),
+        "s rises with the noise, 0 to 0.6": _both((0.0, 0.2, 0.4, 0.6)),
+        "s = 0.5 in the middle of the noise, 0 at its ends": _both((0.0, 0.5, 0.5, 0.0)),
+        "s = 0.2 in the middle of the noise, 0.5 at its ends": _both((0.5, 0.2, 0.2, 0.5)),
+    },
+    "Normalised as in NAG": {
+        "tau 2.5, alpha 0.25, as published": Normalised(2.5, 0.25),
+        "tau 2.5, alpha 0.5": Normalised(2.5, 0.5),
+        "tau 1.5, alpha 0.5": Normalised(1.5, 0.5),
+    },
+}
+
+
+def patched(lab, form: Scales | Normalised):
+    """The toy's MODEL, guided in that form."""
+    from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
+    from comfyui_agd.agd_core.training_free import training_free
+    from comfyui_agd.benchmarks import baselines
+
+    model, base = lab.parts.model, lab.host().base
+    if isinstance(form, Normalised):
+        return baselines.normalised(model, base, form.tau, form.alpha)
+    info, state = training_free(base)
+    scales = [torch.tensor(form.of(site)).expand(site.width, -1) for site in base.sites]
+    return apply_adapter(model, info, state | {"sites.to_scale.weight": torch.cat(scales)}, source="a form of it")
+
+
+def measure(lab, name: str, model, identity: dict, omega: float) -> dict:
+    """Accuracy and Fréchet distance, and the accuracy above the base's without guidance as a share of CFG's lead."""
+    from comfyui_agd.benchmarks import metrics
+    from comfyui_agd.benchmarks.lab import Ready
+    from comfyui_agd.benchmarks.methods import METHODS
+    from comfyui_agd.examples.toy.measure import omega_star
+    from comfyui_agd.examples.toy.sampling import STEPS
+
+    made = lab.pictures(name, Ready(model, identity), omega, STEPS)
+    unguided, cfg = (
+        lab.pictures(each, METHODS[each].make(lab, each), scale, STEPS)
+        for each, scale in (("unguided", 1.0), ("cfg", omega_star()))
+    )
+    lead = (cfg["correct"].double() - unguided["correct"].double()).mean()
+    measured = {
+        "prompt_accuracy": metrics.mean_and_error(made["correct"]),
+        "share_of_lead": metrics.mean_and_error((made["correct"].double() - unguided["correct"].double()) / lead),
+        "frechet_to_real": metrics.frechet(made["features"], lab.reference["features"]),
+    }
+    evaluations = made["evaluations"].item() / len(made["correct"]) / STEPS
+    return {"evaluations_per_step": round(evaluations, 2), "omega": omega} | with_errors(measured)
+
+
+def page(rows: list[dict], pictures: int, made: str) -> str:
+    from comfyui_agd.benchmarks.report import table
+
+    columns = [
+        ("evaluations per step", "evaluations_per_step", 1, 2),
+        ("prompt accuracy, %", "prompt_accuracy", 100, 1),
+        ("share of CFG's lead", "share_of_lead", 1, 2),
+        ("Fréchet to real", "frechet_to_real", 1, 1),
+    ]
+    parts = []
+    for section in dict.fromkeys(row["section"] for row in rows):
+        own = [row for row in rows if row["section"] == section]
+        parts.append(f"## {section}\n\n{table(own, columns, {'form': lambda row: row['form']})}")
+    text = "\n\n".join(parts)
+    return f"""# Training-free guidance: which form
+
+`python benchmarks/training_free.py`, {made}. Written by the command.
+
+`attention + (omega - 1) * s * delta` at every cross-attention of the toy, at omega 3 and 20 steps, on {pictures}
+pictures of [quality.md](quality.md)'s captions; each value with its standard error. The constant that is the loader's,
+s = 0.35 without the middle of the UNet, was chosen on other captions.
+
+{text}
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="FORM", help="those whose section or name have one of these")
+    parser.add_argument("--quick", action="store_true", help="a few forms, few pictures: shows that it runs")
+    parser.add_argument("--work", type=Path, help="quality.py's; default: build/quality, or build/quality-quick")
+    parser.add_argument("--results", type=Path, help="for training_free.md and .json; default: results, unless quick")
+    parser.add_argument("--json", type=Path, help="write the rows here, too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args(argv)
+    use_comfyui(cpu=args.device == "cpu")
+    from comfyui_agd.benchmarks import lab
+    from comfyui_agd.examples.toy.measure import omega_star
+
+    sizes = lab.QUICK if args.quick else lab.Sizes()
+    own = lab.Lab(lab.Work(args.work or Path("build") / ("quality-quick" if args.quick else "quality")), sizes)
+    kept = lab.Work(own.work.folder / "training-free")
+    base, best = own.parts.model, omega_star()
+    cases: dict[tuple[str, str], tuple[Callable, float]] = {
+        ("Without and with a second pass", "unguided"): (lambda: base, 1.0),
+        ("Without and with a second pass", "CFG"): (lambda: base, best),
+    }
+    for section, forms in FORMS.items():
+        cases |= {(section, name): (lambda form=form: patched(own, form), best) for name, form in forms.items()}
+    asked = args.only or (["second pass", "NAG"] if args.quick else [""])
+    chosen = [case for case in cases if any(each.lower() in " ".join(case).lower() for each in asked)]
+    if not chosen:
+        sys.exit(f"No form has {' or '.join(asked)} in its name or section.")
+    file_of = {case: f"{i:02d}" for i, case in enumerate(cases)}
+    for section, name in chosen:
+        make, omega = cases[section, name]
+        stem = f"training-free-{file_of[section, name]}"
+        row = {"model": "toy", "section": section, "form": name}
+        row |= measure(own, stem, make(), {"form": name, "section": section}, omega)
+        kept.save_rows(file_of[section, name], [row])
+        print(f"{section}: {name}: {row['prompt_accuracy']:.4f}", flush=True)
+    rows = kept.rows()
+    text = page(rows, sizes.pictures, made_on(args.device))
+    print(text)
+    results = args.results or (None if args.quick else RESULTS)
+    if results:
+        write(results, "training_free", text, rows)
+    if args.json:
+        write_rows(args.json, rows)
+
+
+if __name__ == "__main__":
+    main()
