@@ -219,7 +219,7 @@ def _described(config: AdapterConfig) -> str:
 
 
 def _described_rank(rank: int, config: AdapterConfig) -> str:
-    return f"rank {rank}, {'' if config.modulated else 'not '}modulated"
+    return f"rank {rank}{', modulated' if config.modulated else ''}"
 
 
 def describe(info: AdapterInfo, path: str | Path) -> str:

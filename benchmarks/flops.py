@@ -51,7 +51,8 @@ def count(name: str, pixels: int) -> list[dict]:
             if config is not None:
                 adapter = Adapter(config, MixedPrecision)
                 negatives = (Negative(context),) if adapter.uses_negative else ()
-                own = take_part(own, Step((Active(adapter, torch.full((1,), 7.0), torch.ones(1), negatives),)))
+                active = Active(adapter, torch.full((1,), 7.0), torch.ones(1), negatives, merged=config.merges)
+                own = take_part(own, Step((active,)))
             for _ in range(steps):
                 out = model.apply_model(x, sigma, c_crossattn=context, transformer_options=own, **pooled)
             return out
@@ -77,10 +78,10 @@ def main() -> None:
     args = parser.parse_args()
     use_comfyui(cpu=True)
     rows = [row for case in (CASES[:1] if args.quick else CASES) for row in count(*case)]
-    print(f"{'model':<8}{'size':>11}  {'method':<12}{'parameters':>12}{'per step':>10}{'per sampling':>14}")
+    print(f"{'model':<8}{'size':>11}  {'method':<14}{'parameters':>12}{'per step':>10}{'per sampling':>14}")
     for row in rows:
         print(
-            f"{row['model']:<8}{row['size']:>11}  {row['method']:<12}{row['parameters']:>12,}"
+            f"{row['model']:<8}{row['size']:>11}  {row['method']:<14}{row['parameters']:>12,}"
             f"{row['added_per_step']:>+10.2%}{row['added_per_sampling']:>+14.2%}"
         )
     if args.json:

@@ -36,7 +36,7 @@ from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 PAPER = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
 ADAPTERS = {
     "agd": {"rank": 4},
-    "agd-rank-0": {"rank": 0},
+    "agd-modulated": {"rank": 4, "modulated": True},  # what it costs where low-rank changes can't be in the weights
     "paper-128": {**PAPER, "hidden": 128},
     "paper-320": {**PAPER, "hidden": 320},
 }
@@ -305,7 +305,7 @@ def rows_of(case: Case, dtype: str, device: str, compiled: bool, methods: list[M
 
 
 def print_table(rows: list[dict]) -> None:
-    print(f"{'method':<10} {'rows':>4} {'s/step':>8} {'/unguided':>9} {'quartiles':>13} {'/cfg':>6} {'peak GB':>8} "
+    print(f"{'method':<14} {'rows':>4} {'s/step':>8} {'/unguided':>9} {'quartiles':>13} {'/cfg':>6} {'peak GB':>8} "
           f"{'inside':>7} {'floor':>7} {'floor MB':>8}")  # fmt: skip
     for row in rows:
         low, high = row["ratio_quartiles"]
@@ -313,7 +313,7 @@ def print_table(rows: list[dict]) -> None:
         floor = f"{row['floor_flops']:7.2%}" if "inside" in row else " " * 7
         moved = f"{row['floor_bytes'] / 1e6:8.0f}" if "floor_bytes" in row else ""
         peak = f"{row['peak_bytes'] / 1e9:8.2f}" if row["peak_bytes"] else " " * 8
-        print(f"{row['method']:<10} {row.get('evaluations_per_step', ''):>4} {row['seconds_per_step']:8.4f} "
+        print(f"{row['method']:<14} {row.get('evaluations_per_step', ''):>4} {row['seconds_per_step']:8.4f} "
               f"{row['ratio_to_unguided']:9.3f} {low:6.3f}-{high:6.3f} {row['ratio_to_cfg']:6.3f} {peak} "
               f"{inside} {floor} {moved}")  # fmt: skip
 

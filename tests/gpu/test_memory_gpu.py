@@ -26,7 +26,8 @@ WAYS = {
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> list[Setting]:
     folder, toy = tmp_path_factory.mktemp("adapters"), load_base("toy")
-    files = [write_adapter(folder, toy, seed, hidden=64) for seed in range(2)]
+    # The second one's low-rank changes are in the base's weights while it is sampled.
+    files = [write_adapter(folder, toy, seed, hidden=64, rank=4 * seed) for seed in range(2)]
     return [
         Setting("toy"),
         Setting("toy", files[0]),

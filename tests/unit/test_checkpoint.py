@@ -58,7 +58,7 @@ def test_inspect_shows_what_matters(file, info):
 def test_inspect_shows_the_rank(info, settings, shown, modulated):
     config = dataclasses.replace(info.config, modulated=modulated, **settings)
     text = checkpoint.describe(dataclasses.replace(info, config=config), "a.safetensors")
-    assert f"{shown}, rank 5, {'' if modulated else 'not '}modulated, {Adapter(config).parameter_count():,} " in text
+    assert f"{shown}, rank 5{', modulated' if modulated else ''}, {Adapter(config).parameter_count():,} " in text
 
 
 def test_other_tools_find_modelspec_fields(file):
