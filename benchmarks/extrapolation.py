@@ -169,6 +169,8 @@ def sibling(bench: Bench) -> None:
         ("sibling-unguided", tuned, 1.0),
         ("sibling-cfg", tuned, bench.best),
         (f"sibling-{bench.name}", bench.patched(tuned), bench.best),
+        ("sibling-lora-unguided", full, 1.0),
+        ("sibling-lora-cfg", full, bench.best),
         (f"sibling-lora-{bench.name}", bench.patched(full), bench.best),
     ):
         found = bench.pictures(name, model, identity, omega, 20, **how)
