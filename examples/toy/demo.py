@@ -42,7 +42,7 @@ def training_config(iterations: int, omega_max: float) -> TrainConfig:
         reuse=4,
         width=IMAGE_SIZE,
         height=IMAGE_SIZE,
-        hidden=48,
+        hidden=28,
         encoder_width=32,
         steps_min=15,
         steps_max=25,
