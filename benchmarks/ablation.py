@@ -19,7 +19,7 @@ from pathlib import Path
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.agd_core.kinds import hears_negative
-from comfyui_agd.benchmarks.output import RESULTS, made_on, with_errors, write, write_rows
+from comfyui_agd.benchmarks.output import made_on, publish, with_errors
 
 ITERATIONS, CAPTIONS = 300, 1000
 # The settings in which ours differ from the paper's, as `methods.AS_PUBLISHED` has them.
@@ -188,13 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         work.save_rows(variant.stem, [row])
         print(json.dumps(row), flush=True)
     rows = work.rows(variant.stem for variant in known)
-    text = page(rows, sizes, made_on(args.device))
-    print(text)
-    results = args.results or (None if args.quick else RESULTS)
-    if results:
-        write(results, "ablation", text, rows)
-    if args.json:
-        write_rows(args.json, rows)
+    publish(args, "ablation", page(rows, sizes, made_on(args.device)), rows)
 
 
 if __name__ == "__main__":

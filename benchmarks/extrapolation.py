@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.output import RESULTS, made_on, with_errors, write, write_rows
+from comfyui_agd.benchmarks.output import made_on, publish, with_errors
 
 OMEGAS = (1.5, 2.0, 3.0, 5.0, 6.0, 8.0, 12.0)
 SIZES = ((48, 48), (64, 64), (64, 96), (96, 96), (128, 128))
@@ -294,13 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         SECTIONS[section](bench)
         kept.save_rows(section, bench.rows)
     rows = kept.rows(SECTIONS)
-    text = page(rows, sizes, args.adapter, made_on(args.device))
-    print(text)
-    results = args.results or (None if args.quick else RESULTS)
-    if results:
-        write(results, "extrapolation", text, rows)
-    if args.json:
-        write_rows(args.json, rows)
+    publish(args, "extrapolation", page(rows, sizes, args.adapter, made_on(args.device)), rows)
 
 
 if __name__ == "__main__":

@@ -37,5 +37,15 @@ def write(folder: Path, name: str, page: str, rows: list[dict]) -> None:
     write_rows(folder / f"{name}.json", rows)
 
 
+def publish(args, name: str, page: str, rows: list[dict]) -> None:
+    """Show the page, and write what a command's `results`, `quick` and `json` ask for."""
+    print(page)
+    results = args.results or (None if args.quick else RESULTS)
+    if results:
+        write(results, name, page, rows)
+    if args.json:
+        write_rows(args.json, rows)
+
+
 def write_rows(file: Path, rows: list[dict]) -> None:
     file.write_text(json.dumps(rows, indent=1) + "\n")

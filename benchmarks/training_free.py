@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.output import RESULTS, made_on, with_errors, write, write_rows
+from comfyui_agd.benchmarks.output import made_on, publish, with_errors
 
 # s at the `KNOTS` of kinds/scale.py, from the least noise to the most.
 Knots = tuple[float, float, float, float]
@@ -176,13 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         kept.save_rows(file_of[section, name], [row])
         print(f"{section}: {name}: {row['prompt_accuracy']:.4f}", flush=True)
     rows = kept.rows()
-    text = page(rows, sizes.pictures, made_on(args.device))
-    print(text)
-    results = args.results or (None if args.quick else RESULTS)
-    if results:
-        write(results, "training_free", text, rows)
-    if args.json:
-        write_rows(args.json, rows)
+    publish(args, "training_free", page(rows, sizes.pictures, made_on(args.device)), rows)
 
 
 if __name__ == "__main__":
