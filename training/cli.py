@@ -253,21 +253,19 @@ def _train(args: argparse.Namespace) -> None:
     if args.output is None:
         raise UsageError("Give the adapter file to write: --output FILE.safetensors.")
     check_output(args.output)
-    ranks = Ranks()  # before ComfyUI, which takes the current device for its own
-    job = _job(args, args.output, Recording.open(args.recording) if args.recording else None)
-    planned = job.plan()
-    if ranks.first:
-        print(planned.describe(), flush=True)
-    if args.dry_run:
-        return
-    bar = ProgressBar(quiet=not ranks.first)
-    try:
-        with bar.stopped_by_signals():
-            trained = job.run(Callbacks(on_progress=bar, on_evaluation=bar.evaluated), planned, _rerun(args))
-    except KeyboardInterrupt:
-        raise UsageError(f"Stopped; the same command goes on from {job.folder}.") from None
-    finally:
-        ranks.close()
+    with Ranks() as ranks:  # before ComfyUI, which takes the current device for its own
+        job = _job(args, args.output, Recording.open(args.recording) if args.recording else None)
+        planned = job.plan()
+        if ranks.first:
+            print(planned.describe(), flush=True)
+        if args.dry_run:
+            return
+        bar = ProgressBar(quiet=not ranks.first)
+        try:
+            with bar.stopped_by_signals():
+                trained = job.run(Callbacks(on_progress=bar, on_evaluation=bar.evaluated), planned, _rerun(args))
+        except KeyboardInterrupt:
+            raise UsageError(f"Stopped; the same command goes on from {job.folder}.") from None
     if ranks.first:
         print(job.report(trained), end="")
         print(f"Wrote {args.output}; plots, previews and measurements are in {job.folder}.")

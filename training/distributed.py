@@ -3,6 +3,7 @@
 import datetime
 import os
 from collections.abc import Iterable
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,9 @@ import torch.distributed as dist
 
 class Ranks:
     """This process among `count`. All collective calls are made by every rank in the same order; alone they are free.
+
+    A context manager for whoever started the process: left, there is no group any more. A process that ends with one
+    is now and then aborted by the group's own threads.
 
     Rank r's lanes of a batch are a block of it, so that what a lane does never depends on how many ranks there are.
     """
@@ -68,6 +72,9 @@ class Ranks:
             dist.broadcast(values, src=0)
         return values
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()

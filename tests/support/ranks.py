@@ -52,18 +52,20 @@ def train_together(
 def _train(task: dict) -> None:
     from analytic import CONFIG, PROMPTS, AnalyticHost, stop_after, told, weights
 
+    from comfyui_agd.training.distributed import Ranks
     from comfyui_agd.training.trainer import Callbacks, train
 
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in task["settings"].items()}
     # One rank alone is stopped, as by a signal that the others don't get.
     stopped = task["stop"] and os.environ["RANK"] == "1"
-    trained = train(
-        AnalyticHost(),
-        PROMPTS,
-        replace(CONFIG, **settings),
-        stop_after(task["stop"]) if stopped else Callbacks(),
-        folder=Path(task["folder"]),
-    )
+    with Ranks():
+        trained = train(
+            AnalyticHost(),
+            PROMPTS,
+            replace(CONFIG, **settings),
+            stop_after(task["stop"]) if stopped else Callbacks(),
+            folder=Path(task["folder"]),
+        )
     torch.save({**told(trained), "weights": weights(trained)}, task["result"])
 
 

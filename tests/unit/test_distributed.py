@@ -59,15 +59,15 @@ def test_a_run_of_two_ranks_goes_on_with_another_number_of_them(tmp_path, alone)
 
 
 def test_alone_nothing_is_sent():
-    ranks, x = Ranks(), torch.arange(4.0)
-    assert ranks.first
-    assert ranks.lanes(4) == range(4)
-    assert ranks.sum(x) is x
-    assert ranks.gather(x) is x
-    assert ranks.share(x) is x
-    assert ranks.any(True)
-    assert not ranks.any(False)
-    ranks.close()
+    with Ranks() as ranks:
+        x = torch.arange(4.0)
+        assert ranks.first
+        assert ranks.lanes(4) == range(4)
+        assert ranks.sum(x) is x
+        assert ranks.gather(x) is x
+        assert ranks.share(x) is x
+        assert ranks.any(True)
+        assert not ranks.any(False)
 
 
 def as_rank(monkeypatch, rank: int, count: int) -> None:
