@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
+from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 from comfyui_agd.agd_core.comfyui.host import EncodedPrompt
 from comfyui_agd.agd_core.comfyui.patch import KEY as AGD
@@ -23,7 +24,6 @@ from comfyui_agd.agd_core.comfyui.trace import FUSED_ATTENTION
 from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.guidance import GuidanceRule, balanced_weights, gaps, weighted_error
 from comfyui_agd.agd_core.layers import sinusoidal, zero_init
-from comfyui_agd.agd_core.training_free import training_free
 from comfyui_agd.examples.toy import model as toy
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.recording import RecordedBatches
@@ -126,7 +126,7 @@ def normalised(
     """Normalised attention guidance (Chen et al. 2025, arXiv 2505.21179) at one evaluation per step, with omega for its
     scale: the guided attention's norm is limited to tau times that without guidance, and alpha of it is mixed in.
     """
-    patched = apply_adapter(model, *training_free(base), source="nag")
+    patched = apply_adapter(model, *attention_guidance(base), source="nag")
     (patcher,) = patched.get_additional_models_with_key(AGD)
     patcher.model.guide = functools.partial(_normalised, tau=tau, alpha=alpha)
     return patched

@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from comfyui_agd.agd_core import checkpoint
 from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.alternating import NEAR
+from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.checkpoint import replacing
+from comfyui_agd.agd_core.comfyui.alternating import alternate
 from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 from comfyui_agd.agd_core.guidance import GuidanceRule
-from comfyui_agd.agd_core.training_free import training_free
 from comfyui_agd.benchmarks import baselines
 from comfyui_agd.benchmarks.lab import CFG, Lab, Prompts, Ready
 from comfyui_agd.training.config import TrainConfig
@@ -91,10 +93,10 @@ def adapter(
 
 
 def untrained(lab: Lab, name: str) -> Ready:
-    """What AGD Adapter Loader offers without a file."""
-    info, state = training_free(lab.host().base)
+    """The adapter that AGD Adapter Loader has without a file."""
+    info, state = attention_guidance(lab.host().base)
     model = apply_adapter(lab.parts.model, info, state, source=name)
-    return measured(lab, model, info, state, {"training-free": _sum_of(state)})
+    return measured(lab, model, info, state, {"attention-guidance": _sum_of(state)})
 
 
 def nag(lab: Lab, name: str) -> Ready:
@@ -263,14 +265,19 @@ METHODS: dict[str, Method] = {
         )
         for kind in ("cross_attention", "offset")
     },
-    "training_free": Method("attention-space guidance with constants, nothing trained", untrained),
+    "training_free": Method(
+        "prompt and negative take turns, and CFG combines what was evaluated with what the steps around it tell of the "
+        "other; nothing trained",
+        sampled(alternate, way="alternating", near=NEAR),
+    ),
+    "attention_guidance": Method("guidance in the attention with constants, nothing trained", untrained),
     "nag": Method(
         f"normalised attention guidance (Chen et al. 2025) in one evaluation: tau {baselines.NAG_TAU:g}, alpha "
         f"{baselines.NAG_ALPHA:g}, omega for its scale",
         nag,
     ),
     "calibrated": Method(
-        "`training_free` with a few numbers per channel, fitted in 150 iterations",
+        "`attention_guidance` with a few numbers per channel, fitted in 150 iterations",
         adapter({"kind": "scale", "iterations": 150}, hears_negative=True, learning_rates=(2e-2,)),
     ),
     "ours": Method(f"the default adapter, at most {BUDGET:g} % of the base", adapter(OURS, hears_negative=True)),

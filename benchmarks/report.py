@@ -40,7 +40,7 @@ _PLOTS = (
 # As many as can be told apart.
 _PLOTTED = (
     *("unguided", "cfg", "cfg_interval", "adaptive", "meng", "static_lora", "paper_cross_attention", "paper_offset"),
-    *("training_free", "nag", "calibrated", "ours", "ours_longer"),
+    *("training_free", "attention_guidance", "nag", "calibrated", "ours", "ours_longer"),
 )
 _NAMED = 3  # of the rows that are better than another
 _SHORT_LINE = 12  # pixels of a colour in the plot's key

@@ -1,16 +1,17 @@
-"""Guidance in attention space with nothing trained: which form of it is worth most on the toy.
+"""Guidance in one evaluation with nothing trained: which form of it is worth most on the toy.
 
     python benchmarks/training_free.py [--quick] [--only FORM ...] [--work DIR] [--json FILE] [--device cuda]
 
-Forms of `attention + (omega - 1) * s * delta`: s constant, by depth, by noise level, and normalised as in NAG, beside
-the base without guidance and with CFG. Pictures are those of `quality.py`, from the same work folder, where they are
-kept. Writes training_free.md and training_free.json, which hold every form that the work folder has rows of.
+Forms of `attention + (omega - 1) * s * delta`: s constant, by depth, by noise level, and normalised as in NAG; and
+prompt and negative in turn, with several samplers; beside the base without guidance and with CFG. Pictures are those of
+`quality.py`, from the same work folder, where they are kept. Writes training_free.md and training_free.json, which hold
+every form that the work folder has rows of.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -77,21 +78,62 @@ FORMS: dict[str, dict[str, Scales | Normalised]] = {
 }
 
 
+# Sampler, scheduler and steps with which prompt and negative take turns, and CFG has both.
+IN_TURN = (
+    *(("euler", "normal", steps) for steps in (20, 12, 10)),
+    ("euler_ancestral", "normal", 20),
+    ("dpmpp_2m", "karras", 20),
+    ("dpmpp_2m_sde", "karras", 20),
+    ("dpmpp_sde", "normal", 10),
+    ("lcm", "normal", 20),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`make()` gives the MODEL; `how`: another sampler and scheduler than the usual ones."""
+
+    make: Callable
+    omega: float
+    steps: int
+    how: dict[str, str] = field(default_factory=dict)
+
+
 def patched(lab, form: Scales | Normalised):
     """The toy's MODEL, guided in that form."""
+    from comfyui_agd.agd_core.attention_guidance import attention_guidance
     from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
-    from comfyui_agd.agd_core.training_free import training_free
     from comfyui_agd.benchmarks import baselines
 
     model, base = lab.parts.model, lab.host().base
     if isinstance(form, Normalised):
         return baselines.normalised(model, base, form.tau, form.alpha)
-    info, state = training_free(base)
+    info, state = attention_guidance(base)
     scales = [torch.tensor(form.of(site)).expand(site.width, -1) for site in base.sites]
     return apply_adapter(model, info, state | {"sites.to_scale.weight": torch.cat(scales)}, source="a form of it")
 
 
-def measure(lab, name: str, model, identity: dict, omega: float) -> dict:
+def cases_of(lab) -> dict[tuple[str, str], Case]:
+    """By section and name."""
+    from comfyui_agd.agd_core.comfyui.alternating import alternate
+    from comfyui_agd.examples.toy.measure import omega_star
+    from comfyui_agd.examples.toy.sampling import STEPS
+
+    base, best, plain = lab.parts.model, omega_star(), "Without and with a second pass"
+    cases = {(plain, "unguided"): Case(lambda: base, 1.0, STEPS), (plain, "CFG"): Case(lambda: base, best, STEPS)}
+    for section, forms in FORMS.items():
+        cases |= {
+            (section, name): Case(lambda form=form: patched(lab, form), best, STEPS) for name, form in forms.items()
+        }
+    for sampler, scheduler, steps in IN_TURN:
+        how = {"sampler": sampler, "scheduler": scheduler}
+        for name, make in (("in turn", lambda: alternate(base)), ("CFG", lambda: base)):
+            named = f"{sampler}, {scheduler}, {steps} steps: {name}"
+            cases["Prompt and negative in turn", named] = Case(make, best, steps, how)
+    return cases
+
+
+def measure(lab, name: str, case: Case, identity: dict) -> dict:
     """Accuracy and Fréchet distance, and the accuracy above the base's without guidance as a share of CFG's lead."""
     from comfyui_agd.benchmarks import metrics
     from comfyui_agd.benchmarks.lab import Ready
@@ -99,7 +141,7 @@ def measure(lab, name: str, model, identity: dict, omega: float) -> dict:
     from comfyui_agd.examples.toy.measure import omega_star
     from comfyui_agd.examples.toy.sampling import STEPS
 
-    made = lab.pictures(name, Ready(model, identity), omega, STEPS)
+    made = lab.pictures(name, Ready(case.make(), identity), case.omega, case.steps, **case.how)
     unguided, cfg = (
         lab.pictures(each, METHODS[each].make(lab, each), scale, STEPS)
         for each, scale in (("unguided", 1.0), ("cfg", omega_star()))
@@ -110,8 +152,9 @@ def measure(lab, name: str, model, identity: dict, omega: float) -> dict:
         "share_of_lead": metrics.mean_and_error((made["correct"].double() - unguided["correct"].double()) / lead),
         "frechet_to_real": metrics.frechet(made["features"], lab.reference["features"]),
     }
-    evaluations = made["evaluations"].item() / len(made["correct"]) / STEPS
-    return {"evaluations_per_step": round(evaluations, 2), "omega": omega} | with_errors(measured)
+    evaluations = made["evaluations"].item() / len(made["correct"]) / case.steps
+    row = {"evaluations_per_step": round(evaluations, 2), "omega": case.omega, "steps": case.steps}
+    return row | with_errors(measured)
 
 
 def page(rows: list[dict], pictures: int, made: str) -> str:
@@ -132,9 +175,11 @@ def page(rows: list[dict], pictures: int, made: str) -> str:
 
 `python benchmarks/training_free.py`, {made}. Written by the command.
 
-`attention + (omega - 1) * s * delta` at every cross-attention of the toy, at omega 3 and 20 steps, on {pictures}
-pictures of [quality.md](quality.md)'s captions; each value with its standard error. The constant that is the loader's,
-s = 0.35 without the middle of the UNet, was chosen on other captions.
+At omega 3 and, unless a line says otherwise, 20 steps of Euler, on {pictures} pictures of [quality.md](quality.md)'s
+captions; each value with its standard error. CFG's lead is that of its 20 Euler steps. Most forms are
+`attention + (omega - 1) * s * delta` at every cross-attention of the toy; the constant of the loader's
+`attention-guidance`, s = 0.35 without the middle of the UNet, was chosen on other captions. The loader's
+`training-free` is the last section: what ComfyUI's samplers do with prompt and negative in turn.
 
 {text}
 """
@@ -151,28 +196,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     use_comfyui(cpu=args.device == "cpu")
     from comfyui_agd.benchmarks import lab
-    from comfyui_agd.examples.toy.measure import omega_star
 
     sizes = lab.QUICK if args.quick else lab.Sizes()
     own = lab.Lab(lab.Work(args.work or Path("build") / ("quality-quick" if args.quick else "quality")), sizes)
     kept = lab.Work(own.work.folder / "training-free")
-    base, best = own.parts.model, omega_star()
-    cases: dict[tuple[str, str], tuple[Callable, float]] = {
-        ("Without and with a second pass", "unguided"): (lambda: base, 1.0),
-        ("Without and with a second pass", "CFG"): (lambda: base, best),
-    }
-    for section, forms in FORMS.items():
-        cases |= {(section, name): (lambda form=form: patched(own, form), best) for name, form in forms.items()}
-    asked = args.only or (["second pass", "NAG"] if args.quick else [""])
+    cases = cases_of(own)
+    asked = args.only or (["second pass", "NAG", "euler, normal, 20"] if args.quick else [""])
     chosen = [case for case in cases if any(each.lower() in " ".join(case).lower() for each in asked)]
     if not chosen:
         sys.exit(f"No form has {' or '.join(asked)} in its name or section.")
     file_of = {case: f"{i:02d}" for i, case in enumerate(cases)}
     for section, name in chosen:
-        make, omega = cases[section, name]
-        stem = f"training-free-{file_of[section, name]}"
-        row = {"model": "toy", "section": section, "form": name}
-        row |= measure(own, stem, make(), {"form": name, "section": section}, omega)
+        stem, identity = f"training-free-{file_of[section, name]}", {"form": name, "section": section}
+        row = {"model": "toy", **identity} | measure(own, stem, cases[section, name], identity)
         kept.save_rows(file_of[section, name], [row])
         print(f"{section}: {name}: {row['prompt_accuracy']:.4f}", flush=True)
     rows = kept.rows()

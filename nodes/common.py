@@ -9,12 +9,12 @@ from comfy_api.v0_0_2 import io
 from server import PromptServer
 
 from ..agd_core import checkpoint
+from ..agd_core.attention_guidance import NAME as ATTENTION_GUIDANCE
+from ..agd_core.attention_guidance import attention_guidance
 from ..agd_core.checkpoint import AdapterInfo
 from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.embedded import apply_adapter
 from ..agd_core.comfyui.sites import describe_base, is_trained_on
-from ..agd_core.training_free import NAME as TRAINING_FREE
-from ..agd_core.training_free import training_free
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +30,18 @@ class AdapterValue(NamedTuple):
 
 
 def adapter_names() -> list[str]:
-    """What `adapter_name` can be: the files, and what needs none."""
-    return [TRAINING_FREE, *folders.adapters()]
+    """The adapters that can be named: the files, and what needs none."""
+    return [ATTENTION_GUIDANCE, *folders.adapters()]
 
 
 def why_no_adapter(name: str) -> str | None:
     """Why there is no adapter of that name, in one sentence, or None if there is one."""
-    return None if name == TRAINING_FREE else folders.why_missing(name)
+    return None if name == ATTENTION_GUIDANCE else folders.why_missing(name)
 
 
 def adapter_fingerprint(name: str) -> str:
     """Another one when the file has changed on disk, so that it is loaded again."""
-    if name == TRAINING_FREE or folders.why_missing(name):
+    if name == ATTENTION_GUIDANCE or folders.why_missing(name):
         return name
     stat = folders.adapter_path(name).stat()
     return f"{stat.st_mtime_ns}-{stat.st_size}"
@@ -49,9 +49,9 @@ def adapter_fingerprint(name: str) -> str:
 
 def named_adapter(name: str, model) -> AdapterValue:
     """For this MODEL. Raises `FileNotFoundError`, or `AdapterFileError` where the file is no adapter's."""
-    if name == TRAINING_FREE:
+    if name == ATTENTION_GUIDANCE:
         base = describe_base(model.model, model.get_model_object("model_sampling"))
-        return AdapterValue(*training_free(base), source=name)
+        return AdapterValue(*attention_guidance(base), source=name)
     return AdapterValue(*checkpoint.load_state(folders.adapter_path(name)), source=name)
 
 

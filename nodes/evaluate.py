@@ -113,7 +113,7 @@ class AGDEvaluate(io.ComfyNode):
                     "adapter_name",
                     options=adapter_names(),
                     optional=True,
-                    tooltip="An adapter file from models/agd, or 'training-free', which needs no file.",
+                    tooltip="An adapter file from models/agd, or 'attention-guidance', which needs no file.",
                 ),
                 AdapterType.Input(
                     "adapter", optional=True, tooltip="Straight from AGD Train, in place of the file of adapter_name."

@@ -3,7 +3,9 @@
 from comfy_api.v0_0_2 import io
 
 from ..agd_core import checkpoint
-from .common import adapter_fingerprint, adapter_names, named_adapter, use_adapter, use_inputs, why_no_adapter
+from ..agd_core.comfyui.alternating import DESCRIPTION, alternate
+from ..agd_core.comfyui.alternating import NAME as TRAINING_FREE
+from .common import adapter_fingerprint, adapter_names, named_adapter, notices, use_adapter, use_inputs, why_no_adapter
 
 
 class AGDAdapterLoader(io.ComfyNode):
@@ -22,10 +24,12 @@ class AGDAdapterLoader(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to sample with. The adapter must be made for its family."),
                 io.Combo.Input(
                     "adapter_name",
-                    options=adapter_names(),
+                    options=[TRAINING_FREE, *adapter_names()],
                     tooltip=(
                         "An adapter file from models/agd; AGD Train makes one from your own checkpoint. "
-                        "'training-free' needs none, and gives a part of what a trained adapter does."
+                        "'training-free' needs none, on any model: prompt and negative take turns from step to step, "
+                        "which wants nine steps or more. 'attention-guidance' needs none either, at any number of "
+                        "steps, but gives only a part of the guidance."
                     ),
                 ),
                 *use_inputs(),
@@ -39,14 +43,18 @@ class AGDAdapterLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, adapter_name=None):
-        return adapter_name is None or why_no_adapter(adapter_name) or True
+        return adapter_name in (None, TRAINING_FREE) or why_no_adapter(adapter_name) or True
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name, **kwargs):
         return adapter_fingerprint(adapter_name)
 
     @classmethod
-    def execute(cls, model, adapter_name, **use) -> io.NodeOutput:
+    def execute(cls, model, adapter_name, guidance_scale, **use) -> io.NodeOutput:
+        if adapter_name == TRAINING_FREE:
+            notify = notices(cls.hidden.unique_id)
+            patched = alternate(model, guidance_scale=guidance_scale or None, notify=notify, **use)
+            return io.NodeOutput(patched, DESCRIPTION)
         adapter = named_adapter(adapter_name, model)
-        patched = use_adapter(model, adapter, cls.hidden.unique_id, **use)
+        patched = use_adapter(model, adapter, cls.hidden.unique_id, guidance_scale=guidance_scale, **use)
         return io.NodeOutput(patched, checkpoint.describe(adapter.info, adapter.source))

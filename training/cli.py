@@ -16,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..agd_core import checkpoint, lora
-from ..agd_core.training_free import NAME as TRAINING_FREE
-from ..agd_core.training_free import training_free
+from ..agd_core.attention_guidance import NAME as ATTENTION_GUIDANCE
+from ..agd_core.attention_guidance import attention_guidance
 from . import prompts as prompt_sources
 from .assess import AssessConfig, assess, rule_of
 from .config import TrainConfig
@@ -309,7 +309,7 @@ def _evaluate(args: argparse.Namespace) -> None:
                 f"{path} can't be written: it must end in {' or '.join(suffixes)}, in a folder that exists."
             )
     prompts = _given(args.prompts, config)
-    from_file = None if str(args.adapter) == TRAINING_FREE else checkpoint.load_state(args.adapter)
+    from_file = None if str(args.adapter) == ATTENTION_GUIDANCE else checkpoint.load_state(args.adapter)
     use_comfyui(args.comfyui)
     from ..agd_core.comfyui.host import ComfyHost
     from ..agd_core.comfyui.sampler import ComfySampler
@@ -317,7 +317,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     model, clip, vae, _ = _load_base(args, with_vae=args.picture is not None)
     source, bar = str(args.adapter), ProgressBar()
     host = ComfyHost(model, clip, vae=vae)
-    info, state = from_file or training_free(host.base)
+    info, state = from_file or attention_guidance(host.base)
     sampler = ComfySampler(model, info, state, source=source, rule=rule_of(info))
     what = host, sampler, info, state, prompts, config
     try:
@@ -424,7 +424,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         description="Measures how much of the guidance an adapter gives on a checkpoint, its own or another one, with "
         "your prompts, and how fast; shows it beside CFG. No images are needed.",
     )
-    evaluate.add_argument("adapter", type=Path, help=f"the adapter file, or '{TRAINING_FREE}'")
+    evaluate.add_argument("adapter", type=Path, help=f"the adapter file, or '{ATTENTION_GUIDANCE}'")
     evaluate.add_argument("--json", **_FILE, help="write all that was measured there")
     evaluate.add_argument("--picture", **_FILE, help="write unguided, CFG's and AGD's images there, side by side")
     evaluate.set_defaults(run=_evaluate)

@@ -1,10 +1,8 @@
 """Sampling with guidance embedded: what AGD Adapter Loader and AGD Apply Adapter do to a MODEL."""
 
-import logging
 import math
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import comfy.model_patcher
@@ -18,9 +16,8 @@ from ..lora import low_rank_part
 from .merging import NotAsMerged, can_merge, merged_into
 from .patch import KEY, Active, Broken, Negative, Step, is_compiled, managed, register, take_part, without_compile
 from .sites import check_linear_layers, describe_base
+from .steps import Span, say_in_log, with_cfg
 from .two_passes import who_needs_both
-
-log = logging.getLogger(__name__)
 
 # Latents of up to twice the pixels of a trained size, or down to half of them, are not worth a word.
 _FAR = 2.0
@@ -28,10 +25,6 @@ _FAR = 2.0
 _SAME = 0.25
 # Adapters whose strengths sum up to more than this are hardly meant to work in the same step.
 _TOGETHER = 1.25
-
-
-def say_in_log(message: str) -> None:
-    log.warning("AGD: %s", message)
 
 
 @dataclass(frozen=True)
@@ -43,33 +36,12 @@ class Use:
     patcher: comfy.model_patcher.ModelPatcher
     guidance_scale: float | None
     strength: float
-    sigma_start: float
-    sigma_end: float
+    span: Span
     lora: dict[str, torch.Tensor]
     identity: uuid.UUID = field(default_factory=uuid.uuid4)
 
-    @property
-    def everywhere(self) -> bool:
-        """Whether it is for all of a sampling."""
-        return self.sigma_start == math.inf and self.sigma_end == 0.0
-
     def omega(self, guider) -> float:
         return guider.cfg if self.guidance_scale is None else self.guidance_scale
-
-    def covers(self, timestep: torch.Tensor) -> bool:
-        if self.everywhere:
-            return True  # the usual case, without reading a value back from the device
-        # The end is not part of it, so that of two uses that meet there one takes the step.
-        return self.sigma_end < float(timestep.flatten()[0]) <= self.sigma_start
-
-
-@contextmanager
-def _with_cfg(guider, cfg: float) -> Iterator[None]:
-    saved, guider.cfg = guider.cfg, cfg
-    try:
-        yield
-    finally:
-        guider.cfg = saved
 
 
 @dataclass
@@ -110,7 +82,13 @@ class EmbeddedGuidance:
     def _merges(self, guider, sampler: comfy.samplers.Sampler) -> bool:
         """Whether to sample with the adapter's low-rank changes in the weights."""
         use, *others = self.uses
-        if others or not self.merging or not use.lora or not use.everywhere or math.isclose(use.omega(guider), 1.0):
+        if (
+            others
+            or not self.merging
+            or not use.lora
+            or not use.span.everywhere
+            or math.isclose(use.omega(guider), 1.0)
+        ):
             return False
         return can_merge(guider) and not who_needs_both(guider, sampler, guider.model_options)
 
@@ -170,7 +148,7 @@ class Sampling:
 
     def __call__(self, executor, x, timestep, model_options={}, seed=None):
         guider = executor.class_obj
-        uses = [use for use in self.embedded.uses if use.covers(timestep)]
+        uses = [use for use in self.embedded.uses if use.span.covers(timestep)]
         if not uses:
             return executor(x, timestep, model_options, seed)
         needs_both = who_needs_both(guider, self.sampler, model_options)
@@ -182,14 +160,14 @@ class Sampling:
                 f"{needs_both} needs the unconditional prediction, so every step takes two passes all the same; the "
                 "model's own cfg is used instead of the adapter, and nothing is gained here."
             )
-            with _with_cfg(guider, omegas[-1]):
+            with with_cfg(guider, omegas[-1]):
                 return executor(x, timestep, model_options, seed)
         guiding = [(use, omega) for use, omega in zip(uses, omegas, strict=True) if not math.isclose(omega, 1.0)]
         hears_negative = any(use.patcher.model.uses_negative for use, _ in guiding)
         away_from = self._away_from(guider, timestep) if hears_negative else ()
         if not away_from:
             guiding = [(use, omega) for use, omega in guiding if self._needs_no_negative(use)]
-        with _with_cfg(guider, 1.0):
+        with with_cfg(guider, 1.0):
             if not guiding:
                 return executor(x, timestep, model_options, seed)
             if not self.looked:
@@ -242,7 +220,7 @@ class Sampling:
     def _needs_no_negative(self, use: Use) -> bool:
         if use.info.negative_mode == "used" and not use.info.unconditional:
             self.embedded.say(
-                "training-free guidance needs a negative prompt, and this workflow gives none, so the model runs "
+                "guidance without training needs a negative prompt, and this workflow gives none, so the model runs "
                 "unguided; an empty text as the negative prompt is enough."
             )
             return False
@@ -321,12 +299,16 @@ def apply_adapter(
         managed(info, state, model, source),
         guidance_scale,
         strength,
-        sigma_start=math.inf if start_percent <= 0 else float(sampling.percent_to_sigma(start_percent)),
-        sigma_end=0.0 if end_percent >= 1 else float(sampling.percent_to_sigma(end_percent)),
+        Span.between(sampling, start_percent, end_percent),
         # Copied: files may be mapped.
         lora={k: v.clone() for k, v in low_rank_part(info, state).items()} if info.config.merges else {},
     )
-    before = [use for embedded in clone.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY) for use in embedded.uses]
+    others = clone.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
+    if not all(isinstance(other, EmbeddedGuidance) for other in others):
+        raise ValueError(
+            "This model has training-free guidance of an AGD node already; an adapter is for a model without."
+        )
+    before = [use for embedded in others for use in embedded.uses]
     embedded = EmbeddedGuidance((*before, use), notify)
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, embedded)

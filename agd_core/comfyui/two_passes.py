@@ -35,14 +35,32 @@ def _patches(model_options: dict) -> list[Callable]:
     return [p for group in patches.values() for p in group if getattr(p, "__module__", "").rpartition(".")[0] != ours]
 
 
+def combines_itself(guider: CFGGuider) -> str | None:
+    """The name of a guider that combines predictions in its own way, or None."""
+    return None if type(guider).predict_noise is CFGGuider.predict_noise else f"the guider {type(guider).__name__}"
+
+
+def who_looks_inside(sampler: Sampler, model_options: dict) -> str | None:
+    """The name of a node that needs the negative evaluated in this very step, or None.
+
+    It replaces attentions, to note what they do, and then reads the unconditional prediction.
+    """
+    replacements = model_options.get("transformer_options", {}).get("patches_replace", {})
+    makers = {getattr(fn, "__module__", None) for group in replacements.values() for fn in group.values()}
+    for function in model_options.get("sampler_post_cfg_function", []):
+        if _needs_unconditional(function) and getattr(function, "__module__", None) in makers:
+            return _name(function, sampler)
+    return None
+
+
 def who_needs_both(guider: CFGGuider, sampler: Sampler, model_options: dict) -> str | None:
     """The name of what needs both predictions in this step, or None if one is enough.
 
     Guiders that combine predictions in their own way, nodes that replace or precede cfg's combination, samplers and
     nodes that ask for the unconditional even at cfg 1.
     """
-    if type(guider).predict_noise is not CFGGuider.predict_noise:
-        return f"the guider {type(guider).__name__}"
+    if name := combines_itself(guider):
+        return name
     if guider.conds.get("negative") is None:
         return None  # as with BasicGuider: there is nothing for a second pass
     before = list(model_options.get("sampler_pre_cfg_function", []))

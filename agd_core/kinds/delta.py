@@ -7,7 +7,7 @@ before the base's `to_out`:
     (scale(t) + modulation(omega, t)) * delta + out(silu(factor(omega, t) * hidden + shift(omega, t)))
     hidden = down(delta) + from_h(h)
 
-`scale` is a `ScaleAdapter`: a new adapter is the training-free one, or goes on from a fitted one. With a `rank` the
+`scale` is a `ScaleAdapter`: a new adapter guides with constants, or goes on from a fitted one. With a `rank` the
 blocks' linear layers are changed as well (`low_rank.py`), for more quality at more cost. But not those of the keys and
 values: where both prompts are the same, `delta` is zero.
 

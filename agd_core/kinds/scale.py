@@ -1,6 +1,6 @@
 """Guidance in attention space, from nothing or from a minute of fitting (DESIGN 1.10).
 
-Each site adds `scale(t) * delta` before the base's `to_out`. A new adapter is the training-free form; fitted
+Each site adds `scale(t) * delta` before the base's `to_out`. A new adapter has constants; fitted
 (`agd calibrate`) it has a few numbers per channel.
 
 Shapes: b rows, n image tokens, w channels of a site, S sites, K knots.

@@ -102,9 +102,10 @@ def test_an_adapter_is_evaluated_and_the_files_say_what_the_report_says(toy, sav
 
 def test_what_needs_no_training_is_evaluated_too(tmp_path):
     settings = ("--omega", "3", "--steps", "6", "--count", "2", "--width", "64", "--height", "64")
-    done = run(evaluate("training-free", "--prompts", "a large red star on a white background", *settings), tmp_path)
+    text = ("--prompts", "a large red star on a white background")
+    done = run(evaluate("attention-guidance", *text, *settings), tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"Adapter training-free on ToyConfig \(EPS-prediction, .*\)\.\n", done.stdout)
+    assert re.search(r"Adapter attention-guidance on ToyConfig \(EPS-prediction, .*\)\.\n", done.stdout)
     assert "AGD: " in done.stdout
     assert "no gap closed in a training of its own is reported" in done.stdout
 

@@ -22,9 +22,9 @@ from runtime import (
     tiny,
 )
 
+from comfyui_agd.agd_core.attention_guidance import NAME, attention_guidance
 from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 from comfyui_agd.agd_core.comfyui.sites import block_of, describe_base, transformers
-from comfyui_agd.agd_core.training_free import NAME, training_free
 
 close = partial(torch.testing.assert_close, atol=2e-4, rtol=2e-4)
 
@@ -41,7 +41,7 @@ def agd(base, file):
     def patch(model=base, **options):
         if file is not None:
             return patched(model, file, **options)
-        return apply_adapter(model, *training_free(describe_base(model.model)), source=NAME, **options)
+        return apply_adapter(model, *attention_guidance(describe_base(model.model)), source=NAME, **options)
 
     return patch
 
@@ -57,14 +57,14 @@ def test_one_evaluation_per_step_that_hears_the_negative_prompt(agd, prompts):
 
 
 def test_the_negative_prompt_equal_to_the_positive_guides_nowhere(base, prompts):
-    model = apply_adapter(base, *training_free(describe_base(base.model)), source=NAME)
+    model = apply_adapter(base, *attention_guidance(describe_base(base.model)), source=NAME)
     same = away_from(prompts, prompts.positive)
     close(ksampler(model, same), ksampler(base, prompts, cfg=1.0))
 
 
 def test_a_model_with_y():
     base, prompts, at = tiny(TinyXL()), random_prompts(pooled=1280), latent(2, channels=4)
-    model = apply_adapter(base, *training_free(describe_base(base.model)), source=NAME)
+    model = apply_adapter(base, *attention_guidance(describe_base(base.model)), source=NAME)
     assert rows_of(model, ksampler, prompts, at=at) == [2] * STEPS
     assert not torch.equal(ksampler(model, prompts, at=at), ksampler(base, prompts, at=at, cfg=1.0))
 
@@ -137,9 +137,9 @@ def test_without_a_negative_a_trained_adapter_has_its_unconditional(base, prompt
     close(ksampler(model, zeroed), ksampler(model, prompts))
 
 
-def test_without_a_negative_training_free_guidance_says_that_it_needs_one(base, prompts):
+def test_without_a_negative_guidance_without_training_says_that_it_needs_one(base, prompts):
     said = []
-    info, state = training_free(describe_base(base.model))
+    info, state = attention_guidance(describe_base(base.model))
     model = apply_adapter(base, info, state, source=NAME, guidance_scale=CFG, notify=said.append)
     assert torch.equal(custom_sampler(model, prompts, "BasicGuider"), custom_sampler(base, prompts, "BasicGuider"))
     assert len(said) == 1

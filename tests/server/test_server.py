@@ -1,5 +1,6 @@
 """The pack as ComfyUI's users meet it: the real server, its API, its files."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -224,9 +225,11 @@ def without(server, name: str, unwanted: str) -> np.ndarray:
 
 
 def test_the_negative_prompt_is_heard_with_a_trained_adapter_and_without_training(server, trained):
-    for name in (trained, "training-free"):
-        assert not np.array_equal(without(server, name, ""), without(server, name, "red"))
-    assert not np.array_equal(without(server, trained, ""), without(server, "training-free", ""))
+    ways = (trained, "training-free", "attention-guidance")
+    pictures = [without(server, name, "") for name in ways]
+    for name, picture in zip(ways, pictures, strict=True):
+        assert not np.array_equal(picture, without(server, name, "red"))
+    assert not any(np.array_equal(*pair) for pair in itertools.combinations(pictures, 2))
 
 
 def test_a_calibrated_adapter_is_where_training_may_begin(server):

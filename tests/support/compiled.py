@@ -7,6 +7,7 @@ was said.
 """
 
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,9 @@ from comfy_extras.nodes_torch_compile import TorchCompileModel  # noqa: E402
 from runtime import ksampler, patched, random_prompts, tiny  # noqa: E402
 from small import info_for, randomised  # noqa: E402
 
-from comfyui_agd.agd_core import checkpoint  # noqa: E402
+from comfyui_agd.agd_core import alternating, checkpoint  # noqa: E402
 from comfyui_agd.agd_core.adapter import Adapter  # noqa: E402
+from comfyui_agd.agd_core.comfyui.alternating import alternate  # noqa: E402
 from comfyui_agd.agd_core.comfyui.sites import describe_base  # noqa: E402
 from comfyui_agd.examples.toy.model import ToyConfig  # noqa: E402
 
@@ -83,6 +85,7 @@ def main() -> None:
     low_rank = adapter("low_rank", 3, kind="low_rank", modulated=True)
     merged = adapter("merged", 4, rank=4)
     said: list[str] = []
+    alternating.NEAR = math.inf  # however few the steps are
     agd = partial(patched, notify=said.append)
     one = compile_it(agd(BASE, first))  # a single compiled MODEL that is sampled again and again
     cases = [  # name, compiled model, the model that it has to equal, cfg
@@ -95,6 +98,7 @@ def main() -> None:
         ("an adapter in the weights", compile_it(agd(BASE, merged)), agd(BASE, merged), 5.0),
         ("an adapter again", one, agd(BASE, first), 5.0),
         ("the loader after the compile node", agd(compile_it(BASE), first), agd(BASE, first), 5.0),
+        ("training-free", compile_it(alternate(BASE)), alternate(BASE), 5.0),
         ("bypassed", compile_it(BASE), BASE, 5.0),
     ]
     report = {}

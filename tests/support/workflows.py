@@ -61,6 +61,7 @@ PICTURE = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(2))
 class Row:
     """`without`, `with_agd`: evaluations per prediction that the sampler asks for, and per picture.
 
+    `training_free`: the same of guidance that needs no adapter; None is half of `without`, 0 that it is refused.
     `aside`: what needs the unconditional, as the warning names it; `as_base`: the result is the base's own; `since`:
     the oldest tested ComfyUI that has it, and has it so. Without `run` the row is tested in
     compatibility/test_compile.py, which needs processes of its own.
@@ -74,6 +75,11 @@ class Row:
     aside: str | None = None
     as_base: bool = False
     since: str | None = None
+    training_free: float | None = None
+
+    @property
+    def with_training_free(self) -> float:
+        return self.without / 2 if self.training_free is None else self.training_free
 
 
 ROWS: list[Row] = []
@@ -182,7 +188,7 @@ def cfg_guider(agd, base, _):
     return custom_sampler(agd(base), PROMPTS, "CFGGuider")
 
 
-@row("SamplerCustomAdvanced with BasicGuider", 1, 1)
+@row("SamplerCustomAdvanced with BasicGuider", 1, 1, training_free=1)
 def basic_guider(agd, base, _):
     return custom_sampler(agd(base, guidance_scale=CFG), PROMPTS, "BasicGuider")
 
@@ -203,7 +209,7 @@ def predict_from(model, prompts: Prompts, noise: torch.Tensor):
     return comfy.sample.sample_custom(model, noise, CFG, euler, sigmas, prompts.positive, prompts.negative, zeros)
 
 
-@row("DualCFGGuider", 3, 3, ("regular", "nested"), aside="the guider Guider_DualCFG")
+@row("DualCFGGuider", 3, 3, ("regular", "nested"), aside="the guider Guider_DualCFG", training_free=3)
 def dual_cfg_guider(agd, base, style):
     node, other = custom.DualCFGGuider, random_prompts(lengths=(32, 32))
     model = agd(base)
@@ -212,13 +218,13 @@ def dual_cfg_guider(agd, base, style):
     )
 
 
-@row("DualModelGuider", 2, 2, aside="the guider Guider_DualModel", since="0.26.0")
+@row("DualModelGuider", 2, 2, aside="the guider Guider_DualModel", since="0.26.0", training_free=2)
 def dual_model_guider(agd, base, _):
     node = custom.DualModelGuider
     return sample_custom(node.execute(agd(base), PROMPTS.positive, CFG, other_model(), PROMPTS.negative).args[0])
 
 
-@row("PerpNegGuider", 3, 3, aside="the guider Guider_PerpNeg")
+@row("PerpNegGuider", 3, 3, aside="the guider Guider_PerpNeg", training_free=3)
 def perp_neg_guider(agd, base, _):
     node, empty = nodes_perpneg.PerpNegGuider, random_prompts(lengths=(32, 32)).negative
     return sample_custom(node.execute(agd(base), PROMPTS.positive, PROMPTS.negative, empty, CFG, 1.0).args[0])
@@ -436,33 +442,35 @@ for what, without, with_agd, name, aside in (
     ("FreSca", 2, 2, "FreSca", "FreSca"),
 ):
     new = what in ("CFGOverride", "CFGNorm with `pre_cfg`")
-    row(what, without, with_agd, AROUND, aside=aside, since="0.26.0" if new else None)(beside(name))
+    own = {"PAG": 2, "PerpNeg": 2, "SelfAttentionGuidance": 3}.get(name)  # with an evaluation of their own
+    kind = {"aside": aside, "since": "0.26.0" if new else None, "training_free": own}
+    row(what, without, with_agd, AROUND, **kind)(beside(name))
 
 
 # The loader itself
 
 
-@row("cfg 1", 1, 1, as_base=True)
+@row("cfg 1", 1, 1, as_base=True, training_free=1)
 def cfg_1(agd, base, _):
     return ksampler(agd(base), PROMPTS, cfg=1.0)
 
 
-@row("Strength 0", 2, 2, as_base=True)
+@row("Strength 0", 2, 2, as_base=True, training_free=2)
 def strength_0(agd, base, _):
     return ksampler(agd(base, strength=0.0), PROMPTS)
 
 
-@row("Steps outside `start_percent` and `end_percent`", 2, 1.5)
+@row("Steps outside `start_percent` and `end_percent`", 2, 1.5, training_free=1.5)
 def part_of_the_sampling(agd, base, _):
     return ksampler(agd(base, end_percent=0.5), PROMPTS)
 
 
-@row("Two loaders in a row, at strength 0.5 each", 2, 1)
+@row("Two loaders in a row, at strength 0.5 each", 2, 1, training_free=0)
 def two_loaders(agd, base, _=""):
     return ksampler(agd(agd(base, strength=0.5), strength=0.5), PROMPTS)
 
 
-@row("Two loaders in a row, one for each part of the sampling", 2, 1)
+@row("Two loaders in a row, one for each part of the sampling", 2, 1, training_free=0)
 def two_parts(agd, base, _=""):
     return ksampler(agd(agd(base, end_percent=0.5), start_percent=0.5), PROMPTS)
 

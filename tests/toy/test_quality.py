@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.comfyui.counting import counted
 from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 from comfyui_agd.agd_core.comfyui.sites import describe_base
 from comfyui_agd.agd_core.guidance import GuidanceRule
-from comfyui_agd.agd_core.training_free import training_free as nothing_trained
 from comfyui_agd.benchmarks import ablation, baselines, extrapolation, lab, quality, report, training_free
 from comfyui_agd.benchmarks.methods import METHODS
 from comfyui_agd.examples.toy.judge import recognised
@@ -291,5 +291,5 @@ def test_the_loaders_form_and_nags_are_among_them(draw, parts, form):
     forms = {name: each for section in training_free.FORMS.values() for name, each in section.items()}
     usual = baselines.normalised(parts.model, own.host().base)
     if form == "s = 0.35":
-        usual = apply_adapter(parts.model, *nothing_trained(own.host().base), source="the loader's")
+        usual = apply_adapter(parts.model, *attention_guidance(own.host().base), source="the loader's")
     assert torch.equal(draw(training_free.patched(own, forms[form]))[0], draw(usual)[0])

@@ -41,7 +41,7 @@ def trained(kind: str) -> Adapter:
 
 @KINDS
 @pytest.mark.parametrize("t", [0.0, 333.0, 999.0])
-def test_a_new_adapter_is_the_training_free_one(kind, t):
+def test_a_new_adapter_guides_with_constants(kind, t):
     delta = some(1, 2, 9, 24)
     torch.testing.assert_close(guide(build(kind), 4.0, t), (4.0 - 1) * START * delta)
 

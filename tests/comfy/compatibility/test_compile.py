@@ -16,7 +16,7 @@ UNGUIDED = ("the base", "cfg 1", "bypassed")  # cases whose picture is the base'
 COSTS = {"the base": ROW.without, "cfg 1": 1, "bypassed": ROW.without}
 COSTS |= dict.fromkeys(("an adapter", "another omega", "another adapter"), ROW.with_agd)
 COSTS |= dict.fromkeys(("a low_rank adapter", "an adapter in the weights", "an adapter again"), ROW.with_agd)
-COSTS |= {"the loader after the compile node": ROW.with_agd}
+COSTS |= {"the loader after the compile node": ROW.with_agd, "training-free": ROW.with_training_free}
 UNSEEN = "torch.compile doesn't see what an adapter of low rank does inside of the model's layers; with the adapter "
 UNSEEN += "the model runs uncompiled."
 

@@ -1,5 +1,6 @@
 """Every row of docs/compatibility.md in the real runtime: what it costs, and whose picture it is."""
 
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,9 @@ import pytest
 import torch
 from runtime import ksampler, patched, since
 from workflows import AROUND, PROMPTS, ROWS, Row, Watch, no_agd
+
+from comfyui_agd.agd_core import alternating
+from comfyui_agd.agd_core.comfyui.alternating import alternate
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "compatibility.md"
 
@@ -54,12 +58,32 @@ def test_row(base, file, new, plain, row, variant):
     assert torch.equal(ksampler(base, PROMPTS, steps=1), plain)
 
 
-def table() -> dict[str, tuple[float, float]]:
-    """Evaluations without and with AGD for each row of the documentation's table."""
+@pytest.mark.parametrize(("row", "variant"), cases())
+def test_row_with_training_free_guidance(base, plain, row, variant, monkeypatch):
+    if row.since:
+        since(row.since)
+    monkeypatch.setattr(alternating, "NEAR", math.inf)  # however few the steps are
+    without, _ = evaluate(row, variant, base, no_agd)
+    said = []
+    agd = partial(alternate, notify=said.append)
+    if not row.with_training_free:
+        with pytest.raises(ValueError, match="guidance of an AGD node already"):
+            evaluate(row, variant, base, agd)
+        return
+    guided, evaluations = evaluate(row, variant, base, agd)
+    assert evaluations == pytest.approx(row.with_training_free)
+    assert torch.isfinite(guided).all()
+    assert torch.equal(guided, without) == (row.with_training_free == row.without)
+    assert bool(said) == (row.with_training_free == row.without and not row.as_base)
+    assert torch.equal(ksampler(base, PROMPTS, steps=1), plain)
+
+
+def table() -> dict[str, tuple[float, float, float]]:
+    """Evaluations without AGD, with an adapter and training-free for each row of the documentation's table."""
     rows = [line.strip("| ") for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     cells = [re.split(r"\s*\|\s*", row) for row in rows[2:]]
-    return {what: (float(without), float(with_agd)) for what, without, with_agd, *_ in cells}
+    return {what: tuple(0.0 if n == "refused" else float(n) for n in counts[:3]) for what, *counts in cells}
 
 
 def test_the_documented_table_is_what_is_tested():
-    assert table() == {row.what: (row.without, row.with_agd) for row in ROWS}
+    assert table() == {row.what: (row.without, row.with_agd, row.with_training_free) for row in ROWS}

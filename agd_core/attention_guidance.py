@@ -1,4 +1,4 @@
-"""Guidance in one evaluation for a base that nobody has trained an adapter for (DESIGN 1.10)."""
+"""Guidance from the base's attention to both prompts, with constants and nothing trained (DESIGN 1.10)."""
 
 from dataclasses import replace
 
@@ -8,10 +8,10 @@ from .adapter import Adapter
 from .checkpoint import AdapterInfo
 from .config import AdapterConfig, BaseInfo
 
-NAME = "training-free"
+NAME = "attention-guidance"
 
 
-def training_free(base: BaseInfo) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
+def attention_guidance(base: BaseInfo) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
     """A new adapter of the kind "scale": info and weights, as from a file. It needs a negative prompt to guide from."""
     adapter = Adapter(AdapterConfig(sites=base.sites, kind="scale", prompt_tokens=1))
     base = replace(base, fingerprint="")  # it is of no checkpoint in particular

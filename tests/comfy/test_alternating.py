@@ -1,0 +1,177 @@
+"""Guidance without training on any model. What it works with is in compatibility/test_table.py."""
+
+import comfy.supported_models
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from runtime import CFG, STEPS, Prompts, ksampler, ksampler_advanced, latent, patched, random_prompts, rows_of, tiny
+
+from comfyui_agd.agd_core.attention_guidance import attention_guidance
+from comfyui_agd.agd_core.comfyui.alternating import _position, alternate
+from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
+from comfyui_agd.agd_core.comfyui.sites import describe_base
+from comfyui_agd.examples.toy.sampling import encode
+
+MANY = 12  # steps that are near enough to each other
+
+
+def test_one_evaluation_per_step(base, prompts):
+    assert rows_of(alternate(base), ksampler, prompts, steps=MANY) == [1] * MANY
+    assert rows_of(alternate(base), ksampler, prompts, steps=MANY, at=latent(3)) == [3] * MANY
+
+
+def test_few_steps_are_cfgs_own_but_for_the_first_which_has_no_guidance(base, prompts):
+    said = []
+    model = alternate(base, notify=said.append)
+    assert rows_of(model, ksampler, prompts) == [1] + [2] * (STEPS - 1)
+    assert len(said) == 1
+    assert "wants nine steps or more" in said[0]
+    rest = {"add_noise": True, "start": 1, "cfg": CFG}
+    assert torch.equal(
+        ksampler_advanced(alternate(base), prompts, latent(), **rest)["samples"],
+        ksampler_advanced(base, prompts, latent(), **rest)["samples"],
+    )
+
+
+def test_many_steps_say_nothing(base, prompts):
+    said = []
+    ksampler(alternate(base, notify=said.append), prompts, steps=MANY)
+    assert said == []
+
+
+def test_the_negative_prompt_is_heard(base, prompts):
+    other = Prompts(prompts.positive, random_prompts(seed=9).positive)
+    model = alternate(base)
+    assert not torch.equal(ksampler(model, prompts, steps=MANY), ksampler(model, other, steps=MANY))
+
+
+def test_a_picture_of_a_batch_is_as_it_is_alone(base, prompts):
+    noise = {"samples": torch.randn(2, 12, 8, 8, generator=torch.manual_seed(3))}
+    together = ksampler(alternate(base), prompts, at=noise, steps=MANY, denoise=0.9, cfg=2.0)
+    repeated = {"samples": noise["samples"][:1].repeat(2, 1, 1, 1)}
+    alone = ksampler(alternate(base), prompts, at=repeated, steps=MANY, denoise=0.9, cfg=2.0)
+    torch.testing.assert_close(together[0], alone[0], atol=1e-3, rtol=1e-3)
+
+
+def test_cfg_1_strength_0_and_an_empty_range_are_the_base_itself(base, prompts):
+    how = {"steps": MANY}
+    assert torch.equal(ksampler(alternate(base), prompts, cfg=1.0, **how), ksampler(base, prompts, cfg=1.0, **how))
+    expected = ksampler(base, prompts, **how)
+    assert torch.equal(ksampler(alternate(base, strength=0.0), prompts, **how), expected)
+    assert torch.equal(ksampler(alternate(base, start_percent=0.5, end_percent=0.5), prompts, **how), expected)
+
+
+def test_bypassing_gives_the_bases_own_pictures_before_and_after(base, prompts):
+    before = ksampler(base, prompts, steps=MANY)
+    guided = ksampler(alternate(base), prompts, steps=MANY)
+    assert torch.equal(ksampler(base, prompts, steps=MANY), before)
+    assert not torch.equal(guided, before)
+
+
+def test_nothing_is_left_of_one_sampling_in_the_next(base, prompts):
+    model = alternate(base)
+    first = ksampler(model, prompts, steps=MANY)
+    ksampler(model, prompts, steps=3, at=latent(2, 6, 10))
+    assert torch.equal(ksampler(model, prompts, steps=MANY), first)
+
+
+def test_nor_of_one_that_was_interrupted(base, prompts):
+    model, calls = alternate(base), []
+
+    def fail(executor, x, *args, **kwargs):
+        calls.append(x)
+        if len(calls) == 5:
+            raise RuntimeError("out of luck")
+        return executor(x, *args, **kwargs)
+
+    failing = model.clone()
+    failing.add_wrapper_with_key("diffusion_model", "test", fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        ksampler(failing, prompts, steps=MANY)
+    assert torch.equal(ksampler(model, prompts, steps=MANY), ksampler(alternate(base), prompts, steps=MANY))
+
+
+def test_the_override_wins_over_the_samplers_cfg_and_strength_scales_the_guidance(base, prompts):
+    overridden = ksampler(alternate(base, guidance_scale=3.0), prompts, cfg=8.0, steps=MANY)
+    assert torch.equal(overridden, ksampler(alternate(base), prompts, cfg=3.0, steps=MANY))
+    half = ksampler(alternate(base, strength=0.5), prompts, cfg=5.0, steps=MANY)
+    assert torch.equal(half, overridden)
+
+
+def test_nodes_that_adjust_the_combination_have_both_predictions(base, prompts):
+    seen = []
+
+    def combine(args):
+        seen.append((args["cond_denoised"], args["uncond_denoised"]))
+        return args["input"] - args["cond_denoised"]
+
+    model = alternate(base)
+    model.set_model_sampler_cfg_function(combine)
+    ksampler(model, prompts, steps=MANY)
+    assert len(seen) == MANY
+    assert all(torch.equal(*both) for both in seen[:2])
+    assert not any(torch.equal(*both) for both in seen[2:])
+
+
+def test_it_is_not_on_a_model_with_an_adapter_nor_an_adapter_on_it(base, save_adapter):
+    file = save_adapter(base)
+    for twice in (lambda: alternate(patched(base, file)), lambda: patched(alternate(base), file)):
+        with pytest.raises(ValueError, match="guidance of an AGD node already"):
+            twice()
+
+
+@pytest.mark.parametrize("percent", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_positions_are_comfyuis_percent(base, percent):
+    sampling = base.get_model_object("model_sampling")
+    assert _position(sampling, sampling.percent_to_sigma(percent)) == pytest.approx(percent, abs=1 / 128)
+
+
+@pytest.mark.parametrize("scheduler", ["normal", "simple", "sgm_uniform"])
+def test_nine_steps_are_enough(base, prompts, scheduler):
+    assert sum(rows_of(alternate(base), ksampler, prompts, steps=9, scheduler=scheduler)) == 9
+
+
+class TinySD3(comfy.supported_models.SD3):
+    """A flow model whose attentions no adapter knows, at the smallest widths."""
+
+    unet_config = {"in_channels": 16, "patch_size": 2, "depth": 1, "input_size": None, "adm_in_channels": 128}
+    unet_config |= {"num_patches": None, "pos_embed_max_size": 32, "pos_embed_scaling_factor": None}
+    unet_config |= {"context_embedder_config": {"params": {"in_features": 128, "out_features": 64}}}
+    unet_config["context_embedder_config"]["target"] = "torch.nn.Linear"
+
+    def __init__(self):
+        super().__init__(self.unet_config)
+
+
+@pytest.mark.parametrize("scheduler", ["simple", "normal", "beta"])
+def test_any_model_will_do(prompts, scheduler):
+    counted, rows = alternate(tiny(TinySD3())), []
+
+    def apply_model(executor, x, *args, **kwargs):
+        rows.append(len(x))
+        return executor(x, *args, **kwargs)
+
+    counted.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", apply_model)
+    sampled = ksampler(counted, prompts, steps=20, at=latent(1, channels=16), scheduler=scheduler)
+    assert rows == [1] * 20
+    assert torch.isfinite(sampled).all()
+
+
+def test_the_toys_pictures_are_near_to_cfgs(toy):
+    """Much nearer than without guidance, and nearer than guidance in the attention alone."""
+    texts = [
+        "a small red circle left of a large green star on a white background",
+        "a large blue ring on a red background",
+    ]
+    (positive,), (negative,) = encode(toy.clip, texts), encode(toy.clip, [""] * len(texts))
+    prompts, at = Prompts(positive, negative), latent(2)
+
+    def apart(model, cfg: float = 3.0) -> float:
+        sampled = ksampler(model, prompts, cfg=cfg, steps=20, at=at)
+        return float((sampled - guided).norm() / guided.norm())
+
+    guided = ksampler(toy.model, prompts, cfg=3.0, steps=20, at=at)
+    in_turn = apart(alternate(toy.model))
+    in_attention = apart(apply_adapter(toy.model, *attention_guidance(describe_base(toy.model.model)), source="it"))
+    assert in_turn < 0.5 * in_attention
+    assert in_turn < 0.5 * apart(toy.model, cfg=1.0)
