@@ -4,6 +4,9 @@ From step to step both predictions of CFG change a good deal, but mostly togethe
 both sides of it are known, at the step before: what was evaluated there, against the mean of the other prediction
 before and after it, in which a steady change cancels. Nothing is fitted, other than in LinearAG (Castillo et al. 2023,
 arXiv 2312.12487), which regresses the negative's prediction on earlier ones.
+
+A change that is not steady shows: noise that a sampler adds enters the differences of two steps with opposite signs.
+Once they point different ways, every second step evaluates both predictions, and those between the prompt's alone.
 """
 
 from collections.abc import Callable
@@ -13,12 +16,15 @@ import torch
 
 # Of a schedule from 0, pure noise, to 1. Evaluations further apart say too little of each other.
 NEAR = 1 / 8
+# The least cosine between the differences of two steps, where they are at least this share of the largest one.
+AGREES, MATTERS = 0.6, 1 / 16
 
 
 @dataclass
 class AlternatingGuidance:
     """Both predictions at the steps of one sampling; `known`: the last one evaluated for the prompt (True) and for the
-    negative (False); `delta`: their difference at the step before, `measured` there or estimated.
+    negative (False); `delta`: their difference at the step before, `measured` there or estimated; `largest`: the
+    largest norm of it; `doubted`: whether estimates have contradicted each other.
     """
 
     position: float = 0.0
@@ -26,28 +32,47 @@ class AlternatingGuidance:
     known: dict[bool, torch.Tensor] = field(default_factory=dict)
     delta: torch.Tensor | None = None
     measured: bool = False
+    largest: float = 0.0
+    doubted: bool = False
 
     def __call__(
         self, position: float, evaluate: Callable[..., list[torch.Tensor]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(with the prompt, with the negative) at a position of the schedule, one of them estimated.
+        """(with the prompt, with the negative) at a position of the schedule: (b, ...) each, one of them estimated.
 
-        `evaluate(True, False)` gives both predictions, `evaluate(turn)` the one; tensors of any one shape. Both are
-        evaluated where the step before is too far away, or was never: at the start of a sampling from half the noise,
-        in short schedules, and where noise is added again. From pure noise guidance begins at the third step.
+        `evaluate(True, False)` gives both predictions, `evaluate(turn)` the one. Both are evaluated where the step
+        before is too far away, or was never: at the start of a sampling from half the noise, in short schedules, and
+        where noise is added again; and at every second step where estimates can't be relied on. From pure noise
+        guidance begins at the third step.
         """
         near, self.position = abs(position - self.position) <= NEAR, position
-        if not near:
-            with_prompt, with_negative = evaluate(True, False)
-            self.known = {True: with_prompt, False: with_negative}
-            self.delta, self.measured, self.turn = with_prompt - with_negative, True, True
-            return with_prompt, with_negative
-        turn, self.turn = self.turn, not self.turn
+        if not near or (self.doubted and not self.measured):
+            return self._measure(*evaluate(True, False))
+        turn = self.turn
         (now,) = evaluate(turn)
         if turn in self.known and not self.measured:
             delta = torch.lerp(self.known[turn], now, 0.5) - self.known[not turn]
-            self.delta = delta if turn else -delta
-        self.known[turn], self.measured = now, False
+            delta = delta if turn else -delta
+            self.doubted = not self._agrees(delta)
+            if self.doubted:
+                (other,) = evaluate(not turn)
+                return self._measure(now, other) if turn else self._measure(other, now)
+            self.delta = delta
+        self.known[turn], self.turn, self.measured = now, not turn, False
         if self.delta is None:
             return self.known[True], self.known[True]
         return (now, now - self.delta) if turn else (now + self.delta, now)
+
+    def _measure(self, with_prompt: torch.Tensor, with_negative: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.known = {True: with_prompt, False: with_negative}
+        self.delta, self.measured, self.turn = with_prompt - with_negative, True, True
+        return with_prompt, with_negative
+
+    def _agrees(self, delta: torch.Tensor) -> bool:
+        """Whether a new estimate points where the one before does."""
+        new = delta.float().flatten(1)
+        norm = new.norm().item()
+        self.largest = max(self.largest, norm)
+        if self.delta is None or norm < MATTERS * self.largest:
+            return True
+        return torch.cosine_similarity(new, self.delta.float().flatten(1), dim=1).mean().item() >= AGREES

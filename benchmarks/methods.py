@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from comfyui_agd.agd_core import checkpoint
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.alternating import NEAR
+from comfyui_agd.agd_core.alternating import AGREES, NEAR
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.checkpoint import replacing
 from comfyui_agd.agd_core.comfyui.alternating import alternate
@@ -268,7 +268,7 @@ METHODS: dict[str, Method] = {
     "training_free": Method(
         "prompt and negative take turns, and CFG combines what was evaluated with what the steps around it tell of the "
         "other; nothing trained",
-        sampled(alternate, way="alternating", near=NEAR),
+        sampled(alternate, way="alternating", near=NEAR, agrees=AGREES),
     ),
     "attention_guidance": Method("guidance in the attention with constants, nothing trained", untrained),
     "nag": Method(

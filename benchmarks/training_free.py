@@ -84,6 +84,7 @@ IN_TURN = (
     ("euler_ancestral", "normal", 20),
     ("dpmpp_2m", "karras", 20),
     ("dpmpp_2m_sde", "karras", 20),
+    ("dpmpp_3m_sde", "exponential", 20),
     ("dpmpp_sde", "normal", 10),
     ("lcm", "normal", 20),
 )

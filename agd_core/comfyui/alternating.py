@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from ..alternating import AlternatingGuidance
 from .patch import KEY
 from .steps import Span, say_in_log, with_cfg
-from .two_passes import combines_itself, who_looks_inside
+from .two_passes import who_needs_both_evaluated
 
 NAME = "training-free"
 DESCRIPTION = (
@@ -103,9 +103,7 @@ def _why_not(guider, sampler: comfy.samplers.Sampler, model_options: dict) -> st
             "training-free guidance needs a negative prompt, and this workflow gives none, so the model runs "
             "unguided; an empty text as the negative prompt is enough."
         )
-    name = combines_itself(guider) or who_looks_inside(sampler, model_options)
-    if name is None and _FUNCTION in model_options:
-        name = "another node"
+    name = who_needs_both_evaluated(guider, sampler, model_options)
     return name and f"{name} needs both predictions evaluated in every step, so nothing is gained here."
 
 

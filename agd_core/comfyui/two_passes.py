@@ -35,22 +35,8 @@ def _patches(model_options: dict) -> list[Callable]:
     return [p for group in patches.values() for p in group if getattr(p, "__module__", "").rpartition(".")[0] != ours]
 
 
-def combines_itself(guider: CFGGuider) -> str | None:
-    """The name of a guider that combines predictions in its own way, or None."""
-    return None if type(guider).predict_noise is CFGGuider.predict_noise else f"the guider {type(guider).__name__}"
-
-
-def who_looks_inside(sampler: Sampler, model_options: dict) -> str | None:
-    """The name of a node that needs the negative evaluated in this very step, or None.
-
-    It replaces attentions, to note what they do, and then reads the unconditional prediction.
-    """
-    replacements = model_options.get("transformer_options", {}).get("patches_replace", {})
-    makers = {getattr(fn, "__module__", None) for group in replacements.values() for fn in group.values()}
-    for function in model_options.get("sampler_post_cfg_function", []):
-        if _needs_unconditional(function) and getattr(function, "__module__", None) in makers:
-            return _name(function, sampler)
-    return None
+def _combines_itself(guider: CFGGuider) -> bool:
+    return type(guider).predict_noise is not CFGGuider.predict_noise
 
 
 def who_needs_both(guider: CFGGuider, sampler: Sampler, model_options: dict) -> str | None:
@@ -59,8 +45,8 @@ def who_needs_both(guider: CFGGuider, sampler: Sampler, model_options: dict) -> 
     Guiders that combine predictions in their own way, nodes that replace or precede cfg's combination, samplers and
     nodes that ask for the unconditional even at cfg 1.
     """
-    if name := combines_itself(guider):
-        return name
+    if _combines_itself(guider):
+        return f"the guider {type(guider).__name__}"
     if guider.conds.get("negative") is None:
         return None  # as with BasicGuider: there is nothing for a second pass
     before = list(model_options.get("sampler_pre_cfg_function", []))
@@ -72,3 +58,22 @@ def who_needs_both(guider: CFGGuider, sampler: Sampler, model_options: dict) -> 
         makers = before + after or _patches(model_options)
         return " or ".join(dict.fromkeys(_name(maker, sampler) for maker in makers)) or "a node of this workflow"
     return " and ".join(dict.fromkeys(_name(maker, sampler) for maker in before + after)) or None
+
+
+def who_needs_both_evaluated(guider: CFGGuider, sampler: Sampler, model_options: dict) -> str | None:
+    """The name of what needs both predictions evaluated in this very step, or None if one may be estimated.
+
+    Beside guiders and nodes that evaluate them in their own way: samplers that step along the unconditional
+    prediction, and nodes that note what attentions do in its evaluation.
+    """
+    if _combines_itself(guider):
+        return f"the guider {type(guider).__name__}"
+    sample = getattr(sampler, "sampler_function", None)
+    if "sampler_calc_cond_batch_function" in model_options:
+        return _name(model_options["sampler_calc_cond_batch_function"], sampler)
+    replacements = model_options.get("transformer_options", {}).get("patches_replace", {})
+    inside = {getattr(fn, "__module__", None) for group in replacements.values() for fn in group.values()}
+    for function in filter(_needs_unconditional, model_options.get("sampler_post_cfg_function", [])):
+        if getattr(function, "__module__", None) in inside | {getattr(sample, "__module__", None)}:
+            return _name(function, sampler)
+    return None

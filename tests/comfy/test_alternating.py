@@ -1,11 +1,14 @@
 """Guidance without training on any model. What it works with is in compatibility/test_table.py."""
 
+import math
+
 import comfy.supported_models
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from runtime import CFG, STEPS, Prompts, ksampler, ksampler_advanced, latent, patched, random_prompts, rows_of, tiny
 
+from comfyui_agd.agd_core import alternating
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.comfyui.alternating import _position, alternate
 from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
@@ -13,6 +16,12 @@ from comfyui_agd.agd_core.comfyui.sites import describe_base
 from comfyui_agd.examples.toy.sampling import encode
 
 MANY = 12  # steps that are near enough to each other
+
+
+@pytest.fixture(autouse=True)
+def agreeing(monkeypatch):
+    """What models of random weights say at neighbouring steps need not agree."""
+    monkeypatch.setattr(alternating, "AGREES", -math.inf)
 
 
 def test_one_evaluation_per_step(base, prompts):
@@ -157,21 +166,29 @@ def test_any_model_will_do(prompts, scheduler):
     assert torch.isfinite(sampled).all()
 
 
-def test_the_toys_pictures_are_near_to_cfgs(toy):
-    """Much nearer than without guidance, and nearer than guidance in the attention alone."""
-    texts = [
-        "a small red circle left of a large green star on a white background",
-        "a large blue ring on a red background",
-    ]
+@pytest.fixture
+def on_the_toy(toy, monkeypatch):
+    """A function: latents of two captions that `model`, a patched toy, makes."""
+    monkeypatch.undo()  # it has been trained
+    texts = ["a small red circle left of a large green star on a white background", "a large blue ring"]
     (positive,), (negative,) = encode(toy.clip, texts), encode(toy.clip, [""] * len(texts))
-    prompts, at = Prompts(positive, negative), latent(2)
+    how = {"prompts": Prompts(positive, negative), "cfg": 3.0, "steps": 20, "at": latent(2)}
+    return lambda model, **other: ksampler(model, **{**how, **other})
 
-    def apart(model, cfg: float = 3.0) -> float:
-        sampled = ksampler(model, prompts, cfg=cfg, steps=20, at=at)
-        return float((sampled - guided).norm() / guided.norm())
 
-    guided = ksampler(toy.model, prompts, cfg=3.0, steps=20, at=at)
-    in_turn = apart(alternate(toy.model))
-    in_attention = apart(apply_adapter(toy.model, *attention_guidance(describe_base(toy.model.model)), source="it"))
-    assert in_turn < 0.5 * in_attention
-    assert in_turn < 0.5 * apart(toy.model, cfg=1.0)
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def test_the_toys_pictures_are_near_to_cfgs(toy, on_the_toy):
+    """Much nearer than without guidance, and nearer than guidance in the attention alone."""
+    guided = on_the_toy(toy.model)
+    in_turn = apart(on_the_toy(alternate(toy.model)), guided)
+    in_attention = apply_adapter(toy.model, *attention_guidance(describe_base(toy.model.model)), source="it")
+    assert in_turn < 0.5 * apart(on_the_toy(in_attention), guided)
+    assert in_turn < 0.5 * apart(on_the_toy(toy.model, cfg=1.0), guided)
+
+
+@pytest.mark.parametrize(("sampler", "at_least", "at_most"), [("euler", 40, 40), ("lcm", 48, 60)])
+def test_a_sampler_that_exchanges_all_noise_evaluates_both_more_often(toy, on_the_toy, sampler, at_least, at_most):
+    assert at_least <= sum(rows_of(alternate(toy.model), on_the_toy, sampler=sampler)) <= at_most

@@ -85,7 +85,7 @@ def main() -> None:
     low_rank = adapter("low_rank", 3, kind="low_rank", modulated=True)
     merged = adapter("merged", 4, rank=4)
     said: list[str] = []
-    alternating.NEAR = math.inf  # however few the steps are
+    alternating.NEAR, alternating.AGREES = math.inf, -math.inf  # however few the steps are
     agd = partial(patched, notify=said.append)
     one = compile_it(agd(BASE, first))  # a single compiled MODEL that is sampled again and again
     cases = [  # name, compiled model, the model that it has to equal, cfg

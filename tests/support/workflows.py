@@ -146,7 +146,7 @@ def sampler(agd, base, name):
     return ksampler(agd(base), PROMPTS, sampler=name, steps=3, denoise=denoise)
 
 
-@row("The `*_cfg_pp` samplers", 2, 2, CFG_PP, aside="the sampler {}")
+@row("The `*_cfg_pp` samplers", 2, 2, CFG_PP, aside="the sampler {}", training_free=2)
 def cfg_pp(agd, base, name):
     return ksampler(agd(base), PROMPTS, sampler=name, steps=3)
 

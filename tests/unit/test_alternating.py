@@ -5,7 +5,7 @@ import torch
 
 from comfyui_agd.agd_core.alternating import NEAR, AlternatingGuidance
 
-DELTA = torch.tensor([1.0, -2.0])
+DELTA = torch.tensor([[1.0, -2.0]])
 STEP = NEAR / 2
 
 
@@ -16,7 +16,7 @@ class Model:
         self.drift, self.growth, self.asked = drift, growth, []
 
     def exact(self, position: float) -> tuple[torch.Tensor, torch.Tensor]:
-        negative = torch.full((2,), self.drift * position)
+        negative = torch.full((1, 2), self.drift * position)
         return negative + (1 + self.growth * position) * DELTA, negative
 
     def at(self, position: float):
@@ -91,3 +91,31 @@ def test_so_does_a_step_back_to_more_noise():
     run(model, [*even(3), 0.0 + STEP, *even(2, start=0.8), 0.3])
     assert model.asked[-1] == (True, False)
     assert model.asked[3] == (False,)  # a little more noise is near
+
+
+class Noisy(Model):
+    """Every step has noise of its own, in both predictions alike."""
+
+    def exact(self, position: float) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = 5 * torch.randn(1, 2, generator=torch.Generator().manual_seed(round(1e6 * position)))
+        return tuple(prediction + noise for prediction in super().exact(position))
+
+
+def test_where_noise_is_added_every_second_step_evaluates_both():
+    model, positions = Noisy(), even(12)
+    found = run(model, positions)
+    first = model.asked.index((True, False))
+    assert model.asked[first:] == ([(True, False), (True,)] * len(positions))[: len(model.asked) - first]
+    for position, given in list(zip(positions, found, strict=True))[-4:]:
+        torch.testing.assert_close(given, model.exact(position))
+
+
+def test_a_difference_that_has_become_small_may_point_anywhere():
+    class Fading(Model):
+        def exact(self, position: float) -> tuple[torch.Tensor, torch.Tensor]:
+            wanted = DELTA if position < 4 * STEP else 1e-3 * DELTA.flip(1)
+            return wanted, torch.zeros(1, 2)
+
+    model = Fading()
+    run(model, even(10))
+    assert (True, False) not in model.asked
