@@ -80,12 +80,11 @@ FORMS: dict[str, dict[str, Scales | Normalised]] = {
 
 # Sampler, scheduler and steps with which prompt and negative take turns, and CFG has both.
 IN_TURN = (
-    *(("euler", "normal", steps) for steps in (20, 12, 10)),
+    *(("euler", "normal", steps) for steps in (20, 10)),
     ("euler_ancestral", "normal", 20),
     ("dpmpp_2m", "karras", 20),
     ("dpmpp_2m_sde", "karras", 20),
     ("dpmpp_3m_sde", "exponential", 20),
-    ("dpmpp_sde", "normal", 10),
     ("lcm", "normal", 20),
 )
 

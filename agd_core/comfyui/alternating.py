@@ -21,7 +21,8 @@ from .two_passes import who_needs_both_evaluated
 NAME = "training-free"
 DESCRIPTION = (
     f"{NAME}: CFG from one evaluation per step. Prompt and negative take turns; the other prediction is taken from the "
-    "steps around. Both are evaluated where steps are far apart: in schedules of eight steps or fewer."
+    "steps around. Both are evaluated where steps are far apart, as in schedules of eight steps or fewer, and in every "
+    "second step of samplers that add much noise."
 )
 _FUNCTION = "sampler_calc_cond_batch_function"  # ComfyUI's name for what evaluates both conditions
 _PARTS = 256  # of a schedule: as exactly as a position in it has to be known
@@ -49,6 +50,11 @@ class Alternating:
                 "the steps of this sampling are far apart, so most of them evaluate both predictions and little is "
                 "gained; training-free guidance wants nine steps or more."
             )
+        elif sampling.guidance.doubted:
+            self.say(
+                "with this sampler and schedule one step tells too little of the next, so every second one evaluates "
+                "both predictions: about 1.5 evaluations per step."
+            )
         return sampled
 
     def omega(self, guider) -> float:
@@ -68,7 +74,7 @@ class AlternatingSampling:
     settings: Alternating
     sampler: comfy.samplers.Sampler
     guidance: AlternatingGuidance = field(default_factory=AlternatingGuidance)
-    of_both: int = 0  # steps that have evaluated both predictions
+    of_both: int = 0  # evaluations of both predictions at once
     of_one: int = 0
 
     def __call__(self, executor, x, timestep, model_options={}, seed=None):
