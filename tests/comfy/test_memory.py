@@ -28,11 +28,17 @@ from comfyui_agd.agd_core.comfyui.embedded import EmbeddedGuidance, Sampling, Us
 CPU = torch.device("cpu")
 
 
+def unload() -> None:
+    gc.collect()
+    mm.unload_all_models()
+    mm.current_loaded_models.clear()  # ComfyUI keeps those whose patcher is gone, such as other tests' may be
+
+
 @pytest.fixture(autouse=True)
 def nothing_loaded():
-    mm.unload_all_models()
+    unload()
     yield
-    mm.unload_all_models()
+    unload()
 
 
 @pytest.fixture
