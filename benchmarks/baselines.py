@@ -3,7 +3,6 @@
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import comfy.model_base
@@ -20,6 +19,7 @@ from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
 from comfyui_agd.agd_core.comfyui.host import EncodedPrompt
 from comfyui_agd.agd_core.comfyui.patch import KEY as AGD
+from comfyui_agd.agd_core.comfyui.steps import with_cfg
 from comfyui_agd.agd_core.comfyui.trace import FUSED_ATTENTION
 from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.guidance import GuidanceRule, balanced_weights, gaps, weighted_error
@@ -36,16 +36,6 @@ AGREEMENT = 0.999
 NAG_TAU, NAG_ALPHA = 2.5, 0.25  # as published
 
 
-@contextmanager
-def _cfg_1(guider):
-    """ComfyUI evaluates the negative only where cfg is not 1."""
-    saved, guider.cfg = guider.cfg, 1.0
-    try:
-        yield
-    finally:
-        guider.cfg = saved
-
-
 def limited_interval(model: comfy.model_patcher.ModelPatcher, rule: GuidanceRule) -> comfy.model_patcher.ModelPatcher:
     """CFG where rule.sigma_min < sigma <= rule.sigma_max, one pass elsewhere (Kynkäänniemi et al. 2024)."""
     clone = model.clone()
@@ -53,7 +43,7 @@ def limited_interval(model: comfy.model_patcher.ModelPatcher, rule: GuidanceRule
     def predict_noise(executor, x, timestep, model_options={}, seed=None):
         if rule.sigma_min < float(timestep.flatten()[0]) <= rule.sigma_max:
             return executor(x, timestep, model_options, seed)
-        with _cfg_1(executor.class_obj):
+        with with_cfg(executor.class_obj, 1.0):  # at which ComfyUI leaves out the negative
             return executor(x, timestep, model_options, seed)
 
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _KEY, predict_noise)
@@ -207,7 +197,7 @@ class GuidedModel:
         def predict_noise(executor, x, timestep, model_options={}, seed=None):
             guider = executor.class_obj
             self.unet.time_embed.omega = torch.full((1,), guider.cfg, device=x.device)
-            with _cfg_1(guider):
+            with with_cfg(guider, 1.0):
                 return executor(x, timestep, model_options, seed)
 
         patcher.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _KEY, predict_noise)

@@ -3,7 +3,6 @@
 import datetime
 import os
 from collections.abc import Iterable
-from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -72,7 +71,7 @@ class Ranks:
             dist.broadcast(values, src=0)
         return values
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Ranks":
         return self
 
     def __exit__(self, *_) -> None:

@@ -5,6 +5,7 @@ ComfyUI combines both predictions as it always does, so that everything that adj
 
 import bisect
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,8 +16,8 @@ from comfy.patcher_extension import WrappersMP
 
 from ..alternating import AlternatingGuidance
 from .patch import KEY
-from .steps import Span, say_in_log, with_cfg
-from .two_passes import who_needs_both_evaluated
+from .steps import Span, once, say_in_log, with_cfg
+from .two_passes import EVALUATES_BOTH, who_needs_both_evaluated
 
 NAME = "training-free"
 DESCRIPTION = (
@@ -24,7 +25,6 @@ DESCRIPTION = (
     "steps around. Both are evaluated where steps are far apart, as in schedules of eight steps or fewer, and in every "
     "second step of samplers that add much noise."
 )
-_FUNCTION = "sampler_calc_cond_batch_function"  # ComfyUI's name for what evaluates both conditions
 _PARTS = 256  # of a schedule: as exactly as a position in it has to be known
 
 
@@ -35,8 +35,7 @@ class Alternating:
     guidance_scale: float | None
     strength: float
     span: Span
-    notify: Callable[[str], None]
-    said: set[str] = field(default_factory=set)
+    say: Callable[[str], None]
 
     def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs):
         # The guider's options are this sampling's own copy. Last in, so innermost: CFGOverride and the like have
@@ -45,7 +44,7 @@ class Alternating:
         sampling = AlternatingSampling(self, sampler)
         wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = [sampling]
         sampled = executor(noise, latent_image, sampler, *args, **kwargs)
-        if sampling.of_both > sampling.of_one:
+        if sampling.evaluated[2] > sampling.evaluated[1]:
             self.say(
                 "the steps of this sampling are far apart, so most of them evaluate both predictions and little is "
                 "gained; training-free guidance wants nine steps or more."
@@ -61,11 +60,6 @@ class Alternating:
         omega = guider.cfg if self.guidance_scale is None else self.guidance_scale
         return 1 + self.strength * (omega - 1)
 
-    def say(self, message: str) -> None:
-        if message not in self.said:
-            self.said.add(message)
-            self.notify(message)
-
 
 @dataclass
 class AlternatingSampling:
@@ -74,8 +68,7 @@ class AlternatingSampling:
     settings: Alternating
     sampler: comfy.samplers.Sampler
     guidance: AlternatingGuidance = field(default_factory=AlternatingGuidance)
-    of_both: int = 0  # evaluations of both predictions at once
-    of_one: int = 0
+    evaluated: Counter[int] = field(default_factory=Counter)  # evaluations of one prediction and of both, counted
 
     def __call__(self, executor, x, timestep, model_options={}, seed=None):
         guider = executor.class_obj
@@ -86,7 +79,7 @@ class AlternatingSampling:
             return executor(x, timestep, model_options, seed)
         with with_cfg(guider, self.settings.omega(guider)):
             if not math.isclose(guider.cfg, 1.0):
-                model_options = {**model_options, _FUNCTION: self.predictions}
+                model_options = {**model_options, EVALUATES_BOTH: self.predictions}
             return executor(x, timestep, model_options, seed)
 
     def predictions(self, args: dict) -> list[torch.Tensor]:
@@ -95,8 +88,8 @@ class AlternatingSampling:
         conds = dict(zip((True, False), args["conds"], strict=True))
 
         def evaluate(*turns: bool) -> list[torch.Tensor]:
+            self.evaluated[len(turns)] += 1
             chosen = [conds[turn] for turn in turns]
-            self.of_both, self.of_one = self.of_both + (len(turns) == 2), self.of_one + (len(turns) == 1)
             return comfy.samplers.calc_cond_batch(model, chosen, x, sigma, args["model_options"])
 
         return list(self.guidance(_position(model.model_sampling, float(sigma.flatten()[0])), evaluate))
@@ -141,5 +134,5 @@ def alternate(
     if strength == 0 or start_percent >= end_percent:
         return clone
     span = Span.between(model.get_model_object("model_sampling"), start_percent, end_percent)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, Alternating(guidance_scale, strength, span, notify))
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, Alternating(guidance_scale, strength, span, once(notify)))
     return clone

@@ -16,7 +16,7 @@ from ..lora import low_rank_part
 from .merging import NotAsMerged, can_merge, merged_into
 from .patch import KEY, Active, Broken, Negative, Step, is_compiled, managed, register, take_part, without_compile
 from .sites import check_linear_layers, describe_base
-from .steps import Span, say_in_log, with_cfg
+from .steps import Span, once, say_in_log, with_cfg
 from .two_passes import who_needs_both
 
 # Latents of up to twice the pixels of a trained size, or down to half of them, are not worth a word.
@@ -48,13 +48,12 @@ class Use:
 class EmbeddedGuidance:
     """OUTER_SAMPLE wrapper: every sampling gets a `Sampling` of its own, so that nothing lasts longer than it does.
 
-    `notify` hears what the user should know, each sentence once. `compiled`: a compiled model may run as it is.
+    `say` hears what the user should know, and tells each sentence once. `compiled`: a compiled model may run as it is.
     `merging`: samplings may have low-rank changes in the weights, for those so far kept to one omega.
     """
 
     uses: tuple[Use, ...]
-    notify: Callable[[str], None] = say_in_log
-    said: set[str] = field(default_factory=set)
+    say: Callable[[str], None]
     compiled: bool = True
     merging: bool = True
 
@@ -91,11 +90,6 @@ class EmbeddedGuidance:
         ):
             return False
         return can_merge(guider) and not who_needs_both(guider, sampler, guider.model_options)
-
-    def say(self, message: str) -> None:
-        if message not in self.said:
-            self.said.add(message)
-            self.notify(message)
 
 
 def _prompts(conds: list[dict] | None) -> list[dict]:
@@ -309,7 +303,7 @@ def apply_adapter(
             "This model has training-free guidance of an AGD node already; an adapter is for a model without."
         )
     before = [use for embedded in others for use in embedded.uses]
-    embedded = EmbeddedGuidance((*before, use), notify)
+    embedded = EmbeddedGuidance((*before, use), once(notify))
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, embedded)
     clone.set_additional_models(KEY, [use.patcher for use in embedded.uses])

@@ -1,8 +1,8 @@
-"""What guidance needs of a sampling, whichever way it is given: the part that it is for, and a step's cfg."""
+"""What guidance needs of a sampling, whichever way it is given: the part that it is for, a step's cfg, what is said."""
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,18 @@ log = logging.getLogger(__name__)
 
 def say_in_log(message: str) -> None:
     log.warning("AGD: %s", message)
+
+
+def once(notify: Callable[[str], None]) -> Callable[[str], None]:
+    """`notify`, for messages that it has not heard yet."""
+    said = set()
+
+    def say(message: str) -> None:
+        if message not in said:
+            said.add(message)
+            notify(message)
+
+    return say
 
 
 @dataclass(frozen=True)

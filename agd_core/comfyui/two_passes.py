@@ -5,6 +5,9 @@ from types import CodeType
 
 from comfy.samplers import CFGGuider, Sampler
 
+# The model option for a function that evaluates both conditions in ComfyUI's place.
+EVALUATES_BOTH = "sampler_calc_cond_batch_function"
+
 
 def _reads(code: CodeType, text: str) -> bool:
     """Whether a string constant of the function, or of one inside it, contains `text`."""
@@ -35,8 +38,9 @@ def _patches(model_options: dict) -> list[Callable]:
     return [p for group in patches.values() for p in group if getattr(p, "__module__", "").rpartition(".")[0] != ours]
 
 
-def _combines_itself(guider: CFGGuider) -> bool:
-    return type(guider).predict_noise is not CFGGuider.predict_noise
+def _guider_of_its_own(guider: CFGGuider) -> str | None:
+    """The name of a guider that combines predictions in its own way, or None."""
+    return None if type(guider).predict_noise is CFGGuider.predict_noise else f"the guider {type(guider).__name__}"
 
 
 def who_needs_both(guider: CFGGuider, sampler: Sampler, model_options: dict) -> str | None:
@@ -45,12 +49,12 @@ def who_needs_both(guider: CFGGuider, sampler: Sampler, model_options: dict) -> 
     Guiders that combine predictions in their own way, nodes that replace or precede cfg's combination, samplers and
     nodes that ask for the unconditional even at cfg 1.
     """
-    if _combines_itself(guider):
-        return f"the guider {type(guider).__name__}"
+    if name := _guider_of_its_own(guider):
+        return name
     if guider.conds.get("negative") is None:
         return None  # as with BasicGuider: there is nothing for a second pass
     before = list(model_options.get("sampler_pre_cfg_function", []))
-    for key in ("sampler_cfg_function", "sampler_calc_cond_batch_function"):
+    for key in ("sampler_cfg_function", EVALUATES_BOTH):
         before += [model_options[key]] if key in model_options else []
     after = [fn for fn in model_options.get("sampler_post_cfg_function", []) if _needs_unconditional(fn)]
     if model_options.get("disable_cfg1_optimization", False):
@@ -66,11 +70,11 @@ def who_needs_both_evaluated(guider: CFGGuider, sampler: Sampler, model_options:
     Beside guiders and nodes that evaluate them in their own way: samplers that step along the unconditional
     prediction, and nodes that note what attentions do in its evaluation.
     """
-    if _combines_itself(guider):
-        return f"the guider {type(guider).__name__}"
+    if name := _guider_of_its_own(guider):
+        return name
     sample = getattr(sampler, "sampler_function", None)
-    if "sampler_calc_cond_batch_function" in model_options:
-        return _name(model_options["sampler_calc_cond_batch_function"], sampler)
+    if EVALUATES_BOTH in model_options:
+        return _name(model_options[EVALUATES_BOTH], sampler)
     replacements = model_options.get("transformer_options", {}).get("patches_replace", {})
     inside = {getattr(fn, "__module__", None) for group in replacements.values() for fn in group.values()}
     for function in filter(_needs_unconditional, model_options.get("sampler_post_cfg_function", [])):
