@@ -82,7 +82,7 @@ class Job:
         check_room(self.folder, found.disk_bytes, "keep fewer states (keep_states)")
         return found
 
-    def run(self, callbacks: Callbacks, planned: Plan, settings: dict) -> Trained:
+    def run(self, callbacks: Callbacks, planned: Plan | None, settings: dict) -> Trained:
         """Train, and write the file in place of an earlier one at the very end. The run's states are gone then.
 
         `settings`: what the command line needs besides the trainer's settings, to repeat the run: the base and so on.
@@ -124,6 +124,7 @@ class Job:
         files.save_text("prompts.txt", "".join(f"{prompt}\n" for prompt in self.prompts))
         settings |= {"prompts": str((self.folder / "prompts.txt").absolute()), "verbatim": True}
         settings |= {"negative": self.negatives, "output": str(self.output.absolute())}
+        settings |= {"start": str(self.start.absolute())} if self.start else {}
         files.save_text("config.toml", to_toml(settings | dataclasses.asdict(self.config)))
 
     def report(self, trained: Trained) -> str:

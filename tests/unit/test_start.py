@@ -1,5 +1,6 @@
 """Training that begins with another adapter's weights."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,10 @@ from analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_same, stop_a
 from comfyui_agd.agd_core import checkpoint
 from comfyui_agd.agd_core.checkpoint import AdapterFileError
 from comfyui_agd.agd_core.config import BaseInfo
+from comfyui_agd.training.job import Job
 from comfyui_agd.training.presets import settings_for
 from comfyui_agd.training.run import DifferentRun
-from comfyui_agd.training.trainer import train
+from comfyui_agd.training.trainer import Callbacks, train
 
 SHORT = replace(CONFIG, iterations=2, evaluate_every=0)
 NEGATIVE = ["", "a blot"]
@@ -74,6 +76,13 @@ def test_a_run_that_was_stopped_goes_on_from_its_state_and_not_from_the_start_ag
         train(AnalyticHost(), PROMPTS, config, start=start, **how)
     start.write_bytes(kept)
     assert_same(train(AnalyticHost(), PROMPTS, config, start=start, **how), whole)
+
+
+def test_the_runs_config_begins_from_there_again(save, tmp_path):
+    start, output = save(kind="scale"), tmp_path / "delta.safetensors"
+    job = Job(AnalyticHost(), PROMPTS, replace(SHORT, kind="delta"), output, NEGATIVE, start=start)
+    job.run(Callbacks(), None, {})
+    assert f"start = {json.dumps(str(start))}\n" in (job.folder / "config.toml").read_text()
 
 
 def test_calibration_has_settings_of_its_own():
