@@ -49,6 +49,7 @@ class TrainConfig:
     )
     pool: int = option(8, "live trajectories, in batches")
     reuse: int = option(1, "optimiser steps per teacher evaluation: states come again, each time with another omega")
+    reuse_from: int = option(256, "batches of states, the last so many, that come again with `reuse`")
     steps_min: int = option(15, "fewest steps of a trajectory")
     steps_max: int = option(30, "most steps of a trajectory")
     schedulers: tuple[str, ...] = option(("normal", "karras"), "ComfyUI's schedulers that trajectories follow")
@@ -101,7 +102,7 @@ class TrainConfig:
 
     def _wrong_numbers(self) -> list[str]:
         positive = ("iterations", "batch", "learning_rate", "clip", "width", "height", "pool", "reuse", "steps_min")
-        positive += ("keep_states",)
+        positive += ("reuse_from", "keep_states")
         counts = ("held_out", "evaluate_every", "patience", "save_every", "preview_every", "micro_batch", "memory")
         counts += ("interval_sigma_min", "apg_threshold")
         shares = ("warmup", "on_policy", "on_policy_from", "ema", "rescale_phi", "apg_eta")

@@ -203,6 +203,15 @@ def _choose(costs: _Costs, memory: int | None, batch: int) -> _Way | None:
     return _offloaded(costs, memory, batch)
 
 
+def _bytes_to_reuse(host: Host, config: TrainConfig) -> int:
+    """Of the visited states that a saved state holds for `reuse`: x and both predictions, in fp32."""
+    if config.reuse == 1:
+        return 0
+    batches = min(config.reuse_from, math.ceil(config.iterations / config.reuse))
+    largest = max(math.prod(host.latent_shape(*size)) for size in config.buckets())
+    return batches * config.batch * 3 * largest * 4
+
+
 def plan(host: Host, config: TrainConfig, memory: int | None, *, ranks: int = 1) -> Plan:
     """What the run of `config` costs, and how its steps fit into `memory` bytes on each of `ranks` devices.
 
@@ -215,11 +224,12 @@ def plan(host: Host, config: TrainConfig, memory: int | None, *, ranks: int = 1)
         raise DoesNotFit(_refusal(costs, memory, batch))
     teacher, student = evaluations(config)
     parameters = costs.parameters
+    state = parameters * _BYTES_IN_STATE + _bytes_to_reuse(host, config)
     return Plan(
         adapter_parameters=parameters,
         teacher_evaluations=teacher,
         student_evaluations=student,
-        disk_bytes=parameters * ((config.keep_states + 1) * _BYTES_IN_STATE + 2 * 4),  # one more while it is written
+        disk_bytes=(config.keep_states + 1) * state + parameters * 2 * 4,  # one more state while it is written
         base_bytes=host.base_bytes(),
         memory=memory,
         seconds=_seconds(costs, way, teacher / ranks, student / ranks),

@@ -127,8 +127,8 @@ class TrajectoryPool:
         denoised = torch.where(per_row(follows, student).bool(), student, batch.target)
         self._move(batch, torch.arange(len(self.generators)), denoised)
         if self.config.reuse > 1:
-            # As many as are rolled out at a time: a batch's states are then as varied as the pool's.
-            self.seen = [*self.seen, batch][-len(self.shapes) :]
+            # More than are rolled out at a time: neighbours on a trajectory are learnt by heart, as one batch would be.
+            self.seen = [*self.seen, batch][-self.config.reuse_from :]
         return 2 * len(batch.x)
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

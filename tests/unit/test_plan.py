@@ -1,5 +1,6 @@
 """How a run is planned, on a base whose costs are simple: so much per row and pixel."""
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 
@@ -196,6 +197,16 @@ def test_unknown_seconds_are_not_guessed(host, monkeypatch):
 def test_the_disk_holds_the_states_and_the_adapter(host):
     few, more = (plan(host, replace(CONFIG, keep_states=count), None).disk_bytes for count in (1, 2))
     assert more - few == 20 * parameters(host)
+
+
+def test_the_disk_holds_the_visits_to_reuse(host):
+    none, all_of_three, two = (
+        plan(host, replace(CONFIG, iterations=6, reuse=reuse, reuse_from=kept), None).disk_bytes
+        for reuse, kept in ((1, 4), (2, 4), (2, 2))
+    )
+    visit = 3 * 4 * CONFIG.batch * math.prod(host.latent_shape(CONFIG.width, CONFIG.height))
+    assert all_of_three - none == 3 * visit * (CONFIG.keep_states + 1)
+    assert all_of_three - two == visit * (CONFIG.keep_states + 1)
 
 
 def test_devices_share_the_batch_and_the_time(host):

@@ -211,11 +211,11 @@ def test_reuse_brings_the_same_states_with_other_omegas():
 
 
 def test_states_are_reused_from_recent_visits_only():
-    pool = pool_of(replace(CONFIG, reuse=2))
+    pool = pool_of(replace(CONFIG, reuse=2, reuse_from=5))
     batches = go_on(pool, 40)
-    assert len(pool.seen) == CONFIG.pool
+    assert len(pool.seen) == 5
     for step in range(1, 40, 2):
-        recent = [b.x for b in batches[max(0, step - 2 * CONFIG.pool + 1) : step : 1] if b.column is not None]
+        recent = [b.x for b in batches[max(0, step - 2 * 5 + 1) : step] if b.column is not None]
         assert any(torch.equal(x, batches[step].x) for x in recent)
 
 
