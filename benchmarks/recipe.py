@@ -8,9 +8,9 @@ Both sides in one run, on the same base, held-out captions and measurements:
   adapter as published. Here everything is an eighth: 64 captions, 128 k evaluations, 2560 steps of batch 16. Its
   learning rate, 1e-4, is a large model's; it is also trained with the toy's own, and the better one counts.
 - `ours`: online rollouts with a tenth of those evaluations, balanced loss, log-uniform omega, our adapter; without
-  and with `reuse`, and with half of the trajectories on the student's own policy.
+  and with `reuse`, of the last few batches and of many, and with half of the trajectories on the student's own policy.
 
-    python benchmarks/recipe.py [--quick] [--json FILE] [--plot FILE] [--device cpu]
+    python benchmarks/recipe.py [--quick] [--only VARIANT ...] [--json FILE] [--plot FILE] [--device cpu]
 """
 
 import argparse
@@ -28,7 +28,7 @@ from comfyui_agd.training.plot import Diagram
 
 OMEGA_MAX, BATCH, HELD_OUT, MEASUREMENTS = 6.0, 16, 32, 8
 CAPTIONS, STEPS, SEEN = 64, 1000, 0.64
-_COLOURS = ("#888888", "#222222", "#2f8f4e", "#1f5fbf", "#c2571a")
+_COLOURS = ("#888888", "#222222", "#2f8f4e", "#1f5fbf", "#c2571a", "#7a3fb0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ def recipes(share: float) -> list[Recipe]:
         omega_max=OMEGA_MAX,
         width=64,
         height=64,
+        kind="cross_attention",
         hidden=56,
         encoder_width=64,
         learning_rate=2e-3,
@@ -67,13 +68,14 @@ def recipes(share: float) -> list[Recipe]:
         shared_encoder=False,
     )
     ours = dataclasses.replace(common, iterations=fresh, pool=4, steps_min=15, steps_max=25)
-    reused = dataclasses.replace(ours, iterations=4 * fresh, reuse=4)
+    reused = dataclasses.replace(ours, iterations=4 * fresh, reuse=4, reuse_from=4)
     found = [
         Recipe("paper", "its learning rate, 1e-4", dataclasses.replace(paper, learning_rate=1e-4)),
         Recipe("paper", "the toy's learning rate, 2e-3", paper),
         Recipe("ours", "each state once", ours),
         Recipe("ours", "each state 4 times", reused),
         Recipe("ours", "4 times, half on policy", dataclasses.replace(reused, on_policy=0.5)),
+        Recipe("ours", "4 times, of the last 256 batches", dataclasses.replace(reused, reuse_from=256)),
     ]
     return [
         dataclasses.replace(r, config=dataclasses.replace(r.config, evaluate_every=_every(r.config))) for r in found
@@ -111,6 +113,10 @@ class Recorded:
                 target = uncond + self.omega.reshape(-1, 1, 1, 1) * (cond - uncond)
                 x = solver_step(x, target, sigma, sigma_next)
         self.evaluations = 2 * STEPS * rows
+        self.identity = {"prompts": captions}
+
+    def check_texts(self, own: list[str], positive: list[str], negative: list[str]) -> None:
+        """They are the same, for both come from `main`."""
 
     def checksum(self) -> str:
         return f"{self.evaluations} evaluations"
@@ -227,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--plot", type=Path, help="draw the curves there (PNG)")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these; the others' rows stay as in --json's file")
     parser.add_argument("--quick", action="store_true", help="a thirtieth of the size: shows that it runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
@@ -238,10 +245,15 @@ def main() -> None:
     toy, rows = Toy.load(), []
     share, captions = (1 / 32 if args.quick else 1.0), captions_of(draw_scenes(2000, 3, held=False))
     held_out = held_out_captions(HELD_OUT, 29)[1][: 4 if args.quick else HELD_OUT]
-    few, start = captions[: round(share * CAPTIONS)], time.perf_counter()
-    recorded = Recorded(ComfyHost(toy.model, toy.clip), few)
-    print(f"Recorded {recorded.evaluations:,} evaluations in {time.perf_counter() - start:.0f} s.", file=sys.stderr)
-    for recipe in recipes(share):
+    chosen = [recipe for recipe in recipes(share) if not args.only or recipe.variant in args.only]
+    if args.only and args.json and args.json.exists():
+        rows = [row for row in json.loads(args.json.read_text()) if row["variant"] not in args.only]
+    few, recorded = captions[: round(share * CAPTIONS)], None
+    if any(recipe.recipe == "paper" for recipe in chosen):
+        start = time.perf_counter()
+        recorded = Recorded(ComfyHost(toy.model, toy.clip), few)
+        print(f"Recorded {recorded.evaluations:,} evaluations in {time.perf_counter() - start:.0f} s.", file=sys.stderr)
+    for recipe in chosen:
         host, paper = ComfyHost(toy.model, toy.clip), recipe.recipe == "paper"
         rows += measure(host, recipe, few if paper else captions, held_out, recorded if paper else None)
     print_table(rows)
