@@ -65,7 +65,7 @@ class Sizes:
     """
 
     pictures: int = 1024
-    pairs: int = 512
+    pairs: int = 256
     iterations: int = 1200
     omegas: tuple[float, ...] = (2.0, 3.0, 5.0)
     gap_omegas: tuple[float, ...] = (2.0, 3.0, 5.0)

@@ -86,6 +86,7 @@ IN_TURN = (
     ("dpmpp_2m_sde", "karras", 20),
     ("dpmpp_3m_sde", "exponential", 20),
     ("lcm", "normal", 20),
+    *(("euler", "normal", steps) for steps in (6, 3)),
 )
 
 
