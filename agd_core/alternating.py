@@ -43,7 +43,7 @@ class AlternatingGuidance:
         `evaluate(True, False)` gives both predictions, `evaluate(turn)` the one. Both are evaluated where the step
         before is too far away, or was never: at the start of a sampling from half the noise, in short schedules, and
         where noise is added again; and at every second step where estimates can't be relied on. From pure noise
-        guidance begins at the third step.
+        guidance begins at the third step, or with steps far apart at the second.
         """
         near, self.position = abs(position - self.position) <= NEAR, position
         if not near or (self.doubted and not self.measured):

@@ -247,7 +247,7 @@ class AGDTrain(io.ComfyNode):
                     default=_DEFAULTS.kind,
                     tooltip=(
                         "The adapter. 'delta' is the best and hears the negative prompt; 'scale' is calibration: tiny, "
-                        "and found in about a minute; 'low_rank' is a LoRA scaled by cfg; the others are the paper's."
+                        "in a tenth of the time; 'low_rank' is a LoRA scaled by cfg; the others are the paper's."
                     ),
                 ),
                 io.Combo.Input(
