@@ -106,7 +106,7 @@ class _Costs:
     def __init__(self, host: Host, config: TrainConfig, once: bool = False):
         self.host, self.config = host, config
         self.adapter = config.adapter_config(host.base, prompt_tokens=77)
-        shape = host.latent_shape(*max(config.buckets(), key=math.prod))
+        self.shape = shape = host.latent_shape(*max(config.buckets(), key=math.prod))  # the largest
         self.teacher = _Cost(lambda rows: host.trace_teacher(shape, rows), once)
         self.kept, self.checkpointed = (
             _Cost(lambda rows, on=on: host.trace_student(self.adapter, shape, rows, on), once) for on in (False, True)
@@ -203,13 +203,16 @@ def _choose(costs: _Costs, memory: int | None, batch: int) -> _Way | None:
     return _offloaded(costs, memory, batch)
 
 
-def _bytes_to_reuse(host: Host, config: TrainConfig) -> int:
+def _visits(config: TrainConfig) -> int:
+    """Batches that ask the teacher."""
+    return math.ceil(config.iterations / config.reuse)
+
+
+def _bytes_to_reuse(costs: _Costs) -> int:
     """Of the visited states that a saved state holds for `reuse`: x and both predictions, in fp32."""
-    if config.reuse == 1:
-        return 0
-    batches = min(config.reuse_from, math.ceil(config.iterations / config.reuse))
-    largest = max(math.prod(host.latent_shape(*size)) for size in config.buckets())
-    return batches * config.batch * 3 * largest * 4
+    config = costs.config
+    batches = min(config.reuse_from, _visits(config)) if config.reuse > 1 else 0
+    return batches * config.batch * 3 * math.prod(costs.shape) * 4
 
 
 def plan(host: Host, config: TrainConfig, memory: int | None, *, ranks: int = 1) -> Plan:
@@ -224,7 +227,7 @@ def plan(host: Host, config: TrainConfig, memory: int | None, *, ranks: int = 1)
         raise DoesNotFit(_refusal(costs, memory, batch))
     teacher, student = evaluations(config)
     parameters = costs.parameters
-    state = parameters * _BYTES_IN_STATE + _bytes_to_reuse(host, config)
+    state = parameters * _BYTES_IN_STATE + _bytes_to_reuse(costs)
     return Plan(
         adapter_parameters=parameters,
         teacher_evaluations=teacher,
@@ -239,11 +242,11 @@ def plan(host: Host, config: TrainConfig, memory: int | None, *, ranks: int = 1)
 
 def evaluations(config: TrainConfig) -> tuple[int, int]:
     """(teacher's, student's) of a run, in rows: both branches of every state visited, and of filling the pool."""
-    asked = math.ceil(config.iterations / config.reuse)
     # A trajectory of n steps starts at one of the phases 0 to n - 1.
     phase = ((config.steps_min + config.steps_max) / 2 - 1) / 2
     columns = max(config.pool, len(config.buckets()))
-    return 2 * config.batch * asked + round(2 * config.batch * columns * phase), config.batch * config.iterations
+    to_fill = round(2 * config.batch * columns * phase)
+    return 2 * config.batch * _visits(config) + to_fill, config.batch * config.iterations
 
 
 def _seconds(costs: _Costs, way: _Way, teacher: float, student: float) -> float | None:
