@@ -16,20 +16,22 @@ class AGDAdapterLoader(io.ComfyNode):
             display_name="AGD Adapter Loader",
             category="model/patch",
             description=(
-                "Samples with guidance at one model evaluation per step instead of two. Put it between the checkpoint "
+                "Cuts the negative-prompt pass: one model call per step instead of two. Put it between the checkpoint "
                 "(and LoRAs) and the sampler; leave cfg and prompts as they are."
             ),
-            search_aliases=["agd", "guidance distillation", "faster cfg", "single pass cfg", "adapter guidance"],
+            search_aliases=["agd", "guidance distillation", "faster cfg", "single pass cfg", "skip negative prompt"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with. The adapter must be made for its family."),
                 io.Combo.Input(
                     "adapter_name",
                     options=[TRAINING_FREE, *adapter_names()],
                     tooltip=(
-                        "An adapter file from models/agd; AGD Train makes one from your own checkpoint. "
-                        "'training-free' needs none, on any model: prompt and negative take turns from step to step, "
-                        "which wants nine steps or more. 'attention-guidance' needs none either, at any number of "
-                        "steps, but gives only a part of the guidance."
+                        "An adapter file from models/agd: one model call per step; AGD Train makes one from your own "
+                        "checkpoint. 'training-free' needs no file and works on any model, with nine steps or more. "
+                        "It estimates CFG: on one small test model as good, on another clearly worse, so compare it "
+                        "with plain CFG at half the steps, which costs as much. 'attention-guidance' needs no file "
+                        "either, on UNets, but gives only a part of the guidance; above cfg 2 it may be further from "
+                        "CFG than no guidance."
                     ),
                 ),
                 *use_inputs(),

@@ -21,9 +21,11 @@ from .two_passes import EVALUATES_BOTH, who_needs_both_evaluated
 
 NAME = "training-free"
 DESCRIPTION = (
-    f"{NAME}: CFG from one evaluation per step. Prompt and negative take turns; the other prediction is taken from the "
-    "steps around. Both are evaluated where steps are far apart, as in schedules of eight steps or fewer, and in every "
-    "second step of samplers that add much noise."
+    f"{NAME}: about one model call per step instead of two. It estimates CFG: prompt and negative take turns, and the "
+    "other prediction is taken from the steps around. Both are evaluated where steps are far apart, as in schedules of "
+    "eight steps or fewer, and in every second step of samplers that add much noise. On one small test model its "
+    "pictures were as good as CFG's, on another they were clearly worse: compare with plain CFG at half the steps, "
+    "which takes as many model calls."
 )
 _PARTS = 256  # of a schedule: as exactly as a position in it has to be known
 
