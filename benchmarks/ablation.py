@@ -22,13 +22,20 @@ from comfyui_agd.agd_core.kinds import hears_negative
 from comfyui_agd.benchmarks.output import made_on, publish, with_errors
 
 ITERATIONS, CAPTIONS = 300, 1000
-# The settings in which ours differ from the paper's, as `methods.AS_PUBLISHED` has them.
+# The settings in which ours differ from the paper's, as `methods.PAPER_SETTINGS` has them.
 SWITCHES = {
     "gain": "gain",
     "log omega": "omega_embedding",
     "one encoder": "shared_encoder",
     "balanced loss": "loss",
     "log-uniform omega": "omega_sampling",
+}
+
+
+# How a table shows what rows and files have other names for: it is not the authors' own adapter (docs/method.md).
+SHOWN = {
+    "Switches of the paper's cross-attention": "Switches of our re-implementation of the paper's cross-attention",
+    "as published": "the paper's settings",
 }
 
 
@@ -56,15 +63,15 @@ class Variant:
 
 def variants(iterations: int) -> list[Variant]:
     """In the order of the tables."""
-    from comfyui_agd.benchmarks.methods import AS_PUBLISHED, SMALL_ENCODERS
+    from comfyui_agd.benchmarks.methods import PAPER_SETTINGS, SMALL_ENCODERS
 
     def ours(section: str, name: str, percent: float = 5.0, captions: int = CAPTIONS, width=None, **settings):
         return Variant(section, name, settings, percent, captions, width)
 
     section, kind = "Switches of the paper's cross-attention", {"kind": "cross_attention"}
-    found = [ours(section, "as published", **kind, **AS_PUBLISHED)]
+    found = [ours(section, "as published", **kind, **PAPER_SETTINGS)]
     for name, switch in SWITCHES.items():
-        rest = {setting: value for setting, value in AS_PUBLISHED.items() if setting != switch}
+        rest = {setting: value for setting, value in PAPER_SETTINGS.items() if setting != switch}
         found += [ours(section, f"{name} alone", **kind, **rest)]
     found += [ours(section, "all of them", **kind)]
     section = "Kinds, with all switches"
@@ -80,7 +87,7 @@ def variants(iterations: int) -> list[Variant]:
     section = "delta, without one of them"
     for name, switch in SWITCHES.items():
         if switch != "shared_encoder":  # delta has no other
-            found += [ours(section, f"without {name}", **{switch: AS_PUBLISHED[switch]})]
+            found += [ours(section, f"without {name}", **{switch: PAPER_SETTINGS[switch]})]
     section = "delta, more"
     found += [
         ours(section, "half on policy", on_policy=0.5),
@@ -132,7 +139,7 @@ def tables(rows: list[dict], omegas: tuple[float, ...]) -> str:
     columns = [(f"gap at {omega:g}", f"gap_closed_{omega:g}", 1, 3) for omega in omegas]
     columns += [(f"from negatives, {omega:g}", f"gap_closed_from_negatives_{omega:g}", 1, 3) for omega in omegas]
     first = {
-        "variant": lambda row: row["variant"] + ("" if row["parameters_percent"] else " (diverged)"),
+        "variant": lambda row: _shown(row["variant"]) + ("" if row["parameters_percent"] else " (diverged)"),
         "parameters, %": lambda row: str(row["parameters_percent"]),
         "iterations": lambda row: str(row["iterations"]),
         "teacher evaluations": lambda row: f"{row['teacher_evaluations']:,}",
@@ -140,8 +147,12 @@ def tables(rows: list[dict], omegas: tuple[float, ...]) -> str:
     parts = []
     for section in dict.fromkeys(row["section"] for row in rows):
         own = [row for row in rows if row["section"] == section]
-        parts.append(f"## {section}\n\n{table(own, columns, first)}\n")
+        parts.append(f"## {_shown(section)}\n\n{table(own, columns, first)}\n")
     return "\n".join(parts)
+
+
+def _shown(name: str) -> str:
+    return SHOWN.get(name, name)
 
 
 def page(rows: list[dict], sizes, made: str) -> str:
@@ -153,7 +164,9 @@ Gap closed on the toy, on {sizes.gap_captions} held-out captions: away from the 
 that were not trained with. Unless its line says otherwise a variant has the largest width within 5 % of the base's
 parameters, {sizes.iterations} iterations of batch 16 on recorded batches, each used 4 times, {CAPTIONS} captions and a
 learning rate of 2e-3 (`scale`: 2e-2). The error is over captions and noise; one adapter was trained per variant. What
-can't hear the negative prompt was trained with empty ones.
+ignores the negative prompt was trained with empty ones. The paper's adapters are re-implementations, which differ from
+the authors' own in size and form ([method.md](../../docs/method.md#the-papers-adapters-re-implemented)). All of this is
+of one base, the toy.
 
 {tables(rows, sizes.gap_omegas)}"""
 

@@ -159,7 +159,7 @@ class GuidedTimeEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class GuidedModel:
-    """The student of Meng et al. 2023 (arXiv 2210.03142), stage one: a copy of the whole base that hears omega."""
+    """The student of Meng et al. 2023 (arXiv 2210.03142), stage one: a copy of the base that omega goes into."""
 
     model: comfy.model_base.BaseModel
     device: torch.device
@@ -184,7 +184,7 @@ class GuidedModel:
         negative: Sequence[EncodedPrompt],
         omega: torch.Tensor,
     ) -> torch.Tensor:
-        """As a host's `student`, so that `evaluate` can measure it; it has no adapter and hears no negative prompt."""
+        """As a host's `student`, so that `evaluate` can measure it; without an adapter, and without negatives."""
         context = torch.cat([prompt.cond["cross_attn"] for prompt in prompts])
         x, sigma, context, omega = (v.to(self.device) for v in (x, sigma, context, omega))
         self.unet.time_embed.omega = omega

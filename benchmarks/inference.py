@@ -8,7 +8,7 @@ second is timed, for the first one also computes what a whole sampling needs onc
 quartiles of the ratio to the unguided step of the same round beside them.
 
 Two figures besides, for adapters whose cost drowns in the noise of a step. `inside`: the share of the step that is
-spent in the adapter, timed at its doors in further steps (on a GPU by the device's own clock); the attention to the
+spent in the adapter, timed at its calls in further steps (on a GPU by the device's own clock); the attention to the
 negative prompt is the base's own and not inside. `floor`: what must be spent, counted: the FLOPs beyond the unguided
 step's, that attention's among them, and the bytes that the adapter moves at least (its weights once; each site's input,
 attention output, sum, and delta).
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 
+# Our re-implementation of the paper's adapter, which differs from the authors' own in size and form (docs/method.md).
 PAPER = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
 ADAPTERS = {
     "agd": {"rank": 4},

@@ -4,9 +4,10 @@ Both sides in one run, on the same base, held-out captions and measurements:
 
 - `paper`: the recipe of arXiv 2503.07274 in its proportions. There, 500 captions with one trajectory of the training
   schedule's 1000 steps and one guidance scale each are recorded first, 1.0 M teacher evaluations; then 5000 steps of
-  batch 64 on shuffled states (64 % of them), uniform omega, plain MSE, AdamW with 10 % linear warm-up and a cosine, the
-  adapter as published. Here everything is an eighth: 64 captions, 128 k evaluations, 2560 steps of batch 16. Its
-  learning rate, 1e-4, is a large model's; it is also trained with the toy's own, and the better one counts.
+  batch 64 on shuffled states (64 % of them), uniform omega, plain MSE, AdamW with 10 % linear warm-up and a cosine.
+  Here everything is an eighth: 64 captions, 128 k evaluations, 2560 steps of batch 16. The adapter is our
+  re-implementation of the paper's, and gradients are clipped at 1, which theirs are not. Its learning rate, 1e-4, is a
+  large model's; it is also trained with the toy's own, and the better one counts.
 - `ours`: online rollouts with a tenth of those evaluations, balanced loss, log-uniform omega, our adapter; without
   and with `reuse`, of the last few batches and of many, and with half of the trajectories on the student's own policy.
 

@@ -189,11 +189,12 @@ noise.
 Trained methods have, unless their line says otherwise, {sizes.iterations} iterations of batch {lab.TRAINING_BATCH}, on
 {batches} recorded batches of the teacher's two predictions ({sizes.captions} captions; each state {lab.REUSE} times,
 with other omegas up to 6), AdamW with 10 % warm-up and a cosine, clipping at 1 and a moving average of 0.99. Two
-learning rates are tried for the paper's adapters (1e-4 and 2e-3), `meng` (1e-4 and 5e-4) and `static_lora` (5e-4 and
-2e-3): the one counts that closes more of the gap on captions kept for this choice; `ours` has 2e-3, the longer ones
-3e-3. Methods that hear the negative prompt learn from half empty, half random ones; those that can't hear it learn from
-as many batches with empty ones only. Adapters have the largest width within {BUDGET:g} % of the base's parameters,
-unless their line says otherwise.
+learning rates are tried for the paper's re-implemented adapters (1e-4 and 2e-3), `meng` (1e-4 and 5e-4) and
+`static_lora` (5e-4 and 2e-3): the one counts that closes more of the gap on captions kept for this choice; `ours` has
+2e-3, the longer ones 3e-3. Methods that use the negative prompt learn from half empty, half random ones; those that
+ignore it learn from as many batches with empty ones only. Adapters have the largest width within {BUDGET:g} % of the
+base's parameters, unless their line says otherwise. How the re-implementations differ from the authors' own adapters:
+[method.md](../../docs/method.md#the-papers-adapters-re-implemented).
 
 ## What is measured
 
