@@ -246,8 +246,9 @@ class AGDTrain(io.ComfyNode):
                     options=list(KINDS),
                     default=_DEFAULTS.kind,
                     tooltip=(
-                        "The adapter. 'delta' is the best and hears the negative prompt; 'scale' is calibration: tiny, "
-                        "in a tenth of the time; 'low_rank' is a LoRA scaled by cfg; the others are the paper's."
+                        "The adapter. 'delta' uses the negative prompt; 'scale' is calibration: tiny, in a tenth of "
+                        "the time; 'low_rank' is a LoRA scaled by cfg that ignores the negative prompt, as the others "
+                        "do, which re-implement the paper's."
                     ),
                 ),
                 io.Combo.Input(
@@ -255,7 +256,7 @@ class AGDTrain(io.ComfyNode):
                     options=list(RULES),
                     default=_DEFAULTS.teacher,
                     advanced=True,
-                    tooltip="What is distilled: plain CFG, or a guidance rule that gives better pictures.",
+                    tooltip="What is distilled: plain CFG, or another guidance rule; docs/training.md explains them.",
                 ),
                 io.Combo.Input(
                     "start",
