@@ -67,7 +67,7 @@ class TrainConfig:
     checkpointing: str = option("auto", "compute activations twice to save memory", CHECKPOINTING, result=False)
     micro_batch: int = option(0, "states evaluated at once, on one GPU; 0 takes what fits", result=False)
     memory: float = option(0.0, "GB of the GPU's memory that may be used; 0 takes what is free", result=False)
-    kind: str = option("delta", "the adapter; the paper's are cross_attention and offset", KINDS)
+    kind: str = option("delta", "the adapter; cross_attention and offset re-implement the paper's two", KINDS)
     hidden: int = option(128, "width H inside the adapter of a site; of low_rank the rank: try 16")
     modulated: bool = option(False, "low_rank, delta's rank: scaled by t and omega, and so no LoRA any more")
     rank: int = option(4, "delta: rank of changes of the blocks' linear layers beside it; 0: none")
