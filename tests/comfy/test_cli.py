@@ -1,4 +1,8 @@
-"""The `agd` command as a user runs it: a process of its own."""
+"""The `agd` command as a user runs it: its arguments, what it prints, its exit status, the files that it leaves.
+
+Most tests call it in this process, which has ComfyUI loaded already. Those of how it starts and how it is stopped run
+processes of its own.
+"""
 
 import json
 import os
@@ -8,8 +12,10 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import tomllib
@@ -17,6 +23,7 @@ import torch
 from PIL import Image
 
 from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.training.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
@@ -32,18 +39,27 @@ def prompts(tmp_path) -> Path:
     return file
 
 
-def command(*args: str) -> list[str]:
-    """The installed command, or rather what it runs, so that the interpreter is this one."""
-    return [sys.executable, "-c", "from comfyui_agd.training.cli import main; raise SystemExit(main())", *args]
+class Done(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def agd(tmp_path, monkeypatch, capsys) -> Callable[..., Done]:
+    """The command in this process, run in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str) -> Done:
+        capsys.readouterr()
+        return Done(main(list(args)), *capsys.readouterr())
+
+    return run
 
 
 def train(prompts: Path, output: Path, *more: str) -> list[str]:
     base = ("--loader", "comfyui_agd.examples.toy.model:load")
-    return command("train", *base, "--prompts", str(prompts), "--output", str(output), *SETTINGS, *more)
-
-
-def run(args: list[str], cwd: Path, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(args, capture_output=True, text=True, cwd=cwd, timeout=300, **options)
+    return ["train", *base, "--prompts", str(prompts), "--output", str(output), *SETTINGS, *more]
 
 
 def equal_weights(first: Path, second: Path) -> bool:
@@ -51,10 +67,10 @@ def equal_weights(first: Path, second: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_train_then_inspect_from_any_folder_then_again_from_the_runs_config(prompts, tmp_path):
+def test_train_then_again_from_the_runs_config(agd, prompts, tmp_path):
     output, folder = tmp_path / "toy.safetensors", tmp_path / "toy.run"
-    done = run(train(prompts, output, "--iterations", "4", "--evaluate-every", "2", "--preview-every", "4"), tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = agd(*train(prompts, output, "--iterations", "4", "--evaluate-every", "2", "--preview-every", "4"))
+    assert done.status == 0, done.stderr
     assert "parameters\nevaluations" in done.stdout  # the plan comes first
     assert "loss=" in done.stderr
     assert done.stdout.count(": gap closed ") == 2
@@ -63,28 +79,22 @@ def test_train_then_inspect_from_any_folder_then_again_from_the_runs_config(prom
     names = {path.name for path in folder.iterdir()} - {"tensorboard"}
     assert names == {"config.toml", "metrics.jsonl", "previews", "prompts.txt", "report.txt", "training.png"}
     assert Image.open(folder / "previews" / "step-000004.png").size[1] > 256
-    # Without any installation (-S: no .pth files, so no editable install) the folder itself is the command.
-    environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"]}
-    shown = run([sys.executable, "-S", str(ROOT), "inspect", str(output)], tmp_path, env=environment)
-    assert shown.returncode == 0, shown.stderr
-    assert "ToyConfig (EPS-prediction, 7 cross-attentions of width 64/128" in shown.stdout
-
     assert tomllib.loads((folder / "config.toml").read_text())["batch"] == 4  # resolved, not only what was given
     again = tmp_path / "again.safetensors"
-    done = run(command("train", "--config", str(folder / "config.toml"), "--output", str(again)), tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = agd("train", "--config", str(folder / "config.toml"), "--output", str(again))
+    assert done.status == 0, done.stderr
     assert equal_weights(output, again)
 
 
 def evaluate(adapter: Path | str, *more: str) -> list[str]:
-    return command("evaluate", str(adapter), "--loader", "comfyui_agd.examples.toy.model:load", *more)
+    return ["evaluate", str(adapter), "--loader", "comfyui_agd.examples.toy.model:load", *more]
 
 
-def test_an_adapter_is_evaluated_and_the_files_say_what_the_report_says(toy, save_adapter, prompts, tmp_path):
+def test_an_adapter_is_evaluated_and_the_files_say_what_the_report_says(agd, toy, save_adapter, prompts, tmp_path):
     adapter, files = save_adapter(toy.model, kind="cross_attention"), ("--json", "found.json", "--picture", "found.png")
     settings = ("--omega", "2", "4", "--steps", "4", "--count", "3", "--width", "64", "--height", "64")
-    done = run(evaluate(adapter, "--prompts", str(prompts), *settings, *files), tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = agd(*evaluate(adapter, "--prompts", str(prompts), *settings, *files))
+    assert done.status == 0, done.stderr
     assert "3 images of 3 prompts, latents of 8x8, 4 Euler steps" in done.stdout
     assert "It does not fit: no gap is closed here" in done.stdout  # its weights are random
     found = json.loads((tmp_path / "found.json").read_text())
@@ -100,80 +110,88 @@ def test_an_adapter_is_evaluated_and_the_files_say_what_the_report_says(toy, sav
     assert Image.open(tmp_path / "found.png").size == (4 * 264 - 8, 28 + 3 * 284)
 
 
-def test_what_needs_no_training_is_evaluated_too(tmp_path):
+def test_what_needs_no_training_is_evaluated_too(agd):
     settings = ("--omega", "3", "--steps", "6", "--count", "2", "--width", "64", "--height", "64")
     text = ("--prompts", "a large red star on a white background")
-    done = run(evaluate("attention-guidance", *text, *settings), tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = agd(*evaluate("attention-guidance", *text, *settings))
+    assert done.status == 0, done.stderr
     assert re.search(r"Adapter attention-guidance on ToyConfig \(EPS-prediction, .*\)\.\n", done.stdout)
     assert "AGD: " in done.stdout
     assert "no gap closed in a training of its own is reported" in done.stdout
 
 
-def test_what_is_in_the_way_of_an_evaluation_is_one_sentence(toy, save_adapter, tmp_path):
+def test_what_is_in_the_way_of_an_evaluation_is_one_sentence(agd, toy, save_adapter, tmp_path):
     adapter, text = save_adapter(toy.model), ("--prompts", "a red star")
-    done = run(evaluate(tmp_path / "gone.safetensors", *text), tmp_path)
-    assert (done.returncode, done.stderr[:29]) == (1, "agd: There is no adapter file")
+    done = agd(*evaluate(tmp_path / "gone.safetensors", *text))
+    assert (done.status, done.stderr[:29]) == (1, "agd: There is no adapter file")
     info, weights = checkpoint.load(adapter)
     other = checkpoint.save(tmp_path / "other.safetensors", weights, replace(info, base=replace(info.base, family="X")))
-    done = run(evaluate(other, *text), tmp_path)
-    assert done.returncode == 1
+    done = agd(*evaluate(other, *text))
+    assert done.status == 1
     assert "was made for X (EPS-prediction" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(prompts, tmp_path):
+def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(agd, prompts, tmp_path):
     output = tmp_path / "toy.safetensors"
-    args = train(prompts, output, "--iterations", "4000")
+    command = [Path(sys.executable).with_name("agd"), *train(prompts, output, "--iterations", "4000")]
+    begun = output.with_suffix(".run") / "metrics.jsonl"
     with (tmp_path / "stderr").open("w") as log:
-        process = subprocess.Popen(args, cwd=tmp_path, stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-        for _ in range(600):
-            if "train:" in (tmp_path / "stderr").read_text():
-                break
-            time.sleep(0.2)
-        time.sleep(2)
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=log, stdout=subprocess.DEVNULL)
+        while not (begun.exists() and begun.read_text()):
+            assert process.poll() is None, (tmp_path / "stderr").read_text()
+            time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 1
     text = (tmp_path / "stderr").read_text()
     assert f"agd: Stopped; the same command goes on from {output.with_suffix('.run')}." in text
     assert "Traceback" not in text
-    other = run(train(prompts, output, "--iterations", "5000"), tmp_path)
+    other = agd(*train(prompts, output, "--iterations", "5000"))
     assert "iterations: 4000 then, 5000 now" in other.stderr
 
 
 @pytest.mark.slow
-def test_recorded_then_trained_from(prompts, tmp_path):
+def test_recorded_then_trained_from(agd, prompts, tmp_path):
     base = ("--loader", "comfyui_agd.examples.toy.model:load")
     recording, output = tmp_path / "recording", tmp_path / "toy.safetensors"
     settings = ("--prompts", str(prompts), "--output", str(recording), *SETTINGS, "--iterations", "3", "--reuse", "1")
-    done = run(command("record", *base, *settings), tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = agd("record", *base, *settings)
+    assert done.status == 0, done.stderr
     assert "12 states, 24 teacher evaluations" in done.stdout
-    args = command("train", *base, "--recording", str(recording), "--output", str(output), "--hidden", "8")
-    done = run([*args, "--iterations", "5", "--preview-every", "0", "--encoder-width", "8"], tmp_path)
-    assert done.returncode == 0, done.stderr
+    args = ("train", *base, "--recording", str(recording), "--output", str(output), "--hidden", "8")
+    done = agd(*args, "--iterations", "5", "--preview-every", "0", "--encoder-width", "8")
+    assert done.status == 0, done.stderr
     assert checkpoint.read_info(output).training["iterations"] == 5
-    other = run([*args, "--batch", "8"], tmp_path)
+    other = agd(*args, "--batch", "8")
     assert "was made with other settings of batch" in other.stderr
 
 
-def test_what_cannot_fit_is_refused_with_what_would(prompts, tmp_path):
+def test_what_cannot_fit_is_refused_with_what_would(agd, prompts, tmp_path):
     settings = ("--memory", "0.06", "--width", "512", "--height", "512")
-    done = run(train(prompts, tmp_path / "a.safetensors", *settings), tmp_path)
-    assert done.returncode == 1
+    done = agd(*train(prompts, tmp_path / "a.safetensors", *settings))
+    assert done.status == 1
     assert "which has 60.0 MB for it; it would fit with width 384, height 384." in done.stderr
     assert not (tmp_path / "a.run").exists()
 
 
-def test_a_dry_run_writes_nothing(prompts, tmp_path):
-    done = run(train(prompts, tmp_path / "a.safetensors", "--dry-run"), tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_dry_run_writes_nothing(agd, prompts, tmp_path):
+    done = agd(*train(prompts, tmp_path / "a.safetensors", "--dry-run"))
+    assert done.status == 0, done.stderr
     assert "of the teacher" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
-def test_a_missing_checkpoint_is_one_sentence(prompts, tmp_path):
+def test_a_missing_checkpoint_is_one_sentence(agd, prompts):
     args = ("train", "--checkpoint", "gone.safetensors", "--prompts", str(prompts), "--output", "a.safetensors")
-    done = run(command(*args), tmp_path)
-    assert (done.returncode, done.stderr) == (1, "agd: There is no checkpoint gone.safetensors.\n")
+    done = agd(*args)
+    assert (done.status, done.stderr) == (1, "agd: There is no checkpoint gone.safetensors.\n")
+
+
+def test_the_folder_itself_is_the_command_without_any_installation(toy, save_adapter, tmp_path):
+    # -S: no .pth files, so no editable install.
+    command = [sys.executable, "-S", str(ROOT), "inspect", str(save_adapter(toy.model))]
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"]}
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert shown.returncode == 0, shown.stderr
+    assert "ToyConfig (EPS-prediction, 7 cross-attentions of width 64/128" in shown.stdout
