@@ -39,6 +39,8 @@ def _card(measured: dict, training: dict) -> str:
 
 A text-to-image model of coloured shapes on 64x64 pixels, made by this repository's own code from drawings that code
 makes (`scenes.py`). It is the embedded default of the demo and the tests. This page is written by `measure.py`.
+What is found on this base is about this base: a second one bears out some of it, not all
+([quality.md](../../docs/quality.md#on-a-second-base)).
 
 | file | size |
 | --- | --- |
