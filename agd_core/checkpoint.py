@@ -18,14 +18,15 @@ from torch import nn
 
 from .adapter import Adapter
 from .config import AdapterConfig, BaseInfo, from_json, to_json
+from .errors import AGDError
 
 FORMAT_VERSION = 1
 _KEY = "agd"
 _LISTED = 8  # offenders named in full in one error
 
 
-class AdapterFileError(ValueError):
-    """A file that is no usable adapter. The message says what was found, what was expected and what to do."""
+class AdapterFileError(AGDError, ValueError):
+    """A file that is no usable adapter."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,16 @@ def _from_metadata(path: Path, metadata: dict[str, str]) -> AdapterInfo:
     if _KEY not in metadata:
         found = ", ".join(sorted(metadata)[:_LISTED]) or "none"
         raise AdapterFileError(
-            f"{path} is a safetensors file but no AGD adapter: its metadata has no {_KEY!r} entry (found: {found}). "
-            "A LoRA or checkpoint belongs into its own folder; adapters come from AGD Train or `agd train`."
+            "This file is no AGD adapter: choose one that AGD Train or `agd train` made; LoRAs and checkpoints belong "
+            f"into their own folders. Details: {path} has no {_KEY!r} in its metadata (found: {found})."
         )
     try:
         data = json.loads(metadata[_KEY])
         version = data["format_version"]
         if version > FORMAT_VERSION:
             raise AdapterFileError(
-                f"{path} has adapter format {version}, but this version of AGD reads up to {FORMAT_VERSION}: "
-                "update the node pack."
+                f"This adapter is of a newer AGD: update the node pack. Details: {path} has format {version}, this "
+                f"version reads up to {FORMAT_VERSION}."
             )
         return AdapterInfo(
             config=from_json(AdapterConfig, data["config"]),
@@ -93,7 +94,8 @@ def _from_metadata(path: Path, metadata: dict[str, str]) -> AdapterInfo:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterFileError(
-            f"{path} says it is an AGD adapter, but its description is damaged ({error}). Copy or train it again."
+            f"This adapter file is damaged: copy or train it again. Details: what {path} says of itself can't be used "
+            f"({error})."
         ) from error
 
 
@@ -104,8 +106,8 @@ def _open(path: Path):
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a readable safetensors file: {error}. "
-            "It is damaged or incomplete; copy or train it again."
+            "This adapter file is damaged or incomplete: copy or train it again. Details: "
+            f"{path} ({path.stat().st_size:,} bytes) is not a readable safetensors file: {error}."
         ) from error
 
 
@@ -139,8 +141,8 @@ def load_state(path: str | Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
     if wrong:
         more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise AdapterFileError(
-            f"{path} does not hold the weights that its own description asks for: {'; '.join(wrong[:_LISTED])}{more}. "
-            "It is damaged; copy or train it again."
+            f"This adapter file is damaged: copy or train it again. Details: {path} does not hold the weights that its "
+            f"own description asks for: {'; '.join(wrong[:_LISTED])}{more}."
         )
     return info, state
 
@@ -199,16 +201,22 @@ def check_base(info: AdapterInfo, base: BaseInfo, path: str | Path) -> None:
     """Refuse a base that is no sibling of the adapter's own, naming both sides and every site that differs."""
     if info.base.sibling_of(base):
         return
-    ours, theirs = set(info.base.sites), set(base.sites)
-    differ = sorted({site.name for site in ours ^ theirs})
-    reasons = f" Sites that differ: {', '.join(differ)}." if differ else ""
-    if info.base.prediction != base.prediction:
-        kinds = f"{info.base.prediction} and {base.prediction}"
-        reasons += f" Guidance is learnt through the prediction: {kinds} don't mix."
+    theirs, yours = _told_apart(info.base, base)
+    differ = sorted({site.name for site in set(info.base.sites) ^ set(base.sites)})
+    sites = f" Sites that differ: {', '.join(differ)}." if differ else ""
     raise AdapterFileError(
-        f"The adapter {path} was made for {info.base.describe()}, but this model is {base.describe()}.{reasons} "
-        "Choose an adapter that was made for such a model, or train one with AGD Train."
+        f"This adapter is for {theirs}, your checkpoint is {yours}. Choose an adapter that was made for such a "
+        "checkpoint, or train one with AGD Train, or choose 'training-free' in AGD Adapter Loader, which needs none. "
+        f"Details: the adapter {path} was made for {info.base.describe()}, but this model is {base.describe()}.{sites}"
     )
+
+
+def _told_apart(first: BaseInfo, second: BaseInfo) -> tuple[str, str]:
+    """Two bases that are no siblings by the names that users know, with as much beside them as tells them apart."""
+    names = first.family_name, second.family_name
+    if first.prediction != second.prediction:
+        return f"{names[0]} with {first.prediction_name}", f"{names[1]} with {second.prediction_name}"
+    return names if names[0] != names[1] else (names[0], f"{names[1]} with other layers")
 
 
 def _described(config: AdapterConfig) -> str:

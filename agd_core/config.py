@@ -4,6 +4,31 @@ from dataclasses import asdict, dataclass, field, fields
 
 KINDS = ("cross_attention", "offset", "delta", "low_rank", "scale")
 OMEGA_EMBEDDINGS = ("log", "fourier")
+# What users call the families and predictions that have other names in ComfyUI's code.
+FAMILY_NAMES = {
+    "SD15": "SD 1.5",
+    "SD15_instructpix2pix": "SD 1.5 InstructPix2Pix",
+    "SD20": "SD 2",
+    "SD21UnclipL": "SD 2.1 unCLIP L",
+    "SD21UnclipH": "SD 2.1 unCLIP H",
+    "SD_X4Upscaler": "SD x4 Upscaler",
+    "SDXLRefiner": "SDXL Refiner",
+    "SDXL_instructpix2pix": "SDXL InstructPix2Pix",
+    "SSD1B": "SSD-1B",
+    "Segmind_Vega": "Segmind Vega",
+    "KOALA_700M": "KOALA 700M",
+    "KOALA_1B": "KOALA 1B",
+    "LotusD": "Lotus",
+    "Stable_Zero123": "Stable Zero123",
+}
+PREDICTION_NAMES = {
+    "EPS": "eps-prediction",
+    "V_PREDICTION": "v-prediction",
+    "V_PREDICTION_EDM": "v-prediction (EDM)",
+    "EDM": "EDM prediction",
+    "X0": "x0-prediction",
+    "IMG_TO_IMG": "image-to-image prediction",
+}
 
 
 @dataclass(frozen=True)
@@ -105,10 +130,18 @@ class BaseInfo:
     architecture: dict = field(default_factory=dict)
     fingerprint: str = ""
 
+    @property
+    def family_name(self) -> str:
+        return FAMILY_NAMES.get(self.family, self.family)
+
+    @property
+    def prediction_name(self) -> str:
+        return PREDICTION_NAMES.get(self.prediction, self.prediction)
+
     def describe(self) -> str:
         widths = sorted({site.width for site in self.sites})
         return (
-            f"{self.family} ({self.prediction}-prediction, {len(self.sites)} cross-attentions of width "
+            f"{self.family_name} ({self.prediction}-prediction, {len(self.sites)} cross-attentions of width "
             f"{'/'.join(map(str, widths))}, context {self.sites[0].context_dim if self.sites else 0})"
         )
 

@@ -19,6 +19,7 @@ from ..agd_core.comfyui.sites import describe_base, is_trained_on
 log = logging.getLogger(__name__)
 
 AdapterType = io.Custom("AGD_ADAPTER")
+AdapterName = io.Custom("STRING,COMBO")  # a text that may be linked to a list of names, as the loader's
 
 
 class AdapterValue(NamedTuple):
@@ -39,8 +40,10 @@ def why_no_adapter(name: str) -> str | None:
     return None if name == ATTENTION_GUIDANCE else folders.why_missing(name)
 
 
-def adapter_fingerprint(name: str) -> str:
-    """Another one when the file has changed on disk, so that it is loaded again."""
+def adapter_fingerprint(name: str | None) -> str:
+    """Another one when the file has changed on disk, so that it is loaded again. None: the name is linked."""
+    if name is None:  # it may be any of them
+        return ", ".join(map(adapter_fingerprint, folders.adapters()))
     if name == ATTENTION_GUIDANCE or folders.why_missing(name):
         return name
     stat = folders.adapter_path(name).stat()

@@ -17,7 +17,7 @@ from ..training.job import Job
 from ..training.plan import Plan
 from ..training.presets import CARDS, COMMON_RATIOS, settings_for
 from ..training.trainer import Callbacks, Progress
-from .common import AdapterType, AdapterValue, show_on_node, use_adapter
+from .common import AdapterName, AdapterType, AdapterValue, show_on_node, use_adapter
 
 _DEFAULTS = TrainConfig()
 _ALL = "all that is free"
@@ -112,7 +112,10 @@ class AGDTrain(io.ComfyNode):
                 io.String.Input(
                     "adapter_name",
                     default="my_adapter",
-                    tooltip="The file's name in models/agd. An older file of that name is replaced at the very end.",
+                    tooltip=(
+                        "The file's name in models/agd, such as my_adapter or sdxl/my_adapter. An older file of that "
+                        "name is replaced at the very end."
+                    ),
                 ),
                 io.Combo.Input(
                     "card",
@@ -280,13 +283,17 @@ class AGDTrain(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the new adapter, as AGD Adapter Loader would give it."),
-                io.String.Output("adapter_name", tooltip="The name of the file in models/agd."),
+                AdapterName.Output("adapter_name", tooltip="The file's name, as AGD Adapter Loader takes it."),
                 io.Image.Output("plot", tooltip="By iteration: the loss (share of the gap still open), gap closed."),
                 AdapterType.Output("adapter", tooltip="The adapter itself, for AGD Apply Adapter."),
                 io.String.Output("report", tooltip="What was trained, how long, how much of the gap is closed."),
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, adapter_name=None):
+        return adapter_name is None or folders.why_not_new(adapter_name) or True
 
     @classmethod
     def execute(
@@ -319,10 +326,10 @@ class AGDTrain(io.ComfyNode):
         trained = job.run(_Display(node_id, plan).callbacks(), plan, {})
         report = job.report(trained)
         show_on_node(node_id, report)
-        adapter = AdapterValue(trained.info, trained.adapter.state_dict(), f"of AGD Train, {path.name}")
+        adapter = AdapterValue(trained.info, trained.adapter.state_dict(), f"of AGD Train, {folders.name_of(path)}")
         patched = use_adapter(model, adapter, node_id, guidance_scale=0)
         plot = torch.from_numpy(np.asarray(trained.plot(), dtype=np.float32) / 255)[None]
-        return io.NodeOutput(patched, path.name, plot, adapter, report)
+        return io.NodeOutput(patched, folders.name_of(path), plot, adapter, report)
 
 
 def _lines(text: str) -> list[str]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..agd_core import checkpoint, lora
 from ..agd_core.attention_guidance import NAME as ATTENTION_GUIDANCE
 from ..agd_core.attention_guidance import attention_guidance
+from ..agd_core.errors import AGDError
 from . import prompts as prompt_sources
 from .assess import AssessConfig, assess, rule_of
 from .config import TrainConfig
@@ -41,7 +42,7 @@ _DTYPES = ("fp32", "fp16", "bf16", "fp8")
 _PICTURES = (".png", ".jpg", ".webp")
 
 
-class UsageError(Exception):
+class UsageError(AGDError):
     """Something the user gave that can't work; the message is one sentence and no traceback is shown."""
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..agd_core import checkpoint
+from ..agd_core.adapter_name import SUFFIX, file_name
+from ..agd_core.errors import AGDError
 from ..agd_core.kinds import hears_negative
 from .config import TrainConfig
 from .distributed import Ranks
@@ -24,7 +26,7 @@ from .trainer import Callbacks, Trained, split_prompts, train
 _MOST_NEGATIVES = 256  # of either kind
 
 
-class JobError(ValueError):
+class JobError(AGDError, ValueError):
     """A job that can't succeed, told before the long work."""
 
 
@@ -176,6 +178,7 @@ def check_room(folder: Path, needed: int, otherwise: str) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Raises `JobError` where no adapter file can be written."""
-    if output.is_dir() or output.suffix != ".safetensors":
-        raise JobError(f"The output {output} must be a file that ends in .safetensors.")
+    """Raises `JobError` where no adapter file can be written, `AdapterNameError` where the loader can't list it."""
+    if output.is_dir() or not output.name.endswith(SUFFIX):
+        raise JobError(f"The output {output} must be a file that ends in {SUFFIX}.")
+    file_name(output.name)

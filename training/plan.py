@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..agd_core.adapter import Adapter
+from ..agd_core.errors import AGDError
 from .config import TrainConfig
 from .host import Costs, Host
 
@@ -23,7 +24,7 @@ _SMALLER = (0.75, 0.5, 0.375, 0.25)
 _UNIT = 64  # pixels: sizes of pictures that every UNet can halve three times
 
 
-class DoesNotFit(ValueError):
+class DoesNotFit(AGDError, ValueError):
     """No way of training fits into the memory there is."""
 
 

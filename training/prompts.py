@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..agd_core.errors import AGDError
 from .prompt_lists import BUILT_IN
 
 TOKEN = re.compile(r"(\\[{}|]|[{}|]|(?<![^\W_])__[A-Za-z0-9][A-Za-z0-9-]*(?:[_/][A-Za-z0-9-]+)*__)")
@@ -26,7 +27,7 @@ PATIENCE = 200
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class PromptError(ValueError):
+class PromptError(AGDError, ValueError):
     """Prompts that can't be read or expanded; the message is meant for the user as it is."""
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..agd_core.checkpoint import replacing
+from ..agd_core.errors import AGDError
 from .config import TrainConfig
 from .pool import Batch, TrajectoryPool, draw_omega
 
@@ -31,7 +32,7 @@ SETTINGS = (
 _FOLLOWED = ("teacher", "interval_sigma_min", "interval_sigma_max", "rescale_phi", "apg_eta", "apg_threshold")
 
 
-class RecordingError(ValueError):
+class RecordingError(AGDError, ValueError):
     """A folder that is no usable recording, or not the one that is asked for."""
 
 

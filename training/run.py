@@ -11,6 +11,7 @@ import torch
 from ..agd_core.adapter import Adapter
 from ..agd_core.checkpoint import AdapterInfo
 from ..agd_core.config import AdapterConfig
+from ..agd_core.errors import AGDError
 from ..agd_core.guidance import balanced_weights, gaps, weighted_error
 from ..agd_core.mixed_precision import MixedPrecision
 from .config import TrainConfig
@@ -24,7 +25,7 @@ _VERSION = 2
 _LOSS_SCALE = 2.0**16  # as mixed precision training usually begins (Micikevicius et al. 2018)
 
 
-class DifferentRun(ValueError):
+class DifferentRun(AGDError, ValueError):
     """A saved state belongs to a run with other settings."""
 
 

@@ -19,13 +19,14 @@ import torch
 from PIL import Image
 
 from ..agd_core.checkpoint import replacing
+from ..agd_core.errors import AGDError
 
 log = logging.getLogger(__name__)
 
 _STATE = re.compile(r"state-(\d+)\.pt")
 
 
-class RunFolderError(ValueError):
+class RunFolderError(AGDError, ValueError):
     """A run can't be kept in that folder, or what is in it belongs to another run."""
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import folder_paths
 
+from ..adapter_name import AdapterNameError, file_name, why_not
+
 KEY = "agd"
 
 
@@ -13,8 +15,11 @@ def _own_folder() -> str:
 
 
 def register() -> None:
-    """Add `models/agd` to ComfyUI's folders, beside those that extra_model_paths.yaml gave the key already."""
-    folder_paths.add_model_folder_path(KEY, _own_folder())
+    """Add `models/agd` to ComfyUI's folders, before those that extra_model_paths.yaml gave the key already.
+
+    Before, because AGD Train writes there: of two files with one name it is the newer one that has to be read.
+    """
+    folder_paths.add_model_folder_path(KEY, _own_folder(), is_default=True)
     folder_paths.folder_names_and_paths[KEY][1].add(".safetensors")  # a new key starts without extensions
 
 
@@ -39,10 +44,36 @@ def adapter_path(name: str) -> Path:
     return Path(folder_paths.get_full_path(KEY, name))
 
 
+def _in_the_way(path: Path) -> str | None:
+    """What keeps a new adapter file from being written at `path` in `models/agd` and read from there."""
+    if path.is_dir():
+        return f"{path} is a folder"
+    if blocked := next((parent for parent in path.parents if parent.is_file()), None):
+        return f"{blocked} is a file"
+    own, folders = _own_folder(), folder_paths.get_folder_paths(KEY)
+    # Another node pack may have put its folder before ours.
+    before = [folder for folder in folders[: folders.index(own)] if Path(folder).resolve() != Path(own).resolve()]
+    hiding = (Path(folder) / path.relative_to(own) for folder in before)
+    if found := next(filter(Path.is_file, hiding), None):
+        return f"the loader would read {found} in its place"
+    return None
+
+
+def why_not_new(name: str) -> str | None:
+    """Why no adapter can be saved under that name, in one sentence, or None if one can."""
+    if reason := why_not(name):
+        return reason
+    reason = _in_the_way(Path(_own_folder(), file_name(name)))
+    return f"No adapter can be called {name!r}: {reason}. Choose another name." if reason else None
+
+
 def new_adapter_path(name: str) -> Path:
-    """Where an adapter called `name` is saved, in `models/agd`. Raises `ValueError` outside of it."""
-    folder = Path(_own_folder()).resolve()
-    path = (folder / f"{name.removesuffix('.safetensors')}.safetensors").resolve()
-    if not path.is_relative_to(folder) or not path.stem:
-        raise ValueError(f"An adapter can't be saved as {name!r}: give a name inside {folder}, such as 'my_adapter'.")
-    return path
+    """Where an adapter called `name` is saved, in `models/agd`. Raises `AdapterNameError`."""
+    if reason := why_not_new(name):
+        raise AdapterNameError(reason)
+    return Path(_own_folder(), file_name(name))
+
+
+def name_of(path: Path) -> str:
+    """The name under which the loader lists a file of `models/agd`."""
+    return os.path.relpath(path, _own_folder())

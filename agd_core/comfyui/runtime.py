@@ -6,16 +6,18 @@ import re
 import sys
 from pathlib import Path
 
+from ..errors import AGDError
+
 # The oldest release on which the tests pass (`make test-matrix`); pyproject's requires-comfyui says the same.
 OLDEST_COMFYUI = "0.16.3"
 _PACK = Path(__file__).resolve().parents[2]
 
 
-class ComfyUINotFound(RuntimeError):
+class ComfyUINotFound(AGDError, RuntimeError):
     """There is no ComfyUI where one was looked for."""
 
 
-class ComfyUITooOld(RuntimeError):
+class ComfyUITooOld(AGDError, RuntimeError):
     """This pack needs a newer ComfyUI than the one that loads it."""
 
 

@@ -9,6 +9,7 @@ from comfy import model_sampling
 from torch import nn
 
 from ..config import BaseInfo, Site
+from ..errors import AGDError
 from ..kinds.low_rank import layers_of
 
 # How the model's output is read, under the names of ComfyUI's ModelType; subclasses come first.
@@ -19,9 +20,10 @@ _PREDICTIONS = (
     (model_sampling.X0, "X0"),
     (model_sampling.EPS, "EPS"),
 )
+_INSTEAD = "Choose 'training-free' in AGD Adapter Loader, which needs no adapter."
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModel(AGDError, ValueError):
     """A model whose structure AGD cannot adapt."""
 
 
@@ -51,20 +53,26 @@ def transformers(unet: nn.Module) -> dict[str, nn.Module]:
     """
     if not all(hasattr(unet, name) for name in ("input_blocks", "middle_block", "output_blocks")):
         raise UnsupportedModel(
-            f"AGD adapts UNets (SD 1.x, SD 2.x, SDXL and their derivatives), but this model is a "
-            f"{type(unet).__name__}, which has no input_blocks, middle_block and output_blocks."
+            f"This kind of model can't have an adapter: SD 1.5, SD 2, SDXL and models made from them can. {_INSTEAD} "
+            f"Details: this model is a {type(unet).__name__}, which has no input_blocks, middle_block and "
+            "output_blocks."
         )
     found = {}
     for place, block in _blocks(unet):
         spatial = [module for module in block if hasattr(module, "transformer_blocks")]
         if len(spatial) > 1 or any(hasattr(module, "time_stack") for module in spatial):
-            raise UnsupportedModel(f"AGD adapts image UNets, but block {place} of this one is a video block.")
+            raise UnsupportedModel(
+                f"Video models can't have an adapter: SD 1.5, SD 2, SDXL and models made from them can. {_INSTEAD} "
+                f"Details: AGD adapts image UNets, but block {place} of this one is a video block."
+            )
         for module in spatial:
             for index, transformer in enumerate(module.transformer_blocks):
                 if transformer.attn2 is not None and not transformer.switch_temporal_ca_to_sa:
                     found[site_name(place, index)] = transformer
     if not found:
-        raise UnsupportedModel("This UNet has no cross-attention, so there is nothing that AGD could adapt.")
+        raise UnsupportedModel(
+            f"This model can't have an adapter: it reads no prompt through cross-attention. {_INSTEAD}"
+        )
     return found
 
 
@@ -91,9 +99,9 @@ def linear_layers(block: nn.Module, site: Site) -> dict[str, nn.Module]:
         if sizes != expected:
             shown = "nothing" if layer is None else f"a {type(layer).__name__} from {sizes[0]} to {sizes[1]} channels"
             raise UnsupportedModel(
-                f"An adapter with low-rank changes needs {path} in block {site.name} to be a linear layer from "
-                f"{expected[0]} to {expected[1]} channels, but this model has {shown} there; train one of kind delta "
-                "with rank 0."
+                "This model's layers are built otherwise than an adapter with a rank needs: train one of kind delta "
+                f"with rank 0. Details: such an adapter needs {path} in block {site.name} to be a linear layer from "
+                f"{expected[0]} to {expected[1]} channels, but this model has {shown} there."
             )
         found[path] = layer
     return found

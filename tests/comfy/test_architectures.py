@@ -1,6 +1,7 @@
 """The real architectures at their true sizes, on the meta device: sites, adapter files, and who is whose sibling."""
 
 import itertools
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -136,7 +137,10 @@ def test_a_file_loads_onto_its_siblings_and_nothing_else(name, tmp_path):
             checkpoint.check_base(read, base_of(other), file)
         ours, theirs = base_of(name).describe(), base_of(other).describe()
         assert ours != theirs
-        assert f"The adapter {file} was made for {ours}, but this model is {theirs}." in str(refused.value)
+        assert f"the adapter {file} was made for {ours}, but this model is {theirs}." in str(refused.value)
+        told = re.match(r"This adapter is for (.+?), your checkpoint is (.+?)\. Choose ", str(refused.value)).groups()
+        assert told[0] != told[1]
+        assert "_" not in "".join(told)  # the names of code
 
 
 def test_a_refusal_says_what_differs():
@@ -146,8 +150,8 @@ def test_a_refusal_says_what_differs():
         return str(refused.value)
 
     assert "Sites that differ" not in refusal("SDXL", "SDXL v")
-    assert "Guidance is learnt through the prediction: EPS and V_PREDICTION don't mix." in refusal("SDXL", "SDXL v")
-    assert "Guidance" not in refusal("SDXL", "SSD-1B")
+    assert "SDXL with eps-prediction, your checkpoint is SDXL with v-prediction." in refusal("SDXL", "SDXL v")
+    assert "This adapter is for SDXL, your checkpoint is SSD-1B. " in refusal("SDXL", "SSD-1B")
     assert "Sites that differ: " in refusal("SDXL", "SSD-1B")
 
 
@@ -207,10 +211,12 @@ def test_the_papers_size_on_sdxl():
 
 
 def test_video_models_are_refused():
-    with pytest.raises(UnsupportedModel, match=r"AGD adapts image UNets, but .* is a video block"):
+    with pytest.raises(UnsupportedModel, match=r"^Video models can't .* Choose 'training-free' .* is a video block"):
         describe_base(on_meta("SVD"))
 
 
 def test_other_models_are_refused_by_structure():
-    with pytest.raises(UnsupportedModel, match=r"this model is a Linear, which has no input_blocks"):
+    with pytest.raises(UnsupportedModel, match=r"^This kind of model can't have an adapter: .*SDXL") as refused:
         find_sites(torch.nn.Linear(2, 2))
+    assert "Choose 'training-free' in AGD Adapter Loader" in str(refused.value)
+    assert "Details: this model is a Linear, which has no input_blocks" in str(refused.value)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_foreign_file(tmp_path):
 
 def test_newer_format(file):
     rewrite(file, change_data=lambda data: data.update(format_version=99))
-    with pytest.raises(AdapterFileError, match=r"format 99.*reads up to 1: update the node pack"):
+    with pytest.raises(AdapterFileError, match=r"newer AGD: update the node pack.*format 99.*reads up to 1"):
         checkpoint.load(file)
 
 
@@ -124,14 +125,40 @@ def test_every_offending_key_is_named(file):
         assert part in str(error.value)
 
 
-def test_another_base_is_refused_naming_both(info, base):
-    other = dataclasses.replace(base, family="Other", sites=(base.sites[0], Site("middle_0_0", 64, 16)))
-    with pytest.raises(AdapterFileError, match=r"made for Small .* but this model is Other .*differ: middle_0_0"):
-        checkpoint.check_base(info, other, "a.safetensors")
+@pytest.mark.parametrize(
+    ("theirs", "yours", "sentence"),
+    [
+        (("SD15", "EPS"), ("SDXL", "EPS"), "This adapter is for SD 1.5, your checkpoint is SDXL."),
+        (("SDXL", "EPS"), ("SDXLRefiner", "EPS"), "This adapter is for SDXL, your checkpoint is SDXL Refiner."),
+        (
+            ("SDXL", "EPS"),
+            ("SDXL", "V_PREDICTION"),
+            "This adapter is for SDXL with eps-prediction, your checkpoint is SDXL with v-prediction.",
+        ),
+        (
+            ("SD15", "EPS"),
+            ("SD20", "V_PREDICTION"),
+            "This adapter is for SD 1.5 with eps-prediction, your checkpoint is SD 2 with v-prediction.",
+        ),
+        (("SDXL", "EPS"), ("SDXL", "EPS"), "This adapter is for SDXL, your checkpoint is SDXL with other layers."),
+        (("Heard", "EPS"), ("Unheard", "EPS"), "This adapter is for Heard, your checkpoint is Unheard."),
+    ],
+)
+def test_another_base_is_refused_in_the_users_words_first(info, base, theirs, yours, sentence):
+    mine = dataclasses.replace(info, base=dataclasses.replace(base, family=theirs[0], prediction=theirs[1]))
+    sites = (base.sites[0], Site("middle_0_0", 64, 16))
+    other = dataclasses.replace(base, family=yours[0], prediction=yours[1], sites=sites)
+    with pytest.raises(AdapterFileError) as refused:
+        checkpoint.check_base(mine, other, "a.safetensors")
+    what, remedy, details = re.fullmatch(r"(.+?\.) (Choose .+?\.) (Details: .+)", str(refused.value)).groups()
+    assert what == sentence
+    assert "train one with AGD Train, or choose 'training-free' in AGD Adapter Loader" in remedy
+    both = f"a.safetensors was made for {mine.base.describe()}, but this model is {other.describe()}."
+    assert details == f"Details: the adapter {both} Sites that differ: middle_0_0."
 
 
-def test_another_prediction_is_refused(info, base):
-    with pytest.raises(AdapterFileError, match=r"EPS-prediction.*V_PREDICTION-prediction"):
+def test_another_prediction_alone_is_refused(info, base):
+    with pytest.raises(AdapterFileError, match=r"EPS-prediction.*V_PREDICTION-prediction.*\)\.$"):
         checkpoint.check_base(info, dataclasses.replace(base, prediction="V_PREDICTION"), "a.safetensors")
 
 

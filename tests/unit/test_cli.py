@@ -89,6 +89,23 @@ def test_bad_settings_are_refused_before_anything_is_loaded(capsys):
     fails(capsys, "--negative or --negatives, not both", *BASE, "--negative", "blurry", "--negatives", "built-in")
 
 
+@pytest.mark.parametrize("command", ["train", "calibrate", "export"])
+@pytest.mark.parametrize(
+    "name", [".safetensors", "..safetensors", "   .safetensors", "mine .safetensors", "mine..safetensors",
+             "nul.safetensors", "a\nb.safetensors", "a\\b.safetensors"]
+)  # fmt: skip
+def test_a_name_that_no_loader_could_list_is_refused_before_anything_is_loaded(folder, capsys, command, name):
+    given = ("a.safetensors", name, "--omega", "3") if command == "export" else ("--loader", "a:b", "--output", name)
+    fails(capsys, "No adapter can be called", command, *given)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["", ".", "..", "   ", "mine", "mine.ckpt", "sdxl/"])
+def test_an_output_that_is_no_adapter_file_is_refused_before_anything_is_loaded(folder, capsys, output):
+    fails(capsys, "must be a file that ends in .safetensors", *BASE[:-1], output)
+    assert list(folder.iterdir()) == []
+
+
 def test_bad_settings_of_an_evaluation_are_refused_before_anything_is_loaded(folder, capsys):
     base = ("evaluate", "a.safetensors", "--loader", "some.module:load")
     prompts = (*base, "--prompts", "a red star")
