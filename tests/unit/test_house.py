@@ -1,7 +1,6 @@
 """The house rules: which way imports point, and what the published archive holds."""
 
 import ast
-import fnmatch
 import re
 import subprocess
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TORCH_ONLY = {"torch", "einops", "safetensors"}
 STANDARD = set(__import__("sys").stdlib_module_names)
+LEFT_OUT = {"tests", "tools", "benchmarks", "docs", "examples", ".ci", ".comfyignore", ".gitignore", "Makefile"}
 COMFYUI = {"comfy", "comfyui_version", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server"}
 
 
@@ -70,25 +70,30 @@ def test_nodes_import_downwards(file):
     assert rooms(file) <= {"agd_core", "training", "nodes"}
 
 
-def tracked() -> list[str]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+def tracked(*flags: str) -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "-z", *flags], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
 def published() -> list[str]:
-    patterns = [line.rstrip("/") for line in (ROOT / ".comfyignore").read_text().split("\n") if line and line[0] != "#"]
-    kept = []
-    for name in tracked():
-        parts = [*map(str, list(Path(name).parents)[:-1]), name]
-        if not any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in patterns):
-            kept.append(name)
-    return kept
+    """What the registry's archive holds: .comfyignore is gitignore's syntax, so git itself is asked."""
+    ignored = set(tracked("--cached", "--ignored", "--exclude-from=.comfyignore"))
+    return [name for name in tracked() if name not in ignored]
 
 
-def test_the_published_archive_holds_the_runtime_only():
-    tops = {Path(name).parts[0] for name in published()}
-    assert {"__init__.py", "agd_core", "nodes", "training", "web", "example_workflows", "pyproject.toml"} <= tops
-    assert not tops & {"tests", "tools", "benchmarks", "examples", ".ci", "Makefile"}
+def test_the_published_archive_holds_the_runtime_and_all_of_it():
+    kept = set(published())
+    assert {"__init__.py", "agd_core/__init__.py", "training/cli.py", "pyproject.toml", "README.md"} <= kept
+    assert not {Path(name).parts[0] for name in kept} & LEFT_OUT
+    # A pattern for a folder of the root must not drop another folder of that name.
+    assert [name for name in tracked() if Path(name).parts[0] not in LEFT_OUT and name not in kept] == []
+
+
+def test_the_published_archive_has_a_help_page_and_a_workflow_for_every_node():
+    nodes = re.findall(r'node_id="(\w+)"', "".join(map(Path.read_text, files("nodes"))))
+    assert len(nodes) >= 4
+    assert {f"web/docs/{node}.md" for node in nodes} <= set(published())
+    assert len([name for name in published() if name.startswith("example_workflows/")]) >= 2 * len(nodes)
 
 
 def test_the_published_archive_has_nothing_that_the_registry_flags():
