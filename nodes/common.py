@@ -109,12 +109,15 @@ def show_on_node(node_id: str, text: str) -> None:
 
 
 def notices(node_id: str) -> Callable[[str], None]:
-    """For `apply_adapter`'s `notify`: what the user should know goes to the log and, all of it, onto the node."""
+    """For `apply_adapter`'s `notify`: what the user should know goes to the log and, all of it, onto the node.
+
+    The last comes first, for it is about the sampling that runs, and ComfyUI's classic canvas shows the beginning only.
+    """
     said = []
 
     def notify(message: str) -> None:
         log.warning("AGD: %s", message)
-        said.append(message[0].upper() + message[1:])
+        said.insert(0, message[0].upper() + message[1:])
         show_on_node(node_id, "\n\n".join(said))
 
     return notify
@@ -134,7 +137,7 @@ def use_adapter(model, adapter: AdapterValue, node_id: str, *, guidance_scale: f
     )
     if not is_trained_on(adapter.info.base, model.model.diffusion_model):
         notify(
-            "this adapter was trained on other weights than this model's: another checkpoint of the family, or another "
-            "precision. AGD Evaluate tells how well it fits."
+            "trained on other weights: see how it fits with AGD Evaluate. This model is another checkpoint than the "
+            "adapter's own, of the same family, or the same in another precision."
         )
     return patched

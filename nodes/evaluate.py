@@ -20,7 +20,7 @@ _SHOWN = {
     "encode": "Encoding prompts",
     "teacher": "Following the trajectories of guidance",
     "adapter": "Measuring the adapter on them",
-    "sample": "Sampling unguided, with guidance and with the adapter",
+    "sample": "Sampling by each method",
 }
 
 

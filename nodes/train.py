@@ -65,12 +65,13 @@ def _told(progress: Progress) -> str:
     if progress.phase == "rollout":
         return f"Rolling out the first trajectories: {progress.step}/{progress.total}"
     if progress.phase == "measure":
-        return f"Measuring on prompts that are not trained with: {progress.step}/{progress.total}"
-    gap = "" if progress.gap_closed is None else f", gap closed {progress.gap_closed:.0%}"
+        return f"Measuring on held-out prompts: {progress.step}/{progress.total}"
+    gap = "" if progress.gap_closed is None else f"gap closed {progress.gap_closed:.0%}, "
     left = f"{progress.seconds_left / 60:.0f} min" if progress.seconds_left > 90 else f"{progress.seconds_left:.0f} s"
+    # What matters most comes first: ComfyUI's classic canvas shows about 60 characters.
     return (
-        f"Iteration {progress.step}/{progress.total}, loss {progress.loss:.4f}{gap}, "
-        f"memory {progress.memory / 1e9:.1f} GB, {left} left"
+        f"{progress.step}/{progress.total}, {left} left, {gap}loss {progress.loss:.4f}, "
+        f"memory {progress.memory / 1e9:.1f} GB"
     )
 
 

@@ -119,10 +119,12 @@ class Assessment:
         return self.transfer.gap_closed.value
 
     def report(self) -> str:
-        """A page for people."""
+        """A page for people. The result comes first: ComfyUI's classic canvas shows about 60 characters of it."""
         height, width = self.latent
+        ratio = self.costs["guided"].seconds_per_image.value / self.costs["agd"].seconds_per_image.value
         known = {True: ", the checkpoint that it was trained on", False: ", other weights than those of its training"}
         lines = [
+            f"Gap closed {self.transfer.gap_closed}; {ratio:.2f} times as fast as {self.teacher}.",
             f"Adapter {self.adapter} on {self.base}{known.get(self.transfer.same_weights, '')}.",
             f"{self.images} images of {self.prompts} prompts, latents of {width}x{height}, {self.steps} Euler steps; "
             "± is the standard error over images.",
@@ -139,8 +141,7 @@ class Assessment:
             cost = self.costs[method]
             per_step = f"{cost.evaluations_per_step:.2f} model evaluations per step"
             lines.append(f"{name}: {cost.seconds_per_image} seconds per image, {per_step}")
-        ratio = self.costs["guided"].seconds_per_image.value / self.costs["agd"].seconds_per_image.value
-        lines += [f"AGD is {ratio:.2f} times as fast as {self.teacher}.", "", self.transfer.verdict()]
+        lines += ["", self.transfer.verdict()]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)]) + "\n"
 
     def as_json(self) -> dict:

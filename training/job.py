@@ -130,11 +130,12 @@ class Job:
         files.save_text("config.toml", to_toml(settings | dataclasses.asdict(self.config)))
 
     def report(self, trained: Trained) -> str:
-        """A page about the finished run, for people."""
+        """A page about the finished run, for people. The result comes first: a node may show 60 characters of it."""
         training, measured = trained.info.training, trained.evaluation
+        gaps = training.get("gap_closed", {}).values()
         lines = [
-            f"Adapter {self.output.name}: {trained.adapter.parameter_count():,} parameters, for "
-            f"{trained.info.base.describe()}.",
+            f"Gap closed {sum(gaps) / len(gaps):.0%}, {self.output.name}." if gaps else f"Saved {self.output.name}.",
+            f"{trained.adapter.parameter_count():,} parameters, for {trained.info.base.describe()}.",
             f"{training['iterations']} iterations of {training['batch']} states on {training['prompts']} prompts, "
             f"{training['teacher_evaluations']:,} teacher evaluations, {training['seconds'] / 60:.1f} minutes; "
             f"final loss {training['final_loss']:.4f}.",

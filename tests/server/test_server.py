@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -213,7 +214,7 @@ def test_what_the_user_should_know_is_on_the_node_and_in_the_log_once(server, tr
 def test_training_shows_what_it_does_and_reports_at_the_end(server, trained):
     folder = server.adapters / "first.run"
     assert {path.name for path in (folder / "previews").iterdir()} == {"step-000020.png", "step-000040.png"}
-    assert server.texts["train"].startswith("Adapter first.safetensors: ")
+    assert re.match(r"Gap closed -?\d+%, first\.safetensors\.\n", server.texts["train"])
     assert "Gap closed on 3 prompts that were not trained with" in server.texts["train"]
     assert server.previews > 0
 
@@ -342,7 +343,7 @@ def test_an_adapter_of_other_weights_is_said_to_be_one(server, trained):
     sibling = replace(info, base=replace(info.base, fingerprint="another"))
     checkpoint.save(server.adapters / "sibling.safetensors", adapter, sibling)
     server.run(with_adapter(base_graph(), "sibling.safetensors"))
-    assert server.texts["agd"].startswith("This adapter was trained on other weights than this model's")
+    assert server.texts["agd"].startswith("Trained on other weights: see how it fits with AGD Evaluate.")
     server.run(evaluate_graph(adapter_name="sibling.safetensors"))
     assert "other weights than those of its training" in server.texts["evaluate"]
 

@@ -254,6 +254,9 @@ def test_a_sibling_is_told_from_the_checkpoint_of_the_training_and_so_are_loras(
 def test_the_report_and_the_json_say_it_all():
     found = assessed(Partly(0.5), training={"gap_closed": {"3": 0.8, "6": 0.7}})
     report = found.report()
+    first = report.splitlines()[0]
+    assert re.fullmatch(r"Gap closed 0\.750 ± 0\.000; \d+\.\d\d times as fast as CFG\.", first)
+    assert len(first) <= 60  # all that ComfyUI's classic canvas shows
     assert "cfg 3: gap closed 0.750 ± 0.000, direction cosine 1.000 ± 0.000, distance to CFG 0." in report
     assert "AGD: " in report
     assert "2.00 model evaluations per step" in report

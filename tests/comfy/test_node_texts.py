@@ -1,0 +1,40 @@
+"""What nodes show: the result in the first 60 characters, for ComfyUI's classic canvas cuts the rest."""
+
+import pytest
+
+from comfyui_agd.nodes import common, evaluate, train
+from comfyui_agd.training.trainer import Progress
+
+SHOWN = 60
+
+
+@pytest.fixture
+def shown(monkeypatch) -> list[str]:
+    """What is shown on nodes."""
+    texts = []
+    monkeypatch.setattr(common, "show_on_node", lambda node_id, text: texts.append(text))
+    return texts
+
+
+@pytest.mark.parametrize("phase", ["encode", "rollout", "measure"])
+def test_what_training_prepares_and_how_far_it_is_can_be_read(phase):
+    assert train._told(Progress(phase, 99_998, 99_999)).endswith(": 99998/99999")
+    assert len(train._told(Progress(phase, 99_998, 99_999))) <= SHOWN
+
+
+def test_of_an_iteration_the_time_left_and_the_gap_closed_can_be_read():
+    progress = Progress("train", 12_345, 20_000, 0.1234, 0.62, 12_300_000_000, 7200.0)
+    assert train._told(progress)[:SHOWN].startswith("12345/20000, 120 min left, gap closed 62%, loss 0.1234")
+    assert train._told(progress).endswith("memory 12.3 GB")
+
+
+@pytest.mark.parametrize("phase", evaluate._SHOWN)
+def test_what_an_evaluation_does_and_how_far_it_is_can_be_read(phase):
+    assert len(f"{evaluate._SHOWN[phase]}: 99999/99999") <= SHOWN
+
+
+def test_what_was_said_last_can_be_read_whatever_was_said_before(shown):
+    notify = common.notices("node")
+    notify("trained on other weights: " + 100 * "x")
+    notify("no speed-up: the sampler needs two passes.")
+    assert shown[-1][:SHOWN].startswith("No speed-up: the sampler needs two passes.\n\nTrained on other")
