@@ -161,7 +161,9 @@ def test_modulation_starts_at_one_and_then_tells_t_from_t_and_layer_from_layer()
 
 
 def test_a_rank_may_be_any_number():
-    assert residuals(randomised(build(LOW_RANK, hidden=3)))
+    adapter = randomised(build(LOW_RANK, hidden=3))
+    assert {layer.weight.shape[0] for layer in adapter.sites.down.values()} == {3}
+    assert all(torch.count_nonzero(residual) for residual in residuals(adapter).values())
 
 
 def test_a_lora_needs_no_encoder():

@@ -286,6 +286,8 @@ def test_half_of_the_negatives_are_empty_and_the_others_vary(negatives):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_built_in_list_can_be_drawn_from_and_is_used(name):
-    assert expand([f"__{name}__"], 3, 0)
+    drawn = expand([f"__{name}__"], 3, 0)
+    assert len(set(drawn)) == 3
+    assert all(re.fullmatch(r"[^_{}|]+", prompt) for prompt in drawn)
     everywhere = " ".join(line for lines in BUILT_IN.values() for line in lines)
     assert name in ("prompt", "negative") or f"__{name}__" in everywhere
