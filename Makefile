@@ -8,12 +8,21 @@ export MALLOC_TRIM_THRESHOLD_ = 4000000000
 # The other releases of ComfyUI that the runtime part of the tests must pass on; the oldest is requires-comfyui.
 MATRIX := 0.16.3 0.18.2 0.26.0
 
-.PHONY: help setup demo test test-matrix bench lint toy
+# A worker for each core, and each file's tests in one of them, for what its fixtures made.
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# All of the unit tests, and of every other folder what is quickest.
+FAST := tests/unit \
+  tests/comfy/test_architectures.py tests/comfy/test_sampling.py tests/comfy/test_solvers.py tests/comfy/test_flops.py \
+  tests/comfy/compatibility/test_table.py::test_the_documented_table_is_what_is_tested \
+  tests/toy/test_toy.py tests/server/test_server.py::test_the_pack_loads_without_complaint
+
+.PHONY: help setup demo test test-fast test-matrix bench lint toy
 
 help:
 	@echo "make demo          distil the toy model's guidance and sample it through ComfyUI: demo_out/"
-	@echo "make test          the whole test suite, real ComfyUI runtime and server included"
-	@echo "make test-matrix   its runtime part on older ComfyUI releases: $(MATRIX)"
+	@echo "make test-fast     the unit tests and the quickest of the others, in under two minutes: while working"
+	@echo "make test          the whole test suite, real ComfyUI runtime and server included: before a commit"
+	@echo "make test-matrix   its runtime part on older ComfyUI releases, $(MATRIX), and torch.compile's own backend"
 	@echo "make bench         what a step costs, unguided, with CFG and with AGD, at true sizes (20 minutes)"
 	@echo "make lint          ruff, check and format"
 	@echo "make toy           train the toy model's committed weights again (about an hour)"
@@ -25,13 +34,17 @@ demo: setup
 	@$(BIN)/python -m comfyui_agd.examples.toy demo
 
 test: setup
-	@$(BIN)/pytest
+	@$(PYTEST)
+
+test-fast: setup
+	@$(PYTEST) -m "not slow and not matrix" $(FAST)
 
 test-matrix:
 	@$(PYTHON) tools/setup.py $(MATRIX)
+	@$(BIN)/pytest -m matrix
 	@passed=; failed=; for release in $(MATRIX); do \
 	  echo "ComfyUI $$release"; \
-	  if COMFYUI_PATH=$(CURDIR)/.comfyui/ComfyUI-$$release $(BIN)/pytest tests/comfy tests/server; \
+	  if COMFYUI_PATH=$(CURDIR)/.comfyui/ComfyUI-$$release $(PYTEST) tests/comfy tests/server; \
 	  then passed="$$passed $$release"; else failed="$$failed $$release"; fi; \
 	done; \
 	echo "ComfyUI releases that passed:$${passed:- none}; that failed:$${failed:- none}"; test -z "$$failed"
