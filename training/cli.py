@@ -71,6 +71,7 @@ class ProgressBar:
             self.bar = tqdm(
                 total=progress.total, desc=progress.phase, initial=max(0, progress.step - 1), disable=self.quiet
             )
+        self.bar.total = progress.total  # a run that goes by the clock may change it
         shown = {}
         if progress.loss is not None:
             shown["loss"] = f"{progress.loss:.4f}"

@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -53,13 +53,16 @@ class Progress:
 class Callbacks:
     """What a caller hears of a run. Raising from `on_progress` stops it; its state is saved first.
 
-    `on_start` is called once it is clear that the run's folder is this run's.
+    `on_start` is called once it is clear that the run's folder is this run's. `iterations` is asked before each one for
+    the number of all: the step and the config's number go in, and the learning rate falls to 0 at what comes out. All
+    processes of a run have to be told the same.
     """
 
     on_progress: Callable[[Progress], None] = lambda progress: None
     on_evaluation: Callable[[int, Evaluation], None] = lambda step, evaluation: None
     on_preview: Callable[[int, Image.Image], None] = lambda step, image: None
     on_start: Callable[[], None] = lambda: None
+    iterations: Callable[[int, int], int] = lambda step, planned: planned
 
 
 @dataclass
@@ -249,9 +252,10 @@ def _fit(
     info: AdapterInfo,
 ) -> None:
     """The loop. Each iteration ends whole: a run that stops there goes on to the same result."""
-    config, ranks, source = run.config, run.ranks, run.source
+    ranks, source = run.ranks, run.source
     shares, clock, begun, at_start = [], time.monotonic(), run.step, run.seconds
     while True:
+        config = replace(run.config, iterations=callbacks.iterations(run.step, run.config.iterations))
         # Measured before anything else, so that a run stopped at this step measures here when it goes on.
         ended = run.step >= config.iterations
         if _due(run.step, config.evaluate_every, ended) and not _measured(run):
@@ -284,7 +288,7 @@ def _fit(
             rate = run.optimiser.param_groups[0]["lr"]
             files.add_metrics(run.step, loss=loss, learning_rate=rate, seconds=round(run.seconds, 2))
         left = (config.iterations - run.step) * (time.monotonic() - clock) / (run.step - begun)
-        stop = _tell(callbacks, run, left)
+        stop = _tell(callbacks, run, config.iterations, left)
         stopping = ranks.any(stop is not None)
         regular = config.save_every and run.step % config.save_every == 0
         # Alone, a stopped run is saved by `train`; several ranks save together, here, where all know of the stop.
@@ -305,13 +309,11 @@ def _measured(run: Run) -> bool:
     return bool(run.history) and run.history[-1]["step"] == run.step
 
 
-def _tell(callbacks: Callbacks, run: Run, seconds_left: float) -> BaseException | None:
+def _tell(callbacks: Callbacks, run: Run, total: int, seconds_left: float) -> BaseException | None:
     """Report an iteration. What the caller raises, to stop, is returned."""
     gap, memory = (run.history[-1]["score"] if run.history else None), run.host.memory_used()
     try:
-        callbacks.on_progress(
-            Progress("train", run.step, run.config.iterations, run.recent_loss(), gap, memory, seconds_left)
-        )
+        callbacks.on_progress(Progress("train", run.step, total, run.recent_loss(), gap, memory, seconds_left))
     except BaseException as error:
         return error
     return None

@@ -10,22 +10,46 @@ from comfyui_agd.examples.toy import demo
 from comfyui_agd.examples.toy.measure import omega_star
 
 KEYS = (
-    "base omega_star adapter evaluations_per_step seconds_per_image speedup gap_closed direction_cosine "
+    "base omega_star adapter pictures evaluations_per_step seconds_per_image speedup gap_closed direction_cosine "
     "frechet_to_real prompt_accuracy teacher_evaluations training_seconds"
 )
 
 
+def omegas() -> list[str]:
+    best = omega_star()
+    return [f"{omega:g}" for omega in ((1 + best) / 2, best, 2 * best - 1)]
+
+
 @pytest.mark.slow
-def test_the_demo_writes_what_it_promises(tmp_path, capsys):
+def test_the_demo_writes_what_it_promises_and_no_figure_of_too_few_pictures(tmp_path, capsys):
     demo.main(["--out", str(tmp_path), "--iterations", "12", "--captions", "16"])
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(KEYS.split()) <= set(report)
+    assert report["pictures"] == 16
     assert report["evaluations_per_step"] == {"cfg": 2.0, "agd": 1.0}
     assert report["adapter"]["percent_of_base"] <= 5
-    best = omega_star()
-    omegas = [f"{omega:g}" for omega in ((1 + best) / 2, best, 2 * best - 1)]
-    assert list(report["gap_closed"]) == list(report["prompt_accuracy"]["agd"]) == omegas
+    assert list(report["gap_closed"]) == list(report["prompt_accuracy"]["agd"]) == omegas()
+    assert report["speedup"] is None
+    for key in ("prompt_accuracy", "frechet_to_real"):
+        assert {report[key]["unguided"], *report[key]["cfg"].values(), *report[key]["agd"].values()} == {None}
     assert checkpoint.read_info(tmp_path / "adapter.safetensors").training["iterations"] == 12
     assert Image.open(tmp_path / "comparison.png").width > 1000
     assert Image.open(tmp_path / "loss.png").size == (800, 400)
-    assert "AGD is" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert table.count(" -") == 3 * 7  # accuracy, Fréchet distance and time of every line
+    assert "AGD is compared with CFG from 256 pictures on" in table
+
+
+def test_the_table_shows_errors_and_how_many_pictures_there_were(capsys):
+    values = {"seconds_per_image": 0.05, "evaluations_per_step": 1.0, "frechet_to_real": 170.0}
+    values |= {"prompt_accuracy": 0.97, "prompt_accuracy_se": 0.011}
+    gap = type("Gap", (), {"gap_closed": {3.0: 0.7}, "direction_cosine": {3.0: 0.8}})
+    report = {"pictures": 256, "adapter": {"parameters": 1000, "percent_of_base": 2.0}, "training_seconds": 200.0}
+    report |= {"teacher_evaluations": 500, "speedup": 1.8, "speedup_se": 0.02}
+    demo.print_table({("agd", 3.0): values}, gap, report)
+    table = capsys.readouterr().out
+    assert "0.970 (0.011)" in table
+    assert "256 pictures per line" in table
+    assert "AGD is 1.80 (0.02) times as fast as CFG." in table
+    demo.print_table({("agd", 3.0): values}, gap, report | {"speedup": None, "speedup_se": None})
+    assert "can't be told: the machine was too busy" in capsys.readouterr().out
