@@ -200,8 +200,8 @@ def check_same_run(state: dict, identity: dict, where: object) -> None:
     saved = state.get("identity", {})
     if state.get("version") != _VERSION or saved != identity:
         raise DifferentRun(
-            f"{where} holds another run ({'; '.join(differences(saved, identity)) or 'of another version'}). "
-            "Use the settings of then to go on with it, or delete that folder to start anew."
+            "A training of this name was begun with other settings: use those to go on with it, or delete its folder "
+            f"to start anew. Details: {where} ({'; '.join(differences(saved, identity)) or 'of another version'})."
         )
 
 

@@ -53,7 +53,9 @@ class RunFolder:
                 Path(temporary).write_text("yes")
             (self.path / "writable").unlink()
         except OSError as error:
-            raise RunFolderError(f"{self.path} can't be written to ({error}); choose another output.") from error
+            raise RunFolderError(
+                f"The training's folder can't be written to: choose another output. Details: {self.path} ({error})."
+            ) from error
 
     def states(self) -> list[Path]:
         """The saved states, the newest first."""

@@ -75,7 +75,9 @@ def test_remains_of_a_killed_process_are_removed(folder):
 
 def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
     (tmp_path / "a.run").write_text("a file")
-    with pytest.raises(RunFolderError, match=r"a\.run can't be written to .*choose another output"):
+    with pytest.raises(
+        RunFolderError, match=r"^The training's folder can't be written to: choose another output.*a\.run"
+    ):
         RunFolder(tmp_path / "a.run").prepare()
 
 
