@@ -15,7 +15,7 @@ from torch import nn
 
 from .config import AdapterConfig
 from .kinds import KINDS, hears_negative
-from .layers import Guidance, GuidanceEncoder
+from .layers import Guidance, GuidanceEncoder, fit_rows
 from .mixed_precision import MixedPrecision
 
 
@@ -31,6 +31,23 @@ class Prepared:
     gain: torch.Tensor
     context: torch.Tensor
     shared: torch.Tensor | list
+
+    def of_site(self, index: int, rows: int):
+        """The gain, and a site's part of `shared`, for an attention of so many rows.
+
+        Other nodes multiply rows there, one for each region of a picture, say: as a batch is repeated.
+        """
+        own = self.shared[index]
+        return (self.gain, own) if rows == len(self.gain) else (fit_rows(self.gain, rows), _fit(own, rows))
+
+
+def _fit(shared, rows: int):
+    """What a site shares by row, in whatever it is kept."""
+    if isinstance(shared, torch.Tensor):
+        return fit_rows(shared, rows)
+    if isinstance(shared, dict):
+        return {key: _fit(value, rows) for key, value in shared.items()}
+    return shared if shared is None else tuple(_fit(value, rows) for value in shared)
 
 
 class Adapter(nn.Module):
@@ -79,23 +96,25 @@ class Adapter(nn.Module):
     ) -> torch.Tensor:
         """A site's attention output `out` (b, n, w) with its residual: h (b, n, w), context (b, m, d) -> (b, n, w)."""
         if context is not prepared.context:  # another patch gives this site, or all from here on, another prompt
-            prepared.context, prepared.shared = context, self.sites.prepare(prepared.guidance, context)
-        residual = self.sites(name, h, prepared.shared[self._index[name]])
-        return torch.addcmul(out, prepared.gain, residual)
+            prepared.context = context
+            prepared.shared = self.sites.prepare(prepared.guidance.for_rows(len(context)), context)
+        gain = fit_rows(prepared.gain, len(out))
+        return torch.addcmul(out, gain, self.sites(name, h, prepared.shared[self._index[name]]))
 
     def guide(
         self, name: str, out: torch.Tensor, delta: torch.Tensor, h: torch.Tensor, prepared: Prepared
     ) -> torch.Tensor:
         """What a site's attention hands to its `to_out`, with the residual: out, delta and h (b, n, w) -> (b, n, w)."""
-        return torch.addcmul(out, prepared.gain, self.sites(name, delta, h, prepared.shared[self._index[name]]))
+        gain, shared = prepared.of_site(self._index[name], len(out))
+        return torch.addcmul(out, gain, self.sites(name, delta, h, shared))
 
     def adapt(self, name: str, path: str, out: torch.Tensor, x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
         """What a linear layer of a site's block returns, with the residual: out (b, n, out), its input x (b, n, in).
 
         `path` is the layer's in the block. In `out`'s dtype: under autocast that is not the one of the preparation.
         """
-        residual = self.sites.linear(name, path, x, prepared.shared[self._index[name]])
-        return torch.addcmul(out, prepared.gain.to(out.dtype), residual)
+        gain, shared = prepared.of_site(self._index[name], len(out))
+        return torch.addcmul(out, gain.to(out.dtype), self.sites.linear(name, path, x, shared))
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """psi: every parameter, by name. There is nothing else to freeze, save or load but the buffers."""

@@ -23,8 +23,8 @@ AGREES, MATTERS = 0.6, 1 / 16
 @dataclass
 class AlternatingGuidance:
     """Both predictions at the steps of one sampling; `known`: the last one evaluated for the prompt (True) and for the
-    negative (False); `delta`: their difference at the step before, `measured` there or estimated; `largest`: the
-    largest norm of it; `doubted`: whether estimates have contradicted each other.
+    negative (False); `delta`: their difference at the step before, `measured` there or estimated, and None until
+    guidance has begun; `largest`: the largest norm of it; `doubted`: whether estimates have contradicted each other.
     """
 
     position: float = 0.0
@@ -36,17 +36,18 @@ class AlternatingGuidance:
     doubted: bool = False
 
     def __call__(
-        self, position: float, evaluate: Callable[..., list[torch.Tensor]]
+        self, position: float, evaluate: Callable[..., list[torch.Tensor]], *, anew: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(with the prompt, with the negative) at a position of the schedule: (b, ...) each, one of them estimated.
 
-        `evaluate(True, False)` gives both predictions, `evaluate(turn)` the one. Both are evaluated where the step
-        before is too far away, or was never: at the start of a sampling from half the noise, in short schedules, and
-        where noise is added again; and at every second step where estimates can't be relied on. From pure noise
-        guidance begins at the third step, or with steps far apart at the second.
+        `evaluate(True, False)` gives both predictions, `evaluate(turn)` the one; `anew`: whether the steps before tell
+        nothing of this one. Both are evaluated then, and where the step before is too far away, or was never: at the
+        start of a sampling from half the noise, in short schedules, and where noise is added again; and at every second
+        step where estimates can't be relied on. From pure noise guidance begins at the third step, or with steps far
+        apart at the second.
         """
         near, self.position = abs(position - self.position) <= NEAR, position
-        if not near or (self.doubted and not self.measured):
+        if anew or not near or (self.doubted and not self.measured):
             return self._measure(*evaluate(True, False))
         turn = self.turn
         (now,) = evaluate(turn)

@@ -23,6 +23,18 @@ class Guidance:
     tokens: torch.Tensor | None
     dtype: torch.dtype
 
+    def for_rows(self, rows: int) -> "Guidance":
+        """For an attention that another node has given more rows than the evaluation has."""
+        tokens = None if self.tokens is None else fit_rows(self.tokens, rows)
+        return Guidance(fit_rows(self.t, rows), tokens, self.dtype)
+
+
+def fit_rows(value: torch.Tensor, rows: int) -> torch.Tensor:
+    """(r, ...) -> (rows, ...): repeated as a whole and cut, as ComfyUI fits a condition to a batch."""
+    if len(value) == rows:
+        return value
+    return value.repeat(math.ceil(rows / len(value)), *[1] * (value.ndim - 1))[:rows]
+
 
 def zero_init(module: nn.Module) -> None:
     """Zero the layers of `module`: a last projection, so that it adds nothing yet."""

@@ -31,7 +31,8 @@ def count(name: str, pixels: int) -> list[dict]:
     from comfyui_agd.agd_core.adapter import Adapter
     from comfyui_agd.agd_core.comfyui import trace
     from comfyui_agd.agd_core.comfyui.host import at_sigma, options_of
-    from comfyui_agd.agd_core.comfyui.patch import Active, Negative, Step, take_part
+    from comfyui_agd.agd_core.comfyui.negatives import Negative, Share
+    from comfyui_agd.agd_core.comfyui.patch import Active, Step, take_part
     from comfyui_agd.agd_core.comfyui.sites import describe_base
     from comfyui_agd.agd_core.config import AdapterConfig
     from comfyui_agd.agd_core.mixed_precision import MixedPrecision
@@ -50,7 +51,7 @@ def count(name: str, pixels: int) -> list[dict]:
             own = at_sigma(options, sigma)
             if config is not None:
                 adapter = Adapter(config, MixedPrecision)
-                negatives = (Negative(context),) if adapter.uses_negative else ()
+                negatives = (Share(Negative(context)),) if adapter.uses_negative else ()
                 active = Active(adapter, torch.full((1,), 7.0), torch.ones(1), negatives, merged=config.merges)
                 own = take_part(own, Step((active,)))
             for _ in range(steps):

@@ -1,23 +1,29 @@
 """Guidance without training in ComfyUI's samplers, for any MODEL: what AGD Adapter Loader's `training-free` does.
 
 ComfyUI combines both predictions as it always does, so that everything that adjusts the combination has what it needs.
+What was evaluated is kept with its noise level and conditions, and estimates are made from one step to the next only.
+Where another node needs a prediction of this very step, or leaves evaluations out, that one is evaluated every time.
 """
 
 import bisect
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import comfy.model_patcher
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider, Sampler
+from torch import nn
 
 from ..alternating import AlternatingGuidance
-from .patch import KEY
-from .steps import Span, once, say_in_log, with_cfg
-from .two_passes import EVALUATES_BOTH, who_needs_both_evaluated
+from .patch import KEY, is_compiled
+from .steps import BeginAgain, CfgOverride, Span, copied, name_of_guider, once, say_in_log
+from .unconditional import EVALUATES_BOTH, POST_CFG, PRE_CFG, forget_use, name_of, tell_use
 
 NAME = "training-free"
 DESCRIPTION = (
@@ -30,82 +36,233 @@ DESCRIPTION = (
 _PARTS = 256  # of a schedule: as exactly as a position in it has to be known
 
 
+class EvaluateBoth(BeginAgain):
+    """A sampling has to evaluate both predictions in every step."""
+
+
+class LeftOut(Exception):
+    """An evaluation that was asked for did not reach all of the model."""
+
+
 @dataclass(frozen=True)
 class Alternating:
     """OUTER_SAMPLE wrapper: every sampling gets an `AlternatingSampling` of its own."""
 
     guidance_scale: float | None
     strength: float
-    span: Span
+    start_percent: float
+    end_percent: float
     say: Callable[[str], None]
 
     def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs):
-        # The guider's options are this sampling's own copy. Last in, so innermost: CFGOverride and the like have
-        # already set the cfg that is meant for a step.
-        wrappers = executor.class_obj.model_options["transformer_options"]["wrappers"]
-        sampling = AlternatingSampling(self, sampler)
-        wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = [sampling]
-        sampled = executor(noise, latent_image, sampler, *args, **kwargs)
-        if sampling.evaluated[2] > sampling.evaluated[1]:
-            self.say(
-                "the steps of this sampling are far apart, so most of them evaluate both predictions and little is "
-                "gained; training-free guidance wants nine steps or more."
-            )
-        elif sampling.guidance.doubted:
-            self.say(
-                "with this sampler and schedule one step tells too little of the next, so every second one evaluates "
-                "both predictions: about 1.5 evaluations per step."
-            )
-        return sampled
+        guider, both = executor.class_obj, False
+        model = guider.model_patcher
+        span = Span.between(model.get_model_object("model_sampling"), self.start_percent, self.end_percent)
+        conds = copied(guider.conds)
+        if other := guider.model_options.get(EVALUATES_BOTH):
+            self.say(f"No speed-up: {name_of(other, sampler)} evaluates both predictions in its own way.")
+            return executor(noise, latent_image, sampler, *args, **kwargs)
+        while True:
+            sampling = AlternatingSampling(self, guider, sampler, span, both)
+            sampling.install()
+            try:
+                with _noted_blocks(model.model.diffusion_model, sampling.blocks, guider.model_options):
+                    sampled = executor(noise, latent_image, sampler, *args, **kwargs)
+            except EvaluateBoth:
+                both, guider.conds, conds = True, conds, copied(conds)  # ComfyUI has processed them
+            else:
+                sampling.report()
+                return sampled
 
-    def omega(self, guider) -> float:
-        omega = guider.cfg if self.guidance_scale is None else self.guidance_scale
-        return 1 + self.strength * (omega - 1)
+    @property
+    def overrides(self) -> bool:
+        """Whether it takes another scale than the sampler's cfg."""
+        return self.guidance_scale is not None or self.strength != 1
+
+    def cfg_of_step(self, span: Span, cfg: float, timestep: torch.Tensor) -> float:
+        if not span.covers(timestep):
+            return cfg
+        return 1 + self.strength * ((cfg if self.guidance_scale is None else self.guidance_scale) - 1)
 
 
 @dataclass
 class AlternatingSampling:
-    """PREDICT_NOISE wrapper of one sampling."""
+    """One sampling: both predictions where ComfyUI asks for them, one of them estimated.
+
+    `both`: evaluate both in every step; `blocks`: of the model, that ran in an evaluation.
+    """
 
     settings: Alternating
-    sampler: comfy.samplers.Sampler
-    guidance: AlternatingGuidance = field(default_factory=AlternatingGuidance)
+    guider: CFGGuider
+    sampler: Sampler
+    span: Span
+    both: bool
+    asked: dict | None = None  # what ComfyUI has asked for last,
+    given: list[torch.Tensor] = field(default_factory=list)  # what it was given,
+    current: set[bool] = field(default_factory=set)  # and whose was evaluated there: the prompt's, the negative's
+    level: float = math.inf  # sigma of the step before
+    conditions: tuple | None = None  # and what was evaluated there
+    evaluating: bool = False
+    most: int = 0
+    blocks: set[int] = field(default_factory=set)
     evaluated: Counter[int] = field(default_factory=Counter)  # evaluations of one prediction and of both, counted
+    guidance: AlternatingGuidance = field(default_factory=AlternatingGuidance)
 
-    def __call__(self, executor, x, timestep, model_options={}, seed=None):
-        guider = executor.class_obj
-        if not self.settings.span.covers(timestep):
-            return executor(x, timestep, model_options, seed)
-        if why := _why_not(guider, self.sampler, model_options):
-            self.settings.say(why)
-            return executor(x, timestep, model_options, seed)
-        with with_cfg(guider, self.settings.omega(guider)):
-            if not math.isclose(guider.cfg, 1.0):
-                model_options = {**model_options, EVALUATES_BOTH: self.predictions}
-            return executor(x, timestep, model_options, seed)
+    def __post_init__(self):
+        self.override = CfgOverride(partial(self.settings.cfg_of_step, self.span))
+
+    def install(self) -> None:
+        """Into the guider's options, which are this sampling's own copy. Last in, so innermost, as for adapters."""
+        options = self.guider.model_options
+        wrappers = options["transformer_options"]["wrappers"]
+        wrappers.setdefault(WrappersMP.CALC_COND_BATCH, {})[KEY] = [self.calc_cond_batch]
+        wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = (
+            [self.override] if self.settings.overrides and self.guider.conds.get("negative") else []
+        )
+        options[EVALUATES_BOTH] = self.predictions
 
     def predictions(self, args: dict) -> list[torch.Tensor]:
         """ComfyUI's `sampler_calc_cond_batch_function`: denoised with the prompt and with the negative."""
-        model, x, sigma = args["model"], args["input"], args["sigma"]
-        conds = dict(zip((True, False), args["conds"], strict=True))
+        self.asked, self.current = args, set()
+        forget_use(args["model_options"])
+        if not self.guider.conds.get("negative"):
+            self.settings.say(
+                "Unguided: training-free guidance needs a negative prompt, and this workflow gives none. An empty text "
+                "as the negative prompt is enough."
+            )
+        if args["conds"][1] is None or not self.span.covers(args["sigma"]):
+            return self._evaluate(True, False)
+        if self.settings.overrides and not self.override.applied:
+            self.settings.say(
+                f"Guidance is {name_of_guider(self.guider)}'s own: it doesn't take another scale or strength."
+            )
+        if not self.both and (name := self._needs_both(args["model_options"])):
+            self.both = True
+            self.settings.say(f"No speed-up: {name} needs both predictions evaluated in every step.")
+        if self.both:
+            return self._evaluate(True, False)
+        try:
+            self.given = self._in_turn(args, float(args["sigma"].flatten()[0]))
+            self._begin(args["model_options"])
+        except LeftOut:
+            self.both = True
+            self.settings.say(
+                "No speed-up from here: another node, a step cache, leaves out evaluations. With one of them, both "
+                "predictions are evaluated in every step; use one or the other."
+            )
+            self.given = self._evaluate(True, False)
+        self.evaluated[len(self.current)] += 1
+        return self.given
 
-        def evaluate(*turns: bool) -> list[torch.Tensor]:
-            self.evaluated[len(turns)] += 1
-            chosen = [conds[turn] for turn in turns]
-            return comfy.samplers.calc_cond_batch(model, chosen, x, sigma, args["model_options"])
+    def _in_turn(self, args: dict, level: float) -> list[torch.Tensor]:
+        sampling = args["model"].model_sampling
+        conditions = (args["input"].shape, *(tuple(cond["uuid"] for cond in own) for own in args["conds"]))
+        # Estimates are of steps with less and less noise, each of which is asked for once.
+        repeated = level >= self.level or level > 1.001 * float(sampling.sigma_max)
+        anew = repeated or self.conditions not in (None, conditions)
+        self.level, self.conditions = level, conditions
+        predictions = self.guidance(_position(sampling, level), self._evaluate_whole, anew=anew)
+        return [prediction.clone() for prediction in predictions]  # for whoever changes one of them in place
 
-        return list(self.guidance(_position(model.model_sampling, float(sigma.flatten()[0])), evaluate))
+    def _begin(self, model_options: dict) -> None:
+        """Until guidance begins both are given as equal. Another node may divide by their difference."""
+        if self.guidance.delta is not None:
+            return
+        if "sampler_cfg_function" in model_options or model_options.get(PRE_CFG):
+            self._fill()
+        else:
+            tell_use(model_options, lambda function: self._fill())
+
+    def _fill(self) -> None:
+        """Evaluate what has been estimated in this step, for other nodes: estimates go on as without them."""
+        for turn in {True, False} - self.current:
+            self.given[not turn].copy_(self._evaluate(turn)[0])
+
+    def _evaluate_whole(self, *turns: bool) -> list[torch.Tensor]:
+        predictions = self._evaluate(*turns)
+        if len(self.blocks) < self.most:
+            raise LeftOut
+        self.most = len(self.blocks)
+        return predictions
+
+    def _evaluate(self, *turns: bool) -> list[torch.Tensor]:
+        asked, self.evaluating = self.asked, True
+        self.blocks.clear()
+        self.current.update(turns)
+        conds = [asked["conds"][0 if turn else 1] for turn in turns]
+        try:
+            return comfy.samplers.calc_cond_batch(
+                asked["model"], conds, asked["input"], asked["sigma"], asked["model_options"]
+            )
+        finally:
+            self.evaluating = False
+
+    def _needs_both(self, model_options: dict) -> str | None:
+        """What says that it needs both, or a sampler that takes predictions of its own way of stepping."""
+        nodes = self.guider.model_options.get(POST_CFG, [])
+        makers = [function for function in model_options.get(POST_CFG, []) if function not in nodes]
+        if model_options.get("disable_cfg1_optimization", False):
+            patches = model_options["transformer_options"].get("patches", {})
+            makers = makers or [*nodes] or [patch for group in patches.values() for patch in group]
+            return " or ".join(dict.fromkeys(name_of(fn, self.sampler) for fn in makers)) or "a node of this workflow"
+        return " and ".join(dict.fromkeys(name_of(maker, self.sampler) for maker in makers)) or None
+
+    def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
+        """CALC_COND_BATCH wrapper. Who evaluates something once more compares it with what was given to it before,
+        which therefore has to be of this very step."""
+        if not self.evaluating and self.asked is not None and not self.both and self.span.covers(timestep):
+            self._make_current(conds, model_options)
+        return executor(model, conds, x, timestep, model_options)
+
+    def _make_current(self, conds: list, model_options: dict) -> None:
+        own = {cond["uuid"] for cond in self.guider.conds.get("positive") or ()}
+        prompt = len(conds) == 1 and all(cond["uuid"] in own for cond in conds[0])
+        if prompt and True in self.current:
+            return
+        makers = [name_of(function, self.sampler) for function in model_options.get(POST_CFG, [])]
+        name = " or ".join(dict.fromkeys(makers)) or "another node"
+        if prompt and "sampler_cfg_function" not in model_options:
+            self.settings.say(f"About 1.5 evaluations per step: {name} compares the prompt's with one of its own.")
+            # After the combination, which keeps the estimate. Where the prompt's turn comes, it comes as before.
+            self._fill()
+            return
+        self.settings.say(f"No speed-up: {name} compares predictions with evaluations of its own.")
+        self.both = True
+        if self.current != {True, False}:
+            raise EvaluateBoth
+
+    def report(self) -> None:
+        """Say, when it is over, what it has come to."""
+        say = self.settings.say
+        if self.asked is None:
+            say(f"No speed-up: {name_of_guider(self.guider)} evaluates the prompts in its own way.")
+        elif not self.both and self.evaluated[2] > self.evaluated[1]:
+            say(
+                "No speed-up: most steps evaluate both predictions. They are far apart or not in order; training-free "
+                "guidance wants nine steps or more."
+            )
+        elif not self.both and self.guidance.doubted:
+            say(
+                "About 1.5 evaluations per step: with this sampler and schedule one step tells too little of the next, "
+                "so every second one evaluates both predictions."
+            )
 
 
-def _why_not(guider, sampler: comfy.samplers.Sampler, model_options: dict) -> str | None:
-    """Why a step is evaluated as without this node, in one sentence, or None."""
-    if guider.conds.get("negative") is None:
-        return (
-            "training-free guidance needs a negative prompt, and this workflow gives none, so the model runs "
-            "unguided; an empty text as the negative prompt is enough."
-        )
-    name = who_needs_both_evaluated(guider, sampler, model_options)
-    return name and f"{name} needs both predictions evaluated in every step, so nothing is gained here."
+@contextmanager
+def _noted_blocks(model: nn.Module, ran: set[int], model_options: dict) -> Iterator[None]:
+    """Inside, `ran` collects which of the model's blocks are evaluated. Not of a compiled model, where none is."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = [] if is_compiled(model_options["transformer_options"]) else [block for own in lists for block in own]
+
+    def note(block: nn.Module, inputs) -> None:
+        ran.add(id(block))
+
+    hooks = [block.register_forward_pre_hook(note) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _position(model_sampling, sigma: float) -> float:
@@ -135,6 +292,6 @@ def alternate(
         raise ValueError("This model has guidance of an AGD node already; training-free is for a model without.")
     if strength == 0 or start_percent >= end_percent:
         return clone
-    span = Span.between(model.get_model_object("model_sampling"), start_percent, end_percent)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, Alternating(guidance_scale, strength, span, once(notify)))
+    alternating = Alternating(guidance_scale, strength, start_percent, end_percent, once(notify))
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, alternating)
     return clone

@@ -3,21 +3,23 @@
 import math
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import comfy.model_patcher
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider, Sampler
 
-from ..adapter import Adapter
-from ..checkpoint import AdapterInfo, check_base
+from ..checkpoint import AdapterFileError, AdapterInfo, check_base
 from ..lora import low_rank_part
-from .merging import NotAsMerged, can_merge, merged_into
-from .patch import KEY, Active, Broken, Negative, Step, is_compiled, managed, register, take_part, without_compile
+from .merging import can_merge, merged_into
+from .negatives import NegativePrompts, Share, area_of, mean_token, with_context
+from .patch import KEY, Active, Broken, Step, is_compiled, managed, register, without_compile
 from .sites import check_linear_layers, describe_base
-from .steps import Span, once, say_in_log, with_cfg
-from .two_passes import who_needs_both
+from .steps import BeginAgain, CfgOverride, Span, copied, is_scale, name_of_guider, once, say_in_log
+from .unconditional import POST_CFG, PRE_CFG, forget_use, name_of, tell_use, who_combines
 
 # Latents of up to twice the pixels of a trained size, or down to half of them, are not worth a word.
 _FAR = 2.0
@@ -29,95 +31,115 @@ _TOGETHER = 1.25
 
 @dataclass(frozen=True)
 class Use:
-    """One adapter as one node uses it. `guidance_scale` None takes omega from the guider's cfg; `lora`: what of it can
-    be merged into the weights, at strength omega - 1."""
+    """One adapter as one node uses it. `guidance_scale` None takes omega from the sampler's cfg; `lora`: what of it can
+    be merged into the weights, at strength omega - 1; `source`: its name in messages."""
 
     info: AdapterInfo
     patcher: comfy.model_patcher.ModelPatcher
     guidance_scale: float | None
     strength: float
-    span: Span
+    start_percent: float
+    end_percent: float
     lora: dict[str, torch.Tensor]
+    source: str
     identity: uuid.UUID = field(default_factory=uuid.uuid4)
 
-    def omega(self, guider) -> float:
-        return guider.cfg if self.guidance_scale is None else self.guidance_scale
+
+class NeedsBoth(BeginAgain):
+    """A sampling can't be guided by adapters; `name`: of what needs the unconditional prediction itself."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+class Merge(BeginAgain):
+    """A guided step has come, and its low-rank changes can be in the weights."""
 
 
 @dataclass
 class EmbeddedGuidance:
     """OUTER_SAMPLE wrapper: every sampling gets a `Sampling` of its own, so that nothing lasts longer than it does.
 
-    `say` hears what the user should know, and tells each sentence once. `compiled`: a compiled model may run as it is.
-    `merging`: samplings may have low-rank changes in the weights, for those so far kept to one omega.
+    `say` is given what the user should know, and tells each sentence once. `compiled`: a compiled model may run as it
+    is. `merging`: samplings may have low-rank changes in the weights, for those so far kept to one omega; those by
+    guiders of which it is known that they ask for guided steps (`guiders`) from their beginning.
     """
 
     uses: tuple[Use, ...]
     say: Callable[[str], None]
     compiled: bool = True
     merging: bool = True
+    guiders: set[type] = field(default_factory=set)
 
     def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs):
         guider = executor.class_obj
-
-        def sampled(merged: float | None = None):
-            # The guider's options are this sampling's own copy. Last in, so innermost: CFGOverride and the like, before
-            # or after our node, have already set the cfg that is meant for a step.
-            wrappers = guider.model_options["transformer_options"]["wrappers"]
-            wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = [Sampling(self, sampler, merged)]
-            return executor(noise, latent_image, sampler, *args, **kwargs)
-
-        if self._merges(guider, sampler):
-            use, conds = self.uses[0], {kind: [cond.copy() for cond in own] for kind, own in guider.conds.items()}
-            omega = use.omega(guider)
+        spans = self._checked(guider)
+        conds = copied(guider.conds)
+        others = list(guider.model_options.get(PRE_CFG, []))
+        needs_both = who_combines(sampler, guider.model_options)
+        mergeable = None if needs_both else self._omega_to_merge(guider, spans)
+        merged = mergeable if type(guider) in self.guiders else None
+        while True:
+            sampling = Sampling(self, guider, sampler, spans, needs_both, mergeable, merged)
+            sampling.install(others)
             try:
-                with merged_into(guider, use.lora, use.strength * (omega - 1), use.identity):
-                    return sampled(merged=omega)
-            except NotAsMerged:
-                # From the start again, with the weights as they are. ComfyUI has processed the conditions.
-                self.merging, guider.conds = False, conds
-        return sampled()
+                with self._merged(guider, merged):
+                    sampled = executor(noise, latent_image, sampler, *args, **kwargs)
+            except Merge:
+                self.guiders.add(type(guider))
+                merged = mergeable
+            except NeedsBoth as error:
+                needs_both, mergeable, merged = error.name, None, None
+            except BeginAgain:
+                self.merging, mergeable, merged = False, None, None
+            else:
+                sampling.report()
+                return sampled
+            guider.conds, conds = conds, copied(conds)  # ComfyUI has processed them
 
-    def _merges(self, guider, sampler: comfy.samplers.Sampler) -> bool:
-        """Whether to sample with the adapter's low-rank changes in the weights."""
-        use, *others = self.uses
-        if (
-            others
-            or not self.merging
-            or not use.lora
-            or not use.span.everywhere
-            or math.isclose(use.omega(guider), 1.0)
-        ):
-            return False
-        return can_merge(guider) and not who_needs_both(guider, sampler, guider.model_options)
+    def _checked(self, guider: CFGGuider) -> list[Span]:
+        """The part of the sampling that each use is for. Nodes behind the loader may have changed what a model is.
+
+        Raises `AdapterFileError`.
+        """
+        sampling, model = guider.model_patcher.get_model_object("model_sampling"), guider.model_patcher.model
+        for use in self.uses:
+            check_base(use.info, describe_base(model, sampling), use.source)
+            _check_range(use, model.get_dtype_inference())
+        return [Span.between(sampling, use.start_percent, use.end_percent) for use in self.uses]
+
+    def _omega_to_merge(self, guider: CFGGuider, spans: list[Span]) -> float | None:
+        """For which omega to sample with the adapter's low-rank changes in the weights, or None."""
+        use = self.uses[0]
+        omega = guider.cfg if use.guidance_scale is None else use.guidance_scale
+        alone = len(self.uses) == 1 and spans[0].everywhere
+        if not (self.merging and use.lora and alone and is_scale(omega)) or math.isclose(omega, 1.0):
+            return None
+        return omega if can_merge(guider, use.lora) else None
+
+    def _merged(self, guider: CFGGuider, omega: float | None):
+        if omega is None:
+            return nullcontext()
+        use = self.uses[0]
+        return merged_into(guider, use.lora, use.strength * (omega - 1), use.identity)
 
 
-def _prompts(conds: list[dict] | None) -> list[dict]:
-    """The conditions that have a prompt. ConditioningZeroOut is nobody's prompt."""
-    # Not "cross_attn": for each area of the positive ComfyUI adds a copy of it with the negative's model_conds.
-    with_context = [cond for cond in conds or [] if "c_crossattn" in cond["model_conds"]]
-    return [cond for cond in with_context if _context(cond).any()]
+def _check_range(use: Use, dtype: torch.dtype) -> None:
+    """Raises `AdapterFileError` where the model computes in a dtype that the adapter's weights are too large for."""
+    weights = use.patcher.model.state_dict().values()
+    largest = torch.finfo(dtype).max
+    if any(torch.finfo(w.dtype).max > largest and not w.to(dtype).isfinite().all() for w in weights):
+        raise AdapterFileError(
+            f"Weights of the adapter {use.source} are too large for {dtype}, in which this model computes behind the "
+            "node: run it in bf16 or fp32, or train the adapter again."
+        )
 
 
-def _context(cond: dict) -> torch.Tensor:
-    """Its prompt tokens (r, m, d)."""
-    return cond["model_conds"]["c_crossattn"].cond
-
-
-def _covers(cond: dict, timestep: torch.Tensor) -> bool:
-    """Whether a condition that was given a part of the sampling has this step in it."""
-    start, end = cond.get("timestep_start"), cond.get("timestep_end")
-    if start is None and end is None:
-        return True
-    sigma = float(timestep.flatten()[0])
-    return (start is None or sigma <= start) and (end is None or sigma >= end)
-
-
-def _has_negative_prompt(guider, trained: torch.Tensor) -> bool:
+def _has_negative_prompt(guider: CFGGuider, trained: torch.Tensor) -> bool:
     """Whether the negative is another than the unconditional of the training, whose mean token `trained` is."""
     positive, negative = (
-        [_context(cond).float().mean(dim=(0, 1)).cpu() for cond in _prompts(guider.conds.get(kind))]
-        for kind in ("positive", "negative")
+        [mean_token(cond) for cond in with_context(guider.conds.get(kind))] for kind in ("positive", "negative")
     )
     if not positive or not negative:
         return False
@@ -127,138 +149,261 @@ def _has_negative_prompt(guider, trained: torch.Tensor) -> bool:
 
 @dataclass
 class Sampling:
-    """PREDICT_NOISE wrapper of one sampling: which omega a step gets, and whether adapters take part in it at all.
+    """One sampling: where ComfyUI evaluates both conditions, both get the one guided prediction.
 
-    `merged`: the omega for which the weights have the only adapter's low-rank changes in them.
+    So every combination of the two, by whatever scale, gives the guided prediction, and it is one evaluation whoever
+    asks for it: any guider, a pack's own `sampling_function`, each of the context windows. `needs_both`: what works on
+    the unconditional prediction itself, so that adapters have no part; `mergeable`: the omega for which the weights can
+    have the only adapter's low-rank changes in them, `merged`: for which they have.
     """
 
     embedded: EmbeddedGuidance
-    sampler: comfy.samplers.Sampler
-    merged: float | None = None
+    guider: CFGGuider
+    sampler: Sampler
+    spans: list[Span]
+    needs_both: str | None
+    mergeable: float | None
+    merged: float | None
+    scale: float | None = None  # of the combination, where that isn't the guider's cfg
+    presumed: float | None = None  # the scale that the last prediction for both was made for
+    verify: bool = False  # whether it is to be compared with the one of the combination that follows
+    step: Step | None = None  # the one that is being evaluated, for the hooks
+    called: bool = False
+    plain: bool = False  # evaluating as the base does, because that was asked for
+    guided: bool = False
     looked: bool = False
+    unknown: bool = False  # by which scale both predictions are combined
+    others: bool = False  # something else than both was evaluated, to be combined in a way that isn't known
     tensors: dict[float, torch.Tensor] = field(default_factory=dict)
-    prompts: list[dict] | None = None  # of the negative
-    negatives: dict[int, Negative] = field(default_factory=dict)  # by what their context is
 
-    def __call__(self, executor, x, timestep, model_options={}, seed=None):
-        guider = executor.class_obj
-        uses = [use for use in self.embedded.uses if use.span.covers(timestep)]
-        if not uses:
-            return executor(x, timestep, model_options, seed)
-        needs_both = who_needs_both(guider, self.sampler, model_options)
-        omegas = [use.omega(guider) for use in uses]
-        if self.merged is not None and (needs_both or omegas != [self.merged]):
-            raise NotAsMerged
-        if needs_both:
+    def __post_init__(self):
+        self.negatives = NegativePrompts(self.guider)
+
+    def install(self, pre_cfg: list[Callable]) -> None:
+        """Into the guider's options, which are this sampling's own copy; `pre_cfg`: other nodes' functions there."""
+        options = self.guider.model_options
+        inner = options["transformer_options"]
+        ours = [] if self.needs_both else [self]
+        # Last in, so innermost: what others do to conditions, to the cfg of a step, or to both predictions is done.
+        inner["wrappers"].setdefault(WrappersMP.CALC_COND_BATCH, {})[KEY] = [s.calc_cond_batch for s in ours]
+        # Without a negative ComfyUI has zeros for the unconditional, with which no cfg but 1 makes sense.
+        overrides = [CfgOverride(self._cfg)] if self.guider.conds.get("negative") else []
+        inner["wrappers"].setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = overrides
+        inner[KEY] = self
+        options[PRE_CFG] = [s.check_scale for s in ours] + pre_cfg
+        forget_use(options)
+        if self.needs_both:
             self.embedded.say(
-                f"{needs_both} needs the unconditional prediction, so every step takes two passes all the same; the "
-                "model's own cfg is used instead of the adapter, and nothing is gained here."
+                f"No speed-up: {self.needs_both} needs both predictions. Every step takes two evaluations, with the "
+                "model's own cfg instead of the adapter, as without this node. For one, do without what is named."
             )
-            with with_cfg(guider, omegas[-1]):
-                return executor(x, timestep, model_options, seed)
-        guiding = [(use, omega) for use, omega in zip(uses, omegas, strict=True) if not math.isclose(omega, 1.0)]
-        hears_negative = any(use.patcher.model.uses_negative for use, _ in guiding)
-        away_from = self._away_from(guider, timestep) if hears_negative else ()
-        if not away_from:
-            guiding = [(use, omega) for use, omega in guiding if self._needs_no_negative(use)]
-        with with_cfg(guider, 1.0):
-            if not guiding:
-                return executor(x, timestep, model_options, seed)
-            if not self.looked:
-                self.looked = True
-                self._look_at(guider, guiding, x)
-            step = Step(tuple(self._active(use, omega, x, away_from) for use, omega in guiding))
-            return self._one_pass(executor, x, timestep, model_options, seed, step)
 
-    def _look_at(self, guider, guiding: list[tuple[Use, float]], x: torch.Tensor) -> None:
-        """Say, once per sampling at its first step, what may surprise."""
+    def report(self) -> None:
+        """Say, when it is over, where the adapter had no part in it."""
+        if not self.needs_both and not self.guided and (self.others or self.unknown or not self.called):
+            self.embedded.say(
+                f"No part in this sampling: {name_of_guider(self.guider)} evaluates the prompts, or combines them, in "
+                "its own way. The picture is the model's own, as without this node."
+            )
+
+    def _cfg(self, cfg: float, timestep: torch.Tensor) -> float:
+        """What ComfyUI is to take for the cfg of a step, so that it asks for both predictions."""
+        scales = [use.guidance_scale for use in self._uses(timestep) if use.guidance_scale is not None]
+        return scales[-1] if scales else cfg
+
+    def _uses(self, timestep: torch.Tensor) -> list[Use]:
+        return [use for use, span in zip(self.embedded.uses, self.spans, strict=True) if span.covers(timestep)]
+
+    def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
+        """CALC_COND_BATCH wrapper: conditions, latents x (b, c, h, w), sigma (b,) -> their predictions (b, c, h, w)."""
+        given = (model, conds, x, timestep, model_options)
+        uses, both = self._uses(timestep), self._are_both(conds)
+        self.called, self.verify = True, both and any(use.guidance_scale is None for use in uses)
+        if not uses:
+            return self._as_the_base(executor, *given)
+        if not both:
+            return self._more(executor, *given)
+        if name := who_combines(self.sampler, model_options):
+            raise NeedsBoth(name)
+        self.presumed = self._scale(conds)
+        omegas = self._omegas(uses)
+        if self.merged is not None and omegas != [self.merged]:
+            raise BeginAgain
+        self.unknown = None in omegas
+        unguided = not self.unknown and all(use.guidance_scale is None for use in uses) and math.isclose(omegas[0], 1.0)
+        if self.others or self.unknown or unguided:
+            return self._as_the_base(executor, *given)
+        if self.merged is None and omegas == [self.mergeable]:
+            raise Merge
+        self.guided = True
+        tell_use(model_options, self._used)
+        prediction = self._prediction(executor, *given)
+        return [prediction, prediction.clone()]  # for whoever changes one of them in place
+
+    def _as_the_base(self, executor, *given) -> list[torch.Tensor]:
+        self.plain = True
+        try:
+            return executor(*given)
+        finally:
+            self.plain = False
+
+    def unasked(self) -> None:
+        """An evaluation that is no guided one: asked for, or begun by another node on its own."""
+        if self.merged is not None:
+            raise BeginAgain
+        if not self.plain and not self.needs_both:
+            self._of_others({})
+
+    def check_scale(self, args: dict) -> list[torch.Tensor]:
+        """ComfyUI's `sampler_pre_cfg_function`: evaluate again if the scale of the combination isn't the presumed."""
+        scale = args["cond_scale"]
+        if self.others or not self.verify or not is_scale(scale) or scale == self.presumed:
+            return args["conds_out"]
+        self.scale = float(scale)
+        given = (args[name] for name in ("model", "conds", "input", "timestep", "model_options"))
+        return comfy.samplers.calc_cond_batch(*given)
+
+    def _are_both(self, conds: list[list[dict] | None]) -> bool:
+        """Whether these are the conditions of both predictions, or of the prompt's where no other is asked for."""
+        return (
+            len(conds) == 2
+            and self._belong(conds[0], "positive")
+            and (conds[1] is None or self._belong(conds[1], "negative"))
+        )
+
+    def _belong(self, conds: list[dict] | None, kind: str) -> bool:
+        own = {cond["uuid"] for cond in self.guider.conds.get(kind) or ()}
+        return bool(conds) and all(cond["uuid"] in own for cond in conds)
+
+    def _scale(self, conds: list) -> float | None:
+        """By which scale both predictions will be combined, as far as is known before; see `check_scale`."""
+        if conds[1] is None and self.guider.conds.get("negative"):
+            return 1.0  # so ComfyUI leaves out the other
+        cfg = self.guider.cfg if self.scale is None else self.scale
+        return float(cfg) if is_scale(cfg) else None
+
+    def _more(self, executor, model, conds, x, timestep, model_options):
+        """What others evaluate: the prompt once more, otherwise, as PAG does; or conditions of their own."""
+        given = (model, conds, x, timestep, model_options)
+        if self.guided and len(conds) == 1 and self._belong(conds[0], "positive"):
+            return [self._prediction(executor, *given)]
+        self._of_others(model_options)
+        return self._as_the_base(executor, *given)
+
+    def _of_others(self, model_options: dict) -> None:
+        """The base's own prediction is asked for. Combined with a guided one it would be neither CFG nor guided."""
+        if self.guided:
+            makers = [name_of(function, self.sampler) for function in model_options.get(POST_CFG, [])]
+            raise NeedsBoth(" or ".join(dict.fromkeys(makers)) or name_of_guider(self.guider))
+        self.others = True
+
+    def _used(self, function: Callable) -> None:
+        raise NeedsBoth(name_of(function, self.sampler))
+
+    def _omegas(self, uses: list[Use]) -> list[float | None]:
+        return [self.presumed if use.guidance_scale is None else use.guidance_scale for use in uses]
+
+    def _prediction(self, executor, model, conds, x, timestep, model_options) -> torch.Tensor:
+        """The guided prediction (b, c, h, w) for the prompt, `conds[0]`."""
+        uses = self._uses(timestep)
+        guiding = [(use, o) for use, o in zip(uses, self._omegas(uses), strict=True) if not math.isclose(o, 1.0)]
+        shares = ()
+        if any(use.patcher.model.uses_negative for use, _ in guiding):
+            unwanted = conds[1] if conds[1:] and conds[1] is not None else self.guider.conds.get("negative")
+            shares = self.negatives.shares(model, unwanted, x, timestep, model_options)
+        guiding = [(use, omega) for use, omega in guiding if shares or self._needs_no_negative(use)]
+        if not guiding:
+            return self._as_the_base(executor, model, conds[:1], x, timestep, model_options)[0]
+        areas = {}
+        if any(share.weight is not None for share in shares):
+            areas = {cond["uuid"]: area_of(cond, x, timestep) for cond in conds[0]}
+        step = Step(tuple(self._active(use, omega, model, x, shares) for use, omega in guiding), areas)
+        self.step = step
+        try:
+            prediction = self._compiled_or_not(executor, model, conds[:1], x, timestep, model_options)[0]
+        finally:
+            self.step = None
+        if not self.looked:
+            self.looked = True
+            self._look_at(guiding, x, step)
+        return prediction
+
+    def _compiled_or_not(self, executor, model, conds, x, timestep, model_options) -> list[torch.Tensor]:
+        options = model_options["transformer_options"]
+        unseen = self.step.changes_linears and is_compiled(options)
+        if unseen:
+            self.embedded.say(
+                "Runs uncompiled: torch.compile doesn't see what an adapter of low rank does inside the model's layers."
+            )
+        if self.embedded.compiled and not unseen:
+            try:
+                return executor(model, conds, x, timestep, model_options)
+            except Broken:
+                self.embedded.compiled = False
+                # What has just been compiled would run for the model without adapters, too.
+                torch.compiler.reset()
+                self.embedded.say(
+                    "Runs uncompiled: torch.compile breaks this model into several graphs, in which patches don't work "
+                    "rightly."
+                )
+        if is_compiled(options):
+            model_options = {**model_options, "transformer_options": without_compile(options)}
+        return executor(model, conds, x, timestep, model_options)
+
+    def _look_at(self, guiding: list[tuple[Use, float]], x: torch.Tensor, step: Step) -> None:
+        """Say, once per sampling after its first guided evaluation, what may surprise."""
         height, width = x.shape[-2:]
         for use, _ in guiding:
             trained = use.info.resolutions
             ratios = [height * width / (h * w) for h, w in trained]
             if ratios and not any(1 / _FAR <= ratio <= _FAR for ratio in ratios):
                 sizes = ", ".join(f"{w}x{h}" for h, w in trained)
-                self.embedded.say(
-                    f"this latent is {width}x{height}, far from what the adapter was trained at, {sizes}."
-                )
+                self.embedded.say(f"Latent {width}x{height} is far from what the adapter was trained at, {sizes}.")
             if use.info.negative_mode == "ignored" and _has_negative_prompt(
-                guider, use.patcher.model.unconditional.float().mean(0).cpu()
+                self.guider, use.patcher.model.unconditional.float().mean(0).cpu()
             ):
                 self.embedded.say(
-                    "the negative prompt has no effect with this adapter: it learned guidance away from the "
+                    "The negative prompt has no effect with this adapter: it learned guidance away from the "
                     f"{use.info.unconditional}."
                 )
         if len(guiding) > 1 and sum(use.strength for use, _ in guiding) > _TOGETHER:
             self.embedded.say(
-                f"{len(guiding)} adapters work in the same step and their guidance adds up; give them strengths that "
-                "sum up to 1, or parts of the sampling that don't overlap."
+                f"The guidance of {len(guiding)} adapters adds up in the same step; give them strengths that sum up to "
+                "1, or parts of the sampling that don't overlap."
             )
-
-    def _away_from(self, guider, timestep: torch.Tensor) -> tuple[Negative, ...]:
-        """The negative prompts of this step, each with its keys and values from earlier steps.
-
-        Several count by their strength. Areas don't matter: guidance away from a prompt is meant everywhere.
-        """
-        if self.prompts is None:
-            self.prompts = _prompts(guider.conds.get("negative"))
-        strengths: dict[int, float] = {}
-        for cond in self.prompts:
-            if _covers(cond, timestep):
-                context = _context(cond)
-                self.negatives.setdefault(id(context), Negative(context))
-                strengths[id(context)] = max(strengths.get(id(context), 0.0), cond.get("strength", 1.0))
-        for key, strength in strengths.items():
-            self.negatives[key].share = strength / sum(strengths.values())
-        return tuple(self.negatives[key] for key in strengths)
+        missing = set(step.sites()) - set(step.visited)
+        if missing and any(use.patcher.model.place != "linear" for use, _ in guiding):
+            self.embedded.say(
+                f"Guided in part: {len(missing)} of {len(step.sites())} attention layers were skipped, or replaced by "
+                "another node in a way that leaves no place for adapters."
+            )
 
     def _needs_no_negative(self, use: Use) -> bool:
         if use.info.negative_mode == "used" and not use.info.unconditional:
             self.embedded.say(
-                "guidance without training needs a negative prompt, and this workflow gives none, so the model runs "
-                "unguided; an empty text as the negative prompt is enough."
+                "Unguided: guidance without training needs a negative prompt, and this workflow gives none. An empty "
+                "text as the negative prompt is enough."
             )
             return False
         return True
 
-    def _trained_unconditional(self, adapter: Adapter) -> tuple[Negative, ...]:
-        context = adapter.unconditional
-        return (self.negatives.setdefault(id(context), Negative(context[None])),)
-
-    def _active(self, use: Use, omega: float, x: torch.Tensor, away_from: tuple[Negative, ...]) -> Active:
+    def _active(self, use: Use, omega: float, model, x: torch.Tensor, shares: tuple[Share, ...]) -> Active:
         low, high = use.info.omega_range
         if not low <= omega <= high:
-            self.embedded.say(f"guidance {omega:g} lies outside the adapter's trained range, {low:g} to {high:g}.")
+            self.embedded.say(f"Guidance {omega:g} lies outside the adapter's trained range, {low:g} to {high:g}.")
         adapter = use.patcher.model
-        negatives = (away_from or self._trained_unconditional(adapter)) if adapter.uses_negative else ()
+        if not adapter.uses_negative:
+            shares = ()
+        elif not shares:
+            shares = self.negatives.trained(model, adapter.unconditional, x)
         omega, strength = self._on_device(omega, x), self._on_device(use.strength, x)
-        return Active(adapter, omega, strength, negatives, merged=self.merged is not None)
+        return Active(adapter, omega, strength, shares, merged=self.merged is not None)
 
     def _on_device(self, value: float, x: torch.Tensor) -> torch.Tensor:
         """(1,) fp32. Made by the device itself: sending it there would wait for all that is queued before."""
         if value not in self.tensors:
             self.tensors[value] = torch.full((1,), value, device=x.device, dtype=torch.float32)
         return self.tensors[value]
-
-    def _one_pass(self, executor, x, timestep, model_options: dict, seed, step: Step) -> torch.Tensor:
-        options = take_part(model_options.get("transformer_options", {}), step)
-        unseen = step.changes_linears and is_compiled(options)
-        if unseen:
-            self.embedded.say(
-                "torch.compile doesn't see what an adapter of low rank does inside of the model's layers; with the "
-                "adapter the model runs uncompiled."
-            )
-        if self.embedded.compiled and not unseen:
-            try:
-                return executor(x, timestep, {**model_options, "transformer_options": options}, seed)
-            except Broken:
-                self.embedded.compiled = False
-                # What has just been compiled would run for the model without adapters, too.
-                torch.compiler.reset()
-                self.embedded.say(
-                    "torch.compile breaks this model into several graphs, in which patches don't work rightly; with "
-                    "the adapter the model runs uncompiled."
-                )
-        return executor(x, timestep, {**model_options, "transformer_options": without_compile(options)}, seed)
 
 
 def apply_adapter(
@@ -293,9 +438,11 @@ def apply_adapter(
         managed(info, state, model, source),
         guidance_scale,
         strength,
-        Span.between(sampling, start_percent, end_percent),
+        start_percent,
+        end_percent,
         # Copied: files may be mapped.
         lora={k: v.clone() for k, v in low_rank_part(info, state).items()} if info.config.merges else {},
+        source=source,
     )
     others = clone.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
     if not all(isinstance(other, EmbeddedGuidance) for other in others):

@@ -24,7 +24,8 @@ from ..adapter import Adapter
 from ..config import AdapterConfig
 from . import trace
 from .checkpointing import checkpointed, largest_block_bytes
-from .patch import Active, Negative, Step, register, take_part, without_compile
+from .negatives import Negative, Share
+from .patch import Active, Step, register, take_part, without_compile
 from .sites import describe_base, fingerprint
 
 log = logging.getLogger(__name__)
@@ -257,7 +258,7 @@ class ComfyHost:
     @staticmethod
     def _with(adapter: Adapter, omega: torch.Tensor, unwanted: dict, options: dict) -> dict:
         """`options` with the adapter in them; `unwanted`: the conditions of the negative prompts, if it uses them."""
-        negatives = (Negative(unwanted["c_crossattn"]),) if unwanted else ()
+        negatives = (Share(Negative(unwanted["c_crossattn"])),) if unwanted else ()
         return take_part(options, Step((Active(adapter, omega, torch.ones(1, device=omega.device), negatives),)))
 
     def picture(self, latent: torch.Tensor) -> Image.Image:

@@ -2,22 +2,24 @@
 
 Three stateless hooks on a clone of the model; what an evaluation needs travels with it, as a `Step`:
 
-1. An APPLY_MODEL wrapper computes keys and values of negative prompts and hands the step on to the diffusion model as
-   an argument of its own.
-2. A DIFFUSION_MODEL wrapper prepares the adapters: once per evaluation, what does not depend on the image. Where an
-   adapter works inside the attention it replaces the attention, for this evaluation, by one around what was there.
-3. attn2_patch and attn2_output_patch: remember a site's input, then add the site's residual to its output.
+1. An APPLY_MODEL wrapper hands the step on to the diffusion model as an argument of its own.
+2. A DIFFUSION_MODEL wrapper prepares the adapters: once per evaluation, what does not depend on the image. For this
+   evaluation it puts the last attn2_patch, which sees what the attention is really given after all other nodes; the
+   first attn2_output_patch, which sees what it returns before them; and, for adapters that work inside the attention,
+   an attention of our own around what was there.
+3. Those remember a site's input, and add the site's residual.
 
 Adapters that change the blocks' linear layers do so through forward hooks on them, which are there for the time of one
 evaluation only, see `adapted_linears`.
 
-Without a step in `transformer_options` they pass everything through untouched.
+Without a step they pass everything through untouched.
 """
 
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import comfy.ldm.modules.attention
 import comfy.model_management
@@ -29,6 +31,7 @@ from torch import nn
 
 from ..adapter import Adapter, Prepared
 from ..checkpoint import AdapterFileError, AdapterInfo
+from .negatives import Share
 from .sites import block_of, linear_layers, site_name, transformers
 
 # Under this name ComfyUI keeps our wrappers and additional models, and transformer_options what the hooks pass on.
@@ -36,36 +39,6 @@ KEY = "agd"
 PREPARED = "agd_prepared"
 _INPUT = "agd_input"
 _COMPILE = "torch.compile"  # ComfyUI's key of what its compile nodes register
-
-
-@dataclass
-class Negative:
-    """A negative prompt. `context`: (r, m, d), for evaluations of r rows or of any multiple of that; `share`: its
-    weight among the negatives of a step. `keys_values`: what the base's attentions make of it, by site, (r, m, w) each.
-    """
-
-    context: torch.Tensor
-    share: float = 1.0
-    keys_values: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    lasting: bool = False  # whether `keys_values` are those of the weights that every step has
-
-    @torch.no_grad()
-    def look_up(self, model, device: torch.device) -> None:
-        """Ask the base's layers for `keys_values`, once; `model` is ComfyUI's BaseModel.
-
-        Hooks on a condition change the weights for its evaluations alone.
-        """
-        plain = getattr(model.current_patcher, "current_hooks", None) is None
-        if plain and self.lasting:
-            return
-        self.lasting = plain
-        context = self.context.to(device, model.get_dtype_inference())
-        for name, transformer in transformers(model.diffusion_model).items():
-            self.keys_values[name] = transformer.attn2.to_k(context), transformer.attn2.to_v(context)
-
-    def of(self, name: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (rows, m, w) at a site."""
-        return tuple(value.repeat(rows // len(value), 1, 1) for value in self.keys_values[name])
 
 
 @dataclass(frozen=True)
@@ -79,7 +52,7 @@ class Active:
     adapter: Adapter
     omega: torch.Tensor
     strength: torch.Tensor
-    negatives: tuple[Negative, ...] = ()
+    negatives: tuple[Share, ...] = ()
     merged: bool = False
 
     @property
@@ -87,13 +60,22 @@ class Active:
         """Whether it works on the base's linear layers while they are evaluated."""
         return self.adapter.config.changes_linears and not self.merged
 
+    def for_rows(self, areas: list, shape: torch.Size) -> "Active":
+        return replace(self, negatives=tuple(share.cropped(areas, shape) for share in self.negatives))
+
 
 @dataclass
 class Step:
-    """What the hooks need in one step of sampling or training; `visited` lists the sites of the last evaluation."""
+    """What the hooks need in one step of sampling or training.
+
+    `areas`: of conditions that have one, by their uuid; `visited` lists the sites of the last evaluation; `attentions`:
+    heads and precision of the sites' attentions, for adapters that work inside them.
+    """
 
     active: tuple[Active, ...]
+    areas: dict = field(default_factory=dict)
     visited: list[str] = field(default_factory=list)
+    attentions: dict[str, tuple] = field(default_factory=dict)
 
     def sites(self) -> list[str]:
         """All sites in the order of evaluation."""
@@ -103,6 +85,37 @@ class Step:
     def changes_linears(self) -> bool:
         """Whether an adapter works on the base's linear layers, where torch.compile would not see it come and go."""
         return any(active.changes_linears for active in self.active)
+
+    @property
+    def works_inside(self) -> bool:
+        """Whether an adapter works inside the attentions."""
+        return any(active.adapter.place == "attention" for active in self.active)
+
+    def for_rows(self, x: torch.Tensor, transformer_options: dict) -> "Step":
+        """For latents x (b, c, h, w) that ComfyUI has put together of several conditions. It shares `visited`."""
+        if not self.areas:
+            return self
+        areas = [self.areas.get(uuid) for uuid in transformer_options.get("uuids") or [None]]
+        return replace(self, active=tuple(active.for_rows(areas, x.shape) for active in self.active))
+
+
+class Steps(Protocol):
+    """What `transformer_options` has under KEY: the `step` that evaluations are part of at the moment, if any."""
+
+    step: Step | None
+
+    def unasked(self) -> None:
+        """Called for an evaluation outside of any step, which is the base's own then. It may raise."""
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """`Steps` of training, where all evaluations belong to one."""
+
+    step: Step
+
+    def unasked(self) -> None:
+        pass
 
 
 class Broken(Exception):
@@ -132,7 +145,7 @@ def without_compile(transformer_options: dict) -> dict:
 
 def take_part(transformer_options: dict, step: Step) -> dict:
     """A copy of `transformer_options` with which the hooks carry out `step`."""
-    return {**transformer_options, KEY: step}
+    return {**transformer_options, KEY: OneStep(step)}
 
 
 def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
@@ -141,14 +154,22 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     ComfyUI's compile node drops every guard on `transformer_options`: a graph compiled without adapters, or with
     others, would run on. On an argument of its own the guards stay.
     """
-    step = transformer_options.get(KEY)
-    if step is None:
+    steps: Steps | None = transformer_options.get(KEY)
+    if steps is None or steps.step is None:
+        if steps is not None:
+            steps.unasked()
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     compiled = is_compiled(transformer_options)
     before = _graph_breaks() if compiled else 0
-    step.visited = []
-    for negative in (negative for active in step.active for negative in active.negatives):
-        negative.look_up(executor.class_obj, x.device)
+    step = steps.step.for_rows(x, transformer_options)
+    step.visited.clear()
+    if step.works_inside:
+        # Not from what patches are told: blocks of other packs tell them less.
+        blocks = transformers(executor.class_obj.diffusion_model)
+        step.attentions.update({name: (b.attn2.heads, b.attn2.attn_precision) for name, b in blocks.items()})
+    for share in (share for active in step.active for share in active.negatives):
+        if not share.negative.keys_values:
+            share.negative.look_up(executor.class_obj, x.device)
     denoised = executor(x, t, c_concat, c_crossattn, control, transformer_options, **{**kwargs, KEY: step})
     if compiled and (step.visited != step.sites() or _graph_breaks() > before):
         raise Broken
@@ -163,47 +184,58 @@ def diffusion_model(executor, x, timesteps, context=None, y=None, control=None, 
             (a.adapter, a.adapter.prepare(a.omega, timesteps, context, dtype=x.dtype, strength=a.strength))
             for a in step.active
         ]
-        transformer_options = {**transformer_options, PREPARED: (step, prepared)}
-        if any(active.adapter.place == "attention" for active in step.active):
-            transformer_options = _with_guided_attention(transformer_options, step.sites())
+        transformer_options = {**_with_our_patches(transformer_options), PREPARED: (step, prepared)}
+        if step.works_inside:
+            transformer_options = _with_guided_attention(transformer_options, step.attentions)
         if step.changes_linears:
             with adapted_linears(transformers(executor.class_obj), prepared):
                 return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
     return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
 
-def _with_guided_attention(transformer_options: dict, sites: list[str]) -> dict:
+def _with_our_patches(transformer_options: dict) -> dict:
+    """A copy in which ours are the last before the attentions and the first after them."""
+    patches = transformer_options.get("patches", {})
+    before, after = ([*patches.get(name, ())] for name in ("attn2_patch", "attn2_output_patch"))
+    ours = {"attn2_patch": [*before, remember_input], "attn2_output_patch": [add_residual, *after]}
+    return {**transformer_options, "patches": {**patches, **ours}}
+
+
+def _with_guided_attention(transformer_options: dict, attentions: dict[str, tuple]) -> dict:
     """A copy in which `guided_attention` is around each site's attention, another node's replacement included."""
     replacements = transformer_options.get("patches_replace", {})
     before = replacements.get("attn2", {})
     ours = {}
-    for name in sites:
+    for name, (heads, precision) in attentions.items():
         place = block_of(name)
-        attend = before.get(place, before.get(place[:2], _base_attention))  # as ComfyUI looks them up
+        base = functools.partial(_base_attention, heads=heads, precision=precision)
+        attend = before.get(place, before.get(place[:2], base))  # as ComfyUI looks them up
         ours[place] = functools.partial(guided_attention, name=name, attend=attend)
     return {**transformer_options, "patches_replace": {**replacements, "attn2": {**before, **ours}}}
 
 
-def _base_attention(q, k, v, extra_options):
+def _base_attention(q, k, v, extra_options, *, heads: int, precision):
     return comfy.ldm.modules.attention.optimized_attention(
-        q, k, v, extra_options["n_heads"],
-        attn_precision=extra_options["attn_precision"], transformer_options=extra_options,
-    )  # fmt: skip
+        q, k, v, heads, attn_precision=precision, transformer_options=extra_options
+    )
 
 
 def guided_attention(q, k, v, extra_options, *, name: str, attend: Callable):
     """An attn2 replacement: q (b, tokens, w), k and v (b, m, w) -> what goes into `to_out`, (b, tokens, w)."""
     attended = out = attend(q, k, v, extra_options)
+    if _INPUT not in extra_options:
+        return out
     step, prepared = extra_options[PREPARED]
-    h, _ = extra_options[_INPUT]
+    _, h, _ = extra_options[_INPUT]
     # Replacements such as IP-Adapter's then take what they have for the unconditional.
-    unconditional = {**extra_options, "cond_or_uncond": [1] * len(extra_options["cond_or_uncond"])}
+    unconditional = {**extra_options, "cond_or_uncond": [1] * len(extra_options.get("cond_or_uncond", [0]))}
     for active, (adapter, shared) in zip(step.active, prepared, strict=True):
         if adapter.place == "attention":
-            delta = attended
-            for negative in active.negatives:
-                delta = delta - negative.share * attend(q, *negative.of(name, len(q)), unconditional)
-            out = adapter.guide(name, out, delta, h, shared)
+            parts = [
+                share.of_tokens(attended - attend(q, *share.negative.of(name, len(q)), unconditional))
+                for share in active.negatives
+            ]
+            out = adapter.guide(name, out, sum(parts[1:], parts[0]), h, shared)
     return out
 
 
@@ -230,11 +262,23 @@ def adapt_linear(layer, inputs, out, *, adapter: Adapter, name: str, path: str, 
     return adapter.adapt(name, path, out, inputs[0], shared)
 
 
+def _site(step: Step, extra_options: dict) -> str | None:
+    """Which site a patch is called for. Blocks of other packs may not say; sites come in the order of evaluation."""
+    if "block" in extra_options and "block_index" in extra_options:
+        return site_name(extra_options["block"], extra_options["block_index"])
+    sites, last = step.sites(), step.visited[-1:]
+    following = sites[sites.index(last[0]) + 1 :] if last else sites
+    return following[0] if following else None
+
+
 def remember_input(n, context, value, extra_options):
-    """attn2_patch: n (b, tokens, w) is norm2's output, context (b, m, d)."""
+    """attn2_patch: n (b, tokens, w) is what the attention is given, context (b, m, d)."""
     if PREPARED in extra_options:
-        # A dict of this block's evaluation alone: nothing outlives it.
-        extra_options[_INPUT] = (n, context)
+        step, _ = extra_options[PREPARED]
+        if (name := _site(step, extra_options)) is not None:
+            step.visited.append(name)
+            # A dict of this block's evaluation alone: nothing outlives it.
+            extra_options[_INPUT] = (name, n, context)
     return n, context, value
 
 
@@ -243,24 +287,18 @@ def add_residual(out, extra_options):
     remembered = extra_options.pop(_INPUT, None)
     if remembered is None:
         return out
-    step, prepared = extra_options[PREPARED]
-    name = site_name(extra_options["block"], extra_options["block_index"])
-    step.visited.append(name)
-    for adapter, shared in prepared:
+    name, h, context = remembered
+    for adapter, shared in extra_options[PREPARED][1]:
         if adapter.place == "output":
-            out = adapter.add(name, out, *remembered, shared)
+            out = adapter.add(name, out, h, context, shared)
     return out
 
 
 def register(model: comfy.model_patcher.ModelPatcher) -> None:
-    """Put the hooks into `model`, which the caller has cloned, unless they are there."""
-    patches = model.model_options["transformer_options"].get("patches", {})
-    if remember_input in patches.get("attn2_patch", []):
-        return
-    model.set_model_attn2_patch(remember_input)
-    model.set_model_attn2_output_patch(add_residual)
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, diffusion_model)
+    """Put the wrappers into `model`, which the caller has cloned, unless they are there."""
+    if not model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, diffusion_model)
 
 
 def managed(

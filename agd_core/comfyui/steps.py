@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from comfy.samplers import CFGGuider
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +17,7 @@ def say_in_log(message: str) -> None:
 
 
 def once(notify: Callable[[str], None]) -> Callable[[str], None]:
-    """`notify`, for messages that it has not heard yet."""
+    """`notify`, for messages that it has not been given yet."""
     said = set()
 
     def say(message: str) -> None:
@@ -25,6 +26,13 @@ def once(notify: Callable[[str], None]) -> Callable[[str], None]:
             notify(message)
 
     return say
+
+
+class BeginAgain(BaseException):
+    """A sampling is to begin again in another way, as its OUTER_SAMPLE wrapper decides.
+
+    No `Exception`, for other nodes catch those around an evaluation and would go on with what it left.
+    """
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,49 @@ class Span:
         return self.sigma_end < float(timestep.flatten()[0]) <= self.sigma_start
 
 
+def copied(conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """A guider's conditions, for a sampling that may begin again: ComfyUI changes them where they are."""
+    return {kind: [cond.copy() for cond in own] for kind, own in conds.items()}
+
+
+def is_scale(cfg) -> bool:
+    """Whether a guider's cfg is one number. Those of some packs hold a list, a number for each step."""
+    return isinstance(cfg, (int, float)) and math.isfinite(cfg)
+
+
 @contextmanager
-def with_cfg(guider, cfg: float) -> Iterator[None]:
+def with_cfg(guider: CFGGuider, cfg: float) -> Iterator[None]:
     saved, guider.cfg = guider.cfg, cfg
     try:
         yield
     finally:
         guider.cfg = saved
+
+
+@dataclass
+class CfgOverride:
+    """PREDICT_NOISE wrapper: the cfg that a node of ours asks for, in the steps that it is for.
+
+    `wanted(cfg, timestep)` gives it. A guider whose cfg is not one number keeps it: what it does with one is not known.
+    `applied`: whether it is in force, for a guider may go around these wrappers.
+    """
+
+    wanted: Callable[[float, torch.Tensor], float]
+    applied: bool = False
+
+    def __call__(self, executor, x, timestep, model_options={}, seed=None):
+        guider = executor.class_obj
+        if not is_scale(guider.cfg):
+            return executor(x, timestep, model_options, seed)
+        self.applied = True
+        try:
+            with with_cfg(guider, self.wanted(guider.cfg, timestep)):
+                return executor(x, timestep, model_options, seed)
+        finally:
+            self.applied = False
+
+
+def name_of_guider(guider: CFGGuider) -> str:
+    """Who evaluates in a sampling, for a message: a guider of its own kind, or whatever else has taken its place."""
+    own = type(guider).predict_noise is not CFGGuider.predict_noise or type(guider).__call__ is not CFGGuider.__call__
+    return f"the guider {type(guider).__name__}" if own else "another node"

@@ -34,7 +34,7 @@ def test_few_steps_are_cfgs_own_but_for_the_first_which_has_no_guidance(base, pr
     model = alternate(base, notify=said.append)
     assert rows_of(model, ksampler, prompts) == [1] + [2] * (STEPS - 1)
     assert len(said) == 1
-    assert "wants nine steps or more" in said[0]
+    assert said[0].startswith("No speed-up: most steps evaluate both predictions.")
     rest = {"add_noise": True, "start": 1, "cfg": CFG}
     assert torch.equal(
         ksampler_advanced(alternate(base), prompts, latent(), **rest)["samples"],
@@ -48,7 +48,7 @@ def test_many_steps_say_nothing(base, prompts):
     assert said == []
 
 
-def test_the_negative_prompt_is_heard(base, prompts):
+def test_the_negative_prompt_has_an_effect(base, prompts):
     other = Prompts(prompts.positive, random_prompts(seed=9).positive)
     model = alternate(base)
     assert not torch.equal(ksampler(model, prompts, steps=MANY), ksampler(model, other, steps=MANY))
@@ -118,8 +118,7 @@ def test_nodes_that_adjust_the_combination_have_both_predictions(base, prompts):
     model.set_model_sampler_cfg_function(combine)
     ksampler(model, prompts, steps=MANY)
     assert len(seen) == MANY
-    assert all(torch.equal(*both) for both in seen[:2])
-    assert not any(torch.equal(*both) for both in seen[2:])
+    assert not any(torch.equal(*both) for both in seen)  # from the first step on: it may divide by their difference
 
 
 def test_it_is_not_on_a_model_with_an_adapter_nor_an_adapter_on_it(base, save_adapter):
@@ -194,6 +193,5 @@ def test_a_sampler_that_exchanges_all_noise_evaluates_both_more_often(toy, on_th
     said = []
     model = alternate(toy.model, notify=said.append)
     assert at_least <= sum(rows_of(model, on_the_toy, sampler=sampler)) <= at_most
-    assert [message.partition(",")[0] for message in said] == [
-        "with this sampler and schedule one step tells too little of the next"
-    ] * (sampler == "lcm")
+    expected = "About 1.5 evaluations per step: with this sampler and schedule one step tells too little of the next"
+    assert [message.partition(",")[0] for message in said] == [expected] * (sampler == "lcm")

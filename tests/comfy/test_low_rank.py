@@ -31,7 +31,7 @@ close = partial(torch.testing.assert_close, atol=2e-4, rtol=2e-4)
 
 @pytest.fixture(autouse=True)
 def unmerged(monkeypatch):
-    monkeypatch.setattr(embedded, "can_merge", lambda guider: False)
+    monkeypatch.setattr(embedded, "can_merge", lambda guider, lora: False)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def unmerged(monkeypatch):
 
     def sample(run, *args, **kwargs):
         with monkeypatch.context() as context:
-            context.setattr(embedded, "can_merge", lambda guider: False)
+            context.setattr(embedded, "can_merge", lambda guider, lora: False)
             return run(*args, **kwargs)
 
     return sample

@@ -86,7 +86,7 @@ def test_an_empty_range_is_the_base_with_its_own_cfg(base, prompts, file, start,
 
 def test_steps_outside_the_range_are_the_bases_own(base, prompts, file):
     rows = rows_of(patched(base, file, start_percent=0.3, end_percent=0.8), ksampler, prompts)
-    assert rows == [2, 2, 1, 1] or rows == [2, 1, 1, 2]
+    assert rows == [2, 1, 1, 2]
 
 
 def test_bypassing_gives_the_bases_own_pictures_before_and_after(base, prompts, file):
@@ -125,7 +125,7 @@ def test_guidance_outside_the_trained_range_is_said_once(base, prompts, file, ca
     with caplog.at_level(logging.WARNING):
         ksampler(patched(base, file), prompts, cfg=20.0)
     warnings = [record.message for record in caplog.records if "trained range" in record.message]
-    assert warnings == ["AGD: guidance 20 lies outside the adapter's trained range, 1 to 12."]
+    assert warnings == ["AGD: Guidance 20 lies outside the adapter's trained range, 1 to 12."]
 
 
 def test_an_adapter_of_another_base_is_refused(base, save_adapter):

@@ -49,7 +49,11 @@ from runtime import (
 )
 
 CFG_PP = tuple(name for name in comfy.samplers.SAMPLER_NAMES if name.endswith("_cfg_pp"))
-SAMPLERS = tuple(name for name in comfy.samplers.SAMPLER_NAMES if name not in CFG_PP)
+TWICE = (
+    "heun", "heunpp2", "exp_heun_2_x0", "exp_heun_2_x0_sde", "dpm_2_ancestral", "dpmpp_2s_ancestral", "sa_solver_pece",
+)  # fmt: skip
+TWICE = tuple(name for name in TWICE if name in comfy.samplers.SAMPLER_NAMES)
+SAMPLERS = tuple(name for name in comfy.samplers.SAMPLER_NAMES if name not in CFG_PP + TWICE)
 AROUND = ("before", "after")  # the other node stands before or after the loader
 LORA, OTHER_LORA = "tiny.safetensors", "other.safetensors"  # in a folder that the tests make
 PROMPTS = random_prompts()
@@ -62,8 +66,10 @@ class Row:
     """`without`, `with_agd`: evaluations per prediction that the sampler asks for, and per picture.
 
     `training_free`: the same of guidance that needs no adapter; None is half of `without`, 0 that it is refused.
-    `aside`: what needs the unconditional, as the warning names it; `as_base`: the result is the base's own; `since`:
-    the oldest tested ComfyUI that has it, and has it so. Without `run` the row is tested in
+    `aside`: what needs both predictions, as the message names it; `no_part`: what evaluates in its own way, likewise;
+    `as_base`: the result is the base's own; `since`: the oldest tested ComfyUI that has it, and has it so;
+    `says`: whether training-free guidance has something to say about it, `within`: how exactly it keeps its number
+    whatever the variant. Without `run` the row is tested in
     compatibility/test_compile.py, which needs processes of its own.
     """
 
@@ -73,13 +79,20 @@ class Row:
     run: Callable | None
     variants: tuple[str, ...] = ("",)
     aside: str | None = None
+    no_part: str | None = None
     as_base: bool = False
     since: str | None = None
     training_free: float | None = None
+    says: bool = False
+    within: float = 0.005
 
     @property
     def with_training_free(self) -> float:
         return self.without / 2 if self.training_free is None else self.training_free
+
+    @property
+    def training_free_says(self) -> bool:
+        return self.says or self.with_training_free == self.without
 
 
 ROWS: list[Row] = []
@@ -110,8 +123,13 @@ class Watch:
             return executor(x, *args, **kwargs)
 
         def predict_noise(executor, x, *args, **kwargs):
-            predicted = executor(x, *args, **kwargs)
-            self.pictures += x.shape[0]  # not those of a sampling that begins again
+            before = len(self.rows)
+            try:
+                predicted = executor(x, *args, **kwargs)
+            except BaseException:
+                del self.rows[before:]  # a sampling that begins again: once, at its first step
+                raise
+            self.pictures += x.shape[0]
             return predicted
 
         clone = model.clone()
@@ -140,10 +158,15 @@ def noise(batch: int = 1, height: int = 8, width: int = 8) -> dict:
 # Samplers, schedulers, guiders
 
 
-@row("Every sampler but the `*_cfg_pp` ones", 2, 1, SAMPLERS)
+@row("Samplers that ask once at a noise level", 2, 1, SAMPLERS)
 def sampler(agd, base, name):
     denoise = 0.2 if name == "dpm_adaptive" else 1.0  # this one chooses its own number of steps
     return ksampler(agd(base), PROMPTS, sampler=name, steps=3, denoise=denoise)
+
+
+@row("Samplers that ask twice, or go back up", 2, 1, TWICE, training_free=1.4, within=0.1)
+def sampler_that_asks_twice(agd, base, name):
+    return ksampler(agd(base), PROMPTS, sampler=name, steps=12)
 
 
 @row("The `*_cfg_pp` samplers", 2, 2, CFG_PP, aside="the sampler {}", training_free=2)
@@ -209,7 +232,7 @@ def predict_from(model, prompts: Prompts, noise: torch.Tensor):
     return comfy.sample.sample_custom(model, noise, CFG, euler, sigmas, prompts.positive, prompts.negative, zeros)
 
 
-@row("DualCFGGuider", 3, 3, ("regular", "nested"), aside="the guider Guider_DualCFG", training_free=3)
+@row("DualCFGGuider", 3, 3, ("regular", "nested"), no_part="the guider Guider_DualCFG", training_free=3)
 def dual_cfg_guider(agd, base, style):
     node, other = custom.DualCFGGuider, random_prompts(lengths=(32, 32))
     model = agd(base)
@@ -218,13 +241,13 @@ def dual_cfg_guider(agd, base, style):
     )
 
 
-@row("DualModelGuider", 2, 2, aside="the guider Guider_DualModel", since="0.26.0", training_free=2)
+@row("DualModelGuider", 2, 2, no_part="the guider Guider_DualModel", since="0.26.0", training_free=2)
 def dual_model_guider(agd, base, _):
     node = custom.DualModelGuider
     return sample_custom(node.execute(agd(base), PROMPTS.positive, CFG, other_model(), PROMPTS.negative).args[0])
 
 
-@row("PerpNegGuider", 3, 3, aside="the guider Guider_PerpNeg", training_free=3)
+@row("PerpNegGuider", 3, 3, no_part="the guider Guider_PerpNeg", training_free=3)
 def perp_neg_guider(agd, base, _):
     node, empty = nodes_perpneg.PerpNegGuider, random_prompts(lengths=(32, 32)).negative
     return sample_custom(node.execute(agd(base), PROMPTS.positive, PROMPTS.negative, empty, CFG, 1.0).args[0])
@@ -315,18 +338,18 @@ def timestep_ranges(agd, base, _=""):
 # What works on the conditions
 
 
-def hooked(lora: str = LORA) -> list:
-    """The positive with a LoRA hook that begins in the middle."""
+def hooked(prompt: list, lora: str = LORA) -> list:
+    """A prompt with a LoRA hook that begins in the middle."""
     hooks = nodes_hooks.CreateHookLoraModelOnly().create_hook_model_only(lora, 1.0)[0]
     first = nodes_hooks.CreateHookKeyframe().create_hook_keyframe(0.0, 0.0)[0]
     frames = nodes_hooks.CreateHookKeyframe().create_hook_keyframe(1.0, 0.5, first)[0]
     hooks = nodes_hooks.SetHookKeyframes().set_hook_keyframes(hooks, frames)[0]
-    return nodes_hooks.ConditioningSetProperties().set_properties(PROMPTS.positive, 1.0, "default", hooks=hooks)[0]
+    return nodes_hooks.ConditioningSetProperties().set_properties(prompt, 1.0, "default", hooks=hooks)[0]
 
 
 @row("LoRA hooks with keyframes", 2, 1)
 def hooks(agd, base, _=""):
-    return ksampler(agd(base), Prompts(hooked(), PROMPTS.negative))
+    return ksampler(agd(base), Prompts(hooked(PROMPTS.positive), PROMPTS.negative))
 
 
 @row("GLIGEN", 2, 1)
@@ -413,10 +436,13 @@ NODES = {
 WORKS_BESIDE = ("FreeU", "FreeU_V2", "HyperTile", "Deep Shrink", "Epsilon Scaling", "TSR", "PAG", "attn2 replacement")
 
 
+STEPS_BESIDE = 2
+
+
 def beside(name: str):
     """The workflow with the node `name` before or after the loader."""
     at = latent(1, 16, 16)
-    return lambda agd, base, where: ksampler(around(where, agd, NODES[name], base), PROMPTS, at=at, steps=2)
+    return lambda agd, base, where: ksampler(around(where, agd, NODES[name], base), PROMPTS, at=at, steps=STEPS_BESIDE)
 
 
 for what, without, with_agd, name, aside in (
@@ -442,8 +468,9 @@ for what, without, with_agd, name, aside in (
     ("FreSca", 2, 2, "FreSca", "FreSca"),
 ):
     new = what in ("CFGOverride", "CFGNorm with `pre_cfg`")
-    own = {"PAG": 2, "PerpNeg": 2, "SelfAttentionGuidance": 3}.get(name)  # with an evaluation of their own
-    kind = {"aside": aside, "since": "0.26.0" if new else None, "training_free": own}
+    # With an evaluation of their own, or both in one; those that combine predictions have both from the first step.
+    own = {"PAG": 2.5, "PerpNeg": 3, "SelfAttentionGuidance": 3, "NAGuidance": 2}.get(name, 1.17 if aside else None)
+    kind = {"aside": aside, "since": "0.26.0" if new else None, "training_free": own, "says": name == "PAG"}
     row(what, without, with_agd, AROUND, **kind)(beside(name))
 
 

@@ -1,5 +1,6 @@
 """The base of the compatibility tests, adapters for it, and LoRA files where ComfyUI looks for them."""
 
+import functools
 from pathlib import Path
 
 import folder_paths
@@ -20,36 +21,40 @@ def base():
     return tiny(TwoWidths())
 
 
-@pytest.fixture(scope="package", params=[("cross_attention", 0), ("delta", 0), ("delta", 4)], ids=str)
-def save(request, base, tmp_path_factory):
-    """Writes an adapter that was trained with the workflows' negative prompt for its unconditional."""
-    kind, rank = request.param
-    config = {"kind": kind, "rank": rank, "hidden": 8, "encoder_width": 8, "prompt_tokens": 16}
-    info = info_for(describe_base(base.model), **config)
+KINDS = [("cross_attention", 0), ("delta", 0), ("delta", 4)]
 
-    def save(name: str, make) -> Path:
+
+@pytest.fixture(scope="package")
+def adapters(base, tmp_path_factory):
+    """A function: the file of an adapter of a kind (with its rank) that was trained with the workflows' negative prompt
+    for its unconditional. `make`: what becomes of a new one."""
+
+    @functools.cache
+    def save(kind: tuple[str, int], make=randomised) -> Path:
+        name, rank = kind
+        config = {"kind": name, "rank": rank, "hidden": 8, "encoder_width": 8, "prompt_tokens": 16}
+        info = info_for(describe_base(base.model), **config)
         torch.manual_seed(3)
         adapter = make(Adapter(info.config))
         adapter.unconditional.copy_(PROMPTS.negative[0][0][0])
-        return checkpoint.save(tmp_path_factory.mktemp("adapters") / name, adapter, info)
+        return checkpoint.save(tmp_path_factory.mktemp("adapters") / "adapter.safetensors", adapter, info)
 
     return save
 
 
-@pytest.fixture(scope="package")
-def file(save):
-    return save("random.safetensors", randomised)
+@pytest.fixture(scope="package", params=KINDS, ids=str)
+def kind(request) -> tuple[str, int]:
+    return request.param
 
 
 @pytest.fixture(scope="package")
-def other(save):
-    return save("other.safetensors", lambda adapter: randomised(adapter, seed=9))
+def file(adapters, kind):
+    return adapters(kind)
 
 
 @pytest.fixture(scope="package")
-def new(save):
-    """An adapter that has learnt nothing."""
-    return save("new.safetensors", lambda adapter: adapter)
+def other(adapters, kind):
+    return adapters(kind, functools.partial(randomised, seed=9))
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -110,12 +110,20 @@ def test_the_unmasked_part_of_an_inpainted_picture_is_kept(model, base):
 # What works on the conditions
 
 
-def test_hook_keyframes_equal_a_split_with_the_lora_in_the_second_part(base, model):
-    # With an adapter only: the hook is on the positive, and CFG's negative evaluations go without the LoRA.
+def test_hook_keyframes_equal_a_split_with_the_lora_in_the_second_part(agd, base):
+    model = agd(base)
     first = ksampler_advanced(model, PROMPTS, latent(), 0, 2)
-    hooked = w.hooks(lambda _: model, base)
+    hooked = ksampler(model, Prompts(w.hooked(PROMPTS.positive), w.hooked(PROMPTS.negative)))
     close(hooked, ksampler_advanced(w.load_lora(model), PROMPTS, first, 2)["samples"])
     assert not torch.equal(hooked, ksampler(model, PROMPTS))
+
+
+def test_a_hook_on_the_negative_is_the_negatives_alone(model):
+    one = ksampler(model, Prompts(PROMPTS.positive, w.hooked(PROMPTS.negative)))
+    both = ksampler(model, Prompts(w.hooked(PROMPTS.positive), w.hooked(PROMPTS.negative)))
+    assert not torch.equal(one, both)
+    (adapter,) = model.get_nested_additional_models()
+    assert torch.allclose(one, ksampler(model, PROMPTS), atol=1e-5) != adapter.model.uses_negative
 
 
 def test_a_lora_hook_of_one_region_stays_in_it(agd, base):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import workflows
 from runtime import ksampler, patched, since
 from workflows import AROUND, PROMPTS, ROWS, Row, Watch, no_agd
 
@@ -29,33 +30,48 @@ def evaluate(row: Row, variant: str, base, agd) -> tuple[torch.Tensor, float]:
     return sampled, watch.evaluations
 
 
-def cases():
+KINDS = [("cross_attention", 0), ("delta", 0), ("delta", 4)]
+
+
+def cases(kinds: list | None = None):
+    """Every row and variant. What has no part in a row, or knows nothing of adapters, is tested with the default kind."""
     for row in ROWS:
+        once = row.aside or row.no_part or row.as_base or len(row.variants) > len(KINDS)
         for variant in row.variants[:1] if row.variants == AROUND else row.variants:
-            yield pytest.param(row, variant, id=f"{row.what}-{variant}" if variant else row.what)
+            name = f"{row.what}-{variant}" if variant else row.what
+            if kinds is None:
+                yield pytest.param(row, variant, id=name)
+            for kind in () if kinds is None else kinds[-1:] if once else kinds:
+                yield pytest.param(row, variant, kind, id=f"{name}-{kind[0]}-{kind[1]}")
 
 
-@pytest.mark.parametrize(("row", "variant"), cases())
-def test_row(base, file, new, plain, row, variant):
+@pytest.mark.parametrize(("row", "variant", "kind"), cases(KINDS))
+def test_row(base, adapters, plain, row, variant, kind):
     if row.since:
         since(row.since)
-    said = []
+    said, file = [], adapters(kind)
     agd = partial(patched, file=file, notify=said.append)
     without, evaluations = evaluate(row, variant, base, no_agd)
     assert evaluations == pytest.approx(row.without)
     with_agd, evaluations = evaluate(row, variant, base, agd)
     assert evaluations == pytest.approx(row.with_agd)
     assert torch.isfinite(with_agd).all()
-    if row.aside or row.as_base:
+    if row.aside or row.no_part or row.as_base:
         assert torch.equal(with_agd, without)
     else:
-        untrained, _ = evaluate(row, variant, base, partial(patched, file=new))
+        untrained, _ = evaluate(row, variant, base, partial(patched, file=adapters(kind, make=as_it_is)))
         assert not torch.equal(with_agd, untrained)
     if row.variants == AROUND:
         assert torch.equal(evaluate(row, "after", base, partial(patched, file=file))[0], with_agd)
-    expected = [f"{row.aside.format(variant)} needs the unconditional prediction"] if row.aside else []
-    assert [message.partition(", so")[0] for message in said] == expected
+    expected = [f"No speed-up: {row.aside.format(variant)} needs both predictions"] if row.aside else []
+    expected += [f"No part in this sampling: {row.no_part} evaluates the prompts"] if row.no_part else []
+    assert [re.split(r"[.,] ", message)[0] for message in said] == expected
     assert torch.equal(ksampler(base, PROMPTS, steps=1), plain)
+
+
+def as_it_is(adapter):
+    """One that has learnt nothing."""
+    return adapter
 
 
 @pytest.mark.parametrize(("row", "variant"), cases())
@@ -64,6 +80,7 @@ def test_row_with_training_free_guidance(base, plain, row, variant, monkeypatch)
         since(row.since)
     monkeypatch.setattr(alternating, "NEAR", math.inf)  # however few the steps are,
     monkeypatch.setattr(alternating, "AGREES", -math.inf)  # and whatever this model of random weights makes of them
+    monkeypatch.setattr(workflows, "STEPS_BESIDE", 12)  # the first two are not as the others
     without, _ = evaluate(row, variant, base, no_agd)
     said = []
     agd = partial(alternate, notify=said.append)
@@ -72,10 +89,11 @@ def test_row_with_training_free_guidance(base, plain, row, variant, monkeypatch)
             evaluate(row, variant, base, agd)
         return
     guided, evaluations = evaluate(row, variant, base, agd)
-    assert evaluations == pytest.approx(row.with_training_free)
+    assert evaluations == pytest.approx(row.with_training_free, abs=row.within)
     assert torch.isfinite(guided).all()
-    assert torch.equal(guided, without) == (row.with_training_free == row.without)
-    assert bool(said) == (row.with_training_free == row.without and not row.as_base)
+    # Close, not equal: where both are found to be needed in the first step, that one has evaluated them one by one.
+    assert torch.allclose(guided, without, atol=2e-4) == (row.with_training_free == row.without)
+    assert bool(said) == (row.training_free_says and not row.as_base)
     assert torch.equal(ksampler(base, PROMPTS, steps=1), plain)
 
 
