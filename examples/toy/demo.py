@@ -274,9 +274,9 @@ def print_table(results: dict, gap: Evaluation, report: dict) -> None:
         print(line.format(method, f"{omega:g}", f"{values['evaluations_per_step']:.2f}", *pictured, *closed))
     adapter = report["adapter"]
     print(
-        f"{report['pictures']} pictures per line. Adapter: {adapter['parameters']:,} parameters "
-        f"({adapter['percent_of_base']} % of the base), trained in {report['training_seconds']:.0f} s with "
-        f"{report['teacher_evaluations']:,} teacher evaluations."
+        f"{report['pictures']} pictures per line; Fréchet distances of so few compare within this table only.\n"
+        f"Adapter: {adapter['parameters']:,} parameters ({adapter['percent_of_base']} % of the base), trained in "
+        f"{report['training_seconds']:.0f} s with {report['teacher_evaluations']:,} teacher evaluations."
     )
     if report["speedup"] is not None:
         print(f"AGD is {report['speedup']:.2f} ({report['speedup_se']:.2f}) times as fast as CFG.")
