@@ -103,10 +103,11 @@ class EmbeddedGuidance:
 
         Raises `AdapterFileError`.
         """
-        sampling, model = guider.model_patcher.get_model_object("model_sampling"), guider.model_patcher.model
+        model = guider.model_patcher.model
+        sampling, cast = (guider.model_patcher.get_model_object(n) for n in ("model_sampling", "manual_cast_dtype"))
         for use in self.uses:
             check_base(use.info, describe_base(model, sampling), use.source)
-            _check_range(use, model.get_dtype_inference())
+            _check_range(use, cast or model.get_dtype())
         return [Span.between(sampling, use.start_percent, use.end_percent) for use in self.uses]
 
     def _omega_to_merge(self, guider: CFGGuider, spans: list[Span]) -> float | None:
@@ -172,6 +173,7 @@ class Sampling:
     plain: bool = False  # evaluating as the base does, because that was asked for
     guided: bool = False
     looked: bool = False
+    noticed: tuple | None = None  # in its first guided step, to be told
     unknown: bool = False  # by which scale both predictions are combined
     others: bool = False  # something else than both was evaluated, to be combined in a way that isn't known
     tensors: dict[float, torch.Tensor] = field(default_factory=dict)
@@ -200,6 +202,7 @@ class Sampling:
 
     def report(self) -> None:
         """Say, when it is over, where the adapter had no part in it."""
+        self._tell()
         if not self.needs_both and not self.guided and (self.others or self.unknown or not self.called):
             self.embedded.say(
                 f"No part in this sampling: {name_of_guider(self.guider)} evaluates the prompts, or combines them, in "
@@ -235,6 +238,7 @@ class Sampling:
             return self._as_the_base(executor, *given)
         if self.merged is None and omegas == [self.mergeable]:
             raise Merge
+        self._tell()
         self.guided = True
         tell_use(model_options, self._used)
         prediction = self._prediction(executor, *given)
@@ -325,8 +329,14 @@ class Sampling:
             self.step = None
         if not self.looked:
             self.looked = True
-            self._look_at(guiding, x, step)
+            self.noticed = guiding, x.shape[-2:], step
         return prediction
+
+    def _tell(self) -> None:
+        """What was noticed in the first guided step, once it is sure that it is one."""
+        noticed, self.noticed = self.noticed, None
+        if noticed is not None:
+            self._look_at(*noticed)
 
     def _compiled_or_not(self, executor, model, conds, x, timestep, model_options) -> list[torch.Tensor]:
         options = model_options["transformer_options"]
@@ -350,10 +360,11 @@ class Sampling:
             model_options = {**model_options, "transformer_options": without_compile(options)}
         return executor(model, conds, x, timestep, model_options)
 
-    def _look_at(self, guiding: list[tuple[Use, float]], x: torch.Tensor, step: Step) -> None:
-        """Say, once per sampling after its first guided evaluation, what may surprise."""
-        height, width = x.shape[-2:]
-        for use, _ in guiding:
+    def _look_at(self, guiding: list[tuple[Use, float]], size: torch.Size, step: Step) -> None:
+        """Say what may surprise of a sampling of latents of that `size` (h, w)."""
+        height, width = size
+        for use, omega in guiding:
+            self._say_if_outside(use, omega)
             trained = use.info.resolutions
             ratios = [height * width / (h * w) for h, w in trained]
             if ratios and not any(1 / _FAR <= ratio <= _FAR for ratio in ratios):
@@ -378,6 +389,11 @@ class Sampling:
                 "another node in a way that leaves no place for adapters."
             )
 
+    def _say_if_outside(self, use: Use, omega: float) -> None:
+        low, high = use.info.omega_range
+        if not low <= omega <= high:
+            self.embedded.say(f"Guidance {omega:g} lies outside the adapter's trained range, {low:g} to {high:g}.")
+
     def _needs_no_negative(self, use: Use) -> bool:
         if use.info.negative_mode == "used" and not use.info.unconditional:
             self.embedded.say(
@@ -388,9 +404,8 @@ class Sampling:
         return True
 
     def _active(self, use: Use, omega: float, model, x: torch.Tensor, shares: tuple[Share, ...]) -> Active:
-        low, high = use.info.omega_range
-        if not low <= omega <= high:
-            self.embedded.say(f"Guidance {omega:g} lies outside the adapter's trained range, {low:g} to {high:g}.")
+        if self.looked:
+            self._say_if_outside(use, omega)
         adapter = use.patcher.model
         if not adapter.uses_negative:
             shares = ()

@@ -34,7 +34,7 @@ KINDS = [("cross_attention", 0), ("delta", 0), ("delta", 4)]
 
 
 def cases(kinds: list | None = None):
-    """Every row and variant. What has no part in a row, or knows nothing of adapters, is tested with the default kind."""
+    """Every row and variant. Where kinds of adapters can't differ, the default one is enough."""
     for row in ROWS:
         once = row.aside or row.no_part or row.as_base or len(row.variants) > len(KINDS)
         for variant in row.variants[:1] if row.variants == AROUND else row.variants:
