@@ -10,7 +10,7 @@ Once they point different ways, every second step evaluates both predictions, an
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -34,6 +34,10 @@ class AlternatingGuidance:
     measured: bool = False
     largest: float = 0.0
     doubted: bool = False
+
+    def copy(self) -> "AlternatingGuidance":
+        """One that goes on from here without this one."""
+        return replace(self, known=dict(self.known))
 
     def __call__(
         self, position: float, evaluate: Callable[..., list[torch.Tensor]], *, anew: bool = False

@@ -101,12 +101,12 @@ class AlternatingSampling:
     given: list[torch.Tensor] = field(default_factory=list)  # what it was given,
     current: set[bool] = field(default_factory=set)  # and whose was evaluated there: the prompt's, the negative's
     level: float = math.inf  # sigma of the step before
-    conditions: tuple | None = None  # and what was evaluated there
+    conditions: tuple | None = None  # and of whom predictions were asked for there,
+    known: list[tuple[torch.Tensor, AlternatingGuidance]] = field(default_factory=list)  # for which latents (b, ...)
     evaluating: bool = False
     most: int = 0
     blocks: set[int] = field(default_factory=set)
     evaluated: Counter[int] = field(default_factory=Counter)  # evaluations of one prediction and of both, counted
-    guidance: AlternatingGuidance = field(default_factory=AlternatingGuidance)
 
     def __post_init__(self):
         self.override = CfgOverride(partial(self.settings.cfg_of_step, self.span))
@@ -155,18 +155,29 @@ class AlternatingSampling:
         return self.given
 
     def _in_turn(self, args: dict, level: float) -> list[torch.Tensor]:
-        sampling = args["model"].model_sampling
-        conditions = (args["input"].shape, *(tuple(cond["uuid"] for cond in own) for own in args["conds"]))
-        # Estimates are of steps with less and less noise, each of which is asked for once.
-        repeated = level >= self.level or level > 1.001 * float(sampling.sigma_max)
-        anew = repeated or self.conditions not in (None, conditions)
+        sampling, x = args["model"].model_sampling, args["input"]
+        conditions = (x.shape, *(tuple(cond["uuid"] for cond in own) for own in args["conds"]))
+        # Estimates are of steps with less and less noise. Asked again at a level, of other latents, both are evaluated.
+        in_order = level < self.level and self.conditions in (None, conditions)
+        guidance = self._nearest(x).copy() if in_order else AlternatingGuidance()
+        outside = level > 1.001 * float(sampling.sigma_max)  # of the schedule, where positions say nothing
+        anew = not in_order or outside
+        predictions = guidance(_position(sampling, level), self._evaluate_whole, anew=anew)
+        if level != self.level or self.conditions != conditions:
+            self.known.clear()
+        self.known.append((x.clone(), guidance))
         self.level, self.conditions = level, conditions
-        predictions = self.guidance(_position(sampling, level), self._evaluate_whole, anew=anew)
         return [prediction.clone() for prediction in predictions]  # for whoever changes one of them in place
+
+    def _nearest(self, x: torch.Tensor) -> AlternatingGuidance:
+        """What is known of the step before; where it was asked for several latents, of those nearest to x."""
+        if len(self.known) > 1:
+            return min(self.known, key=lambda latents: (latents[0] - x).norm().item())[1]
+        return self.known[0][1] if self.known else AlternatingGuidance()
 
     def _begin(self, model_options: dict) -> None:
         """Until guidance begins both are given as equal. Another node may divide by their difference."""
-        if self.guidance.delta is not None:
+        if self.known[-1][1].delta is not None:
             return
         if "sampler_cfg_function" in model_options or model_options.get(PRE_CFG):
             self._fill()
@@ -241,7 +252,7 @@ class AlternatingSampling:
                 "No speed-up: most steps evaluate both predictions. They are far apart or not in order; training-free "
                 "guidance wants nine steps or more."
             )
-        elif not self.both and self.guidance.doubted:
+        elif not self.both and any(guidance.doubted for _, guidance in self.known):
             say(
                 "About 1.5 evaluations per step: with this sampler and schedule one step tells too little of the next, "
                 "so every second one evaluates both predictions."

@@ -1,0 +1,276 @@
+"""Guidance without training beside other nodes: what they are given is right, or both predictions are evaluated."""
+
+import math
+
+import comfy.samplers
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_custom_sampler as custom
+from runtime import CFG, ksampler, latent, rows_of, since
+
+from comfyui_agd.agd_core import alternating
+from comfyui_agd.agd_core.comfyui.alternating import alternate
+
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def agreeing(monkeypatch):
+    """What models of random weights say at neighbouring steps need not agree."""
+    monkeypatch.setattr(alternating, "AGREES", -math.inf)
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def agd(base, said):
+    return lambda model=base, **options: alternate(model, notify=said.append, **options)
+
+
+def after(model, function):
+    clone = model.clone()
+    clone.set_model_sampler_post_cfg_function(function)
+    return clone
+
+
+def evaluated(args, kind: str) -> torch.Tensor:
+    given = args["model"], [args[kind]], args["input"], args["sigma"], args["model_options"]
+    return comfy.samplers.calc_cond_batch(*given)[0]
+
+
+# Nodes that look at the predictions
+
+
+def test_who_compares_the_prompts_prediction_with_an_evaluation_has_this_steps(agd, prompts, said):
+    differences = []
+
+    def compares(args):
+        differences.append(float((args["cond_denoised"] - evaluated(args, "cond")).abs().max()))
+        return args["denoised"]
+
+    model = after(agd(), compares)
+    assert sum(rows_of(model, ksampler, prompts, steps=STEPS)) == 2.5 * STEPS
+    assert max(differences) < 1e-4
+    assert [message[:32] for message in said] == ["About 1.5 evaluations per step: "]
+
+
+def test_its_guidance_is_the_same_as_without_that_node(agd, prompts):
+    model = after(agd(), lambda args: args["denoised"] + 0 * evaluated(args, "cond"))
+    assert torch.equal(ksampler(model, prompts, steps=STEPS), ksampler(agd(), prompts, steps=STEPS))
+
+
+def test_who_compares_with_the_negatives_has_cfgs_own(base, agd, prompts, said):
+    def compares(args):
+        return args["denoised"] + 0.1 * (args["uncond_denoised"] - evaluated(args, "uncond"))
+
+    close = torch.allclose(
+        ksampler(after(agd(), compares), prompts, steps=STEPS),
+        ksampler(after(base, compares), prompts, steps=STEPS),
+        atol=1e-4,
+    )
+    assert close
+    assert [message[:12] for message in said] == ["No speed-up:"]
+
+
+def test_who_says_that_both_are_needed_has_cfgs_own(base, agd, prompts, said):
+    def with_the_flag(model):
+        clone = model.clone()
+        clone.set_model_sampler_post_cfg_function(lambda args: args["denoised"], disable_cfg1_optimization=True)
+        return clone
+
+    same = torch.equal(ksampler(with_the_flag(agd()), prompts), ksampler(with_the_flag(base), prompts))
+    assert same
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("where", ["sampler_cfg_function", "post_cfg_function"])
+def test_before_guidance_begins_the_difference_is_not_zero(agd, prompts, where):
+    norms = []
+
+    def divides(args):
+        difference = args["cond_denoised"] - args["uncond_denoised"]
+        norms.append(float(difference.norm()))
+        out = args["uncond_denoised"] + CFG * difference / difference.norm()
+        return args["input"] - out if where == "sampler_cfg_function" else out
+
+    model = agd()
+    getattr(model, f"set_model_{where}" if where.startswith("sampler") else f"set_model_sampler_{where}")(divides)
+    assert ksampler(model, prompts, steps=STEPS).isfinite().all()
+    assert min(norms) > 0
+
+
+def test_what_a_node_keeps_in_its_options_stays(agd, prompts):
+    seen = []
+
+    def count(args):
+        args["model_options"]["times"] = args["model_options"].get("times", 0) + 1
+        seen.append(args["model_options"]["times"])
+        return args["denoised"]
+
+    ksampler(after(agd(), count), prompts, steps=STEPS)
+    assert seen == list(range(1, STEPS + 1))
+
+
+# Evaluations that are left out, or asked for in another order
+
+
+def skipping(model, every: int):
+    """A step cache as packs have it: in place of evaluations what the last one of any condition has changed."""
+    clone, kept = model.clone(), {"calls": 0}
+
+    def cached(apply_model, args):
+        kept["calls"] += 1
+        if kept["calls"] % every == 0:
+            return args["input"] + kept["change"]
+        out = apply_model(args["input"], args["timestep"], **args["c"])
+        kept["change"] = out[: len(args["input"])] - args["input"]
+        return out
+
+    clone.set_model_unet_function_wrapper(cached)
+    return clone
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_beside_a_cache_both_are_evaluated_from_where_it_begins(base, agd, prompts, said, where):
+    model = agd(skipping(base, 4)) if where == "before" else skipping(agd(), 4)
+    assert ksampler(model, prompts, steps=STEPS).isfinite().all()
+    assert len(said) == 1
+    assert said[0].startswith("No speed-up from here: another node, a step cache,")
+
+
+def twice(model, change):
+    """Whatever asks twice at a noise level: the mean of a prediction and one of latents that were changed."""
+    clone = model.clone()
+
+    def predict_noise(executor, x, *args, **kwargs):
+        return (executor(x, *args, **kwargs) + change(executor(change(x), *args, **kwargs))) / 2
+
+    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", predict_noise)
+    return clone
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm())
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: 0.9 * x, lambda x: x.flip(-1), lambda x: -x], ids=["less", "flipped", "negated"]
+)
+def test_what_asks_twice_at_a_noise_level_is_as_near_to_its_own_picture(base, agd, prompts, change):
+    own, ours = ksampler(twice(base, change), prompts, steps=20), ksampler(twice(agd(), change), prompts, steps=20)
+    alone = apart(ksampler(agd(), prompts, steps=20), ksampler(base, prompts, steps=20))
+    assert apart(ours, own) < 2 * alone
+
+
+def run(model, prompts, sigmas: list[float]):
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(prompts.positive, prompts.negative)
+    guider.set_cfg(CFG)
+    noise, euler = custom.RandomNoise.execute(7).args[0], comfy.samplers.sampler_object("euler")
+    with torch.inference_mode():
+        return custom.SamplerCustomAdvanced.execute(noise, guider, euler, torch.tensor(sigmas), latent()).args[0][
+            "samples"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "expected"),
+    [
+        ([14.0, 14.0, 13.5, 13.5, 13.0, 13.0, 0.0], [1, 2, 1, 2, 1, 2]),
+        ([10.0, 9.8, 9.9, 9.7, 9.8, 9.6, 0.0], [1, 1, 2, 1, 2, 1]),
+        ([90.0, 80.0, 70.0, 60.0, 0.0], [2, 2, 2, 2]),
+    ],
+    ids=["repeated", "up again", "above the largest"],
+)
+def test_at_noise_levels_out_of_order_both_are_evaluated(agd, prompts, sigmas, expected):
+    assert rows_of(agd(), run, prompts, sigmas) == expected
+
+
+def test_conditions_that_change_on_the_way_are_evaluated_both(base, agd, prompts):
+    model = agd()
+
+    def other_prompt(executor, x, timestep, *args, **kwargs):
+        guider = executor.class_obj
+        if float(timestep[0]) < 1.0:
+            guider.conds["positive"] = [{**cond, "uuid": "another"} for cond in guider.conds["positive"]]
+        return executor(x, timestep, *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", other_prompt)
+    rows = rows_of(model, ksampler, prompts, steps=STEPS)
+    assert rows.count(2) == 1
+
+
+# Guiders of other packs
+
+
+class ScaleOfItsOwn(comfy.samplers.CFGGuider):
+    def predict_noise(self, x, timestep, model_options={}, seed=None):
+        given = self.inner_model, x, timestep, self.conds["negative"], self.conds["positive"], CFG, model_options, seed
+        return comfy.samplers.sampling_function(*given)
+
+
+class InItsOwnWay(comfy.samplers.CFGGuider):
+    def predict_noise(self, x, timestep, model_options={}, seed=None):
+        conds = [self.conds["negative"], self.conds["positive"]]
+        negative, positive = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options)
+        return negative + CFG * (positive - negative)
+
+
+class AroundTheWrappers(comfy.samplers.CFGGuider):
+    def __call__(self, *args, **kwargs):
+        return self.predict_noise(*args, **kwargs)
+
+
+def guided_by(kind: type, model, prompts, cfg: float = CFG):
+    guider = kind(model)
+    guider.set_conds(prompts.positive, prompts.negative)
+    guider.set_cfg(cfg)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
+    noise, euler = custom.RandomNoise.execute(7).args[0], comfy.samplers.sampler_object("euler")
+    with torch.inference_mode():
+        return custom.SamplerCustomAdvanced.execute(noise, guider, euler, sigmas, latent()).args[0]["samples"]
+
+
+def test_a_guider_that_asks_comfyui_to_combine_takes_turns(agd, prompts, said):
+    assert sum(rows_of(agd(), lambda model: guided_by(ScaleOfItsOwn, model, prompts))) == STEPS
+    assert said == []
+
+
+def test_who_evaluates_in_its_own_way_has_cfgs_own_and_the_user_is_told(base, agd, prompts, said):
+    assert torch.equal(guided_by(InItsOwnWay, agd(), prompts), guided_by(InItsOwnWay, base, prompts))
+    assert said == ["No speed-up: the guider InItsOwnWay evaluates the prompts in its own way."]
+
+
+def test_a_scale_that_can_not_be_given_is_said(base, agd, prompts, said):
+    guided_by(AroundTheWrappers, agd(guidance_scale=3.0), prompts)
+    assert said == ["Guidance is the guider AroundTheWrappers's own: it doesn't take another scale or strength."]
+
+
+def test_another_evaluation_of_both_is_left_in_its_place(base, agd, prompts, said):
+    def both(args):
+        given = args["model"], args["conds"], args["input"], args["sigma"], args["model_options"]
+        return comfy.samplers.calc_cond_batch(*given)
+
+    def with_it(model):
+        clone = model.clone()
+        clone.model_options["sampler_calc_cond_batch_function"] = both
+        return clone
+
+    assert torch.equal(ksampler(with_it(agd()), prompts), ksampler(with_it(base), prompts))
+    assert [message[:12] for message in said] == ["No speed-up:"]
+
+
+def test_beside_easycache_the_picture_is_near_to_its_own(base, agd, prompts, said):
+    since("0.26.0")
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    def cached(model):
+        return EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False).args[0]
+
+    alone = apart(ksampler(agd(), prompts, steps=20), ksampler(base, prompts, steps=20))
+    assert apart(ksampler(cached(agd()), prompts, steps=20), ksampler(cached(base), prompts, steps=20)) < 2 * alone
+    assert any(message.startswith("No speed-up from here") for message in said)
