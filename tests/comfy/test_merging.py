@@ -212,6 +212,46 @@ def test_weights_of_eight_bits_stay_as_they_are(base, prompts, file, hooked):
     assert hooked
 
 
+def quantised(base):
+    """`base` with its blocks' linear layers in scaled fp8, layer by layer: to ComfyUI a model of the dtype that it
+    computes in."""
+    config = TinyUNet()
+    config.unet_config, config.quant_config = {**config.unet_config}, {"mixed_ops": True}
+    config.set_inference_dtype(torch.float32, None)
+    model, state = config.get_model({}), dict(base.model.diffusion_model.state_dict())
+    how = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    for name, layer in base.model.diffusion_model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and ".transformer_blocks." in name:
+            scale = layer.weight.abs().max() / 448
+            state[f"{name}.weight"] = (layer.weight / scale).to(torch.float8_e4m3fn)
+            state |= {f"{name}.weight_scale": scale, f"{name}.comfy_quant": how.clone()}
+    model.diffusion_model.load_state_dict(state)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.CoreModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def test_weights_that_are_quantised_layer_by_layer_stay_as_they_are(base, prompts, file, hooked):
+    since("0.30.0")
+    model = quantised(base)
+    assert model.model_dtype() == torch.float32
+    sampled, exact = ksampler(patched(model, file), prompts), ksampler(patched(base, file), prompts)
+    assert hooked
+    own = (ksampler(model, prompts) - ksampler(base, prompts)).norm() / ksampler(base, prompts).norm()
+    assert (sampled - exact).norm() / exact.norm() < 3 * own
+
+
+class Packed(torch.nn.Parameter):
+    """A pack's own class of weights, which says the dtype that they are computed in."""
+
+
+def test_weights_of_another_class_stay_as_they_are(base, prompts, file, hooked):
+    model = in_dtype(base, TinyUNet, torch.float32)
+    layer = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1.to_q
+    layer.weight = Packed(layer.weight.data, requires_grad=False)
+    ksampler(patched(model, file), prompts)
+    assert hooked
+
+
 def test_loras_that_are_hooks_change_the_bases_own_weights(base, prompts, file, hooked, unmerged, tmp_path):
     lora = comfy.utils.load_torch_file(str(write_lora(tmp_path / "hook.safetensors", base, 0)))
     hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=0.0)
