@@ -33,6 +33,7 @@ DESCRIPTION = (
     "pictures were as good as CFG's, on another they were clearly worse: compare with plain CFG at half the steps, "
     "which takes as many model calls."
 )
+_MOST, _MANY = 0.7, 0.3  # of the steps, in which both are evaluated
 _PARTS = 256  # of a schedule: as exactly as a position in it has to be known
 
 
@@ -247,15 +248,24 @@ class AlternatingSampling:
         say = self.settings.say
         if self.asked is None:
             say(f"No speed-up: {name_of_guider(self.guider)} evaluates the prompts in its own way.")
-        elif not self.both and self.evaluated[2] > self.evaluated[1]:
-            say(
+        elif not self.both:
+            self._report_turns()
+
+    def _report_turns(self) -> None:
+        both = self.evaluated[2] / max(1, self.evaluated.total())
+        if both >= _MOST:
+            self.settings.say(
                 "No speed-up: most steps evaluate both predictions. They are far apart or not in order; training-free "
                 "guidance wants nine steps or more."
             )
-        elif not self.both and any(guidance.doubted for _, guidance in self.known):
-            say(
+        elif any(guidance.doubted for _, guidance in self.known):
+            self.settings.say(
                 "About 1.5 evaluations per step: with this sampler and schedule one step tells too little of the next, "
                 "so every second one evaluates both predictions."
+            )
+        elif both >= _MANY:
+            self.settings.say(
+                "About 1.5 evaluations per step: this sampler asks twice at a noise level, or its steps are far apart."
             )
 
 

@@ -164,7 +164,7 @@ def sampler(agd, base, name):
     return ksampler(agd(base), PROMPTS, sampler=name, steps=3, denoise=denoise)
 
 
-@row("Samplers that ask twice, or go back up", 2, 1, TWICE, training_free=1.4, within=0.1)
+@row("Samplers that ask twice, or go back up", 2, 1, TWICE, training_free=1.4, within=0.1, says=True)
 def sampler_that_asks_twice(agd, base, name):
     return ksampler(agd(base), PROMPTS, sampler=name, steps=12)
 
