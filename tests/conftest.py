@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 # One thread each, here and in the processes that tests start: they run side by side, and equal to the bit.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -17,16 +18,28 @@ from comfyui_agd.agd_core.config import BaseInfo
 
 use_comfyui(cpu=True)
 
+TESTS = Path(__file__).parent
 # Files begin in this order, so that none of them is left to run alone at the end; all others follow.
-LONGEST_FIRST = ("compatibility/test_table.py",)
+LONGEST_FIRST = (
+    "server/test_server.py",
+    "toy/test_quality.py",
+    "comfy/compatibility/test_table.py",
+    "comfy/test_checkpoints.py",
+    "toy/test_demo.py",
+    "server/test_requeue.py",
+    "server/test_names.py",
+    "comfy/test_cli.py",
+    "comfy/test_trace.py",
+    "comfy/compatibility/test_compile.py",
+    "comfy/compatibility/test_equalities.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
-        places = [i for i, name in enumerate(LONGEST_FIRST) if item.path.as_posix().endswith(name)]
-        return places[0] if places else len(LONGEST_FIRST)
-
-    items.sort(key=place)
+    places = {TESTS / name: place for place, name in enumerate(LONGEST_FIRST)}
+    if gone := [str(file) for file in places if not file.exists()]:
+        raise pytest.UsageError(f"tests/conftest.py names files that are gone: {', '.join(gone)}")
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_collection_finish() -> None:

@@ -260,7 +260,9 @@ def test_the_ablation_trains_and_measures_what_is_asked_for(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_extrapolation_takes_an_adapter_to_where_it_was_not_trained(tmp_path):
+def test_the_extrapolation_takes_an_adapter_to_where_it_was_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("comfyui_agd.examples.toy.sampling.REFERENCE_IMAGES", 256)
+    monkeypatch.setattr(lab, "QUICK", dataclasses.replace(lab.QUICK, pictures=8))
     how = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "rows.json")]
     extrapolation.main([*how, "--adapter", "calibrated", "--only", "sizes", "sibling"])
     rows = {row["setting"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
