@@ -18,7 +18,7 @@ from .merging import can_merge, merged_into
 from .negatives import NegativePrompts, Share, area_of, mean_token, with_context
 from .patch import KEY, Active, Broken, Step, is_compiled, managed, register, without_compile
 from .sites import check_linear_layers, describe_base
-from .steps import BeginAgain, CfgOverride, Span, copied, is_scale, name_of_guider, once, say_in_log
+from .steps import BeginAgain, CfgOverride, Span, as_scale, copied, name_of_guider, once, say_in_log
 from .unconditional import POST_CFG, PRE_CFG, forget_use, name_of, tell_use, who_combines
 
 # Latents of up to twice the pixels of a trained size, or down to half of them, are not worth a word.
@@ -113,9 +113,9 @@ class EmbeddedGuidance:
     def _omega_to_merge(self, guider: CFGGuider, spans: list[Span]) -> float | None:
         """For which omega to sample with the adapter's low-rank changes in the weights, or None."""
         use = self.uses[0]
-        omega = guider.cfg if use.guidance_scale is None else use.guidance_scale
+        omega = as_scale(guider.cfg) if use.guidance_scale is None else use.guidance_scale
         alone = len(self.uses) == 1 and spans[0].everywhere
-        if not (self.merging and use.lora and alone and is_scale(omega)) or math.isclose(omega, 1.0):
+        if not (self.merging and use.lora and alone) or omega is None or math.isclose(omega, 1.0):
             return None
         return omega if can_merge(guider, use.lora) else None
 
@@ -260,10 +260,10 @@ class Sampling:
 
     def check_scale(self, args: dict) -> list[torch.Tensor]:
         """ComfyUI's `sampler_pre_cfg_function`: evaluate again if the scale of the combination isn't the presumed."""
-        scale = args["cond_scale"]
-        if self.others or not self.verify or not is_scale(scale) or scale == self.presumed:
+        scale = as_scale(args["cond_scale"])
+        if self.others or not self.verify or scale in (None, self.presumed):
             return args["conds_out"]
-        self.scale = float(scale)
+        self.scale = scale
         given = (args[name] for name in ("model", "conds", "input", "timestep", "model_options"))
         return comfy.samplers.calc_cond_batch(*given)
 
@@ -283,8 +283,7 @@ class Sampling:
         """By which scale both predictions will be combined, as far as is known before; see `check_scale`."""
         if conds[1] is None and self.guider.conds.get("negative"):
             return 1.0  # so ComfyUI leaves out the other
-        cfg = self.guider.cfg if self.scale is None else self.scale
-        return float(cfg) if is_scale(cfg) else None
+        return as_scale(self.guider.cfg) if self.scale is None else self.scale
 
     def _more(self, executor, model, conds, x, timestep, model_options):
         """What others evaluate: the prompt once more, otherwise, as PAG does; or conditions of their own."""

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from comfy.samplers import CFGGuider
@@ -66,9 +67,11 @@ def copied(conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
     return {kind: [cond.copy() for cond in own] for kind, own in conds.items()}
 
 
-def is_scale(cfg) -> bool:
-    """Whether a guider's cfg is one number. Those of some packs hold a list, a number for each step."""
-    return isinstance(cfg, (int, float)) and math.isfinite(cfg)
+def as_scale(cfg) -> float | None:
+    """A guider's cfg, if it is one number. Those of some packs hold a list, a number for each step."""
+    if isinstance(cfg, torch.Tensor) and cfg.numel() == 1:
+        cfg = cfg.item()
+    return float(cfg) if isinstance(cfg, Real) and math.isfinite(cfg) else None
 
 
 @contextmanager
@@ -93,11 +96,12 @@ class CfgOverride:
 
     def __call__(self, executor, x, timestep, model_options={}, seed=None):
         guider = executor.class_obj
-        if not is_scale(guider.cfg):
+        cfg = as_scale(guider.cfg)
+        if cfg is None:
             return executor(x, timestep, model_options, seed)
         self.applied = True
         try:
-            with with_cfg(guider, self.wanted(guider.cfg, timestep)):
+            with with_cfg(guider, self.wanted(cfg, timestep)):
                 return executor(x, timestep, model_options, seed)
         finally:
             self.applied = False

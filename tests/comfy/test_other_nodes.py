@@ -196,6 +196,11 @@ class ScaleInAList(ScaleOfItsOwn):
         self.cfg = [cfg] * STEPS
 
 
+class ScaleInATensor(comfy.samplers.CFGGuider):
+    def set_cfg(self, cfg):
+        self.cfg = torch.tensor(cfg)
+
+
 def guided_by(kind: type, model, prompts: Prompts, cfg: float = CFG):
     guider = kind(model)
     guider.set_conds(prompts.positive, prompts.negative)
@@ -203,7 +208,7 @@ def guided_by(kind: type, model, prompts: Prompts, cfg: float = CFG):
     return sample(guider)
 
 
-@pytest.mark.parametrize("kind", [AroundTheWrappers, ScaleInAList])
+@pytest.mark.parametrize("kind", [AroundTheWrappers, ScaleInAList, ScaleInATensor])
 def test_a_guider_that_only_combines_is_guided_as_asked(agd, prompts, said, kind):
     close(guided_by(kind, agd(), prompts), ksampler(agd(), prompts))
     assert not any(message.startswith("No ") for message in said)
