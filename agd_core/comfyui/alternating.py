@@ -21,9 +21,10 @@ from comfy.samplers import CFGGuider, Sampler
 from torch import nn
 
 from ..alternating import AlternatingGuidance
+from .negatives import covers
 from .patch import KEY, is_compiled
-from .steps import BeginAgain, CfgOverride, Span, copied, name_of_guider, once, say_in_log
-from .unconditional import EVALUATES_BOTH, POST_CFG, PRE_CFG, forget_use, name_of, tell_use
+from .steps import BeginAgain, CfgOverride, Itself, Span, copied, name_of_guider, once, say_in_log
+from .unconditional import EVALUATES_BOTH, PRE_CFG, Given, name_of, names_of, post_cfg, unwatch, watch_use
 
 NAME = "training-free"
 DESCRIPTION = (
@@ -41,12 +42,8 @@ class EvaluateBoth(BeginAgain):
     """A sampling has to evaluate both predictions in every step."""
 
 
-class LeftOut(Exception):
-    """An evaluation that was asked for did not reach all of the model."""
-
-
 @dataclass(frozen=True)
-class Alternating:
+class Alternating(Itself):
     """OUTER_SAMPLE wrapper: every sampling gets an `AlternatingSampling` of its own."""
 
     guidance_scale: float | None
@@ -69,11 +66,13 @@ class Alternating:
             try:
                 with _noted_blocks(model.model.diffusion_model, sampling.blocks, guider.model_options):
                     sampled = executor(noise, latent_image, sampler, *args, **kwargs)
+                sampling.finish()
             except EvaluateBoth:
                 both, guider.conds, conds = True, conds, copied(conds)  # ComfyUI has processed them
             else:
-                sampling.report()
                 return sampled
+            finally:
+                sampling.forget()
 
     @property
     def overrides(self) -> bool:
@@ -87,7 +86,7 @@ class Alternating:
 
 
 @dataclass
-class AlternatingSampling:
+class AlternatingSampling(Itself):
     """One sampling: both predictions where ComfyUI asks for them, one of them estimated.
 
     `both`: evaluate both in every step; `blocks`: of the model, that ran in an evaluation.
@@ -105,6 +104,7 @@ class AlternatingSampling:
     conditions: tuple | None = None  # and of whom predictions were asked for there,
     known: list[tuple[torch.Tensor, AlternatingGuidance]] = field(default_factory=list)  # for which latents (b, ...)
     evaluating: bool = False
+    found: bool = False  # that both are needed, should another node have caught what tells it
     most: int = 0
     blocks: set[int] = field(default_factory=set)
     evaluated: Counter[int] = field(default_factory=Counter)  # evaluations of one prediction and of both, counted
@@ -117,6 +117,7 @@ class AlternatingSampling:
         options = self.guider.model_options
         wrappers = options["transformer_options"]["wrappers"]
         wrappers.setdefault(WrappersMP.CALC_COND_BATCH, {})[KEY] = [self.calc_cond_batch]
+        wrappers.setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [self.apply_model]
         wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = (
             [self.override] if self.settings.overrides and self.guider.conds.get("negative") else []
         )
@@ -125,7 +126,8 @@ class AlternatingSampling:
     def predictions(self, args: dict) -> list[torch.Tensor]:
         """ComfyUI's `sampler_calc_cond_batch_function`: denoised with the prompt and with the negative."""
         self.asked, self.current = args, set()
-        forget_use(args["model_options"])
+        unwatch(args["model_options"])
+        self._not_caught()
         if not self.guider.conds.get("negative"):
             self.settings.say(
                 "Unguided: training-free guidance needs a negative prompt, and this workflow gives none. An empty text "
@@ -133,6 +135,8 @@ class AlternatingSampling:
             )
         if args["conds"][1] is None or not self.span.covers(args["sigma"]):
             return self._evaluate(True, False)
+        if not all(any(covers(cond, args["sigma"]) for cond in own) for own in args["conds"]):
+            return self._evaluate(True, False)  # of which one is nothing, at this step
         if self.settings.overrides and not self.override.applied:
             self.settings.say(
                 f"Guidance is {name_of_guider(self.guider)}'s own: it doesn't take another scale or strength."
@@ -142,16 +146,8 @@ class AlternatingSampling:
             self.settings.say(f"No speed-up: {name} needs both predictions evaluated in every step.")
         if self.both:
             return self._evaluate(True, False)
-        try:
-            self.given = self._in_turn(args, float(args["sigma"].flatten()[0]))
-            self._begin(args["model_options"])
-        except LeftOut:
-            self.both = True
-            self.settings.say(
-                "No speed-up from here: another node, a step cache, leaves out evaluations. With one of them, both "
-                "predictions are evaluated in every step; use one or the other."
-            )
-            self.given = self._evaluate(True, False)
+        self.given = self._in_turn(args, float(args["sigma"].flatten()[0]))
+        self._begin(args["model_options"])
         self.evaluated[len(self.current)] += 1
         return self.given
 
@@ -183,7 +179,15 @@ class AlternatingSampling:
         if "sampler_cfg_function" in model_options or model_options.get(PRE_CFG):
             self._fill()
         else:
-            tell_use(model_options, lambda function: self._fill())
+            watch_use(model_options, self._used)
+
+    def _used(self, given: Given) -> None:
+        """Another node's function uses the difference of both: it gets them, and what plain CFG makes of them."""
+        self._fill()
+        args = given.args
+        if "sampler_cfg_function" not in args["model_options"]:
+            cond, uncond = self.given
+            args["denoised"].copy_(uncond + (cond - uncond) * args["cond_scale"])
 
     def _fill(self) -> None:
         """Evaluate what has been estimated in this step, for other nodes: estimates go on as without them."""
@@ -193,7 +197,11 @@ class AlternatingSampling:
     def _evaluate_whole(self, *turns: bool) -> list[torch.Tensor]:
         predictions = self._evaluate(*turns)
         if len(self.blocks) < self.most:
-            raise LeftOut
+            self.settings.say(
+                "No speed-up: another node, a step cache, leaves out evaluations. With one of them, both predictions "
+                "are evaluated in every step; use one or the other."
+            )
+            self._begin_again()
         self.most = len(self.blocks)
         return predictions
 
@@ -201,50 +209,68 @@ class AlternatingSampling:
         asked, self.evaluating = self.asked, True
         self.blocks.clear()
         self.current.update(turns)
-        conds = [asked["conds"][0 if turn else 1] for turn in turns]
+        # Each in its place, where other nodes look for it.
+        conds = [own if turn in turns else None for turn, own in zip((True, False), asked["conds"], strict=True)]
         try:
-            return comfy.samplers.calc_cond_batch(
+            predictions = comfy.samplers.calc_cond_batch(
                 asked["model"], conds, asked["input"], asked["sigma"], asked["model_options"]
             )
+            return [predictions[0 if turn else 1] for turn in turns]
         finally:
             self.evaluating = False
 
     def _needs_both(self, model_options: dict) -> str | None:
         """What says that it needs both, or a sampler that takes predictions of its own way of stepping."""
-        nodes = self.guider.model_options.get(POST_CFG, [])
-        makers = [function for function in model_options.get(POST_CFG, []) if function not in nodes]
+        nodes = post_cfg(self.guider.model_options)
+        makers = [function for function in post_cfg(model_options) if function not in nodes]
         if model_options.get("disable_cfg1_optimization", False):
             patches = model_options["transformer_options"].get("patches", {})
-            makers = makers or [*nodes] or [patch for group in patches.values() for patch in group]
-            return " or ".join(dict.fromkeys(name_of(fn, self.sampler) for fn in makers)) or "a node of this workflow"
-        return " and ".join(dict.fromkeys(name_of(maker, self.sampler) for maker in makers)) or None
+            makers = makers or nodes or [patch for group in patches.values() for patch in group]
+            return names_of(makers, self.sampler) or "a node of this workflow"
+        return names_of(makers, self.sampler) or None
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
         """CALC_COND_BATCH wrapper. Who evaluates something once more compares it with what was given to it before,
         which therefore has to be of this very step."""
         if not self.evaluating and self.asked is not None and not self.both and self.span.covers(timestep):
-            self._make_current(conds, model_options)
+            own = {cond["uuid"] for cond in self.guider.conds.get("positive") or ()}
+            prompt = not any(conds[1:]) and all(cond["uuid"] in own for cond in conds[0] or ())
+            self._make_current(prompt, model_options)
         return executor(model, conds, x, timestep, model_options)
 
-    def _make_current(self, conds: list, model_options: dict) -> None:
-        own = {cond["uuid"] for cond in self.guider.conds.get("positive") or ()}
-        prompt = len(conds) == 1 and all(cond["uuid"] in own for cond in conds[0])
-        if prompt and True in self.current:
+    def apply_model(self, executor, *args, **kwargs):
+        """APPLY_MODEL wrapper, for who goes around that one, with the prompt as far as anyone can tell."""
+        if not self.evaluating and self.asked is not None and not self.both and self.span.covers(self.asked["sigma"]):
+            self._make_current(True, self.asked["model_options"])
+        return executor(*args, **kwargs)
+
+    def _make_current(self, prompt: bool, model_options: dict) -> None:
+        if self.current == {True, False} or (prompt and True in self.current):
             return
-        makers = [name_of(function, self.sampler) for function in model_options.get(POST_CFG, [])]
-        name = " or ".join(dict.fromkeys(makers)) or "another node"
+        name = names_of(post_cfg(model_options), self.sampler) or "another node"
         if prompt and "sampler_cfg_function" not in model_options:
             self.settings.say(f"About 1.5 evaluations per step: {name} compares the prompt's with one of its own.")
             # After the combination, which keeps the estimate. Where the prompt's turn comes, it comes as before.
             self._fill()
             return
         self.settings.say(f"No speed-up: {name} compares predictions with evaluations of its own.")
-        self.both = True
-        if self.current != {True, False}:
+        self._begin_again()
+
+    def _begin_again(self) -> None:
+        self.found = True
+        raise EvaluateBoth
+
+    def _not_caught(self) -> None:
+        if self.found:
             raise EvaluateBoth
 
-    def report(self) -> None:
+    def forget(self) -> None:
+        """What was asked for leads back to here, and to the model."""
+        self.asked, self.given, self.known = None, [], []
+
+    def finish(self) -> None:
         """Say, when it is over, what it has come to."""
+        self._not_caught()
         say = self.settings.say
         if self.asked is None:
             say(f"No speed-up: {name_of_guider(self.guider)} evaluates the prompts in its own way.")

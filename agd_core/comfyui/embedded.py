@@ -18,8 +18,8 @@ from .merging import can_merge, merged_into
 from .negatives import NegativePrompts, Share, area_of, mean_token, with_context
 from .patch import KEY, Active, Broken, Step, is_compiled, managed, register, without_compile
 from .sites import check_linear_layers, describe_base
-from .steps import BeginAgain, CfgOverride, Span, as_scale, copied, name_of_guider, once, say_in_log
-from .unconditional import POST_CFG, PRE_CFG, forget_use, name_of, tell_use, who_combines
+from .steps import BeginAgain, CfgOverride, Itself, Span, as_scale, copied, name_of_guider, once, say_in_log
+from .unconditional import PRE_CFG, Given, name_of, names_of, post_cfg, unwatch, watch_use, who_combines
 
 # Latents of up to twice the pixels of a trained size, or down to half of them, are not worth a word.
 _FAR = 2.0
@@ -45,12 +45,12 @@ class Use:
     identity: uuid.UUID = field(default_factory=uuid.uuid4)
 
 
-class NeedsBoth(BeginAgain):
-    """A sampling can't be guided by adapters; `name`: of what needs the unconditional prediction itself."""
+class NotGuided(BeginAgain):
+    """A sampling can't be guided by adapters; `why`: in a few words, for the user."""
 
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.name = name
+    def __init__(self, why: str):
+        super().__init__(why)
+        self.why = why
 
 
 class Merge(BeginAgain):
@@ -58,43 +58,50 @@ class Merge(BeginAgain):
 
 
 @dataclass
-class EmbeddedGuidance:
+class EmbeddedGuidance(Itself):
     """OUTER_SAMPLE wrapper: every sampling gets a `Sampling` of its own, so that nothing lasts longer than it does.
 
     `say` is given what the user should know, and tells each sentence once. `compiled`: a compiled model may run as it
-    is. `merging`: samplings may have low-rank changes in the weights, for those so far kept to one omega; those by
-    guiders of which it is known that they ask for guided steps (`guiders`) from their beginning.
+    is. `merging`: samplings may have low-rank changes in the weights, for those so far kept to one omega. Those by
+    `guiders` and functions of other nodes that are known to ask for guided steps, and for nothing else, have them from
+    their beginning.
     """
 
     uses: tuple[Use, ...]
     say: Callable[[str], None]
     compiled: bool = True
     merging: bool = True
-    guiders: set[type] = field(default_factory=set)
+    guiders: set[tuple] = field(default_factory=set)
 
     def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs):
         guider = executor.class_obj
         spans = self._checked(guider)
         conds = copied(guider.conds)
         others = list(guider.model_options.get(PRE_CFG, []))
-        needs_both = who_combines(sampler, guider.model_options)
-        mergeable = None if needs_both else self._omega_to_merge(guider, spans)
-        merged = mergeable if type(guider) in self.guiders else None
+        name = who_combines(sampler, guider.model_options)
+        not_guided = name and f"{name} needs both predictions"
+        mergeable = None if not_guided else self._omega_to_merge(guider, spans)
+        asking = (type(guider), *(name_of(function, sampler) for function in post_cfg(guider.model_options)))
+        merged = mergeable if asking in self.guiders else None
+        if asking[1:] and not merged:
+            mergeable = None  # what they use is seen in one sampling with the base's own weights
         while True:
-            sampling = Sampling(self, guider, sampler, spans, needs_both, mergeable, merged)
+            sampling = Sampling(self, guider, sampler, spans, not_guided, mergeable, merged)
             sampling.install(others)
             try:
                 with self._merged(guider, merged):
                     sampled = executor(noise, latent_image, sampler, *args, **kwargs)
+                sampling.finish()
             except Merge:
-                self.guiders.add(type(guider))
+                self.guiders.add(asking)
                 merged = mergeable
-            except NeedsBoth as error:
-                needs_both, mergeable, merged = error.name, None, None
+            except NotGuided as error:
+                not_guided, mergeable, merged = error.why, None, None
             except BeginAgain:
                 self.merging, mergeable, merged = False, None, None
             else:
-                sampling.report()
+                if sampling.guided:
+                    self.guiders.add(asking)
                 return sampled
             guider.conds, conds = conds, copied(conds)  # ComfyUI has processed them
 
@@ -149,25 +156,27 @@ def _has_negative_prompt(guider: CFGGuider, trained: torch.Tensor) -> bool:
 
 
 @dataclass
-class Sampling:
+class Sampling(Itself):
     """One sampling: where ComfyUI evaluates both conditions, both get the one guided prediction.
 
     So every combination of the two, by whatever scale, gives the guided prediction, and it is one evaluation whoever
-    asks for it: any guider, a pack's own `sampling_function`, each of the context windows. `needs_both`: what works on
-    the unconditional prediction itself, so that adapters have no part; `mergeable`: the omega for which the weights can
-    have the only adapter's low-rank changes in them, `merged`: for which they have.
+    asks for it: any guider, a pack's own `sampling_function`, each of the context windows. `not_guided`: why adapters
+    have no part in it, such as a node that works on the unconditional prediction itself; `mergeable`: the omega for
+    which the weights can have the only adapter's low-rank changes in them, `merged`: for which they have.
     """
 
     embedded: EmbeddedGuidance
     guider: CFGGuider
     sampler: Sampler
     spans: list[Span]
-    needs_both: str | None
+    not_guided: str | None
     mergeable: float | None
     merged: float | None
     scale: float | None = None  # of the combination, where that isn't the guider's cfg
     presumed: float | None = None  # the scale that the last prediction for both was made for
-    verify: bool = False  # whether it is to be compared with the one of the combination that follows
+    verify: bool = False  # whether it is still to be compared with the one of the combination that follows
+    at: torch.Tensor | None = None  # sigma of the step in which both were asked for last
+    found: str | None = None  # why it can't be guided, should another node have caught what tells it
     step: Step | None = None  # the one that is being evaluated, for the hooks
     called: bool = False
     plain: bool = False  # evaluating as the base does, because that was asked for
@@ -185,7 +194,7 @@ class Sampling:
         """Into the guider's options, which are this sampling's own copy; `pre_cfg`: other nodes' functions there."""
         options = self.guider.model_options
         inner = options["transformer_options"]
-        ours = [] if self.needs_both else [self]
+        ours = [] if self.not_guided else [self]
         # Last in, so innermost: what others do to conditions, to the cfg of a step, or to both predictions is done.
         inner["wrappers"].setdefault(WrappersMP.CALC_COND_BATCH, {})[KEY] = [s.calc_cond_batch for s in ours]
         # Without a negative ComfyUI has zeros for the unconditional, with which no cfg but 1 makes sense.
@@ -193,17 +202,19 @@ class Sampling:
         inner["wrappers"].setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = overrides
         inner[KEY] = self
         options[PRE_CFG] = [s.check_scale for s in ours] + pre_cfg
-        forget_use(options)
-        if self.needs_both:
+        unwatch(options)
+        if self.not_guided:
             self.embedded.say(
-                f"No speed-up: {self.needs_both} needs both predictions. Every step takes two evaluations, with the "
-                "model's own cfg instead of the adapter, as without this node. For one, do without what is named."
+                f"No speed-up: {self.not_guided}. Every step takes two evaluations, with the model's own cfg instead "
+                "of the adapter, as without this node. For one, do without what is named."
             )
 
-    def report(self) -> None:
-        """Say, when it is over, where the adapter had no part in it."""
+    def finish(self) -> None:
+        """Say, when it is over, where the adapter had no part in it; or begin again."""
+        self._combined()
+        self._not_caught()
         self._tell()
-        if not self.needs_both and not self.guided and (self.others or self.unknown or not self.called):
+        if not self.not_guided and not self.guided and (self.others or self.unknown or not self.called):
             self.embedded.say(
                 f"No part in this sampling: {name_of_guider(self.guider)} evaluates the prompts, or combines them, in "
                 "its own way. The picture is the model's own, as without this node."
@@ -220,14 +231,17 @@ class Sampling:
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
         """CALC_COND_BATCH wrapper: conditions, latents x (b, c, h, w), sigma (b,) -> their predictions (b, c, h, w)."""
         given = (model, conds, x, timestep, model_options)
-        uses, both = self._uses(timestep), self._are_both(conds)
-        self.called, self.verify = True, both and any(use.guidance_scale is None for use in uses)
-        if not uses:
+        uses, self.called = self._uses(timestep), True
+        self._not_caught()
+        if not uses or self.not_guided:
             return self._as_the_base(executor, *given)
-        if not both:
+        if not self._are_both(conds) or (conds[1] is None and self._again(timestep)):
             return self._more(executor, *given)
+        if self.verify and not self._is_now(timestep):  # each window of a step asks
+            self._combined()
+        self.at, self.verify = timestep, any(use.guidance_scale is None for use in uses)
         if name := who_combines(self.sampler, model_options):
-            raise NeedsBoth(name)
+            self._give_up(f"{name} needs both predictions")
         self.presumed = self._scale(conds)
         omegas = self._omegas(uses)
         if self.merged is not None and omegas != [self.merged]:
@@ -240,7 +254,7 @@ class Sampling:
             raise Merge
         self._tell()
         self.guided = True
-        tell_use(model_options, self._used)
+        watch_use(model_options, self._used)
         prediction = self._prediction(executor, *given)
         return [prediction, prediction.clone()]  # for whoever changes one of them in place
 
@@ -255,24 +269,26 @@ class Sampling:
         """An evaluation that is no guided one: asked for, or begun by another node on its own."""
         if self.merged is not None:
             raise BeginAgain
-        if not self.plain and not self.needs_both:
-            self._of_others({})
+        if not self.plain and not self.not_guided:
+            self._of_others(self.guider.model_options)
 
     def check_scale(self, args: dict) -> list[torch.Tensor]:
         """ComfyUI's `sampler_pre_cfg_function`: evaluate again if the scale of the combination isn't the presumed."""
-        scale = as_scale(args["cond_scale"])
-        if self.others or not self.verify or scale in (None, self.presumed):
+        scale, verify, self.verify = as_scale(args["cond_scale"]), self.verify, False
+        if self.others or not verify or scale in (None, self.presumed):
             return args["conds_out"]
         self.scale = scale
         given = (args[name] for name in ("model", "conds", "input", "timestep", "model_options"))
-        return comfy.samplers.calc_cond_batch(*given)
+        predictions = comfy.samplers.calc_cond_batch(*given)
+        self.verify = False
+        return predictions
 
     def _are_both(self, conds: list[list[dict] | None]) -> bool:
         """Whether these are the conditions of both predictions, or of the prompt's where no other is asked for."""
         return (
             len(conds) == 2
             and self._belong(conds[0], "positive")
-            and (conds[1] is None or self._belong(conds[1], "negative"))
+            and (not conds[1] or self._belong(conds[1], "negative"))
         )
 
     def _belong(self, conds: list[dict] | None, kind: str) -> bool:
@@ -288,20 +304,53 @@ class Sampling:
     def _more(self, executor, model, conds, x, timestep, model_options):
         """What others evaluate: the prompt once more, otherwise, as PAG does; or conditions of their own."""
         given = (model, conds, x, timestep, model_options)
-        if self.guided and len(conds) == 1 and self._belong(conds[0], "positive"):
-            return [self._prediction(executor, *given)]
+        if self._again(timestep) and not any(conds[1:]) and self._belong(conds[0], "positive"):
+            prediction = self._prediction(executor, *given)
+            return [prediction, *(torch.zeros_like(prediction) for _ in conds[1:])]
         self._of_others(model_options)
         return self._as_the_base(executor, *given)
+
+    def _again(self, timestep: torch.Tensor) -> bool:
+        """Whether this step has had its guided prediction."""
+        return self.guided and self._is_now(timestep)
+
+    def _is_now(self, timestep: torch.Tensor) -> bool:
+        return bool(timestep.flatten()[0] == self.at.flatten()[0])
+
+    def _combined(self) -> None:
+        """By the next step both predictions should have been combined, and the scale of it have been seen."""
+        if self.verify and not self.unknown:
+            self.verify, self.others = False, True
+            if self.guided:
+                self._give_up(f"{name_of_guider(self.guider)} combines predictions in its own way")
+
+    def _give_up(self, why: str) -> None:
+        self.found = why
+        raise NotGuided(why)
+
+    def _not_caught(self) -> None:
+        if self.found and not self.not_guided:
+            raise NotGuided(self.found)
 
     def _of_others(self, model_options: dict) -> None:
         """The base's own prediction is asked for. Combined with a guided one it would be neither CFG nor guided."""
         if self.guided:
-            makers = [name_of(function, self.sampler) for function in model_options.get(POST_CFG, [])]
-            raise NeedsBoth(" or ".join(dict.fromkeys(makers)) or name_of_guider(self.guider))
+            name = names_of(post_cfg(model_options), self.sampler) or name_of_guider(self.guider)
+            self._give_up(f"{name} needs both predictions")
         self.others = True
 
-    def _used(self, function: Callable) -> None:
-        raise NeedsBoth(name_of(function, self.sampler))
+    def _used(self, given: Given) -> None:
+        """Another node's function uses what a guided prediction has not. What it keeps of it is made right before."""
+        if self.merged is None:
+            args = given.args
+            conds, sampled_at = [None, args["uncond"]], (args["input"], args["sigma"], args["model_options"])
+            self.not_guided = "for this one evaluation"
+            try:
+                right = comfy.samplers.calc_cond_batch(args["model"], conds, *sampled_at)[1]
+            finally:
+                self.not_guided = None
+            args["uncond_denoised"].copy_(right)
+        self._give_up(f"{name_of(given.function, self.sampler)} needs both predictions")
 
     def _omegas(self, uses: list[Use]) -> list[float | None]:
         return [self.presumed if use.guidance_scale is None else use.guidance_scale for use in uses]
@@ -312,7 +361,7 @@ class Sampling:
         guiding = [(use, o) for use, o in zip(uses, self._omegas(uses), strict=True) if not math.isclose(o, 1.0)]
         shares = ()
         if any(use.patcher.model.uses_negative for use, _ in guiding):
-            unwanted = conds[1] if conds[1:] and conds[1] is not None else self.guider.conds.get("negative")
+            unwanted = conds[1] if any(conds[1:]) else self.guider.conds.get("negative")
             shares = self.negatives.shares(model, unwanted, x, timestep, model_options)
         guiding = [(use, omega) for use, omega in guiding if shares or self._needs_no_negative(use)]
         if not guiding:
@@ -326,6 +375,8 @@ class Sampling:
             prediction = self._compiled_or_not(executor, model, conds[:1], x, timestep, model_options)[0]
         finally:
             self.step = None
+        if not step.visited and (step.changes_linears or any(u.patcher.model.place != "linear" for u, _ in guiding)):
+            self._give_up("another node evaluates the model without a place for adapters")
         if not self.looked:
             self.looked = True
             self.noticed = guiding, x.shape[-2:], step

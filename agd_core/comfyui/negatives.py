@@ -101,7 +101,7 @@ def mean_token(cond: dict) -> torch.Tensor:
     return _context(cond).float().mean(dim=(0, 1)).cpu()
 
 
-def _covers(cond: dict, timestep: torch.Tensor) -> bool:
+def covers(cond: dict, timestep: torch.Tensor) -> bool:
     """Whether a condition that was given a part of the sampling has this step in it."""
     start, end = cond.get("timestep_start"), cond.get("timestep_end")
     if start is None and end is None:
@@ -146,7 +146,7 @@ class NegativePrompts:
         """Those of a step, for latents x (b, c, h, w). `conds`: ComfyUI's for the unconditional prediction."""
         alike: dict[tuple, list[dict]] = {}
         for cond in conds or ():
-            if self._is_prompt(cond) and _covers(cond, timestep) and cond.get("strength", 1.0) != 0:
+            if self._is_prompt(cond) and covers(cond, timestep) and cond.get("strength", 1.0) != 0:
                 alike.setdefault((id(_context(cond)), cond.get("hooks")), []).append(cond)
         negatives = {key: self._negative(model, group[0], x, timestep, model_options) for key, group in alike.items()}
         weights = {

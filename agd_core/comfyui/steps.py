@@ -36,6 +36,13 @@ class BeginAgain(BaseException):
     """
 
 
+class Itself:
+    """What belongs to one sampling or one MODEL, and so stays itself where a node makes a deep copy of its options."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 @dataclass(frozen=True)
 class Span:
     """A part of the noise levels. The end is not part of it, so that of two that meet there one takes the step."""
@@ -84,7 +91,7 @@ def with_cfg(guider: CFGGuider, cfg: float) -> Iterator[None]:
 
 
 @dataclass
-class CfgOverride:
+class CfgOverride(Itself):
     """PREDICT_NOISE wrapper: the cfg that a node of ours asks for, in the steps that it is for.
 
     `wanted(cfg, timestep)` gives it. A guider whose cfg is not one number keeps it: what it does with one is not known.

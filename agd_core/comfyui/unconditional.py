@@ -1,14 +1,17 @@
 """Who needs the unconditional prediction itself, so that a step takes two evaluations whatever an adapter does.
 
 Some say so before anything is evaluated (`who_combines`). A post-CFG function is given both predictions whether it
-wants them or not; that one needs the unconditional is seen when it uses it (`tell_use`).
+wants them or not; that one needs the unconditional, or what guidance has added, is seen when it uses it (`watch_use`).
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from comfy.samplers import Sampler
+
+from .steps import Itself
 
 # The model option for a function that evaluates both conditions in ComfyUI's place.
 EVALUATES_BOTH = "sampler_calc_cond_batch_function"
@@ -23,7 +26,6 @@ def _is_ours(function: Callable) -> bool:
 
 def name_of(function: Callable, sampler: Sampler | None) -> str:
     """The node or sampler that made `function`: RescaleCFG.patch.<locals>.rescale_cfg -> RescaleCFG."""
-    function = getattr(function, "watched", function)
     sample = getattr(sampler, "sampler_function", None)
     # Samplers share code (euler_cfg_pp is euler_ancestral_cfg_pp), so only the one in use has the name that was chosen.
     if sample is not None and getattr(function, "__module__", None) == sample.__module__:
@@ -46,8 +48,8 @@ def who_combines(sampler: Sampler, model_options: dict) -> str | None:
     makers += [model_options[key] for key in ("sampler_cfg_function", EVALUATES_BOTH) if key in model_options]
     if model_options.get("disable_cfg1_optimization", False):
         # The flag does not say who set it: one of these functions, or else a node with an attention patch.
-        makers = makers + list(model_options.get(POST_CFG, [])) or _patches(model_options)
-        return " or ".join(dict.fromkeys(name_of(maker, sampler) for maker in makers)) or "a node of this workflow"
+        makers = makers + post_cfg(model_options) or _patches(model_options)
+        return names_of(makers, sampler) or "a node of this workflow"
     return " and ".join(dict.fromkeys(name_of(maker, sampler) for maker in makers)) or None
 
 
@@ -55,48 +57,92 @@ _SHAPE = {
     torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.is_floating_point,
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
 }  # fmt: skip
+_DIFFERENCES = {torch.sub, torch.subtract, torch.rsub, torch.Tensor.sub, torch.Tensor.subtract, torch.Tensor.__sub__}
+_DIFFERENCES |= {torch.Tensor.__rsub__, torch.Tensor.sub_, torch.Tensor.__isub__}
 
 
-class _Telling(torch.Tensor):
-    """A tensor that calls `use` when its values are asked for; what it looks like may be asked."""
+class _Given(torch.Tensor):
+    """A prediction as it is given to another node's function: that of a `role` in `given`, which is told of its use.
 
-    use: Callable[[], None]
+    What it looks like may be asked. When the function has returned, it is a tensor like others.
+    """
+
+    given: "Given | None" = None
+    role: str = ""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func not in _SHAPE:
-            for value in (*args, *kwargs.values()):
-                for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                    if isinstance(tensor, cls):
-                        tensor.use()
+            flat = [t for v in (*args, *kwargs.values()) for t in (v if isinstance(v, (list, tuple)) else (v,))]
+            own = [tensor for tensor in flat if isinstance(tensor, cls) and tensor.given is not None]
+            roles = {tensor.role for tensor in own}
+            added = func in _DIFFERENCES and roles == {"denoised", "cond_denoised"}
+            if own and (added or "uncond_denoised" in roles):
+                own[0].given.use()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
 
+@dataclass
+class Given:
+    """The predictions that one call of another node's `function` was given; `args`: ComfyUI's."""
+
+    function: Callable
+    args: dict
+    on_use: Callable[["Given"], None]
+
+    def use(self) -> None:
+        self.on_use(self)
+
+    def __call__(self) -> torch.Tensor:
+        own = {role: self.args[role].as_subclass(_Given) for role in ("denoised", "cond_denoised", "uncond_denoised")}
+        for role in own:
+            own[role].given, own[role].role = self, role
+        try:
+            result = self.function({**self.args, **own})
+            # Who keeps the unconditional uses it later.
+            if result is own["uncond_denoised"] or sys.getrefcount(own["uncond_denoised"]) > _UNKEPT:
+                self.use()
+        finally:
+            for role in own:
+                own[role].given = None
+        return result.as_subclass(torch.Tensor)
+
+
+_UNKEPT = 2  # references: the dictionary's above and the one that is counted with
+
+
 @dataclass(frozen=True)
-class _Watched:
-    """Another node's post-CFG function. `use` is called when it uses the unconditional prediction, then or later."""
+class _Watched(Itself):
+    """Another node's post-CFG function; `on_use` is called when it uses what only CFG has."""
 
     watched: Callable
-    use: Callable[[Callable], None]
+    on_use: Callable[[Given], None]
 
     def __call__(self, args: dict) -> torch.Tensor:
-        unconditional = args["uncond_denoised"].as_subclass(_Telling)
-        unconditional.use = lambda: self.use(self.watched)
-        return self.watched({**args, "uncond_denoised": unconditional})
+        return Given(self.watched, args, self.on_use)()
 
 
-def tell_use(model_options: dict, use: Callable[[Callable], None]) -> None:
-    """Have `use` called with whichever of the post-CFG functions uses the unconditional prediction.
+def watch_use(model_options: dict, on_use: Callable[[Given], None]) -> None:
+    """Have `on_use` called when a post-CFG function uses the unconditional prediction, or what guidance has added.
 
     `model_options` are one sampling's own; a sampler's functions are found there from its first step on.
     """
-    forget_use(model_options)
-    functions = model_options.get(POST_CFG, [])
-    functions[:] = [_Watched(function, use) for function in functions]
+    if model_options.get(POST_CFG):
+        model_options[POST_CFG] = [_Watched(function, on_use) for function in post_cfg(model_options)]
 
 
-def forget_use(model_options: dict) -> None:
-    functions = model_options.get(POST_CFG, [])
-    functions[:] = [getattr(function, "watched", function) for function in functions]
+def unwatch(model_options: dict) -> None:
+    if model_options.get(POST_CFG):
+        model_options[POST_CFG] = post_cfg(model_options)
+
+
+def post_cfg(model_options: dict) -> list[Callable]:
+    """The post-CFG functions of other nodes."""
+    return [getattr(function, "watched", function) for function in model_options.get(POST_CFG, ())]
+
+
+def names_of(functions: Iterable[Callable], sampler: Sampler | None) -> str:
+    """The nodes that made them, for a message; empty for none."""
+    return " or ".join(dict.fromkeys(name_of(function, sampler) for function in functions))

@@ -1,13 +1,17 @@
 """Guidance without training beside other nodes: what they are given is right, or both predictions are evaluated."""
 
+import gc
 import math
+import weakref
 
+import comfy.model_management
 import comfy.samplers
+import nodes
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
-from runtime import CFG, ksampler, latent, rows_of, since
+from runtime import CFG, Prompts, TinyUNet, ksampler, latent, rows_of, since, tiny
 
 from comfyui_agd.agd_core import alternating
 from comfyui_agd.agd_core.comfyui.alternating import alternate
@@ -87,6 +91,62 @@ def test_who_says_that_both_are_needed_has_cfgs_own(base, agd, prompts, said):
     assert len(said) == 1
 
 
+def test_each_prediction_is_evaluated_in_its_place(agd, prompts):
+    """Where other nodes look for it: first the prompt's, second the negative's."""
+    seen = []
+
+    def both(executor, model, conds, *args, **kwargs):
+        _, _ = out = executor(model, conds, *args, **kwargs)
+        return out
+
+    def whose(executor, x, *args, **kwargs):
+        seen.extend(kwargs.get("transformer_options", args[-1])["cond_or_uncond"])
+        return executor(x, *args, **kwargs)
+
+    model = agd()
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "test", both)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", whose)
+    ksampler(model, prompts, steps=STEPS)
+    assert seen == [0, 1] * (STEPS // 2)
+
+
+def test_who_perturbs_the_model_itself_has_the_prompts_prediction_of_this_step(agd, prompts):
+    differences = []
+
+    def compares(args):
+        cond, options = args["cond"][0]["model_conds"]["c_crossattn"].cond, args["model_options"]["transformer_options"]
+        options = {**options, "cond_or_uncond": [0], "uuids": [], "sigmas": args["sigma"]}
+        again = args["model"].apply_model(args["input"], args["sigma"], c_crossattn=cond, transformer_options=options)
+        differences.append(float((args["cond_denoised"] - again).abs().max()))
+        return args["denoised"]
+
+    ksampler(after(agd(), compares), prompts, steps=STEPS)
+    assert max(differences) < 1e-4
+
+
+@pytest.mark.parametrize("negative", ["none", "of a range"])
+def test_where_a_negative_is_nothing_it_is_as_without_the_node(base, agd, prompts, said, negative):
+    ranged = nodes.ConditioningSetTimestepRange().set_range(prompts.negative, 0.5, 1.0)[0]
+    given = Prompts(prompts.positive, [] if negative == "none" else ranged)
+    assert ksampler(agd(), given, steps=STEPS).isfinite().all()
+    assert not any("cache" in message for message in said)
+
+
+def test_nothing_is_alive_when_it_is_over(prompts):
+    gc.collect()
+    gc.disable()
+    try:
+        own = tiny(TinyUNet())
+        reference = weakref.ref(own.model)
+        ksampler(alternate(own), prompts, steps=STEPS)
+        ksampler(after(alternate(own), lambda args: args["denoised"] + 0 * evaluated(args, "uncond")), prompts)
+        comfy.model_management.unload_all_models()
+        del own
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("where", ["sampler_cfg_function", "post_cfg_function"])
 def test_before_guidance_begins_the_difference_is_not_zero(agd, prompts, where):
     norms = []
@@ -100,6 +160,18 @@ def test_before_guidance_begins_the_difference_is_not_zero(agd, prompts, where):
     model = agd()
     getattr(model, f"set_model_{where}" if where.startswith("sampler") else f"set_model_sampler_{where}")(divides)
     assert ksampler(model, prompts, steps=STEPS).isfinite().all()
+    assert min(norms) > 0
+
+
+def test_nor_is_what_guidance_adds(agd, prompts):
+    norms = []
+
+    def divides(args):
+        added = args["denoised"] - args["cond_denoised"]
+        norms.append(float(added.norm()))
+        return args["cond_denoised"] + added / added.norm()
+
+    assert ksampler(after(agd(), divides), prompts, steps=STEPS).isfinite().all()
     assert min(norms) > 0
 
 
@@ -135,11 +207,11 @@ def skipping(model, every: int):
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
-def test_beside_a_cache_both_are_evaluated_from_where_it_begins(base, agd, prompts, said, where):
+def test_beside_a_cache_both_are_evaluated(base, agd, prompts, said, where):
     model = agd(skipping(base, 4)) if where == "before" else skipping(agd(), 4)
     assert ksampler(model, prompts, steps=STEPS).isfinite().all()
     assert len(said) == 1
-    assert said[0].startswith("No speed-up from here: another node, a step cache,")
+    assert said[0].startswith("No speed-up: another node, a step cache,")
 
 
 def twice(model, change):
@@ -273,4 +345,4 @@ def test_beside_easycache_the_picture_is_near_to_its_own(base, agd, prompts, sai
 
     alone = apart(ksampler(agd(), prompts, steps=20), ksampler(base, prompts, steps=20))
     assert apart(ksampler(cached(agd()), prompts, steps=20), ksampler(cached(base), prompts, steps=20)) < 2 * alone
-    assert any(message.startswith("No speed-up from here") for message in said)
+    assert any(message.startswith("No speed-up: another node") for message in said)

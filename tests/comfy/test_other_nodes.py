@@ -2,6 +2,7 @@
 base's own, and the user is told which. The nodes that ComfyUI brings are in compatibility/.
 """
 
+import copy
 from functools import partial
 
 import comfy.samplers
@@ -82,6 +83,11 @@ def test_each_window_has_the_negatives_of_its_pictures(delta, several):
     node = nodes_context_windows.ContextWindowsManualNode
     windowed = node.execute(delta, 4, 2, "standard_static", 1, False, "pyramid", 0, False).args[0]
     close(ksampler(windowed, each, at=latent(6)), ksampler(delta, each, at=latent(6)))
+
+
+def test_an_empty_list_of_negatives_is_none(agd, prompts, said):
+    assert ksampler(agd(), Prompts(prompts.positive, [])).isfinite().all()
+    assert said == []
 
 
 def stronger(conditioning: list, strength: float) -> list:
@@ -238,6 +244,25 @@ class InItsOwnWay(comfy.samplers.CFGGuider):
         return negative + self.cfg * (positive - negative)
 
 
+class BothInItsOwnWay(comfy.samplers.CFGGuider):
+    """Evaluates both at once, and combines them by a scale that nobody is told."""
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):
+        conds = [self.conds["positive"], self.conds["negative"]]
+        positive, negative = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options)
+        return negative + 4.0 * (positive - negative)
+
+
+class InAnInterval(ScaleOfItsOwn):
+    """Guided in the first half, and else the prompt's prediction alone."""
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):
+        if float(timestep[0]) > 3:
+            return super().predict_noise(x, timestep, model_options, seed)
+        positive = [self.conds["positive"]]
+        return comfy.samplers.calc_cond_batch(self.inner_model, positive, x, timestep, model_options)[0]
+
+
 class OnTheModelItself(comfy.samplers.CFGGuider):
     def predict_noise(self, x, timestep, model_options={}, seed=None):
         context = self.conds["positive"][0]["model_conds"]["c_crossattn"].cond
@@ -255,7 +280,7 @@ class AfterAPair(ScaleOfItsOwn):
         return combined + 0.5 * (combined - alone)
 
 
-@pytest.mark.parametrize("kind", [InItsOwnWay, OnTheModelItself, AfterAPair])
+@pytest.mark.parametrize("kind", [InItsOwnWay, BothInItsOwnWay, InAnInterval, OnTheModelItself, AfterAPair])
 def test_who_evaluates_in_its_own_way_has_the_base_and_the_user_is_told(base, agd, prompts, said, kind):
     assert torch.equal(guided_by(kind, agd(), prompts), guided_by(kind, base, prompts))
     assert len(said) == 1
@@ -346,6 +371,27 @@ class Momentum:
         return args["denoised"] if before is None else args["denoised"] + 0.2 * (before - args["uncond_denoised"])
 
 
+class Average(Momentum):
+    """Keeps the mean of all unconditional predictions, from one sampling to the next."""
+
+    def __call__(self, args):
+        now = args["uncond_denoised"]
+        self.before = now if self.before is None else torch.lerp(self.before, now, 0.5)
+        return args["denoised"] + 0.2 * (now - self.before)
+
+
+def catches_all(args):
+    try:
+        return args["denoised"] + 0.1 * args["uncond_denoised"]
+    except:  # noqa: E722
+        return args["denoised"]
+
+
+def normalises(args):
+    added = args["denoised"] - args["cond_denoised"]
+    return args["cond_denoised"] + 3 * added / added.norm()
+
+
 def evaluates_the_negative(args):
     (other,) = comfy.samplers.calc_cond_batch(
         args["model"], [args["uncond"]], args["input"] * 0.9, args["sigma"], args["model_options"]
@@ -353,9 +399,21 @@ def evaluates_the_negative(args):
     return args["denoised"] + 0.1 * (args["denoised"] - other)
 
 
-@pytest.mark.parametrize("make", [lambda: rescales, lambda: swallows, Momentum, lambda: evaluates_the_negative])
-def test_who_uses_the_unconditional_prediction_has_it(base, agd, prompts, said, make):
-    assert torch.equal(ksampler(after(agd(), make()), prompts), ksampler(after(base, make()), prompts))
+USES = {
+    "rescales": lambda: rescales,
+    "swallows": lambda: swallows,
+    "catches all": lambda: catches_all,
+    "normalises": lambda: normalises,
+    "momentum": Momentum,
+    "average": Average,
+    "evaluates the negative": lambda: evaluates_the_negative,
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_who_uses_the_unconditional_prediction_has_it(base, agd, prompts, said, name):
+    # What it keeps of the first step it was given twice, for the sampling has begun again.
+    close(ksampler(after(agd(), USES[name]()), prompts), ksampler(after(base, USES[name]()), prompts))
     assert [message[:12] for message in said] == ["No speed-up:"]
 
 
@@ -387,7 +445,63 @@ def test_a_prediction_that_is_changed_in_place_is_changed_alone(agd, prompts):
         args["cond_denoised"].mul_(0)
         return args["denoised"]
 
-    assert torch.equal(ksampler(after(agd(), changes), prompts), ksampler(agd(), prompts))
+    close(ksampler(after(agd(), changes), prompts), ksampler(agd(), prompts))
+
+
+def test_what_a_node_has_kept_of_a_guided_sampling_is_a_tensor_like_others(base, agd, prompts):
+    kept = Average()
+    ksampler(after(agd(), kept), prompts)
+    assert kept.before.sum().isfinite()
+    assert ksampler(after(base, kept), prompts).isfinite().all()
+
+
+def test_functions_that_a_node_keeps_in_a_list_of_its_own_stay_as_they_are(base, agd, prompts):
+    functions = [perturbs]
+
+    def with_them(model):
+        clone = model.clone()
+
+        def sampling(executor, *args, **kwargs):
+            executor.class_obj.model_options["sampler_post_cfg_function"] = functions
+            return executor(*args, **kwargs)
+
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "test", sampling)
+        return clone
+
+    ksampler(with_them(agd()), prompts)
+    assert functions == [perturbs]
+
+
+def test_options_may_be_copied_deeply(agd, prompts):
+    def copies(args):
+        copy.deepcopy(args["model_options"])
+        return args["denoised"]
+
+    close(ksampler(after(agd(), copies), prompts), ksampler(agd(), prompts))
+
+
+def test_who_evaluates_the_prompt_in_a_pair_with_nothing_has_a_guided_prediction(agd, prompts):
+    def in_a_pair(args):
+        given = args["input"] * 0.9, args["sigma"], args["model_options"]
+        other = comfy.samplers.calc_cond_batch(args["model"], [args["cond"], None], *given)[0]
+        return args["denoised"] + 0.1 * (args["cond_denoised"] - other)
+
+    close(ksampler(after(agd(), in_a_pair), prompts), ksampler(after(agd(), perturbs), prompts))
+
+
+def test_a_model_wrapper_that_drops_what_travels_with_a_step(base, agd, prompts, said):
+    def drops(model):
+        clone = model.clone()
+
+        def wrapper(apply_model, args):
+            kept = {"c_crossattn": args["c"]["c_crossattn"]}
+            return apply_model(args["input"], args["timestep"], **kept)
+
+        clone.set_model_unet_function_wrapper(wrapper)
+        return clone
+
+    close(ksampler(drops(agd()), prompts), ksampler(drops(base), prompts))
+    assert [message[:12] for message in said] == ["No speed-up:"]
 
 
 def test_a_wrapper_around_the_evaluation_of_both_has_the_guided_prediction(agd, prompts):
