@@ -38,7 +38,9 @@ def cases() -> dict[str, Case]:
     from comfy_extras import nodes_easycache
     from workflows import NODES
 
-    beside = {name: Case(patch) for name, patch in NODES.items() if name not in ("CFGOverride", "attn2 replacement")}
+    # CFGOverride and the attention's replacement are none of guidance; ComfyUI's TSR takes one picture at a time.
+    left_out = ("CFGOverride", "attn2 replacement", "TSR")
+    beside = {name: Case(patch) for name, patch in NODES.items() if name not in left_out}
     samplers = {
         "dpmpp_2m, karras": ("dpmpp_2m", "karras"),
         "euler_ancestral": ("euler_ancestral", "normal"),
@@ -172,8 +174,9 @@ def main(argv: list[str] | None = None) -> None:
         if not args.only or any(each.lower() in name.lower() for each in args.only):
             rows += measure(flow, name, case, guided, cfg)
             print(
-                *(f"{row['method']} {row['evaluations']:.1f} {row['distance']:.3f}" for row in rows[-3:]),
-                sep=", ",
+                name,
+                *(f"{row['method']} {row['distance']:.3f}" for row in rows if row["node"] == name),
+                sep="; ",
                 flush=True,
             )
     publish(args, "compatibility", page(rows, flow.pictures, made_on(args.device)), rows)

@@ -67,8 +67,9 @@ class Watch:
             return executor(x, *args, **kwargs)
 
         def predict_noise(executor, x, *args, **kwargs):
-            self.pictures += x.shape[0]
-            return executor(x, *args, **kwargs)
+            predicted = executor(x, *args, **kwargs)
+            self.pictures += x.shape[0]  # not those of a sampling that begins again
+            return predicted
 
         clone = model.clone()
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watch", apply_model)
