@@ -204,11 +204,11 @@ def test_what_the_user_should_know_is_on_the_node_and_in_the_log_once(server, tr
     server.run(graph(1, "euler"))
     assert server.texts["agd"] == "Guidance 30 lies outside the adapter's trained range, 1 to 6."
     server.run(graph(3, "euler_cfg_pp"))
-    assert "The sampler euler_cfg_pp needs the unconditional prediction" in server.texts["agd"]
+    assert server.texts["agd"].startswith("No speed-up: the sampler euler_cfg_pp needs both predictions.")
     server.run(graph(4, "euler_cfg_pp"))
     log = server.log.read_text()
-    assert log.count("AGD: the sampler euler_cfg_pp needs the unconditional") == 1
-    assert log.count("AGD: guidance 30 lies outside") == 1
+    assert log.count("AGD: No speed-up: the sampler euler_cfg_pp needs both predictions") == 1
+    assert log.count("AGD: Guidance 30 lies outside") == 1
 
 
 def test_training_shows_what_it_does_and_reports_at_the_end(server, trained):

@@ -60,7 +60,9 @@ def test_a_model_that_breaks_into_several_graphs_runs_uncompiled_and_says_so(tmp
     broken = [message for message in report["said"] if message != UNSEEN]
     assert len(broken) == len(finds_out.intersection(cases))
     assert len(report["said"]) == len(broken) + ("a low_rank adapter" in cases)
-    assert all(message.startswith("Runs uncompiled: torch.compile breaks this model into several graphs") for message in broken)
+    assert all(
+        message.startswith("Runs uncompiled: torch.compile breaks this model into several graphs") for message in broken
+    )
 
 
 @pytest.mark.matrix
