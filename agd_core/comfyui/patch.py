@@ -166,7 +166,8 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     if step.works_inside:
         # Not from what patches are told: blocks of other packs tell them less.
         blocks = transformers(executor.class_obj.diffusion_model)
-        step.attentions.update({name: (b.attn2.heads, b.attn2.attn_precision) for name, b in blocks.items()})
+        attentions = {name: blocks[name].attn2 for name in step.sites()}
+        step.attentions.update({name: (attn.heads, attn.attn_precision) for name, attn in attentions.items()})
     for share in (share for active in step.active for share in active.negatives):
         if not share.negative.keys_values:
             share.negative.look_up(executor.class_obj, x.device)
@@ -275,7 +276,7 @@ def remember_input(n, context, value, extra_options):
     """attn2_patch: n (b, tokens, w) is what the attention is given, context (b, m, d)."""
     if PREPARED in extra_options:
         step, _ = extra_options[PREPARED]
-        if (name := _site(step, extra_options)) is not None:
+        if (name := _site(step, extra_options)) in step.sites():
             step.visited.append(name)
             # A dict of this block's evaluation alone: nothing outlives it.
             extra_options[_INPUT] = (name, n, context)
