@@ -174,20 +174,15 @@ class AlternatingSampling(Itself):
 
     def _begin(self, model_options: dict) -> None:
         """Until guidance begins both are given as equal. Another node may divide by their difference."""
-        if self.known[-1][1].delta is not None:
-            return
-        if "sampler_cfg_function" in model_options or model_options.get(PRE_CFG):
+        watch_use(model_options, self._used)
+        combined = "sampler_cfg_function" in model_options or model_options.get(PRE_CFG)
+        if combined and self.known[-1][1].delta is None:
             self._fill()
-        else:
-            watch_use(model_options, self._used)
 
     def _used(self, given: Given) -> None:
-        """Another node's function uses the difference of both: it gets them, and what plain CFG makes of them."""
-        self._fill()
-        args = given.args
-        if "sampler_cfg_function" not in args["model_options"]:
-            cond, uncond = self.given
-            args["denoised"].copy_(uncond + (cond - uncond) * args["cond_scale"])
+        """Another node's function uses both predictions, or their difference, in a way that estimates may not bear."""
+        self.settings.say(f"No speed-up: {name_of(given.function, self.sampler)} needs both predictions in every step.")
+        self._begin_again()
 
     def _fill(self) -> None:
         """Evaluate what has been estimated in this step, for other nodes: estimates go on as without them."""

@@ -184,6 +184,7 @@ class Sampling(Itself):
     looked: bool = False
     noticed: tuple | None = None  # in its first guided step, to be told
     unknown: bool = False  # by which scale both predictions are combined
+    more: int = 0  # evaluations of others since one of their functions has returned
     others: bool = False  # something else than both was evaluated, to be combined in a way that isn't known
     tensors: dict[float, torch.Tensor] = field(default_factory=dict)
 
@@ -254,7 +255,7 @@ class Sampling(Itself):
             raise Merge
         self._tell()
         self.guided = True
-        watch_use(model_options, self._used)
+        watch_use(model_options, self._used, self._returned)
         prediction = self._prediction(executor, *given)
         return [prediction, prediction.clone()]  # for whoever changes one of them in place
 
@@ -304,6 +305,7 @@ class Sampling(Itself):
     def _more(self, executor, model, conds, x, timestep, model_options):
         """What others evaluate: the prompt once more, otherwise, as PAG does; or conditions of their own."""
         given = (model, conds, x, timestep, model_options)
+        self.more += 1
         if self._again(timestep) and not any(conds[1:]) and self._belong(conds[0], "positive"):
             prediction = self._prediction(executor, *given)
             return [prediction, *(torch.zeros_like(prediction) for _ in conds[1:])]
@@ -352,6 +354,12 @@ class Sampling(Itself):
             args["uncond_denoised"].copy_(right)
         self._give_up(f"{name_of(given.function, self.sampler)} needs both predictions")
 
+    def _returned(self, given: Given) -> None:
+        """Who has used the conditional prediction has compared it with one of its own, or with the guided one."""
+        evaluated, self.more = self.more, 0
+        if "cond_denoised" in given.used and not evaluated:
+            self._used(given)
+
     def _omegas(self, uses: list[Use]) -> list[float | None]:
         return [self.presumed if use.guidance_scale is None else use.guidance_scale for use in uses]
 
@@ -375,10 +383,10 @@ class Sampling(Itself):
             prediction = self._compiled_or_not(executor, model, conds[:1], x, timestep, model_options)[0]
         finally:
             self.step = None
-        if not step.visited and (step.changes_linears or any(u.patcher.model.place != "linear" for u, _ in guiding)):
-            self._give_up("another node evaluates the model without a place for adapters")
-        if not self.looked:
+        if not self.looked:  # later a step cache may leave it out
             self.looked = True
+            if not step.visited and (step.changes_linears or step.works_at_sites):
+                self._give_up("another node evaluates the model without a place for adapters")
             self.noticed = guiding, x.shape[-2:], step
         return prediction
 
@@ -433,7 +441,7 @@ class Sampling(Itself):
                 "1, or parts of the sampling that don't overlap."
             )
         missing = set(step.sites()) - set(step.visited)
-        if missing and any(use.patcher.model.place != "linear" for use, _ in guiding):
+        if missing and step.works_at_sites:
             self.embedded.say(
                 f"Guided in part: {len(missing)} of {len(step.sites())} attention layers were skipped, or replaced by "
                 "another node in a way that leaves no place for adapters."

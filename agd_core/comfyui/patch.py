@@ -87,6 +87,11 @@ class Step:
         return any(active.changes_linears for active in self.active)
 
     @property
+    def works_at_sites(self) -> bool:
+        """Whether an adapter adds to what attentions return, or works inside them."""
+        return any(active.adapter.place != "linear" for active in self.active)
+
+    @property
     def works_inside(self) -> bool:
         """Whether an adapter works inside the attentions."""
         return any(active.adapter.place == "attention" for active in self.active)

@@ -6,7 +6,7 @@ wants them or not; that one needs the unconditional, or what guidance has added,
 
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from comfy.samplers import Sampler
@@ -77,6 +77,8 @@ class _Given(torch.Tensor):
             flat = [t for v in (*args, *kwargs.values()) for t in (v if isinstance(v, (list, tuple)) else (v,))]
             own = [tensor for tensor in flat if isinstance(tensor, cls) and tensor.given is not None]
             roles = {tensor.role for tensor in own}
+            for tensor in own:
+                tensor.given.used.add(tensor.role)
             added = func in _DIFFERENCES and roles == {"denoised", "cond_denoised"}
             if own and (added or "uncond_denoised" in roles):
                 own[0].given.use()
@@ -86,11 +88,12 @@ class _Given(torch.Tensor):
 
 @dataclass
 class Given:
-    """The predictions that one call of another node's `function` was given; `args`: ComfyUI's."""
+    """The predictions that one call of another node's `function` was given; `args`: ComfyUI's; `used`: their roles."""
 
     function: Callable
     args: dict
     on_use: Callable[["Given"], None]
+    used: set[str] = field(default_factory=set)
 
     def use(self) -> None:
         self.on_use(self)
@@ -115,22 +118,28 @@ _UNKEPT = 2  # references: the dictionary's above and the one that is counted wi
 
 @dataclass(frozen=True)
 class _Watched(Itself):
-    """Another node's post-CFG function; `on_use` is called when it uses what only CFG has."""
+    """Another node's post-CFG function; `on_use` is called when it uses what only CFG has, `after` when it is over."""
 
     watched: Callable
     on_use: Callable[[Given], None]
+    after: Callable[[Given], None] | None
 
     def __call__(self, args: dict) -> torch.Tensor:
-        return Given(self.watched, args, self.on_use)()
+        given = Given(self.watched, args, self.on_use)
+        result = given()
+        if self.after is not None:
+            self.after(given)
+        return result
 
 
-def watch_use(model_options: dict, on_use: Callable[[Given], None]) -> None:
+def watch_use(model_options: dict, on_use: Callable[[Given], None], after: Callable | None = None) -> None:
     """Have `on_use` called when a post-CFG function uses the unconditional prediction, or what guidance has added.
+    `after` is called with its `Given` whenever one has returned.
 
     `model_options` are one sampling's own; a sampler's functions are found there from its first step on.
     """
     if model_options.get(POST_CFG):
-        model_options[POST_CFG] = [_Watched(function, on_use) for function in post_cfg(model_options)]
+        model_options[POST_CFG] = [_Watched(function, on_use, after) for function in post_cfg(model_options)]
 
 
 def unwatch(model_options: dict) -> None:

@@ -399,7 +399,13 @@ def evaluates_the_negative(args):
     return args["denoised"] + 0.1 * (args["denoised"] - other)
 
 
+def compares_norms(args):
+    """With the conditional prediction, as CFGNorm does."""
+    return args["denoised"] * (args["cond_denoised"].norm() / args["denoised"].norm()).clamp(max=1)
+
+
 USES = {
+    "compares norms": lambda: compares_norms,
     "rescales": lambda: rescales,
     "swallows": lambda: swallows,
     "catches all": lambda: catches_all,
@@ -442,10 +448,11 @@ def test_what_a_node_keeps_in_its_options_stays(agd, prompts):
 
 def test_a_prediction_that_is_changed_in_place_is_changed_alone(agd, prompts):
     def changes(args):
+        result = perturbs(args)
         args["cond_denoised"].mul_(0)
-        return args["denoised"]
+        return result
 
-    close(ksampler(after(agd(), changes), prompts), ksampler(agd(), prompts))
+    close(ksampler(after(agd(), changes), prompts), ksampler(after(agd(), perturbs), prompts))
 
 
 def test_what_a_node_has_kept_of_a_guided_sampling_is_a_tensor_like_others(base, agd, prompts):

@@ -455,7 +455,7 @@ for what, without, with_agd, name, aside in (
     ("CFGOverride", 2, 1, "CFGOverride", None),
     ("attn2 replacement, as IP-Adapter packs install it", 2, 1, "attn2 replacement", None),
     ("PerturbedAttentionGuidance (PAG)", 3, 2, "PAG", None),
-    ("CFGNorm", 2, 1, "CFGNorm", None),
+    ("CFGNorm", 2, 2, "CFGNorm", "CFGNorm"),
     ("CFGNorm with `pre_cfg`", 2, 2, "CFGNorm, pre_cfg", "CFGNorm"),
     ("RescaleCFG", 2, 2, "RescaleCFG", "RescaleCFG"),
     ("NAGuidance (NAG)", 2, 2, "NAGuidance", "NAGuidance"),
@@ -469,7 +469,8 @@ for what, without, with_agd, name, aside in (
 ):
     new = what in ("CFGOverride", "CFGNorm with `pre_cfg`")
     # With an evaluation of their own, or both in one; those that combine predictions have both from the first step.
-    own = {"PAG": 2.5, "PerpNeg": 3, "SelfAttentionGuidance": 3, "NAGuidance": 2}.get(name, 1.17 if aside else None)
+    own = {"PAG": 2.5, "PerpNeg": 3, "SelfAttentionGuidance": 3, "NAGuidance": 2, "Mahiro": 2, "CFGZeroStar": 2}
+    own = {**own, "CFGNorm": 1}.get(name, 1.17 if aside else None)
     kind = {"aside": aside, "since": "0.26.0" if new else None, "training_free": own, "says": name == "PAG"}
     row(what, without, with_agd, AROUND, **kind)(beside(name))
 

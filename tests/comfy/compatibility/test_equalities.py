@@ -207,10 +207,6 @@ def test_cfg_override_sets_omega_for_its_steps(base, model):
     close(ksampler(NODES["CFGOverride"](model), PROMPTS, at=latent(1, 16, 16)), expected)
 
 
-def test_cfg_norm_has_no_effect(model):
-    close(ksampler(NODES["CFGNorm"](model), PROMPTS), ksampler(model, PROMPTS))
-
-
 def test_pag_adds_its_own_difference_in_proportion_to_its_scale(agd, base):
     node = w.nodes_pag.PerturbedAttentionGuidance
     zero, one, three = (predict(node.execute(agd(base), s).args[0], PROMPTS.positive) for s in (0.0, 1.0, 3.0))
