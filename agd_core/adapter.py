@@ -75,7 +75,7 @@ class Adapter(nn.Module):
 
     @property
     def uses_negative(self) -> bool:
-        """Whether it hears the negative prompt."""
+        """Whether it uses the negative prompt."""
         return hears_negative(self.config.kind)
 
     def prepare(

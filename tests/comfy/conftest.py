@@ -50,6 +50,12 @@ def save_adapter(tmp_path_factory):
     return save
 
 
+@pytest.fixture(scope="module")
+def files(request, base, save_adapter):
+    """By name, an adapter for each config of the module's HOW."""
+    return {name: save_adapter(base, **config) for name, config in request.module.HOW.items()}
+
+
 @pytest.fixture
 def card(monkeypatch):
     """Lets ComfyUI take the CPU for a card of so many bytes that holds `model` alone, and decide what to load."""

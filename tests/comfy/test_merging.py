@@ -19,11 +19,6 @@ from comfyui_agd.agd_core.comfyui import embedded, patch
 HOW = {"low_rank": {"kind": "low_rank"}, "delta": {"kind": "delta", "rank": 4}}
 
 
-@pytest.fixture(scope="module")
-def files(base, save_adapter):
-    return {name: save_adapter(base, **config) for name, config in HOW.items()}
-
-
 @pytest.fixture(params=HOW)
 def file(files, request):
     return files[request.param]

@@ -21,11 +21,6 @@ HOW = {"delta": {"kind": "delta"}, "rank": {"kind": "delta", "rank": 2}, "cross_
 close = partial(torch.testing.assert_close, atol=5e-4, rtol=5e-4)
 
 
-@pytest.fixture(scope="module")
-def files(base, save_adapter):
-    return {name: save_adapter(base, **config) for name, config in HOW.items()}
-
-
 @pytest.fixture(params=HOW)
 def file(files, request):
     return files[request.param]
