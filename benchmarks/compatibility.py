@@ -141,7 +141,8 @@ def page(rows: list[dict], pictures: int, made: str) -> str:
 
 The toy at omega {rows[0]["omega"]:g}, 20 steps, {pictures} pictures. Distances between final latents, relative, with
 standard errors: of CFG with the node to CFG without it (its effect), and of each method with the node to CFG with it. A
-distance of 0 is CFG's own picture. "none" is the workflow without another node. Of one base, the toy.
+distance of 0 is CFG's own picture. "none" is the workflow without another node. Of one base, the toy. The adapter
+is one of `make demo`, minutes of training.
 
 {text}
 """
