@@ -24,7 +24,18 @@ from ..alternating import AlternatingGuidance
 from .negatives import covers
 from .patch import KEY, is_compiled
 from .steps import BeginAgain, CfgOverride, Itself, Span, copied, name_of_guider, once, say_in_log
-from .unconditional import EVALUATES_BOTH, PRE_CFG, Given, name_of, names_of, post_cfg, unwatch, watch_use
+from .unconditional import (
+    EVALUATES_BOTH,
+    PRE_CFG,
+    Given,
+    asks_for_both,
+    name_of,
+    names_of,
+    post_cfg,
+    unwatch,
+    watch_use,
+    who_asks_for_both,
+)
 
 NAME = "training-free"
 DESCRIPTION = (
@@ -218,10 +229,8 @@ class AlternatingSampling(Itself):
         """What says that it needs both, or a sampler that takes predictions of its own way of stepping."""
         nodes = post_cfg(self.guider.model_options)
         makers = [function for function in post_cfg(model_options) if function not in nodes]
-        if model_options.get("disable_cfg1_optimization", False):
-            patches = model_options["transformer_options"].get("patches", {})
-            makers = makers or nodes or [patch for group in patches.values() for patch in group]
-            return names_of(makers, self.sampler) or "a node of this workflow"
+        if asks_for_both(model_options):
+            return who_asks_for_both(makers or nodes, self.sampler, model_options)
         return names_of(makers, self.sampler) or None
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):

@@ -38,6 +38,16 @@ def _patches(model_options: dict) -> list[Callable]:
     return [patch for group in patches.values() for patch in group if not _is_ours(patch)]
 
 
+def asks_for_both(model_options: dict) -> bool:
+    """Whether something wants the unconditional even at cfg 1."""
+    return model_options.get("disable_cfg1_optimization", False)
+
+
+def who_asks_for_both(makers: list[Callable], sampler: Sampler, model_options: dict) -> str:
+    """The flag does not say who set it: one of these functions' makers, or else a node with an attention patch."""
+    return names_of(makers or _patches(model_options), sampler) or "a node of this workflow"
+
+
 def who_combines(sampler: Sampler, model_options: dict) -> str | None:
     """The name of what says that it works on both predictions, or None.
 
@@ -46,10 +56,8 @@ def who_combines(sampler: Sampler, model_options: dict) -> str | None:
     """
     makers = [fn for fn in model_options.get(PRE_CFG, []) if not _is_ours(fn)]
     makers += [model_options[key] for key in ("sampler_cfg_function", EVALUATES_BOTH) if key in model_options]
-    if model_options.get("disable_cfg1_optimization", False):
-        # The flag does not say who set it: one of these functions, or else a node with an attention patch.
-        makers = makers + post_cfg(model_options) or _patches(model_options)
-        return names_of(makers, sampler) or "a node of this workflow"
+    if asks_for_both(model_options):
+        return who_asks_for_both(makers + post_cfg(model_options), sampler, model_options)
     return " and ".join(dict.fromkeys(name_of(maker, sampler) for maker in makers)) or None
 
 
