@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from .adapter import Adapter
-from .checkpoint import AdapterInfo
+from .adapter_file import AdapterInfo
 from .config import AdapterConfig, BaseInfo
 
 NAME = "attention-guidance"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint
-from .checkpoint import AdapterInfo
+from . import adapter_file
+from .adapter_file import AdapterInfo
 from .kinds.low_rank import key_of, layers_of
 
 _BLOCKS = {"input": "input_blocks.{}", "middle": "middle_block", "output": "output_blocks.{}"}
@@ -55,7 +55,7 @@ def lora(info: AdapterInfo, state: dict[str, torch.Tensor], omega: float) -> dic
 
 def export(adapter: str | Path, output: str | Path, omega: float) -> Path:
     """Write the adapter's file as a LoRA. Returns the path; raises `ValueError`."""
-    info, state = checkpoint.load_state(adapter)
+    info, state = adapter_file.load_state(adapter)
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(info.config.hidden),
@@ -65,4 +65,4 @@ def export(adapter: str | Path, output: str | Path, omega: float) -> Path:
         "modelspec.title": Path(output).stem,
         "modelspec.description": f"Guidance at scale {omega:g} (AGD): use it at strength 1 and cfg 1.",
     }
-    return checkpoint.write(output, lora(info, state, omega), metadata)
+    return adapter_file.write(output, lora(info, state, omega), metadata)

@@ -109,7 +109,7 @@ def variants(iterations: int) -> list[Variant]:
 
 def measure(lab, variant: Variant) -> dict:
     """Train it, unless it is there, and measure."""
-    from comfyui_agd.agd_core import checkpoint
+    from comfyui_agd.agd_core import adapter_file
     from comfyui_agd.benchmarks import methods, metrics
 
     settings = {"kind": "delta", "rank": 0, "encoder_width": 32} | variant.settings
@@ -122,7 +122,7 @@ def measure(lab, variant: Variant) -> dict:
     row |= {"teacher_evaluations": 2 * config.batch * -(-config.iterations // config.reuse), "model": "toy"}
     if score is None:  # it diverged
         return row | {"parameters_percent": None}
-    info, state = checkpoint.load_state(file)
+    info, state = adapter_file.load_state(file)
     ready = methods.measured(lab, lab.parts.model, info, state, {"weights": methods.checksum(file)})
     row["parameters_percent"] = round(100 * ready.parameters / lab.base_parameters, 2)
     for key, negatives in (("gap_closed", False), ("gap_closed_from_negatives", True)):

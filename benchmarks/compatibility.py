@@ -160,13 +160,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(argv)
     use_comfyui(cpu=args.device == "cpu")
-    from comfyui_agd.agd_core import checkpoint
-    from comfyui_agd.agd_core.comfyui.alternating import alternate
-    from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
+    from comfyui_agd.agd_core import adapter_file
+    from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+    from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
 
     guided = {"training-free": alternate}
     if args.adapter:
-        info, state = checkpoint.load_state(args.adapter)
+        info, state = adapter_file.load_state(args.adapter)
         guided["adapter"] = lambda model: apply_adapter(model, info, state, source=args.adapter.name)
     flow = Workflow(QUICK if args.quick else PICTURES)
     cfg, _ = flow.latents(flow.toy.model, 20)

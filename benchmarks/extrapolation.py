@@ -43,13 +43,13 @@ class Bench:
     """The adapter with the lab, and how it does somewhere."""
 
     def __init__(self, lab, name: str, sibling_steps: int):
-        from comfyui_agd.agd_core import checkpoint
+        from comfyui_agd.agd_core import adapter_file
         from comfyui_agd.benchmarks.methods import METHODS
         from comfyui_agd.examples.toy.measure import omega_star
 
         self.lab, self.name, self.best, self.sibling_steps = lab, name, omega_star(), sibling_steps
         self.ready, self.cfg = (METHODS[each].make(lab, each) for each in (name, "cfg"))
-        self.info, self.adapter = checkpoint.load(self.ready.file)
+        self.info, self.adapter = adapter_file.load(self.ready.file)
         self.rows: list[dict] = []
 
     def add(self, section: str, setting: str, **values) -> None:
@@ -57,13 +57,13 @@ class Bench:
         print(json.dumps(self.rows[-1]), flush=True)
 
     def patched(self, model, **how):
-        from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
+        from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 
         return apply_adapter(model, self.info, self.adapter.state_dict(), source="the adapter", **how)
 
     def gap(self, captions: list[str], omega: float, size=(64, 64), model=None, **how) -> dict:
         """Gap closed and cosine, over blocks of captions. `how`: of the teacher's trajectories."""
-        from comfyui_agd.agd_core.comfyui.host import ComfyHost
+        from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
         from comfyui_agd.benchmarks import metrics
         from comfyui_agd.benchmarks.lab import CFG, in_blocks
         from comfyui_agd.training.evaluate import evaluate

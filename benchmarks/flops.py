@@ -29,11 +29,11 @@ def count(name: str, pixels: int) -> list[dict]:
     from checkpoints import on_meta
 
     from comfyui_agd.agd_core.adapter import Adapter
-    from comfyui_agd.agd_core.comfyui import trace
-    from comfyui_agd.agd_core.comfyui.host import at_sigma, options_of
-    from comfyui_agd.agd_core.comfyui.negatives import Negative, Share
+    from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
+    from comfyui_agd.agd_core.comfyui.model import tracing
+    from comfyui_agd.agd_core.comfyui.model.host import at_sigma, options_of
     from comfyui_agd.agd_core.comfyui.patch import Active, Step, take_part
-    from comfyui_agd.agd_core.comfyui.sites import describe_base
+    from comfyui_agd.agd_core.comfyui.sampling.negatives import Negative, Share
     from comfyui_agd.agd_core.config import AdapterConfig
     from comfyui_agd.agd_core.mixed_precision import MixedPrecision
 
@@ -58,7 +58,7 @@ def count(name: str, pixels: int) -> list[dict]:
                 out = model.apply_model(x, sigma, c_crossattn=context, transformer_options=own, **pooled)
             return out
 
-        return trace.teacher(model, evaluate, shape, 1).flops
+        return tracing.teacher(model, evaluate, shape, 1).flops
 
     unguided, rows = flops(None, 1), []
     for method, settings in ADAPTERS.items():

@@ -147,10 +147,10 @@ def make_methods(case: Case, dtype: torch.dtype, device: torch.device, compiled:
     from small import info_for, randomised
 
     from comfyui_agd.agd_core.adapter import Adapter
+    from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
     from comfyui_agd.agd_core.comfyui.counting import counted
-    from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
     from comfyui_agd.agd_core.comfyui.patch import KEY
-    from comfyui_agd.agd_core.comfyui.sites import describe_base
+    from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 
     base = comfy.model_patcher.ModelPatcher(
         random_model(case.model, dtype, device), load_device=device, offload_device=torch.device("cpu")
@@ -327,7 +327,7 @@ def print_shares(rows: list[dict]) -> None:
 
 
 def default_dtypes(device: torch.device) -> list[str]:
-    from comfyui_agd.agd_core.comfyui.host import computes_bf16
+    from comfyui_agd.agd_core.comfyui.model.host import computes_bf16
 
     if device.type == "cuda":
         return ["fp16", "bf16"]

@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm, trange
 
-from comfyui_agd.agd_core.checkpoint import replacing
+from comfyui_agd.agd_core.adapter_file import replacing
 from comfyui_agd.agd_core.comfyui.counting import counted
-from comfyui_agd.agd_core.comfyui.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import metrics
 from comfyui_agd.examples.toy.judge import recognised

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.adapter_file import replacing
 from comfyui_agd.agd_core.alternating import AGREES, NEAR
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
-from comfyui_agd.agd_core.checkpoint import replacing
-from comfyui_agd.agd_core.comfyui.alternating import alternate
-from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import baselines
 from comfyui_agd.benchmarks.lab import CFG, Lab, Prompts, Ready
@@ -85,7 +85,7 @@ def adapter(
         configs = [lab.train_config(**settings, hidden=hidden, learning_rate=rate) for rate in learning_rates]
         prompts = lab.prompts(negatives=hears_negative, partial=partial)
         config, file = _best(lab, name, configs, prompts, train_adapter)
-        info, state = checkpoint.load_state(file)
+        info, state = adapter_file.load_state(file)
         model = apply_adapter(lab.parts.model, info, state, source=file.name)
         ready = measured(lab, model, info, state, {"weights": checksum(file)}, config.rule)
         return dataclasses.replace(ready, file=file)
@@ -211,7 +211,7 @@ def train_adapter(
         except FloatingPointError as error:
             tqdm.write(f"{file.stem}: {error}")
             return None
-    checkpoint.save(file, found.adapter, found.info)
+    adapter_file.save(file, found.adapter, found.info)
     shutil.rmtree(run)
     return found.evaluation.score if captions else 0.0
 

@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     use_comfyui(cpu=args.device == "cpu")
-    from comfyui_agd.agd_core.comfyui.host import ComfyHost
+    from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
     from comfyui_agd.examples.toy.sampling import Toy, captions_of, held_out_captions
     from comfyui_agd.examples.toy.scenes import draw_scenes
 

@@ -90,7 +90,7 @@ class RandomEncoder:
 def make_host(model, device: torch.device):
     import comfy.model_patcher
 
-    from comfyui_agd.agd_core.comfyui.host import ComfyHost
+    from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
 
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
     host = ComfyHost(patcher, RandomEncoder(model.model_config.unet_config["context_dim"]))
@@ -219,7 +219,7 @@ def peak_of(step: Callable[[], None], host, parameters: int) -> int:
         torch.cuda.reset_peak_memory_stats(host.device)
         step()
         return torch.cuda.max_memory_allocated(host.device)
-    from comfyui_agd.agd_core.comfyui.trace import Counter
+    from comfyui_agd.agd_core.comfyui.model.tracing import Counter
 
     with Counter() as counter:
         step()

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..agd_core.comfyui.host import ComfyHost
-from ..agd_core.comfyui.sampler import ComfySampler
+from ..agd_core.comfyui.model.host import ComfyHost
+from ..agd_core.comfyui.model.sampler import ComfySampler
 from ..training import prompts as prompt_sources
 from ..training.assess import AssessConfig, assess, rule_of
 from ..training.trainer import Progress

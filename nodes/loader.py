@@ -2,9 +2,9 @@
 
 from comfy_api.v0_0_2 import io
 
-from ..agd_core import checkpoint
-from ..agd_core.comfyui.alternating import DESCRIPTION, alternate
-from ..agd_core.comfyui.alternating import NAME as TRAINING_FREE
+from ..agd_core import adapter_file
+from ..agd_core.comfyui.sampling.training_free import DESCRIPTION, alternate
+from ..agd_core.comfyui.sampling.training_free import NAME as TRAINING_FREE
 from .common import adapter_fingerprint, adapter_names, named_adapter, notices, use_adapter, use_inputs, why_no_adapter
 
 
@@ -59,4 +59,4 @@ class AGDAdapterLoader(io.ComfyNode):
             return io.NodeOutput(patched, DESCRIPTION)
         adapter = named_adapter(adapter_name, model)
         patched = use_adapter(model, adapter, cls.hidden.unique_id, guidance_scale=guidance_scale, **use)
-        return io.NodeOutput(patched, checkpoint.describe(adapter.info, adapter.source))
+        return io.NodeOutput(patched, adapter_file.describe(adapter.info, adapter.source))

@@ -10,7 +10,7 @@ from comfy_api.v0_0_2 import io
 from PIL import Image
 
 from ..agd_core.comfyui import folders
-from ..agd_core.comfyui.host import ComfyHost
+from ..agd_core.comfyui.model.host import ComfyHost
 from ..training import prompts as prompt_sources
 from ..training.config import KINDS, PRECISIONS, RULES, TrainConfig
 from ..training.job import Job

@@ -12,7 +12,7 @@ import torch
 from small import info_for, randomised, small_sites
 
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.checkpoint import AdapterInfo
+from comfyui_agd.agd_core.adapter_file import AdapterInfo
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.agd_core.config import BaseInfo
 

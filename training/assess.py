@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageChops
 
 from ..agd_core.adapter import Adapter
-from ..agd_core.checkpoint import AdapterInfo, check_base
+from ..agd_core.adapter_file import AdapterInfo, check_base
 from ..agd_core.guidance import GuidanceRule, square_norm
 from ..agd_core.mixed_precision import MixedPrecision
 from .assessment import METHODS, Assessment, Closeness, Cost, Estimate, Level, Transfer
@@ -32,7 +32,7 @@ _RULE = ("teacher", "interval_sigma_min", "interval_sigma_max", "rescale_phi", "
 
 
 class Sampler(Protocol):
-    """Whole samples. `agd_core.comfyui.sampler` is the one implementation.
+    """Whole samples. `agd_core.comfyui.model.sampler` is the one implementation.
 
     `method` is one of `METHODS`; noise (1, c, h, w) -> a latent of that shape, and the evaluations (rows) it took.
     `progress` is called at every step. `notes`: what the adapter's user should know, known when all is sampled.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..agd_core import checkpoint, lora
+from ..agd_core import adapter_file, lora
 from ..agd_core.attention_guidance import NAME as ATTENTION_GUIDANCE
 from ..agd_core.attention_guidance import attention_guidance
 from ..agd_core.errors import AGDError
@@ -197,7 +197,7 @@ def _load_base(args: argparse.Namespace, *, with_vae: bool = False):
         if not path.is_file():
             raise UsageError(f"There is no {'checkpoint' if path == args.checkpoint else 'LoRA'} {path}.")
     if args.checkpoint:
-        from ..agd_core.comfyui.host import load_checkpoint
+        from ..agd_core.comfyui.model.host import load_checkpoint
 
         loaded = load_checkpoint(args.checkpoint, loras, args.base_dtype, with_vae=with_vae)
         return *loaded, [f"{p.name}:{s:g}" for p, s in loras]
@@ -233,7 +233,7 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
     else:
         prompts, negative = recording.identity["prompts"], recording.identity["negative"]
     use_comfyui(args.comfyui)
-    from ..agd_core.comfyui.host import ComfyHost
+    from ..agd_core.comfyui.model.host import ComfyHost
 
     model, clip, vae, loras = _load_base(args)
     host = ComfyHost(model, clip, autocast=TrainConfig(**chosen).autocast, vae=vae)
@@ -311,10 +311,10 @@ def _evaluate(args: argparse.Namespace) -> None:
                 f"{path} can't be written: it must end in {' or '.join(suffixes)}, in a folder that exists."
             )
     prompts = _given(args.prompts, config)
-    from_file = None if str(args.adapter) == ATTENTION_GUIDANCE else checkpoint.load_state(args.adapter)
+    from_file = None if str(args.adapter) == ATTENTION_GUIDANCE else adapter_file.load_state(args.adapter)
     use_comfyui(args.comfyui)
-    from ..agd_core.comfyui.host import ComfyHost
-    from ..agd_core.comfyui.sampler import ComfySampler
+    from ..agd_core.comfyui.model.host import ComfyHost
+    from ..agd_core.comfyui.model.sampler import ComfySampler
 
     model, clip, vae, _ = _load_base(args, with_vae=args.picture is not None)
     source, bar = str(args.adapter), ProgressBar()
@@ -343,13 +343,13 @@ def _given(texts: list[str] | None, config: AssessConfig) -> list[str]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    print(checkpoint.describe(checkpoint.load_state(args.file)[0], args.file))
+    print(adapter_file.describe(adapter_file.load_state(args.file)[0], args.file))
 
 
 def _export(args: argparse.Namespace) -> None:
     check_output(args.output)
     lora.export(args.adapter, args.output, args.omega)
-    low, high = checkpoint.read_info(args.adapter).omega_range
+    low, high = adapter_file.read_info(args.adapter).omega_range
     outside = "" if low <= args.omega <= high else f" It was trained for guidance {low:g} to {high:g} only."
     print(f"Wrote {args.output}: at strength 1 and cfg 1 it is guidance {args.omega:g}.{outside}")
 

@@ -1,4 +1,4 @@
-"""What the trainer needs of whatever runs the base model. `agd_core.comfyui.host` is the one implementation."""
+"""What the trainer needs of whatever runs the base model. `agd_core.comfyui.model.host` is the one implementation."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..agd_core import checkpoint
+from ..agd_core import adapter_file
 from ..agd_core.adapter_name import SUFFIX, file_name
 from ..agd_core.errors import AGDError
 from ..agd_core.kinds import hears_negative
@@ -102,7 +102,7 @@ class Job:
             start=self.start,
         )
         if Ranks().first:
-            checkpoint.save(self.output, trained.adapter, trained.info)
+            adapter_file.save(self.output, trained.adapter, trained.info)
             files = RunFolder(self.folder)
             files.save_text("report.txt", self.report(trained))
             files.clear()

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..agd_core.checkpoint import replacing
+from ..agd_core.adapter_file import replacing
 from ..agd_core.errors import AGDError
 from .config import TrainConfig
 from .pool import Batch, TrajectoryPool, draw_omega

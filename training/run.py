@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..agd_core.adapter import Adapter
-from ..agd_core.checkpoint import AdapterInfo
+from ..agd_core.adapter_file import AdapterInfo
 from ..agd_core.config import AdapterConfig
 from ..agd_core.errors import AGDError
 from ..agd_core.guidance import balanced_weights, gaps, weighted_error

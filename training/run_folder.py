@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..agd_core.checkpoint import replacing
+from ..agd_core.adapter_file import replacing
 from ..agd_core.errors import AGDError
 
 log = logging.getLogger(__name__)

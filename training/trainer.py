@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..agd_core import checkpoint
+from ..agd_core import adapter_file
 from ..agd_core.adapter import Adapter
-from ..agd_core.checkpoint import AdapterInfo
+from ..agd_core.adapter_file import AdapterInfo
 from .config import TrainConfig
 from .distributed import Ranks
 from .evaluate import Evaluation, State, evaluate, follow_teacher, omegas_of, sample
@@ -125,7 +125,7 @@ def train(
     file, the new adapter begins as that one. Started by `torchrun`, all processes train one adapter; each returns it.
     """
     ranks, negative = Ranks(), list(negative)
-    started = checkpoint.load_state(start) if start is not None else None
+    started = adapter_file.load_state(start) if start is not None else None
     lanes = ranks.lanes(config.batch)
     host.check_schedulers(config.schedulers)
     _check_interval(host, config)
@@ -170,7 +170,7 @@ def train(
             unconditional=unconditional,
         )
         if started is not None:
-            checkpoint.check_base(started[0], host.base, start)
+            adapter_file.check_base(started[0], host.base, start)
             run.start_from(*started, start)
         if recording is not None:
             run.source = recording.source(config, lanes)
@@ -365,7 +365,7 @@ class Lab:
             run.best = Best(score, run.step, weights)
             if run.ranks.first and files is not None:
                 measured = _with_training(info, {"step": run.step, **found})
-                checkpoint.save(files.path / "best.safetensors", run.average, measured)
+                adapter_file.save(files.path / "best.safetensors", run.average, measured)
         if run.ranks.first:
             if files is not None:
                 files.add_metrics(run.step, score=score, **found, by_sigma=run.evaluation.sigmas())

@@ -30,9 +30,9 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from ..adapter import Adapter, Prepared
-from ..checkpoint import AdapterFileError, AdapterInfo
-from .negatives import Share
-from .sites import block_of, linear_layers, site_name, transformers
+from ..adapter_file import AdapterFileError, AdapterInfo
+from .backbones.unet import block_of, linear_layers, site_name, transformers
+from .sampling.negatives import Share
 
 # Under this name ComfyUI keeps our wrappers and additional models, and transformer_options what the hooks pass on.
 KEY = "agd"

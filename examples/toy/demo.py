@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.comfyui.counting import RowCounter, counted
-from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
-from comfyui_agd.agd_core.comfyui.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 from comfyui_agd.training.cli import ProgressBar
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.evaluate import Evaluation, evaluate, follow_teacher
@@ -181,7 +181,7 @@ def rounds_of(pace: Pace) -> Iterator[int]:
 def draw_all(parts: Toy, adapter: Path, omegas: list[float], captions: list[str], pace: Pace) -> list[Column]:
     """Every method at every omega, as a user would: the adapter from its file, pictures from ComfyUI's KSampler."""
     base, base_rows = counted(parts.model)
-    agd, agd_rows = counted(apply_adapter(parts.model, *checkpoint.load_state(adapter), source=str(adapter)))
+    agd, agd_rows = counted(apply_adapter(parts.model, *adapter_file.load_state(adapter), source=str(adapter)))
     prompts = encode(parts.clip, captions)
     warm_up(parts, [base, agd], omegas[0])
     columns = [Column("unguided", 1.0, base, base_rows)]
@@ -212,7 +212,7 @@ def main(argv: list[str]) -> None:
     done = trained.info.training["iterations"]
     if done < pace.most:
         print(f"The machine is slow or busy: {done} iterations of {pace.most}.", flush=True)
-    file = checkpoint.save(args.out / "adapter.safetensors", trained.adapter, trained.info)
+    file = adapter_file.save(args.out / "adapter.safetensors", trained.adapter, trained.info)
     trained.plot().save(args.out / "loss.png")
 
     scenes, captions = held_out_captions(args.captions or PICTURES, _CAPTIONS_SEED)
@@ -222,7 +222,7 @@ def main(argv: list[str]) -> None:
     parameters = sum(p.numel() for p in parts.model.model.diffusion_model.parameters())
     report["adapter"]["percent_of_base"] = round(100 * report["adapter"]["parameters"] / parameters, 2)
     report |= {"pictures": len(columns[0].images), "training_seconds": round(seconds, 1)}
-    with checkpoint.replacing(args.out / "report.json") as temporary:
+    with adapter_file.replacing(args.out / "report.json") as temporary:
         Path(temporary).write_text(json.dumps(report, indent=2) + "\n")
     title = f"The toy, {STEPS} steps of {SAMPLER}: CFG evaluates the model twice per step, AGD once"
     contact_sheet([(c.title, c.images[:_SHOWN]) for c in columns], title).save(args.out / "comparison.png")

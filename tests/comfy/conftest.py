@@ -7,9 +7,9 @@ import torch
 from runtime import Prompts, TinyUNet, random_prompts, tiny
 from small import info_for, randomised
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.comfyui.sites import describe_base
+from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
 from comfyui_agd.examples.toy.sampling import Toy
 
 
@@ -45,7 +45,7 @@ def save_adapter(tmp_path_factory):
         info = info_for(describe_base(model.model), **{"hidden": 8, "encoder_width": 8, "prompt_tokens": 16, **config})
         torch.manual_seed(3)
         adapter = randomised(Adapter(info.config), seed=4)
-        return checkpoint.save(tmp_path_factory.mktemp("adapters") / "random.safetensors", adapter, info)
+        return adapter_file.save(tmp_path_factory.mktemp("adapters") / "random.safetensors", adapter, info)
 
     return save
 

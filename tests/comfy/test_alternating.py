@@ -10,9 +10,9 @@ from runtime import CFG, STEPS, Prompts, ksampler, ksampler_advanced, latent, pa
 
 from comfyui_agd.agd_core import alternating
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
-from comfyui_agd.agd_core.comfyui.alternating import _position, alternate
-from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
-from comfyui_agd.agd_core.comfyui.sites import describe_base
+from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
+from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.training_free import _position, alternate
 from comfyui_agd.examples.toy.sampling import encode
 
 MANY = 12  # steps that are near enough to each other

@@ -14,7 +14,7 @@ from comfy_extras import nodes_custom_sampler as custom
 from runtime import CFG, Prompts, TinyUNet, ksampler, latent, rows_of, since, tiny
 
 from comfyui_agd.agd_core import alternating
-from comfyui_agd.agd_core.comfyui.alternating import alternate
+from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
 
 STEPS = 12
 

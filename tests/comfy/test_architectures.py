@@ -12,10 +12,10 @@ from checkpoints import ARCHITECTURES, on_meta
 from comfy_extras import nodes_model_advanced as advanced
 from small import info_for
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.checkpoint import AdapterFileError
-from comfyui_agd.agd_core.comfyui.sites import (
+from comfyui_agd.agd_core.adapter_file import AdapterFileError
+from comfyui_agd.agd_core.comfyui.backbones.unet import (
     UnsupportedModel,
     check_linear_layers,
     describe_base,
@@ -132,15 +132,15 @@ def test_an_adapter_of_true_size_has_every_weight_of_its_sites(name):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_file_loads_onto_its_siblings_and_nothing_else(name, tmp_path):
     info = info_for(base_of(name), hidden=8, encoder_width=8)
-    file = checkpoint.save(tmp_path / "adapter.safetensors", Adapter(info.config), info)
-    read, _ = checkpoint.load(file)
+    file = adapter_file.save(tmp_path / "adapter.safetensors", Adapter(info.config), info)
+    read, _ = adapter_file.load(file)
     assert read == info
     for other in EXPECTED:
         if other in siblings_of(name):
-            checkpoint.check_base(read, base_of(other), file)
+            adapter_file.check_base(read, base_of(other), file)
             continue
         with pytest.raises(AdapterFileError) as refused:
-            checkpoint.check_base(read, base_of(other), file)
+            adapter_file.check_base(read, base_of(other), file)
         ours, theirs = base_of(name).describe(), base_of(other).describe()
         assert ours != theirs
         assert f"the adapter {file} was made for {ours}, but this model is {theirs}." in str(refused.value)
@@ -152,7 +152,7 @@ def test_a_file_loads_onto_its_siblings_and_nothing_else(name, tmp_path):
 def test_a_refusal_says_what_differs():
     def refusal(adapter: str, model: str) -> str:
         with pytest.raises(AdapterFileError) as refused:
-            checkpoint.check_base(info_for(base_of(adapter)), base_of(model), "a.safetensors")
+            adapter_file.check_base(info_for(base_of(adapter)), base_of(model), "a.safetensors")
         return str(refused.value)
 
     assert "Sites that differ" not in refusal("SDXL", "SDXL v")

@@ -11,7 +11,7 @@ from runtime import TinyUNet, in_dtype, ksampler, tiny
 from small import randomised
 
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.comfyui.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
 from comfyui_agd.agd_core.config import KINDS
 from comfyui_agd.agd_core.mixed_precision import MixedPrecision
 from comfyui_agd.training.trainer import train

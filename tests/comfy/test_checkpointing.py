@@ -9,10 +9,10 @@ from runtime import TinyUNet, TwoWidths, tiny
 from small import randomised
 
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.comfyui import checkpointing
-from comfyui_agd.agd_core.comfyui import host as host_module
-from comfyui_agd.agd_core.comfyui.checkpointing import checkpointed
-from comfyui_agd.agd_core.comfyui.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model import activation_checkpointing
+from comfyui_agd.agd_core.comfyui.model import host as host_module
+from comfyui_agd.agd_core.comfyui.model.activation_checkpointing import checkpointed
+from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
 from comfyui_agd.agd_core.comfyui.patch import take_part
 from comfyui_agd.agd_core.config import KINDS, AdapterConfig
 
@@ -98,7 +98,7 @@ def test_layers_in_system_memory_find_their_own_weights_in_the_backward_pass(hos
     with host.session():
         expected = step_of(host, new_adapter(host))
         monkeypatch.setattr(comfy.ops, "cast_bias_weight", OneBuffer())
-        monkeypatch.setattr(checkpointing, "_borrows_weights", lambda layer, x: on)
+        monkeypatch.setattr(activation_checkpointing, "_borrows_weights", lambda layer, x: on)
         for layer in unet_of(host).modules():
             if isinstance(layer, comfy.ops.CastWeightBiasOp):
                 layer.comfy_cast_weights = True

@@ -18,9 +18,9 @@ from comfy.cli_args import args
 from runtime import CFG, Prompts, latent, patched, rows_of
 from safetensors.torch import save_file
 
-from comfyui_agd.agd_core import checkpoint
-from comfyui_agd.agd_core.checkpoint import AdapterFileError
-from comfyui_agd.agd_core.comfyui.sites import describe_base
+from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.agd_core.adapter_file import AdapterFileError
+from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
 from comfyui_agd.training.cli import main
 
 pytestmark = pytest.mark.slow
@@ -131,7 +131,7 @@ def trained(sd15, tmp_path_factory) -> Path:
 
 
 def test_agd_train_makes_an_adapter_of_a_checkpoint_file(trained):
-    info, adapter = checkpoint.load(trained)
+    info, adapter = adapter_file.load(trained)
     assert info.base.describe() == "SD 1.5 (EPS-prediction, 16 cross-attentions of width 320/640/1280, context 768)"
     assert info.base.fingerprint
     assert info.training["iterations"] == 2

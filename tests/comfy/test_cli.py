@@ -22,7 +22,7 @@ import tomllib
 import torch
 from PIL import Image
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.training.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +63,7 @@ def train(prompts: Path, output: Path, *more: str) -> list[str]:
 
 
 def equal_weights(first: Path, second: Path) -> bool:
-    a, b = (checkpoint.load_state(path)[1] for path in (first, second))
+    a, b = (adapter_file.load_state(path)[1] for path in (first, second))
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -75,7 +75,7 @@ def test_train_then_again_from_the_runs_config(agd, prompts, tmp_path):
     assert "loss=" in done.stderr
     assert done.stdout.count(": gap closed ") == 2
     assert "Gap closed on 1 prompts that were not trained with" in done.stdout
-    assert checkpoint.read_info(output).training["iterations"] == 4
+    assert adapter_file.read_info(output).training["iterations"] == 4
     names = {path.name for path in folder.iterdir()} - {"tensorboard"}
     assert names == {"config.toml", "metrics.jsonl", "previews", "prompts.txt", "report.txt", "training.png"}
     assert Image.open(folder / "previews" / "step-000004.png").size[1] > 256
@@ -124,8 +124,10 @@ def test_what_is_in_the_way_of_an_evaluation_is_one_sentence(agd, toy, save_adap
     adapter, text = save_adapter(toy.model), ("--prompts", "a red star")
     done = agd(*evaluate(tmp_path / "gone.safetensors", *text))
     assert (done.status, done.stderr[:29]) == (1, "agd: There is no adapter file")
-    info, weights = checkpoint.load(adapter)
-    other = checkpoint.save(tmp_path / "other.safetensors", weights, replace(info, base=replace(info.base, family="X")))
+    info, weights = adapter_file.load(adapter)
+    other = adapter_file.save(
+        tmp_path / "other.safetensors", weights, replace(info, base=replace(info.base, family="X"))
+    )
     done = agd(*evaluate(other, *text))
     assert done.status == 1
     assert "was made for X (EPS-prediction" in done.stderr
@@ -162,7 +164,7 @@ def test_recorded_then_trained_from(agd, prompts, tmp_path):
     args = ("train", *base, "--recording", str(recording), "--output", str(output), "--hidden", "8")
     done = agd(*args, "--iterations", "5", "--preview-every", "0", "--encoder-width", "8")
     assert done.status == 0, done.stderr
-    assert checkpoint.read_info(output).training["iterations"] == 5
+    assert adapter_file.read_info(output).training["iterations"] == 5
     other = agd(*args, "--batch", "8")
     assert "was made with other settings of batch" in other.stderr
 

@@ -6,10 +6,10 @@ import comfy.model_management
 import pytest
 import torch
 
-from comfyui_agd.agd_core import checkpoint
-from comfyui_agd.agd_core.comfyui.host import ComfyHost
-from comfyui_agd.agd_core.comfyui.sampler import ComfySampler
-from comfyui_agd.agd_core.comfyui.sites import is_trained_on
+from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.agd_core.comfyui.backbones.unet import is_trained_on
+from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.sampler import ComfySampler
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.training.assess import AssessConfig, assess
 from comfyui_agd.training.evaluate import sample
@@ -21,7 +21,7 @@ STEPS, OMEGA, SHAPE = 5, 4.0, (12, 8, 8)
 @pytest.mark.parametrize("rule", [GuidanceRule(), GuidanceRule("apg", threshold=1.0), GuidanceRule("cfg_zero")])
 def test_samples_are_those_of_training(toy, save_adapter, kind, rule, monkeypatch):
     monkeypatch.setattr(toy.model.model.latent_format, "scale_factor", 0.3)  # as other models have one
-    info, adapter = checkpoint.load(save_adapter(toy.model, kind=kind))
+    info, adapter = adapter_file.load(save_adapter(toy.model, kind=kind))
     host = ComfyHost(toy.model, toy.clip)
     prompt, negative = host.encode(["a red star"]) + host.encode(["a large blue ring"], "negative")
     sampler = ComfySampler(toy.model, info, adapter.state_dict(), source="a", rule=rule)
@@ -44,7 +44,7 @@ def test_samples_are_those_of_training(toy, save_adapter, kind, rule, monkeypatc
 
 
 def test_the_model_is_left_as_it_was(toy, save_adapter):
-    info, adapter = checkpoint.load(save_adapter(toy.model))
+    info, adapter = adapter_file.load(save_adapter(toy.model))
     before = {name: value.clone() for name, value in toy.model.model.state_dict().items()}
     host = ComfyHost(toy.model, toy.clip, vae=toy.vae)
     sampler = ComfySampler(toy.model, info, adapter.state_dict(), source="a")
@@ -56,7 +56,7 @@ def test_the_model_is_left_as_it_was(toy, save_adapter):
 
 
 def test_an_interrupt_comes_through(toy, save_adapter):
-    info, adapter = checkpoint.load(save_adapter(toy.model))
+    info, adapter = adapter_file.load(save_adapter(toy.model))
     host = ComfyHost(toy.model, toy.clip)
     sampler = ComfySampler(toy.model, info, adapter.state_dict(), source="a")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from killable import Commands
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.training.run_folder import RunFolder, folder_of
 
 ITERATIONS, SAVE_EVERY, KILLS = 40, 5, 6
@@ -68,7 +68,7 @@ def test_a_killed_process_goes_on_to_the_same_adapter(commands, tmp_path):
     assert saved_step(killed) > 0
     commands.start(*train(killed))
     assert commands.wait() == 0, commands.log.read_text()
-    expected, resumed = (checkpoint.load_state(path)[1] for path in (whole, killed))
+    expected, resumed = (adapter_file.load_state(path)[1] for path in (whole, killed))
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[key], expected[key]) for key in expected)
     assert steps(killed) == steps(whole) == list(range(1, ITERATIONS + 1))

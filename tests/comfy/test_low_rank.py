@@ -17,12 +17,13 @@ from companions import write_lora
 from runtime import CFG, STEPS, TinyUNet, TinyXL, in_dtype, ksampler, latent, patched, random_prompts, rows_of, tiny
 from small import info_for, randomised
 
-from comfyui_agd.agd_core import checkpoint, lora
+from comfyui_agd.agd_core import adapter_file, lora
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.comfyui import embedded, patch
-from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
-from comfyui_agd.agd_core.comfyui.host import ComfyHost
-from comfyui_agd.agd_core.comfyui.sites import UnsupportedModel, describe_base, transformers
+from comfyui_agd.agd_core.comfyui import patch
+from comfyui_agd.agd_core.comfyui.backbones.unet import UnsupportedModel, describe_base, transformers
+from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.sampling import guided_sampling
+from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 from comfyui_agd.agd_core.kinds.low_rank import key_of, layers_of
 from comfyui_agd.training.trainer import train
 
@@ -31,7 +32,7 @@ close = partial(torch.testing.assert_close, atol=2e-4, rtol=2e-4)
 
 @pytest.fixture(autouse=True)
 def unmerged(monkeypatch):
-    monkeypatch.setattr(embedded, "can_merge", lambda guider, lora: False)
+    monkeypatch.setattr(guided_sampling, "can_merge", lambda guider, lora: False)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def hooks_of(model) -> int:
 
 def with_weights(model, file, omega: float, t: float | None = None):
     """The base with the weights that the adapter is meant to give it."""
-    clone, (_, adapter) = model.clone(), checkpoint.load(file)
+    clone, (_, adapter) = model.clone(), adapter_file.load(file)
     times = torch.tensor([0.0 if t is None else t])
     prepared = adapter.prepare(torch.tensor([omega]), times, torch.zeros(1, 16, 128), dtype=torch.float32)
     blocks = transformers(model.model.diffusion_model)
@@ -194,7 +195,7 @@ def test_adapters_add_up_whatever_their_kinds(base, prompts, files, save_adapter
 
 
 def test_a_rank_beside_delta_is_both_adapters_in_one(base, prompts, save_adapter, tmp_path):
-    info, whole = checkpoint.load_state(save_adapter(base, kind="delta", rank=4, modulated=True))
+    info, whole = adapter_file.load_state(save_adapter(base, kind="delta", rank=4, modulated=True))
     inner = "sites.low_rank."
     shared = {key: value for key, value in whole.items() if not key.startswith("sites.")}
     delta = replace(info.config, rank=0)

@@ -20,10 +20,10 @@ from comfy.patcher_extension import WrappersMP
 from requeue import Session, Setting, from_scratch, write_adapter
 from runtime import CFG, STEPS, TinyUNet, custom_sampler, in_dtype, is_from, ksampler, patched, random_prompts, tiny
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter, Prepared
 from comfyui_agd.agd_core.comfyui import patch
-from comfyui_agd.agd_core.comfyui.embedded import EmbeddedGuidance, Sampling, Use
+from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import EmbeddedGuidance, Sampling, Use
 
 CPU = torch.device("cpu")
 
@@ -66,7 +66,7 @@ def either(files, request):
 
 def weights_of(file: str) -> int:
     """The bytes of an adapter file's weights."""
-    return sum(tensor.nbytes for tensor in checkpoint.load_state(file)[1].values())
+    return sum(tensor.nbytes for tensor in adapter_file.load_state(file)[1].values())
 
 
 def patcher_of(model):

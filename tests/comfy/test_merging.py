@@ -14,7 +14,8 @@ from comfy_extras import nodes_hooks
 from companions import write_lora
 from runtime import CFG, STEPS, TinyUNet, custom_sampler, in_dtype, ksampler, patched, rows_of, since
 
-from comfyui_agd.agd_core.comfyui import embedded, patch
+from comfyui_agd.agd_core.comfyui import patch
+from comfyui_agd.agd_core.comfyui.sampling import guided_sampling
 
 HOW = {"low_rank": {"kind": "low_rank"}, "delta": {"kind": "delta", "rank": 4}}
 
@@ -43,7 +44,7 @@ def unmerged(monkeypatch):
 
     def sample(run, *args, **kwargs):
         with monkeypatch.context() as context:
-            context.setattr(embedded, "can_merge", lambda guider, lora: False)
+            context.setattr(guided_sampling, "can_merge", lambda guider, lora: False)
             return run(*args, **kwargs)
 
     return sample

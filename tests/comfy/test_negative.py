@@ -23,8 +23,8 @@ from runtime import (
 )
 
 from comfyui_agd.agd_core.attention_guidance import NAME, attention_guidance
-from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
-from comfyui_agd.agd_core.comfyui.sites import block_of, describe_base, transformers
+from comfyui_agd.agd_core.comfyui.backbones.unet import block_of, describe_base, transformers
+from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 
 close = partial(torch.testing.assert_close, atol=2e-4, rtol=2e-4)
 

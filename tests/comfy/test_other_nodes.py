@@ -14,8 +14,8 @@ from comfy_extras import nodes_context_windows, nodes_model_advanced
 from comfy_extras import nodes_custom_sampler as custom
 from runtime import CFG, STEPS, Prompts, ksampler, ksampler_advanced, latent, patched, random_prompts, rows_of, since
 
-from comfyui_agd.agd_core.checkpoint import AdapterFileError
-from comfyui_agd.agd_core.comfyui.alternating import alternate
+from comfyui_agd.agd_core.adapter_file import AdapterFileError
+from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
 
 HOW = {"delta": {"kind": "delta"}, "rank": {"kind": "delta", "rank": 2}, "cross_attention": {"kind": "cross_attention"}}
 close = partial(torch.testing.assert_close, atol=5e-4, rtol=5e-4)

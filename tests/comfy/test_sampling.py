@@ -18,11 +18,11 @@ from runtime import (
 )
 from small import info_for, randomised
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.checkpoint import AdapterFileError
-from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
-from comfyui_agd.agd_core.comfyui.sites import describe_base
+from comfyui_agd.agd_core.adapter_file import AdapterFileError
+from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
+from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_an_adapter_of_another_base_is_refused(base, save_adapter):
 def test_the_adapter_is_a_model_of_its_own_to_the_memory_manager(base, prompts, file):
     model = patched(base, file)
     (adapter,) = model.get_nested_additional_models()
-    info, loaded = checkpoint.load(file)
+    info, loaded = adapter_file.load(file)
     assert adapter.model_size() == sum(t.numel() * t.element_size() for t in loaded.state_dict().values())
     assert loaded.parameter_count() == Adapter(info.config).parameter_count()
 

@@ -8,9 +8,9 @@ from small import randomised
 from torch._subclasses.fake_tensor import FakeTensor
 
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.comfyui import trace
-from comfyui_agd.agd_core.comfyui.checkpointing import checkpointed
-from comfyui_agd.agd_core.comfyui.host import ComfyHost, EncodedPrompt
+from comfyui_agd.agd_core.comfyui.model import tracing
+from comfyui_agd.agd_core.comfyui.model.activation_checkpointing import checkpointed
+from comfyui_agd.agd_core.comfyui.model.host import ComfyHost, EncodedPrompt
 from comfyui_agd.agd_core.config import KINDS, AdapterConfig
 
 SHAPE = 12, 32, 32
@@ -45,11 +45,11 @@ def in_dtype(stored: torch.dtype, computed: torch.dtype | None = None):
     return comfy.model_patcher.CoreModelPatcher(config.get_model({}), load_device=cpu, offload_device=cpu)
 
 
-def student(host, rows: int = 2, checkpointing: bool = False, shape=SHAPE) -> trace.Traced:
+def student(host, rows: int = 2, checkpointing: bool = False, shape=SHAPE) -> tracing.Traced:
     return host.trace_student(config_of(host), shape, rows, checkpointing)
 
 
-def computed(host, rows: int, kind: str) -> trace.Traced:
+def computed(host, rows: int, kind: str) -> tracing.Traced:
     """As `student`, but counted while it is really computed."""
     adapter = randomised(Adapter(config_of(host, kind)))
     for parameter in adapter.parameters():
@@ -57,7 +57,7 @@ def computed(host, rows: int, kind: str) -> trace.Traced:
     x, conds = torch.randn(rows, *SHAPE), host._conditions([host._example] * rows, torch.Size([rows, *SHAPE]))
     unwanted = conds if adapter.uses_negative else {}
     options = host._with(adapter, torch.full((rows,), 4.0), unwanted, host._options)
-    with trace.Counter() as counter:
+    with tracing.Counter() as counter:
         (host._evaluate(x, torch.ones(rows), conds, options) - x).square().mean().backward()
     return counter.traced()
 
@@ -76,7 +76,7 @@ def test_the_student_costs_what_it_costs_when_it_is_computed(toy, config, checkp
 
 def test_the_teacher_costs_what_it_costs_when_it_is_computed(host):
     prompts, x = [host._example] * 2, torch.randn(2, *SHAPE)
-    with host.session(), trace.Counter() as counter:
+    with host.session(), tracing.Counter() as counter:
         host.denoise(x, torch.ones(2), prompts)
     found = host.trace_teacher(SHAPE, 2)
     assert found.peak_bytes == pytest.approx(counter.peak_bytes, rel=0.02)
@@ -161,7 +161,7 @@ def test_the_model_is_left_as_it_was_by_an_error(host):
     model = host._model.model
     kept = everything_in(model)
     with pytest.raises(ZeroDivisionError):
-        trace.student(model, fail, config_of(host), SHAPE, 1, checkpointing=True)
+        tracing.student(model, fail, config_of(host), SHAPE, 1, checkpointing=True)
     assert everything_in(model) == kept
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -174,14 +174,14 @@ def test_tracing_works_under_inference_mode_as_nodes_run(host):
 
 def test_the_counter_counts_what_is_alive_and_what_is_multiplied():
     a, q = torch.ones(4, 8), torch.ones(2, 3, 5, 16)
-    with trace.Counter() as counter:
+    with tracing.Counter() as counter:
         a.t()[1:].add_(1)  # views and changes in place take nothing
         assert counter.live_bytes == 0
         b = a @ a.t()
         assert counter.live_bytes == 4 * 4 * 4
         del b
         assert counter.live_bytes == 0
-        assert counter.traced() == trace.Traced(4 * 4 * 4, 2 * 4 * 4 * 8)
+        assert counter.traced() == tracing.Traced(4 * 4 * 4, 2 * 4 * 4 * 8)
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert counter.flops == 2 * 4 * 4 * 8 + 2 * (2 * 2 * 3 * 5 * 5 * 16)
 

@@ -8,9 +8,9 @@ from analytic import CONFIG as ANALYTIC
 from analytic import PROMPTS, Stopped, assert_same, stop_after
 from runtime import TinyUNet, ksampler, patched, tiny
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.comfyui.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
 from comfyui_agd.agd_core.config import KINDS
 from comfyui_agd.training.evaluate import evaluate, follow_teacher
 from comfyui_agd.training.trainer import Callbacks, train
@@ -117,7 +117,7 @@ def test_the_base_samples_the_same_pictures_after_training(base, host, toy_promp
 def test_sampling_with_the_file_gives_what_training_saw(base, new_host, toy_prompts, tmp_path):
     """One path: the student in training and the patched model in the sampler are the same function."""
     trained, host = train(new_host(), PROMPTS, CONFIG), new_host()
-    file = checkpoint.save(tmp_path / "a.safetensors", trained.adapter, trained.info)
+    file = adapter_file.save(tmp_path / "a.safetensors", trained.adapter, trained.info)
     x, omega = torch.randn(1, 12, 8, 8), 4.0
     sigma = host.sigmas("normal", 4)[:1]
     prompt = "a small red circle left of a large green star on a white background"

@@ -13,7 +13,7 @@ from graphs import base_graph, pixels, with_adapter
 from live_server import PromptError, Server
 from requeue import load_base, write_adapter
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 
 pytestmark = pytest.mark.slow
 MEGABYTE = 2**20
@@ -162,10 +162,10 @@ def test_a_file_deleted_while_its_prompt_waits_in_the_queue_is_the_same_error(se
 
 
 def with_nan(file: Path) -> None:
-    info, adapter = checkpoint.load(file)
+    info, adapter = adapter_file.load(file)
     with torch.no_grad():
         next(adapter.parameters()).view(-1)[0] = torch.nan
-    checkpoint.save(file, adapter, info)
+    adapter_file.save(file, adapter, info)
 
 
 def truncated(file: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from graphs import base_graph, pixels, with_adapter
 from live_server import ROOT, PromptError, Server, to_api
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 PROMPTS = "\n".join(
@@ -124,7 +124,7 @@ def test_an_adapter_is_trained_where_the_loader_finds_it(server, trained):
     info = server.get("/object_info/AGDAdapterLoader")["AGDAdapterLoader"]
     (kind, options) = info["input"]["required"]["adapter_name"]
     assert trained in (kind if isinstance(kind, list) else options["options"])
-    described = checkpoint.load_state(server.adapters / trained)[0]
+    described = adapter_file.load_state(server.adapters / trained)[0]
     assert described.training["iterations"] == 40
     assert described.omega_range == (1.0, 6.0)
 
@@ -150,10 +150,10 @@ def test_a_changed_file_is_noticed(server, trained):
     copy = server.adapters / "changing.safetensors"
     copy.write_bytes((server.adapters / trained).read_bytes())
     first = server.image(server.run(with_adapter(base_graph(), copy.name)), "save")
-    info, adapter = checkpoint.load(copy)
+    info, adapter = adapter_file.load(copy)
     for parameter in adapter.parameters():
         parameter.data *= 1.5
-    checkpoint.save(copy, adapter, info)
+    adapter_file.save(copy, adapter, info)
     second = server.image(server.run(with_adapter(base_graph(), copy.name)), "save")
     assert not np.array_equal(pixels(first), pixels(second))
 
@@ -235,10 +235,10 @@ def test_the_negative_prompt_is_heard_with_a_trained_adapter_and_without_trainin
 
 def test_a_calibrated_adapter_is_where_training_may_begin(server):
     server.run(train_graph("calibrated", 5, kind="scale"))
-    assert checkpoint.read_info(server.adapters / "calibrated.safetensors").config.kind == "scale"
+    assert adapter_file.read_info(server.adapters / "calibrated.safetensors").config.kind == "scale"
     server.run(train_graph("begun", 2, start="calibrated.safetensors", learning_rate=1e-9))
     begun, calibrated = (
-        checkpoint.load_state(server.adapters / f"{name}.safetensors")[1] for name in ("begun", "calibrated")
+        adapter_file.load_state(server.adapters / f"{name}.safetensors")[1] for name in ("begun", "calibrated")
     )
     found, start = begun["sites.scale.to_scale.weight"], calibrated["sites.to_scale.weight"]
     assert np.allclose(found.numpy(), start.numpy(), atol=1e-6)
@@ -339,9 +339,9 @@ def test_an_interrupt_ends_an_evaluation(server, trained):
 
 
 def test_an_adapter_of_other_weights_is_said_to_be_one(server, trained):
-    info, adapter = checkpoint.load(server.adapters / trained)
+    info, adapter = adapter_file.load(server.adapters / trained)
     sibling = replace(info, base=replace(info.base, fingerprint="another"))
-    checkpoint.save(server.adapters / "sibling.safetensors", adapter, sibling)
+    adapter_file.save(server.adapters / "sibling.safetensors", adapter, sibling)
     server.run(with_adapter(base_graph(), "sibling.safetensors"))
     assert server.texts["agd"].startswith("Trained on other weights: see how it fits with AGD Evaluate.")
     server.run(evaluate_graph(adapter_name="sibling.safetensors"))

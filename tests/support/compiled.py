@@ -27,10 +27,10 @@ from comfy_extras.nodes_torch_compile import TorchCompileModel  # noqa: E402
 from runtime import ksampler, patched, random_prompts, tiny  # noqa: E402
 from small import info_for, randomised  # noqa: E402
 
-from comfyui_agd.agd_core import alternating, checkpoint  # noqa: E402
+from comfyui_agd.agd_core import adapter_file, alternating  # noqa: E402
 from comfyui_agd.agd_core.adapter import Adapter  # noqa: E402
-from comfyui_agd.agd_core.comfyui.alternating import alternate  # noqa: E402
-from comfyui_agd.agd_core.comfyui.sites import describe_base  # noqa: E402
+from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base  # noqa: E402
+from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate  # noqa: E402
 from comfyui_agd.examples.toy.model import ToyConfig  # noqa: E402
 
 
@@ -48,7 +48,7 @@ def adapter(name: str, seed: int, **config) -> Path:
     info = info_for(describe_base(BASE.model), hidden=8, encoder_width=8, prompt_tokens=16, **config)
     made = randomised(Adapter(info.config), seed=seed)
     made.unconditional.copy_(PROMPTS.negative[0][0][0])
-    return checkpoint.save(folder / f"{name}.safetensors", made, info)
+    return adapter_file.save(folder / f"{name}.safetensors", made, info)
 
 
 def compile_it(model):

@@ -43,7 +43,7 @@ def _serve(log: Path) -> None:
 
     use_comfyui(cpu=True)
 
-    import comfyui_agd.agd_core.comfyui.host
+    import comfyui_agd.agd_core.comfyui.model.host
     import comfyui_agd.examples.toy.model  # noqa: F401
 
     # Planning takes longer than all of a small run.

@@ -19,9 +19,9 @@ import torch
 from runtime import TinyUNet, ksampler, patched, random_prompts, tiny
 from small import info_for, randomised
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.comfyui.sites import describe_base
+from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
 from comfyui_agd.examples.toy.model import load_unet
 
 
@@ -46,7 +46,7 @@ def write_adapter(folder: Path, model, seed: int = 0, **config) -> str:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapter = randomised(Adapter(info.config), seed)
-    return str(checkpoint.save(folder / f"adapter_{seed}.safetensors", adapter, info))
+    return str(adapter_file.save(folder / f"adapter_{seed}.safetensors", adapter, info))
 
 
 class Session:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as custom
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.comfyui.counting import counted
-from comfyui_agd.agd_core.comfyui.embedded import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 from comfyui_agd.examples.toy.model import ToyConfig
 from comfyui_agd.examples.toy.train import initialise
 
@@ -97,7 +97,7 @@ def random_prompts(context_dim: int = 128, pooled: int = 128, lengths=(16, 16), 
 
 
 def patched(model, file, **options):
-    return apply_adapter(model, *checkpoint.load_state(file), source=str(file), **options)
+    return apply_adapter(model, *adapter_file.load_state(file), source=str(file), **options)
 
 
 def latent(batch: int = 1, height: int = 8, width: int = 8, channels: int = 12) -> dict:

@@ -3,7 +3,7 @@
 import torch
 
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.checkpoint import AdapterInfo
+from comfyui_agd.agd_core.adapter_file import AdapterInfo
 from comfyui_agd.agd_core.config import AdapterConfig, BaseInfo, Site
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.examples.toy import demo
 from comfyui_agd.examples.toy.measure import omega_star
 
@@ -32,7 +32,7 @@ def test_the_demo_writes_what_it_promises_and_no_figure_of_too_few_pictures(tmp_
     assert report["speedup"] is None
     for key in ("prompt_accuracy", "frechet_to_real"):
         assert {report[key]["unguided"], *report[key]["cfg"].values(), *report[key]["agd"].values()} == {None}
-    assert checkpoint.read_info(tmp_path / "adapter.safetensors").training["iterations"] == 12
+    assert adapter_file.read_info(tmp_path / "adapter.safetensors").training["iterations"] == 12
     assert Image.open(tmp_path / "comparison.png").width > 1000
     assert Image.open(tmp_path / "loss.png").size == (800, 400)
     table = capsys.readouterr().out

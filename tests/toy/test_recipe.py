@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from comfyui_agd.agd_core.comfyui.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
 from comfyui_agd.benchmarks import recipe
 from comfyui_agd.examples.toy.sampling import Toy, held_out_captions
 

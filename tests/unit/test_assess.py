@@ -12,7 +12,7 @@ from PIL import Image
 from small import info_for, randomised
 
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.checkpoint import AdapterFileError
+from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.guidance import cfg
 from comfyui_agd.training.assess import AssessConfig, _of_sums, assess, rule_of
 from comfyui_agd.training.assessment import Estimate, Transfer

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from small import info_for, randomised
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.lora import export, lora, module_path
 from comfyui_agd.training import cli
@@ -20,7 +20,7 @@ def info(base):
 
 @pytest.fixture
 def file(info, tmp_path):
-    return checkpoint.save(tmp_path / "adapter.safetensors", randomised(Adapter(info.config)), info)
+    return adapter_file.save(tmp_path / "adapter.safetensors", randomised(Adapter(info.config)), info)
 
 
 def test_names_are_those_of_the_unets_modules():
@@ -30,7 +30,7 @@ def test_names_are_those_of_the_unets_modules():
 
 
 def test_the_strength_is_in_the_file(file):
-    info, state = checkpoint.load_state(file)
+    info, state = adapter_file.load_state(file)
     found, name = lora(info, state, 4.0), "lora_unet_middle_block_1_transformer_blocks_0_ff_net_0_proj"
     assert len(found) == 3 * 10 * 2
     assert found[f"{name}.lora_up.weight"].shape == (8 * 32, 3)
@@ -59,7 +59,7 @@ def test_the_command_writes_what_lora_tools_read(file, tmp_path, capsys):
 )
 def test_what_no_lora_can_be_is_refused(info, tmp_path, capsys, config, kind):
     info = replace(info, config=replace(info.config, **config))
-    file = checkpoint.save(tmp_path / "other.safetensors", Adapter(info.config), info)
+    file = adapter_file.save(tmp_path / "other.safetensors", Adapter(info.config), info)
     assert cli.main(["export", str(file), str(tmp_path / "lora.safetensors"), "--omega", "5"]) == 1
     assert f"This adapter is {kind}, which no LoRA can express" in capsys.readouterr().err
     assert not (tmp_path / "lora.safetensors").exists()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_same, stop_after
 
-from comfyui_agd.agd_core import checkpoint
-from comfyui_agd.agd_core.checkpoint import AdapterFileError
+from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.presets import settings_for
@@ -23,7 +23,7 @@ NEGATIVE = ["", "a blot"]
 def save(tmp_path):
     def save(**settings):
         trained = train(AnalyticHost(), PROMPTS, replace(SHORT, **settings), negative=NEGATIVE)
-        return checkpoint.save(tmp_path / f"{settings['kind']}.safetensors", trained.adapter, trained.info)
+        return adapter_file.save(tmp_path / f"{settings['kind']}.safetensors", trained.adapter, trained.info)
 
     return save
 
@@ -37,13 +37,13 @@ def begun(start, **settings):
 @pytest.mark.parametrize("kind", ["delta", "scale", "cross_attention"])
 def test_one_of_the_same_kind_goes_on(save, kind):
     file = save(kind=kind)
-    expected, found = checkpoint.load_state(file)[1], begun(file, kind=kind)
+    expected, found = adapter_file.load_state(file)[1], begun(file, kind=kind)
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_a_calibrated_one_is_the_scale_of_delta(save):
     file = save(kind="scale", learning_rate=0.1)
-    calibrated, found = checkpoint.load_state(file)[1]["sites.to_scale.weight"], begun(file, kind="delta")
+    calibrated, found = adapter_file.load_state(file)[1]["sites.to_scale.weight"], begun(file, kind="delta")
     assert torch.equal(found["sites.scale.to_scale.weight"], calibrated)
     assert not torch.equal(begun(None, kind="delta")["sites.scale.to_scale.weight"], calibrated)
 
@@ -55,9 +55,9 @@ def test_one_that_does_not_fit_is_refused(save, other):
 
 
 def test_one_of_another_base_is_refused(save, tmp_path):
-    info, adapter = checkpoint.load(save(kind="delta"))
+    info, adapter = adapter_file.load(save(kind="delta"))
     other = replace(info, base=BaseInfo("Other", "V_PREDICTION", info.base.sites))
-    file = checkpoint.save(tmp_path / "other.safetensors", adapter, other)
+    file = adapter_file.save(tmp_path / "other.safetensors", adapter, other)
     with pytest.raises(AdapterFileError, match="was made for Other"):
         begun(file, kind="delta")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_close, assert_same, stop_after, weights
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.guidance import RULES, GuidanceRule, per_row
 from comfyui_agd.training import trainer
 from comfyui_agd.training.config import TrainConfig
@@ -234,7 +234,7 @@ def test_the_best_measured_adapter_comes_out_not_the_last(folder, monkeypatch):
     assert trained.info.training["iterations"] == 12
     assert trained.info.training["gap_closed"] == {"3": 0.2}
     assert not torch.equal(weights(trained), weights(at_10))
-    info, saved = checkpoint.load(folder / "best.safetensors")
+    info, saved = adapter_file.load(folder / "best.safetensors")
     assert info.training["step"] == 5
     for key, value in trained.adapter.state_dict().items():
         assert torch.equal(value, saved.state_dict()[key])
@@ -389,7 +389,7 @@ def test_a_run_learns_the_teacher_that_it_was_told(name, monkeypatch):
     assert asked["measured"] == {config.rule}
     assert [title.split()[0].lower() for title in shown[0]] == [name.split("_")[0], "agd"]
     assert trained.info.training["config"]["teacher"] == name
-    assert f'"teacher": "{name}"' in checkpoint.describe(trained.info, "a.safetensors")
+    assert f'"teacher": "{name}"' in adapter_file.describe(trained.info, "a.safetensors")
     assert trained.losses != train(AnalyticHost(), PROMPTS, replace(config, teacher="cfg")).losses
 
 

@@ -11,9 +11,9 @@ from runtime import TwoWidths, tiny
 from small import info_for, randomised
 from workflows import LORA, OTHER_LORA, PROMPTS
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.comfyui.sites import describe_base
+from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
 
 
 @pytest.fixture(scope="package")
@@ -37,7 +37,7 @@ def adapters(base, tmp_path_factory):
         torch.manual_seed(3)
         adapter = make(Adapter(info.config))
         adapter.unconditional.copy_(PROMPTS.negative[0][0][0])
-        return checkpoint.save(tmp_path_factory.mktemp("adapters") / "adapter.safetensors", adapter, info)
+        return adapter_file.save(tmp_path_factory.mktemp("adapters") / "adapter.safetensors", adapter, info)
 
     return save
 

@@ -12,7 +12,7 @@ from runtime import ksampler, patched, since
 from workflows import AROUND, PROMPTS, ROWS, Row, Watch, no_agd
 
 from comfyui_agd.agd_core import alternating
-from comfyui_agd.agd_core.comfyui.alternating import alternate
+from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "compatibility.md"
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from comfy.samplers import CFGGuider
 
-from ..layers import fit_rows
-from .sites import transformers
+from ...layers import fit_rows
+from ..backbones.unet import transformers
 
 # Context windows cut a negative that has a row for each picture anew in every window; those of a few are kept.
 _KEPT = 8

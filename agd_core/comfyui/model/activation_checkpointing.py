@@ -12,8 +12,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .patch import PREPARED, adapted_linears
-from .sites import site_name
+from ..backbones.unet import site_name
+from ..patch import PREPARED, adapted_linears
 
 
 def _as_of_now(kwargs: dict) -> dict:

@@ -20,11 +20,11 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider, Sampler
 from torch import nn
 
-from ..alternating import AlternatingGuidance
+from ...alternating import AlternatingGuidance
+from ..patch import KEY, is_compiled
 from .negatives import covers
-from .patch import KEY, is_compiled
 from .steps import BeginAgain, CfgOverride, Itself, Span, copied, name_of_guider, once, say_in_log
-from .unconditional import (
+from .uncond_consumers import (
     EVALUATES_BOTH,
     PRE_CFG,
     Given,

@@ -17,11 +17,11 @@ from .steps import Itself
 EVALUATES_BOTH = "sampler_calc_cond_batch_function"
 POST_CFG = "sampler_post_cfg_function"
 PRE_CFG = "sampler_pre_cfg_function"
-_OURS = __name__.rpartition(".")[0]
+_OURS = __name__.rpartition(".sampling.")[0]  # agd_core.comfyui
 
 
 def _is_ours(function: Callable) -> bool:
-    return getattr(function, "__module__", "").rpartition(".")[0] == _OURS
+    return getattr(function, "__module__", "").startswith(f"{_OURS}.")
 
 
 def name_of(function: Callable, sampler: Sampler | None) -> str:

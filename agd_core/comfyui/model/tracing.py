@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..adapter import Adapter
-from ..config import AdapterConfig
-from ..mixed_precision import MixedPrecision
-from .checkpointing import checkpointed
+from ...adapter import Adapter
+from ...config import AdapterConfig
+from ...mixed_precision import MixedPrecision
+from .activation_checkpointing import checkpointed
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider, Sampler
 
-from ..checkpoint import AdapterFileError, AdapterInfo, check_base
-from ..lora import low_rank_part
+from ...adapter_file import AdapterFileError, AdapterInfo, check_base
+from ...lora import low_rank_part
+from ..backbones.unet import check_linear_layers, describe_base
+from ..patch import KEY, Active, Broken, Step, is_compiled, managed, register, without_compile
 from .merging import can_merge, merged_into
 from .negatives import NegativePrompts, Share, area_of, mean_token, with_context
-from .patch import KEY, Active, Broken, Step, is_compiled, managed, register, without_compile
-from .sites import check_linear_layers, describe_base
 from .steps import BeginAgain, CfgOverride, Itself, Span, as_scale, copied, name_of_guider, once, say_in_log
-from .unconditional import PRE_CFG, Given, name_of, names_of, post_cfg, unwatch, watch_use, who_combines
+from .uncond_consumers import PRE_CFG, Given, name_of, names_of, post_cfg, unwatch, watch_use, who_combines
 
 # Latents of up to twice the pixels of a trained size, or down to half of them, are not worth a word.
 _FAR = 2.0

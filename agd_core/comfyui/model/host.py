@@ -20,13 +20,13 @@ from comfy.patcher_extension import merge_nested_dicts
 from PIL import Image
 from torch import nn
 
-from ..adapter import Adapter
-from ..config import AdapterConfig
-from . import trace
-from .checkpointing import checkpointed, largest_block_bytes
-from .negatives import Negative, Share
-from .patch import Active, Step, register, take_part, without_compile
-from .sites import describe_base, fingerprint
+from ...adapter import Adapter
+from ...config import AdapterConfig
+from ..backbones.unet import describe_base, fingerprint
+from ..patch import Active, Step, register, take_part, without_compile
+from ..sampling.negatives import Negative, Share
+from . import tracing
+from .activation_checkpointing import checkpointed, largest_block_bytes
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def options_of(model: comfy.model_patcher.ModelPatcher) -> dict:
     options = comfy.model_patcher.create_model_options_clone(model.model_options)["transformer_options"]
     merge_nested_dicts(options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
     merge_nested_dicts(options.setdefault("callbacks", {}), model.callbacks, copy_dict1=False)
-    return {**without_compile(options), **trace.FUSED_ATTENTION}
+    return {**without_compile(options), **tracing.FUSED_ATTENTION}
 
 
 def at_sigma(options: dict, sigma: torch.Tensor) -> dict:
@@ -300,7 +300,7 @@ class ComfyHost:
 
     def trace_student(
         self, config: AdapterConfig, shape: tuple[int, int, int], rows: int, checkpointing: bool
-    ) -> trace.Traced:
+    ) -> tracing.Traced:
         """What the student's forward and backward pass take for `rows` latents of `shape`; nothing is computed.
 
         Here and in `trace_teacher` the prompt is the last that was encoded.
@@ -311,12 +311,14 @@ class ComfyHost:
             unwanted = conds if adapter.uses_negative else {}
             return self._evaluate(x, sigma, conds, self._with(adapter, omega, unwanted, options))
 
-        return trace.student(self._model.model, evaluate, config, shape, rows, checkpointing=checkpointing)
+        return tracing.student(self._model.model, evaluate, config, shape, rows, checkpointing=checkpointing)
 
-    def trace_teacher(self, shape: tuple[int, int, int], rows: int) -> trace.Traced:
+    def trace_teacher(self, shape: tuple[int, int, int], rows: int) -> tracing.Traced:
         """As `trace_student`, for `denoise`."""
         conds, options = self._conditions([self._example] * rows, torch.Size([rows, *shape])), options_of(self._model)
-        return trace.teacher(self._model.model, lambda x, sigma: self._evaluate(x, sigma, conds, options), shape, rows)
+        return tracing.teacher(
+            self._model.model, lambda x, sigma: self._evaluate(x, sigma, conds, options), shape, rows
+        )
 
     def matmul_rate(self) -> float:
         """FLOP/s of a large matrix product in the dtype that the base computes in."""

@@ -9,15 +9,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from comfyui_agd.agd_core import checkpoint
+from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.checkpoint import AdapterFileError
+from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.config import KINDS, Site
 
 
 @pytest.fixture
 def file(tmp_path, adapter, info):
-    return checkpoint.save(tmp_path / "adapter.safetensors", adapter, info)
+    return adapter_file.save(tmp_path / "adapter.safetensors", adapter, info)
 
 
 def rewrite(file, change_state=lambda state: None, change_data=lambda data: None) -> None:
@@ -36,9 +36,9 @@ def test_round_trip(tmp_path, info, kind, omega_embedding):
     info = dataclasses.replace(info, config=config, resolutions=((8, 12),), training={"iterations": 3})
     torch.manual_seed(1)
     adapter = Adapter(config)
-    file = checkpoint.save(tmp_path / "a.safetensors", adapter, info)
+    file = adapter_file.save(tmp_path / "a.safetensors", adapter, info)
     torch.manual_seed(2)
-    loaded_info, loaded = checkpoint.load(file)
+    loaded_info, loaded = adapter_file.load(file)
     assert loaded_info == info
     expected = adapter.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
@@ -46,7 +46,7 @@ def test_round_trip(tmp_path, info, kind, omega_embedding):
 
 
 def test_inspect_shows_what_matters(file, info):
-    text = checkpoint.describe(checkpoint.read_info(file), file)
+    text = adapter_file.describe(adapter_file.read_info(file), file)
     for part in ("Small (EPS-prediction, 2 cross-attentions", "delta, hidden 8", "1 to 12", "empty prompt"):
         assert part in text
 
@@ -58,7 +58,7 @@ def test_inspect_shows_what_matters(file, info):
 )
 def test_inspect_shows_the_rank(info, settings, shown, modulated):
     config = dataclasses.replace(info.config, modulated=modulated, **settings)
-    text = checkpoint.describe(dataclasses.replace(info, config=config), "a.safetensors")
+    text = adapter_file.describe(dataclasses.replace(info, config=config), "a.safetensors")
     assert f"{shown}, rank 5{', modulated' if modulated else ''}, {Adapter(config).parameter_count():,} " in text
 
 
@@ -72,38 +72,38 @@ def test_other_tools_find_modelspec_fields(file):
 
 def test_missing_file(tmp_path):
     with pytest.raises(AdapterFileError, match=r"There is no adapter file .*gone.safetensors"):
-        checkpoint.load(tmp_path / "gone.safetensors")
+        adapter_file.load(tmp_path / "gone.safetensors")
 
 
 def test_corrupted_file(file):
     file.write_bytes(b"not a tensor in sight")
     with pytest.raises(AdapterFileError, match=r"21 bytes\) is not a readable safetensors file"):
-        checkpoint.load(file)
+        adapter_file.load(file)
 
 
 def test_truncated_file(file):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(AdapterFileError, match="damaged or incomplete"):
-        checkpoint.load(file)
+        adapter_file.load(file)
 
 
 def test_foreign_file(tmp_path):
     file = tmp_path / "lora.safetensors"
     save_file({"lora_up.weight": torch.zeros(2)}, str(file), {"ss_network_dim": "4"})
     with pytest.raises(AdapterFileError, match=r"no AGD adapter.*found: ss_network_dim"):
-        checkpoint.load(file)
+        adapter_file.load(file)
 
 
 def test_newer_format(file):
     rewrite(file, change_data=lambda data: data.update(format_version=99))
     with pytest.raises(AdapterFileError, match=r"newer AGD: update the node pack.*format 99.*reads up to 1"):
-        checkpoint.load(file)
+        adapter_file.load(file)
 
 
 def test_damaged_description(file):
     rewrite(file, change_data=lambda data: data["config"].pop("hidden"))
     with pytest.raises(AdapterFileError, match=r"missing fields \['hidden'\]"):
-        checkpoint.load(file)
+        adapter_file.load(file)
 
 
 def test_every_offending_key_is_named(file):
@@ -115,7 +115,7 @@ def test_every_offending_key_is_named(file):
 
     rewrite(file, damage)
     with pytest.raises(AdapterFileError) as error:
-        checkpoint.load(file)
+        adapter_file.load(file)
     for part in (
         "encoders.0.omega.0.bias: missing",
         "stranger: unknown",
@@ -149,7 +149,7 @@ def test_another_base_is_refused_in_the_users_words_first(info, base, theirs, yo
     sites = (base.sites[0], Site("middle_0_0", 64, 16))
     other = dataclasses.replace(base, family=yours[0], prediction=yours[1], sites=sites)
     with pytest.raises(AdapterFileError) as refused:
-        checkpoint.check_base(mine, other, "a.safetensors")
+        adapter_file.check_base(mine, other, "a.safetensors")
     what, remedy, details = re.fullmatch(r"(.+?\.) (Choose .+?\.) (Details: .+)", str(refused.value)).groups()
     assert what == sentence
     assert "train one with AGD Train, or choose 'training-free' in AGD Adapter Loader" in remedy
@@ -159,17 +159,17 @@ def test_another_base_is_refused_in_the_users_words_first(info, base, theirs, yo
 
 def test_another_prediction_alone_is_refused(info, base):
     with pytest.raises(AdapterFileError, match=r"EPS-prediction.*V_PREDICTION-prediction.*\)\.$"):
-        checkpoint.check_base(info, dataclasses.replace(base, prediction="V_PREDICTION"), "a.safetensors")
+        adapter_file.check_base(info, dataclasses.replace(base, prediction="V_PREDICTION"), "a.safetensors")
 
 
 def test_a_sibling_with_other_weights_is_taken(info, base):
-    checkpoint.check_base(info, dataclasses.replace(base, fingerprint="other"), "a.safetensors")
+    adapter_file.check_base(info, dataclasses.replace(base, fingerprint="other"), "a.safetensors")
 
 
 def test_a_failed_save_leaves_the_old_file(file, adapter, info, monkeypatch):
     before = file.read_bytes()
-    monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(adapter_file, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(AdapterFileError, match=r"could not be saved as .* \(disk full\); make room"):
-        checkpoint.save(file, adapter, info)
+        adapter_file.save(file, adapter, info)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]

@@ -7,12 +7,12 @@ import comfy.sample
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..checkpoint import AdapterInfo
-from ..guidance import GuidanceRule
-from .counting import counted
-from .embedded import apply_adapter
+from ...adapter_file import AdapterInfo
+from ...guidance import GuidanceRule
+from ..counting import counted
+from ..patch import KEY
+from ..sampling.guided_sampling import apply_adapter
 from .host import EncodedPrompt
-from .patch import KEY
 
 
 def guided_by(model: comfy.model_patcher.ModelPatcher, rule: GuidanceRule) -> comfy.model_patcher.ModelPatcher:

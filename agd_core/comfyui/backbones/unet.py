@@ -8,9 +8,9 @@ import torch
 from comfy import model_sampling
 from torch import nn
 
-from ..config import BaseInfo, Site
-from ..errors import AGDError
-from ..kinds.low_rank import layers_of
+from ...config import BaseInfo, Site
+from ...errors import AGDError
+from ...kinds.low_rank import layers_of
 
 # How the model's output is read, under the names of ComfyUI's ModelType; subclasses come first.
 _PREDICTIONS = (

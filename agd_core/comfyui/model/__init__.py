@@ -1,0 +1,1 @@
+"""A base as the trainer sees it: denoising, encoding, memory."""

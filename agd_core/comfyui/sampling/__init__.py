@@ -1,0 +1,1 @@
+"""A MODEL that samples with guidance embedded."""
