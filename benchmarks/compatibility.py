@@ -10,7 +10,6 @@ compatibility.json.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,6 @@ import torch
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.benchmarks.output import made_on, publish, with_errors
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 PICTURES, QUICK = 64, 16
 _CAPTIONS_SEED, _NOISE_SEED = 41, 9
@@ -36,7 +33,8 @@ class Case:
 
 def cases() -> dict[str, Case]:
     from comfy_extras import nodes_easycache
-    from workflows import NODES
+
+    from comfyui_agd.tests.support.workflows import NODES
 
     # CFGOverride and the attention's replacement are none of guidance; ComfyUI's TSR takes one picture at a time.
     left_out = ("CFGOverride", "attn2 replacement", "TSR")

@@ -8,12 +8,9 @@ negative prompt, is listed apart.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.benchmarks.inference import ADAPTERS
@@ -26,7 +23,6 @@ _TOKENS = 77
 def count(name: str, pixels: int) -> list[dict]:
     """A row per adapter."""
     import comfy.model_patcher
-    from checkpoints import on_meta
 
     from comfyui_agd.agd_core.adapter import Adapter
     from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
@@ -36,6 +32,7 @@ def count(name: str, pixels: int) -> list[dict]:
     from comfyui_agd.agd_core.comfyui.sampling.negatives import Negative, Share
     from comfyui_agd.agd_core.config import AdapterConfig
     from comfyui_agd.agd_core.mixed_precision import MixedPrecision
+    from comfyui_agd.tests.support.checkpoints import on_meta
 
     model, meta = on_meta(name), torch.device("meta")
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=meta, offload_device=meta)

@@ -29,8 +29,6 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
-
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 
 # Our re-implementation of the paper's adapter, which differs from the authors' own in size and form (docs/method.md).
@@ -143,14 +141,14 @@ def sampling_of(model, cfg: float, case: Case, clock: Clock) -> Callable[[int], 
 
 def make_methods(case: Case, dtype: torch.dtype, device: torch.device, compiled: bool, clock: Clock) -> list[Method]:
     import comfy.model_patcher
-    from checkpoints import random_model
-    from small import info_for, randomised
 
     from comfyui_agd.agd_core.adapter import Adapter
     from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
     from comfyui_agd.agd_core.comfyui.counting import counted
     from comfyui_agd.agd_core.comfyui.patch import KEY
     from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+    from comfyui_agd.tests.support.checkpoints import random_model
+    from comfyui_agd.tests.support.small import info_for, randomised
 
     base = comfy.model_patcher.ModelPatcher(
         random_model(case.model, dtype, device), load_device=device, offload_device=torch.device("cpu")

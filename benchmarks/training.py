@@ -25,8 +25,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
-
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 
 # How weights are stored, and what they are cast to for computing.
@@ -100,7 +98,7 @@ def make_host(model, device: torch.device):
 
 def model_of(name: str, dtype: str, device: str):
     """The model in its true size: with random weights, or on the meta device, where they take no memory."""
-    from checkpoints import _UNET, RandomWeights, detect, names_and_shapes
+    from comfyui_agd.tests.support.checkpoints import _UNET, RandomWeights, detect, names_and_shapes
 
     state, weights = names_and_shapes(name), RandomWeights(0)
     config = detect(state)

@@ -9,12 +9,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from small import info_for, randomised, small_sites
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterInfo
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.agd_core.config import BaseInfo
+from comfyui_agd.tests.support.small import info_for, randomised, small_sites
 
 use_comfyui(cpu=True)
 

@@ -6,7 +6,6 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from runtime import CFG, STEPS, Prompts, ksampler, ksampler_advanced, latent, patched, random_prompts, rows_of, tiny
 
 from comfyui_agd.agd_core import alternating
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
@@ -14,6 +13,18 @@ from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
 from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 from comfyui_agd.agd_core.comfyui.sampling.training_free import _position, alternate
 from comfyui_agd.examples.toy.sampling import encode
+from comfyui_agd.tests.support.runtime import (
+    CFG,
+    STEPS,
+    Prompts,
+    ksampler,
+    ksampler_advanced,
+    latent,
+    patched,
+    random_prompts,
+    rows_of,
+    tiny,
+)
 
 MANY = 12  # steps that are near enough to each other
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
-from runtime import CFG, Prompts, TinyUNet, ksampler, latent, rows_of, since, tiny
 
 from comfyui_agd.agd_core import alternating
 from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
+from comfyui_agd.tests.support.runtime import CFG, Prompts, TinyUNet, ksampler, latent, rows_of, since, tiny
 
 STEPS = 12
 

@@ -8,9 +8,7 @@ from functools import cache
 import comfy.model_patcher
 import pytest
 import torch
-from checkpoints import ARCHITECTURES, on_meta
 from comfy_extras import nodes_model_advanced as advanced
-from small import info_for
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
@@ -24,6 +22,8 @@ from comfyui_agd.agd_core.comfyui.backbones.unet import (
 )
 from comfyui_agd.agd_core.config import AdapterConfig, BaseInfo
 from comfyui_agd.agd_core.lora import module_path
+from comfyui_agd.tests.support.checkpoints import ARCHITECTURES, on_meta
+from comfyui_agd.tests.support.small import info_for
 
 # ComfyUI's own x4 upscaler.
 pytestmark = pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")

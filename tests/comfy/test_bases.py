@@ -5,15 +5,15 @@ import dataclasses
 import comfy.model_management as mm
 import pytest
 import torch
-from analytic import CONFIG as ANALYTIC
-from analytic import PROMPTS
-from runtime import TinyUNet, in_dtype, ksampler, tiny
-from small import randomised
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
 from comfyui_agd.agd_core.config import KINDS
 from comfyui_agd.agd_core.mixed_precision import MixedPrecision
+from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
+from comfyui_agd.tests.support.analytic import PROMPTS
+from comfyui_agd.tests.support.runtime import TinyUNet, in_dtype, ksampler, tiny
+from comfyui_agd.tests.support.small import randomised
 from comfyui_agd.training.trainer import train
 
 CONFIG = dataclasses.replace(ANALYTIC, iterations=8, batch=2, pool=2, held_out=0)

@@ -5,8 +5,6 @@ from contextlib import nullcontext
 import comfy.ops
 import pytest
 import torch
-from runtime import TinyUNet, TwoWidths, tiny
-from small import randomised
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.model import activation_checkpointing
@@ -15,6 +13,8 @@ from comfyui_agd.agd_core.comfyui.model.activation_checkpointing import checkpoi
 from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
 from comfyui_agd.agd_core.comfyui.patch import take_part
 from comfyui_agd.agd_core.config import KINDS, AdapterConfig
+from comfyui_agd.tests.support.runtime import TinyUNet, TwoWidths, tiny
+from comfyui_agd.tests.support.small import randomised
 
 PROMPTS = ["a red circle", "a blue star"]
 

@@ -13,14 +13,14 @@ import folder_paths
 import nodes
 import pytest
 import torch
-from checkpoints import on_meta, write_checkpoint
 from comfy.cli_args import args
-from runtime import CFG, Prompts, latent, patched, rows_of
 from safetensors.torch import save_file
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
+from comfyui_agd.tests.support.checkpoints import on_meta, write_checkpoint
+from comfyui_agd.tests.support.runtime import CFG, Prompts, latent, patched, rows_of
 from comfyui_agd.training.cli import main
 
 pytestmark = pytest.mark.slow

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from killable import Commands
 
 from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.tests.support.killable import Commands
 from comfyui_agd.training.run_folder import RunFolder, folder_of
 
 ITERATIONS, SAVE_EVERY, KILLS = 40, 5, 6

@@ -11,11 +11,6 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from analytic import CONFIG as ANALYTIC
-from analytic import PROMPTS
-from companions import write_lora
-from runtime import CFG, STEPS, TinyUNet, TinyXL, in_dtype, ksampler, latent, patched, random_prompts, rows_of, tiny
-from small import info_for, randomised
 
 from comfyui_agd.agd_core import adapter_file, lora
 from comfyui_agd.agd_core.adapter import Adapter
@@ -25,6 +20,23 @@ from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
 from comfyui_agd.agd_core.comfyui.sampling import guided_sampling
 from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 from comfyui_agd.agd_core.kinds.low_rank import key_of, layers_of
+from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
+from comfyui_agd.tests.support.analytic import PROMPTS
+from comfyui_agd.tests.support.companions import write_lora
+from comfyui_agd.tests.support.runtime import (
+    CFG,
+    STEPS,
+    TinyUNet,
+    TinyXL,
+    in_dtype,
+    ksampler,
+    latent,
+    patched,
+    random_prompts,
+    rows_of,
+    tiny,
+)
+from comfyui_agd.tests.support.small import info_for, randomised
 from comfyui_agd.training.trainer import train
 
 close = partial(torch.testing.assert_close, atol=2e-4, rtol=2e-4)

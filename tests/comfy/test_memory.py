@@ -17,13 +17,24 @@ import numpy as np
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from requeue import Session, Setting, from_scratch, write_adapter
-from runtime import CFG, STEPS, TinyUNet, custom_sampler, in_dtype, is_from, ksampler, patched, random_prompts, tiny
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter, Prepared
 from comfyui_agd.agd_core.comfyui import patch
 from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import EmbeddedGuidance, Sampling, Use
+from comfyui_agd.tests.support.requeue import Session, Setting, from_scratch, write_adapter
+from comfyui_agd.tests.support.runtime import (
+    CFG,
+    STEPS,
+    TinyUNet,
+    custom_sampler,
+    in_dtype,
+    is_from,
+    ksampler,
+    patched,
+    random_prompts,
+    tiny,
+)
 
 CPU = torch.device("cpu")
 

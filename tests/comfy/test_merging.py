@@ -11,11 +11,21 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras import nodes_hooks
-from companions import write_lora
-from runtime import CFG, STEPS, TinyUNet, custom_sampler, in_dtype, ksampler, patched, rows_of, since
 
 from comfyui_agd.agd_core.comfyui import patch
 from comfyui_agd.agd_core.comfyui.sampling import guided_sampling
+from comfyui_agd.tests.support.companions import write_lora
+from comfyui_agd.tests.support.runtime import (
+    CFG,
+    STEPS,
+    TinyUNet,
+    custom_sampler,
+    in_dtype,
+    ksampler,
+    patched,
+    rows_of,
+    since,
+)
 
 HOW = {"low_rank": {"kind": "low_rank"}, "delta": {"kind": "delta", "rank": 4}}
 

@@ -8,7 +8,11 @@ import nodes
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from runtime import (
+
+from comfyui_agd.agd_core.attention_guidance import NAME, attention_guidance
+from comfyui_agd.agd_core.comfyui.backbones.unet import block_of, describe_base, transformers
+from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from comfyui_agd.tests.support.runtime import (
     CFG,
     STEPS,
     Prompts,
@@ -21,10 +25,6 @@ from runtime import (
     rows_of,
     tiny,
 )
-
-from comfyui_agd.agd_core.attention_guidance import NAME, attention_guidance
-from comfyui_agd.agd_core.comfyui.backbones.unet import block_of, describe_base, transformers
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 
 close = partial(torch.testing.assert_close, atol=2e-4, rtol=2e-4)
 

@@ -12,10 +12,21 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_context_windows, nodes_model_advanced
 from comfy_extras import nodes_custom_sampler as custom
-from runtime import CFG, STEPS, Prompts, ksampler, ksampler_advanced, latent, patched, random_prompts, rows_of, since
 
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
+from comfyui_agd.tests.support.runtime import (
+    CFG,
+    STEPS,
+    Prompts,
+    ksampler,
+    ksampler_advanced,
+    latent,
+    patched,
+    random_prompts,
+    rows_of,
+    since,
+)
 
 HOW = {"delta": {"kind": "delta"}, "rank": {"kind": "delta", "rank": 2}, "cross_attention": {"kind": "cross_attention"}}
 close = partial(torch.testing.assert_close, atol=5e-4, rtol=5e-4)

@@ -4,7 +4,13 @@ import logging
 
 import pytest
 import torch
-from runtime import (
+
+from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.adapter_file import AdapterFileError
+from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
+from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from comfyui_agd.tests.support.runtime import (
     CFG,
     STEPS,
     TinyXL,
@@ -16,13 +22,7 @@ from runtime import (
     rows_of,
     tiny,
 )
-from small import info_for, randomised
-
-from comfyui_agd.agd_core import adapter_file
-from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.adapter_file import AdapterFileError
-from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from comfyui_agd.tests.support.small import info_for, randomised
 
 
 @pytest.fixture(scope="module")

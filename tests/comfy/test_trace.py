@@ -3,8 +3,6 @@
 import comfy.model_patcher
 import pytest
 import torch
-from runtime import TinyUNet, TinyXL, TwoWidths, tiny
-from small import randomised
 from torch._subclasses.fake_tensor import FakeTensor
 
 from comfyui_agd.agd_core.adapter import Adapter
@@ -12,6 +10,8 @@ from comfyui_agd.agd_core.comfyui.model import tracing
 from comfyui_agd.agd_core.comfyui.model.activation_checkpointing import checkpointed
 from comfyui_agd.agd_core.comfyui.model.host import ComfyHost, EncodedPrompt
 from comfyui_agd.agd_core.config import KINDS, AdapterConfig
+from comfyui_agd.tests.support.runtime import TinyUNet, TinyXL, TwoWidths, tiny
+from comfyui_agd.tests.support.small import randomised
 
 SHAPE = 12, 32, 32
 

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA card", allow_module_level=True)
 
-from requeue import Setting, from_scratch, load_base, write_adapter
+from comfyui_agd.tests.support.requeue import Setting, from_scratch, load_base, write_adapter
 
 WAYS = {
     "dynamic": (),  # ComfyUI's default on a card

@@ -4,8 +4,9 @@ import shutil
 
 import numpy as np
 import pytest
-from graphs import base_graph, pixels, with_adapter
-from live_server import PromptError, Server
+
+from comfyui_agd.tests.support.graphs import base_graph, pixels, with_adapter
+from comfyui_agd.tests.support.live_server import PromptError, Server
 
 TINY = {
     "prompts": "a red star\na blue ring",

@@ -9,11 +9,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from graphs import base_graph, pixels, with_adapter
-from live_server import PromptError, Server
-from requeue import load_base, write_adapter
 
 from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.tests.support.graphs import base_graph, pixels, with_adapter
+from comfyui_agd.tests.support.live_server import PromptError, Server
+from comfyui_agd.tests.support.requeue import load_base, write_adapter
 
 pytestmark = pytest.mark.slow
 MEGABYTE = 2**20

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from graphs import base_graph, pixels, with_adapter
-from live_server import ROOT, PromptError, Server, to_api
 
 from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.tests.support.graphs import base_graph, pixels, with_adapter
+from comfyui_agd.tests.support.live_server import ROOT, PromptError, Server, to_api
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 PROMPTS = "\n".join(

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from PIL import Image
-from small import small_sites
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.guidance import per_row
+from comfyui_agd.tests.support.small import small_sites
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.trainer import Callbacks, Progress, Trained
 

@@ -10,12 +10,12 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from runtime import TwoWidths
 from safetensors.torch import save_file
 from torch import nn
 
 from comfyui_agd.examples.toy.model import CONTEXT_DIM, load_clip
 from comfyui_agd.examples.toy.train import initialise
+from comfyui_agd.tests.support.runtime import TwoWidths
 
 CPU = torch.device("cpu")
 

@@ -24,14 +24,14 @@ args.use_pytorch_cross_attention = attention == "pytorch"
 
 from comfy.patcher_extension import WrappersMP  # noqa: E402
 from comfy_extras.nodes_torch_compile import TorchCompileModel  # noqa: E402
-from runtime import ksampler, patched, random_prompts, tiny  # noqa: E402
-from small import info_for, randomised  # noqa: E402
 
 from comfyui_agd.agd_core import adapter_file, alternating  # noqa: E402
 from comfyui_agd.agd_core.adapter import Adapter  # noqa: E402
 from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base  # noqa: E402
 from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate  # noqa: E402
 from comfyui_agd.examples.toy.model import ToyConfig  # noqa: E402
+from comfyui_agd.tests.support.runtime import ksampler, patched, random_prompts, tiny  # noqa: E402
+from comfyui_agd.tests.support.small import info_for, randomised  # noqa: E402
 
 
 class OneLevel(ToyConfig):

@@ -50,8 +50,7 @@ def train_together(
 
 
 def _train(task: dict) -> None:
-    from analytic import CONFIG, PROMPTS, AnalyticHost, stop_after, told, weights
-
+    from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost, stop_after, told, weights
     from comfyui_agd.training.distributed import Ranks
     from comfyui_agd.training.trainer import Callbacks, train
 

@@ -16,13 +16,13 @@ if __name__ == "__main__":
 
 import comfy.model_management
 import torch
-from runtime import TinyUNet, ksampler, patched, random_prompts, tiny
-from small import info_for, randomised
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
 from comfyui_agd.examples.toy.model import load_unet
+from comfyui_agd.tests.support.runtime import TinyUNet, ksampler, patched, random_prompts, tiny
+from comfyui_agd.tests.support.small import info_for, randomised
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ from comfy_extras import (
     nodes_tcfg,
 )
 from comfy_extras import nodes_custom_sampler as custom
-from companions import ImagePrompt, clip, control_net, gligen
-from runtime import (
+
+from comfyui_agd.tests.support.companions import ImagePrompt, clip, control_net, gligen
+from comfyui_agd.tests.support.runtime import (
     CFG,
     STEPS,
     Prompts,

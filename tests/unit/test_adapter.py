@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small import randomised, small_sites
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.config import AdapterConfig, Site
 from comfyui_agd.agd_core.kinds.low_rank import key_of, layers_of
+from comfyui_agd.tests.support.small import randomised, small_sites
 
 OURS = {"kind": "cross_attention"}
 PAPER = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}

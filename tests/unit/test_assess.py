@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from analytic import CHANNELS, PROMPTS, AnalyticHost, Stopped
 from PIL import Image
-from small import info_for, randomised
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.guidance import cfg
+from comfyui_agd.tests.support.analytic import CHANNELS, PROMPTS, AnalyticHost, Stopped
+from comfyui_agd.tests.support.small import info_for, randomised
 from comfyui_agd.training.assess import AssessConfig, _of_sums, assess, rule_of
 from comfyui_agd.training.assessment import Estimate, Transfer
 from comfyui_agd.training.evaluate import evaluate, follow_teacher

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small import randomised, small_sites
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.config import AdapterConfig
 from comfyui_agd.agd_core.kinds.scale import KNOTS, LAST_TIMESTEP, START
+from comfyui_agd.tests.support.small import randomised, small_sites
 
 KINDS = pytest.mark.parametrize("kind", ["scale", "delta"])
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from analytic import CONFIG, PROMPTS, AnalyticHost, told, weights
-from ranks import Finished, train_together
 
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost, told, weights
+from comfyui_agd.tests.support.ranks import Finished, train_together
 from comfyui_agd.training.distributed import Ranks
 from comfyui_agd.training.trainer import Trained, train
 

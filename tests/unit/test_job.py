@@ -4,8 +4,8 @@ import re
 from dataclasses import replace
 
 import pytest
-from analytic import CONFIG, PROMPTS, AnalyticHost
 
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.trainer import Callbacks
 

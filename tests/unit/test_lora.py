@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
-from small import info_for, randomised
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.lora import export, lora, module_path
+from comfyui_agd.tests.support.small import info_for, randomised
 from comfyui_agd.training import cli
 
 

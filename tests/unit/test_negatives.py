@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from analytic import CONFIG, PROMPTS, AnalyticHost
 
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.prompts import fragments
 

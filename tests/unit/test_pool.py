@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from analytic import CONFIG, PROMPTS, AnalyticHost
 
 from comfyui_agd.agd_core.guidance import RULES, cfg
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost
 from comfyui_agd.training.pool import Batch, TrajectoryPool
 from comfyui_agd.training.solvers import SOLVERS, solver_step
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_same, stop_after, weights
 
 from comfyui_agd.agd_core.guidance import RULES, cfg
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_same, stop_after, weights
 from comfyui_agd.training import recording as module
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.pool import TrajectoryPool

@@ -3,8 +3,7 @@
 import json
 from dataclasses import replace
 
-from analytic import CONFIG, PROMPTS, AnalyticHost
-
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost
 from comfyui_agd.training.trainer import Callbacks, train
 
 LONG = replace(CONFIG, iterations=40, held_out=0, learning_rate=1e-3)

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from analytic import CONFIG, PROMPTS, TOKENS, AnalyticHost, assert_close
-from small import randomised
 
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, TOKENS, AnalyticHost, assert_close
+from comfyui_agd.tests.support.small import randomised
 from comfyui_agd.training.distributed import Ranks
 from comfyui_agd.training.fitting import Teacher
 from comfyui_agd.training.pool import Batch

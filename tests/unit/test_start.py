@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_same, stop_after
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.config import BaseInfo
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_same, stop_after
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.presets import settings_for
 from comfyui_agd.training.run import DifferentRun

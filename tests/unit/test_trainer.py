@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_close, assert_same, stop_after, weights
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.guidance import RULES, GuidanceRule, per_row
+from comfyui_agd.tests.support.analytic import (
+    CONFIG,
+    PROMPTS,
+    AnalyticHost,
+    Stopped,
+    assert_close,
+    assert_same,
+    stop_after,
+    weights,
+)
 from comfyui_agd.training import trainer
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.evaluate import Evaluation, evaluate, follow_teacher, sample

@@ -6,14 +6,14 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
-from companions import write_lora
-from runtime import TwoWidths, tiny
-from small import info_for, randomised
-from workflows import LORA, OTHER_LORA, PROMPTS
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
+from comfyui_agd.tests.support.companions import write_lora
+from comfyui_agd.tests.support.runtime import TwoWidths, tiny
+from comfyui_agd.tests.support.small import info_for, randomised
+from comfyui_agd.tests.support.workflows import LORA, OTHER_LORA, PROMPTS
 
 
 @pytest.fixture(scope="package")

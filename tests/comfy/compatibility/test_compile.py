@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from runtime import STEPS
-from workflows import ROWS
+
+from comfyui_agd.tests.support.runtime import STEPS
+from comfyui_agd.tests.support.workflows import ROWS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "support" / "compiled.py"
 (ROW,) = [row for row in ROWS if row.what.startswith("torch.compile")]

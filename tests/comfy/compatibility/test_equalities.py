@@ -7,10 +7,21 @@ import comfy.model_patcher
 import nodes
 import pytest
 import torch
-import workflows as w
-from companions import ImagePrompt, control_net
-from runtime import STEPS, Prompts, TwoWidths, in_dtype, ksampler, ksampler_advanced, latent, patched, since
-from workflows import NODES, PROMPTS, no_agd
+
+from comfyui_agd.tests.support import workflows as w
+from comfyui_agd.tests.support.companions import ImagePrompt, control_net
+from comfyui_agd.tests.support.runtime import (
+    STEPS,
+    Prompts,
+    TwoWidths,
+    in_dtype,
+    ksampler,
+    ksampler_advanced,
+    latent,
+    patched,
+    since,
+)
+from comfyui_agd.tests.support.workflows import NODES, PROMPTS, no_agd
 
 close = partial(torch.testing.assert_close, atol=2e-4, rtol=2e-4)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import workflows
-from runtime import ksampler, patched, since
-from workflows import AROUND, PROMPTS, ROWS, Row, Watch, no_agd
 
 from comfyui_agd.agd_core import alternating
 from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
+from comfyui_agd.tests.support import workflows
+from comfyui_agd.tests.support.runtime import ksampler, patched, since
+from comfyui_agd.tests.support.workflows import AROUND, PROMPTS, ROWS, Row, Watch, no_agd
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "compatibility.md"
 
