@@ -8,19 +8,22 @@ import datetime
 import json
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from . import format_1
 from .adapter import Adapter
-from .config import AdapterConfig, BaseInfo, from_json, to_json
+from .config import AdapterConfig, AdapterLayer, BaseInfo, Linear
 from .errors import AGDError
+from .kinds import KINDS, kind_config
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _KEY = "agd"
 _LISTED = 8  # offenders named in full in one error
 
@@ -42,12 +45,57 @@ class AdapterInfo:
     training: dict = field(default_factory=dict)  # a summary: iterations, evaluations, loss, gap closed, ...
 
 
+def _config_to_json(config: AdapterConfig) -> dict[str, Any]:
+    """The base's description has the layers themselves."""
+    return {
+        "kind": config.kind.name,
+        "settings": asdict(config.kind),
+        "layers": [layer.name for layer in config.layers],
+        "prompt_tokens": config.prompt_tokens,
+    }
+
+
+def _config_from_json(data: dict[str, Any], base: BaseInfo) -> AdapterConfig:
+    """The inverse of `_config_to_json`. Raises `ValueError` naming what is wrong."""
+    _check_fields("adapter", {"kind", "settings", "layers", "prompt_tokens"}, data)
+    layers = {layer.name: layer for layer in base.layers}
+    if data["kind"] in KINDS:
+        _check_fields(data["kind"], {f.name for f in fields(KINDS[data["kind"]].Config)}, data["settings"])
+    if unknown := [name for name in data["layers"] if name not in layers]:
+        raise ValueError(f"the base has no layers {unknown[:_LISTED]}")
+    chosen = tuple(layers[name] for name in data["layers"])
+    return AdapterConfig(chosen, kind_config(data["kind"], **data["settings"]), data["prompt_tokens"])
+
+
+def _base_to_json(base: BaseInfo) -> dict[str, Any]:
+    layers = [{**vars(layer), "linears": [astuple(linear) for linear in layer.linears]} for layer in base.layers]
+    return {**vars(base), "layers": layers}
+
+
+def _base_from_json(data: dict[str, Any]) -> BaseInfo:
+    """The inverse of `_base_to_json`. Raises `ValueError` naming missing or unknown fields."""
+    _check_fields("base", {f.name for f in fields(BaseInfo)}, data)
+    for layer in data["layers"]:
+        _check_fields("layer", {f.name for f in fields(AdapterLayer)}, layer)
+    layers = (
+        AdapterLayer(**{**layer, "linears": tuple(Linear(*linear) for linear in layer["linears"])})
+        for layer in data["layers"]
+    )
+    return BaseInfo(**{**data, "layers": tuple(layers)})
+
+
+def _check_fields(what: str, expected: set[str], found: dict[str, Any]) -> None:
+    if set(found) != expected:
+        missing, unknown = sorted(expected - set(found)), sorted(set(found) - expected)
+        raise ValueError(f"{what}: missing fields {missing}, unknown fields {unknown}")
+
+
 def _to_metadata(info: AdapterInfo, title: str) -> dict[str, str]:
     prediction = {"EPS": "epsilon", "V_PREDICTION": "v"}.get(info.base.prediction, info.base.prediction.lower())
     described = {
         "format_version": FORMAT_VERSION,
-        "config": to_json(info.config),
-        "base": to_json(info.base),
+        "config": _config_to_json(info.config),
+        "base": _base_to_json(info.base),
         "omega_range": info.omega_range,
         "unconditional": info.unconditional,
         "negative_mode": info.negative_mode,
@@ -81,9 +129,12 @@ def _from_metadata(path: Path, metadata: dict[str, str]) -> AdapterInfo:
                 f"This adapter is of a newer AGD: update the node pack. Details: {path} has format {version}, this "
                 f"version reads up to {FORMAT_VERSION}."
             )
+        if version == 1:
+            data = format_1.upgraded(data)
+        base = _base_from_json(data["base"])
         return AdapterInfo(
-            config=from_json(AdapterConfig, data["config"]),
-            base=from_json(BaseInfo, data["base"]),
+            config=_config_from_json(data["config"], base),
+            base=base,
             omega_range=tuple(data["omega_range"]),
             unconditional=data["unconditional"],
             negative_mode=data["negative_mode"],
@@ -133,8 +184,11 @@ def load_state(path: str | Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
     """Info and weights, checked against each other key by key. Raises `AdapterFileError`."""
     path = Path(path)
     with _open(path) as file:
-        info = _from_metadata(path, file.metadata() or {})
+        metadata = file.metadata() or {}
+        info = _from_metadata(path, metadata)
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    if json.loads(metadata[_KEY])["format_version"] == 1:
+        state = format_1.renamed(state)
     with torch.device("meta"):
         expected = Adapter(info.config).state_dict()
     wrong = _mismatches(expected, state)
@@ -198,16 +252,16 @@ class replacing:
 
 
 def check_base(info: AdapterInfo, base: BaseInfo, path: str | Path) -> None:
-    """Refuse a base that is no sibling of the adapter's own, naming both sides and every site that differs."""
+    """Refuse a base that is no sibling of the adapter's own, naming both sides and every layer that differs."""
     if info.base.sibling_of(base):
         return
     theirs, yours = _told_apart(info.base, base)
-    differ = sorted({site.name for site in set(info.base.sites) ^ set(base.sites)})
-    sites = f" Sites that differ: {', '.join(differ)}." if differ else ""
+    differ = sorted({layer.name for layer in set(info.base.layers) ^ set(base.layers)})
+    layers = f" Layers that differ: {', '.join(differ)}." if differ else ""
     raise AdapterFileError(
         f"This adapter is for {theirs}, your checkpoint is {yours}. Choose an adapter that was made for such a "
         "checkpoint, or train one with AGD Train, or choose 'training-free' in AGD Adapter Loader, which needs none. "
-        f"Details: the adapter {path} was made for {info.base.describe()}, but this model is {base.describe()}.{sites}"
+        f"Details: the adapter {path} was made for {info.base.describe()}, but this model is {base.describe()}.{layers}"
     )
 
 
@@ -219,29 +273,18 @@ def _told_apart(first: BaseInfo, second: BaseInfo) -> tuple[str, str]:
     return names if names[0] != names[1] else (names[0], f"{names[1]} with other layers")
 
 
-def _described(config: AdapterConfig) -> str:
-    if config.kind == "low_rank":
-        return f"low_rank, {_described_rank(config.hidden, config)}"
-    beside = f", {_described_rank(config.rank, config)}" if config.rank else ""
-    return f"{config.kind}, hidden {config.hidden}{beside}"
-
-
-def _described_rank(rank: int, config: AdapterConfig) -> str:
-    return f"rank {rank}{', modulated' if config.modulated else ''}"
-
-
 def describe(info: AdapterInfo, path: str | Path) -> str:
     """A page for people: what `agd inspect` prints."""
     with torch.device("meta"):
         parameters = Adapter(info.config).parameter_count()
-    low, high = info.omega_range
+    (low, high), kind = info.omega_range, info.config.kind
     lines = {
         "file": path,
         "base": info.base.describe(),
         "base fingerprint": info.base.fingerprint,
-        "adapter": f"{_described(info.config)}, {parameters:,} parameters",
-        "gain": "(omega - 1)" if info.config.gain else "none",
-        "omega embedding": info.config.omega_embedding if info.config.encoders else "none",
+        "adapter": f"{kind.describe()}, {parameters:,} parameters",
+        "gain": "(omega - 1)" if kind.gain else "none",
+        "omega embedding": getattr(kind, "omega_embedding", "none") if kind.encoders(1) else "none",
         "omega range": f"{low:g} to {high:g}",
         "unconditional": info.unconditional or "the negative prompt",
         "negative prompt": info.negative_mode,

@@ -1,4 +1,4 @@
-"""Guidance from the base's attention to both prompts, with constants and nothing trained (DESIGN 1.10)."""
+"""A scale adapter with constants, which nothing was trained for: the base's attention to both prompts guides."""
 
 from dataclasses import replace
 
@@ -7,13 +7,14 @@ import torch
 from .adapter import Adapter
 from .adapter_file import AdapterInfo
 from .config import AdapterConfig, BaseInfo
+from .kinds.scale import ScaleConfig
 
 NAME = "attention-guidance"
 
 
 def attention_guidance(base: BaseInfo) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
-    """A new adapter of the kind "scale": info and weights, as from a file. It needs a negative prompt to guide from."""
-    adapter = Adapter(AdapterConfig(sites=base.sites, kind="scale", prompt_tokens=1))
+    """A new scale adapter: info and weights, as from a file. It needs a negative prompt to guide away from."""
+    adapter = Adapter(AdapterConfig(base.layers, ScaleConfig(), prompt_tokens=1))
     base = replace(base, fingerprint="")  # it is of no checkpoint in particular
     info = AdapterInfo(adapter.config, base, omega_range=(1.0, 6.0), unconditional="", negative_mode="used")
     return info, adapter.state_dict()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .config import AdapterConfig
+from .config import EncodedKindConfig
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class Guidance:
     t: torch.Tensor
     tokens: torch.Tensor | None
     dtype: torch.dtype
+
+    def encoded(self) -> torch.Tensor:
+        """`tokens`, for a kind that has encoders."""
+        assert self.tokens is not None
+        return self.tokens
 
     def for_rows(self, rows: int) -> "Guidance":
         """For an attention that another node has given more rows than the evaluation has."""
@@ -53,7 +58,7 @@ def sinusoidal(position: torch.Tensor, width: int, max_period: float) -> torch.T
 class GuidanceEncoder(nn.Module):
     """(omega, t) -> two tokens of `width` channels, one for each."""
 
-    def __init__(self, config: AdapterConfig, width: int, operations=nn):
+    def __init__(self, config: EncodedKindConfig, width: int, operations=nn):
         super().__init__()
         e = config.encoder_width
         self.width = e

@@ -12,57 +12,52 @@ import torch
 
 from . import adapter_file
 from .adapter_file import AdapterInfo
-from .kinds.low_rank import key_of, layers_of
-
-_BLOCKS = {"input": "input_blocks.{}", "middle": "middle_block", "output": "output_blocks.{}"}
+from .kinds.low_rank import LowRankConfig, key_of
 
 
-def module_path(site: str) -> str:
-    """Where a UNet has the transformer block of a site: "input_1_0" -> "input_blocks.1.1.transformer_blocks.0".
-
-    Each block begins with its residual block, so the transformer is its second module.
-    """
-    kind, number, index = site.rsplit("_", 2)
-    return f"{_BLOCKS[kind].format(number)}.1.transformer_blocks.{index}"
+def lora_key(layer: str, linear: str) -> str:
+    """A linear layer's name in a LoRA file, of its block's path in the base's network and its own in the block."""
+    return f"lora_unet_{layer}.{linear}".replace(".", "_")
 
 
-def low_rank_part(info: AdapterInfo, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A LoRA whose strength is omega - 1: what an adapter with `config.merges` does to the linear layers."""
-    config, found = info.config, {}
-    inside, rank = ("sites.low_rank", config.rank) if config.rank else ("sites", config.hidden)
-    for site in config.sites:
-        for path in layers_of(site):
-            key, name = key_of(site.name, path), f"lora_unet_{module_path(site.name)}.{path}".replace(".", "_")
-            if (up := state.get(f"{inside}.to_out.{key}.weight")) is None:
+def low_rank_part(info: AdapterInfo, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A LoRA whose strength is omega - 1: what an adapter with `config.kind.merges` does to the linear layers."""
+    found, kind = {}, info.config.kind
+    inside = "kind" if isinstance(kind, LowRankConfig) else "kind.low_rank"
+    for layer in info.config.layers:
+        for linear in layer.linears:
+            key, name = key_of(layer.name, linear.path), lora_key(layer.path, linear.path)
+            if (up := weights.get(f"{inside}.to_out.{key}.weight")) is None:
                 continue  # delta leaves keys and values as they are
             found[f"{name}.lora_up.weight"] = up
-            found[f"{name}.lora_down.weight"] = state[f"{inside}.down.{key}.weight"]
-            found[f"{name}.alpha"] = torch.tensor(float(rank))
+            found[f"{name}.lora_down.weight"] = weights[f"{inside}.down.{key}.weight"]
+            found[f"{name}.alpha"] = torch.tensor(float(kind.lora_rank))
     return found
 
 
-def lora(info: AdapterInfo, state: dict[str, torch.Tensor], omega: float) -> dict[str, torch.Tensor]:
+def lora(info: AdapterInfo, weights: dict[str, torch.Tensor], omega: float) -> dict[str, torch.Tensor]:
     """A low_rank adapter's weights as a LoRA's of strength 1. Raises `ValueError` where it is none."""
-    config = info.config
-    if config.kind != "low_rank" or config.modulated:
-        kind = f"{config.kind} with modulation by t and omega" if config.kind == "low_rank" else config.kind
-        raise ValueError(f"This adapter is {kind}, which no LoRA can express: train one with --kind low_rank.")
+    kind = info.config.kind
+    if not isinstance(kind, LowRankConfig) or kind.modulated:
+        shown = f"{kind.name} with modulation by t and omega" if isinstance(kind, LowRankConfig) else kind.name
+        raise ValueError(f"This adapter is {shown}, which no LoRA can express: train one with --kind low_rank.")
     if not 0 < omega < math.inf:
         raise ValueError(f"omega is {omega:g}, but must be a number above 0.")
-    part = low_rank_part(info, state)
+    part = low_rank_part(info, weights)
     return {key: (omega - 1) * value if key.endswith("lora_up.weight") else value for key, value in part.items()}
 
 
 def export(adapter: str | Path, output: str | Path, omega: float) -> Path:
     """Write the adapter's file as a LoRA. Returns the path; raises `ValueError`."""
-    info, state = adapter_file.load_state(adapter)
+    info, weights = adapter_file.load_state(adapter)
+    rank = str(info.config.kind.lora_rank)
     metadata = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(info.config.hidden),
-        "ss_network_alpha": str(info.config.hidden),
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{info.base.family.lower()}/lora",
         "modelspec.title": Path(output).stem,
         "modelspec.description": f"Guidance at scale {omega:g} (AGD): use it at strength 1 and cfg 1.",
     }
-    return adapter_file.write(output, lora(info, state, omega), metadata)
+    return adapter_file.write(output, lora(info, weights, omega), metadata)

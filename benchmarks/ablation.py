@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.agd_core.kinds import hears_negative
+from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.benchmarks.output import made_on, publish, with_errors
 
 ITERATIONS, CAPTIONS = 300, 1000
@@ -42,7 +42,7 @@ SHOWN = {
 @dataclass(frozen=True)
 class Variant:
     """An adapter to train, unless told otherwise `delta` alone. `settings` are the trainer's; `percent` of the base's
-    parameters sets its width; `width` is that of the only sites it is for."""
+    parameters sets its width; `width` is that of the only adapter layers it is for."""
 
     section: str
     name: str
@@ -53,7 +53,7 @@ class Variant:
 
     @property
     def hears_negative(self) -> bool:
-        return hears_negative(self.settings.get("kind", "delta"))
+        return KINDS[self.settings.get("kind", "delta")].uses_negative
 
     @property
     def stem(self) -> str:

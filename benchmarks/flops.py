@@ -25,12 +25,13 @@ def count(name: str, pixels: int) -> list[dict]:
     import comfy.model_patcher
 
     from comfyui_agd.agd_core.adapter import Adapter
-    from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
+    from comfyui_agd.agd_core.comfyui.backbones import describe_base
     from comfyui_agd.agd_core.comfyui.model import tracing
     from comfyui_agd.agd_core.comfyui.model.host import at_sigma, options_of
-    from comfyui_agd.agd_core.comfyui.patch import Active, Step, take_part
     from comfyui_agd.agd_core.comfyui.sampling.negatives import Negative, Share
+    from comfyui_agd.agd_core.comfyui.step import ActiveAdapter, GuidedStep, with_step
     from comfyui_agd.agd_core.config import AdapterConfig
+    from comfyui_agd.agd_core.kinds import kind_config
     from comfyui_agd.agd_core.mixed_precision import MixedPrecision
     from comfyui_agd.tests.support.checkpoints import on_meta
 
@@ -49,8 +50,10 @@ def count(name: str, pixels: int) -> list[dict]:
             if config is not None:
                 adapter = Adapter(config, MixedPrecision)
                 negatives = (Share(Negative(context)),) if adapter.uses_negative else ()
-                active = Active(adapter, torch.full((1,), 7.0), torch.ones(1), negatives, merged=config.merges)
-                own = take_part(own, Step((active,)))
+                active = ActiveAdapter(
+                    adapter, torch.full((1,), 7.0), torch.ones(1), negatives, merged=config.kind.merges
+                )
+                own = with_step(own, GuidedStep((active,)))
             for _ in range(steps):
                 out = model.apply_model(x, sigma, c_crossattn=context, transformer_options=own, **pooled)
             return out
@@ -59,7 +62,7 @@ def count(name: str, pixels: int) -> list[dict]:
 
     unguided, rows = flops(None, 1), []
     for method, settings in ADAPTERS.items():
-        config = AdapterConfig(sites=base.sites, **settings)
+        config = AdapterConfig(base.layers, kind_config(**settings))
         one, two = flops(config, 1), flops(config, 2)
         with torch.device("meta"):
             parameters = Adapter(config).parameter_count()

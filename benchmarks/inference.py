@@ -143,10 +143,10 @@ def make_methods(case: Case, dtype: torch.dtype, device: torch.device, compiled:
     import comfy.model_patcher
 
     from comfyui_agd.agd_core.adapter import Adapter
-    from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
+    from comfyui_agd.agd_core.comfyui.backbones import describe_base
     from comfyui_agd.agd_core.comfyui.counting import counted
-    from comfyui_agd.agd_core.comfyui.patch import KEY
     from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+    from comfyui_agd.agd_core.comfyui.step import KEY
     from comfyui_agd.tests.support.checkpoints import random_model
     from comfyui_agd.tests.support.small import info_for, randomised
 
@@ -198,13 +198,17 @@ def peak_bytes(method: Method, device: torch.device) -> int | None:
 
 
 class Doors:
-    """Wraps what the hooks call of an adapter, and its layers, for some steps: seconds inside, bytes moved at sites."""
+    """Wraps what the hooks call of an adapter, and its layers, for some steps: seconds inside, bytes moved there."""
 
-    _MOVED = {"add": 3, "guide": 4, "adapt": 3}  # tensors of the result's size that come or go
+    _MOVED = {
+        "add_after_attention": 3,
+        "add_inside_attention": 4,
+        "add_at_linear": 3,
+    }  # tensors of the result's size that come or go
 
     def __init__(self, adapter: torch.nn.Module, clock: Clock):
         self.clock, self.moved = clock, 0
-        parts = {"encoder": adapter.encoders, **dict(adapter.sites.named_children())}
+        parts = {"encoder": adapter.encoders, **dict(adapter.kind.named_children())}
         groups = {name: [m for m in part.modules() if not list(m.children())] for name, part in parts.items()}
         self.calls = [(adapter, method, "doors") for method in ("prepare", *self._MOVED)]
         self.calls += [(layer, "forward", name) for name, layers in groups.items() for layer in layers]

@@ -187,10 +187,10 @@ class Lab:
         self._states: dict[tuple[GuidanceRule, bool], list[list[State]]] = {}
 
     def host(self, width: int | None = None) -> ComfyHost:
-        """`width`: adapters are for the sites of so many channels only."""
+        """`width`: adapters are for the layers of so many channels only."""
         host = ComfyHost(self.parts.model, self.parts.clip)
-        sites = tuple(site for site in host.base.sites if width in (None, site.width))
-        host.base = dataclasses.replace(host.base, sites=sites)
+        layers = tuple(layer for layer in host.base.layers if width in (None, layer.width))
+        host.base = dataclasses.replace(host.base, layers=layers)
         return host
 
     # Training: what all trained methods have in common.

@@ -134,7 +134,7 @@ def meng(lab: Lab, name: str) -> Ready:
 
 
 def widest(lab: Lab, settings: dict, percent: float, width: int | None = None) -> int:
-    """The `hidden` with which an adapter of sites of that `width` just stays within that share of the base's."""
+    """The `hidden` with which an adapter of layers of that `width` just stays within that share of the base's."""
     base, fits = lab.host(width).base, 0
     step = 4 if settings["kind"] == "cross_attention" else 1  # its heads share the width
     for hidden in range(step, 513, step):
@@ -192,7 +192,7 @@ def trained(
 def train_adapter(
     lab: Lab, config: TrainConfig, prompts: Prompts, file: Path, captions: list[str], width: int | None = None
 ) -> float | None:
-    """The gap closed on `captions`, or None where the training diverged. `width`: of the only sites to adapt."""
+    """The gap closed on `captions`, or None where the training diverged. `width`: of the only layers to adapt."""
     # Trajectories that the student moves on can't be recorded.
     recording, texts = (None, prompts.captions) if config.on_policy else lab.recording(config, prompts)
     # A run that was stopped goes on from its folder.

@@ -22,7 +22,7 @@ from comfyui_agd.benchmarks.output import made_on, publish, with_errors
 # s at the `KNOTS` of kinds/scale.py, from the least noise to the most.
 Knots = tuple[float, float, float, float]
 _NONE: Knots = (0.0, 0.0, 0.0, 0.0)
-_OUTER, _DEEP = 64, 128  # widths of the toy's sites; the middle of the UNet is as wide as the deep ones
+_OUTER, _DEEP = 64, 128  # widths of the toy's adapter layers; the middle of the UNet is as wide as the deep ones
 
 
 def _even(s: float) -> Knots:
@@ -31,16 +31,16 @@ def _even(s: float) -> Knots:
 
 @dataclass(frozen=True)
 class Scales:
-    """s of the outer sites, the deep ones, and the middle of the UNet."""
+    """s of the outer layers, the deep ones, and the middle of the UNet."""
 
     outer: Knots
     deep: Knots
     middle: Knots = _NONE
 
-    def of(self, site) -> Knots:
-        if site.name.startswith("middle"):
+    def of(self, layer) -> Knots:
+        if layer.innermost:
             return self.middle
-        return {_OUTER: self.outer, _DEEP: self.deep}[site.width]
+        return {_OUTER: self.outer, _DEEP: self.deep}[layer.width]
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def patched(lab, form: Scales | Normalised):
     if isinstance(form, Normalised):
         return baselines.normalised(model, base, form.tau, form.alpha)
     info, state = attention_guidance(base)
-    scales = [torch.tensor(form.of(site)).expand(site.width, -1) for site in base.sites]
-    return apply_adapter(model, info, state | {"sites.to_scale.weight": torch.cat(scales)}, source="a form of it")
+    scales = [torch.tensor(form.of(layer)).expand(layer.width, -1) for layer in base.layers]
+    return apply_adapter(model, info, state | {"kind.to_scale.weight": torch.cat(scales)}, source="a form of it")
 
 
 def cases_of(lab) -> dict[tuple[str, str], Case]:

@@ -13,7 +13,7 @@ from ..agd_core.adapter_file import AdapterInfo
 from ..agd_core.attention_guidance import NAME as ATTENTION_GUIDANCE
 from ..agd_core.attention_guidance import attention_guidance
 from ..agd_core.comfyui import folders
-from ..agd_core.comfyui.backbones.unet import describe_base, is_trained_on
+from ..agd_core.comfyui.backbones import describe_base, is_trained_on
 from ..agd_core.comfyui.sampling.guided_sampling import apply_adapter
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def use_adapter(model, adapter: AdapterValue, node_id: str, *, guidance_scale: f
         notify=notify,
         **settings,
     )
-    if not is_trained_on(adapter.info.base, model.model.diffusion_model):
+    if not is_trained_on(adapter.info.base, model.model):
         notify(
             "trained on other weights: see how it fits with AGD Evaluate. This model is another checkpoint than the "
             "adapter's own, of the same family, or the same in another precision."

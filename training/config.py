@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from ..agd_core.config import KINDS, OMEGA_EMBEDDINGS, AdapterConfig, BaseInfo
+from ..agd_core.config import OMEGA_EMBEDDINGS, AdapterConfig, BaseInfo, KindConfig
 from ..agd_core.guidance import RULES, GuidanceRule
+from ..agd_core.kinds import KINDS as KIND_CLASSES
 from .solvers import SOLVERS
 
+KINDS = tuple(KIND_CLASSES)
 LOSSES = ("balanced", "plain")
 OMEGA_SAMPLINGS = ("log_uniform", "uniform")
 PRECISIONS = ("base", "bf16")
@@ -148,15 +150,17 @@ class TrainConfig:
 
     def adapter_config(self, base: BaseInfo, prompt_tokens: int) -> AdapterConfig:
         """`prompt_tokens`: the length of a short prompt's context."""
-        return AdapterConfig(
-            sites=base.sites,
-            kind=self.kind,
-            hidden=self.hidden,
-            gain=self.gain,
-            omega_embedding=self.omega_embedding,
-            shared_encoder=self.shared_encoder,
-            encoder_width=self.encoder_width,
-            modulated=self.modulated,
-            rank=self.rank if self.kind == "delta" else 0,
-            prompt_tokens=prompt_tokens,
-        )
+        return AdapterConfig(base.layers, self.kind_config(), prompt_tokens)
+
+    def kind_config(self) -> KindConfig:
+        """The kind's own settings: those of its fields, by their names. `hidden` is the rank of low_rank.
+
+        Raises `ValueError` where they can't work.
+        """
+        kind = KIND_CLASSES[self.kind].Config
+        chosen = {f.name: getattr(self, f.name) for f in fields(kind)}
+        if self.kind == "low_rank":
+            chosen["rank"] = self.hidden
+        if not self.shared_encoder and self.kind in ("delta", "low_rank"):
+            raise ValueError(f"Kind {self.kind!r} has one encoder for all layers, so shared_encoder must be on.")
+        return kind(**chosen)

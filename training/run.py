@@ -83,14 +83,14 @@ class Run:
     def start_from(self, info: AdapterInfo, state: dict[str, torch.Tensor], source: object) -> None:
         """Begin with the weights of another adapter. Raises `ValueError` where this one has no place for them."""
         own = self.adapter.state_dict()
-        if info.config.kind == "scale" and self.adapter_config.kind == "delta":
-            state = {key.replace("sites.", "sites.scale."): value for key, value in state.items()}
+        if info.config.kind.name == "scale" and self.adapter_config.kind.name == "delta":
+            state = {key.replace("kind.", "kind.scale."): value for key, value in state.items()}
         state = {key: value for key, value in state.items() if key != "unconditional"}
         if not all(key in own and own[key].shape == value.shape for key, value in state.items()):
             raise ValueError(
-                f"The adapter {source} ({info.config.kind}, hidden {info.config.hidden}) can't be the start of one of "
-                f"kind {self.adapter_config.kind}, hidden {self.adapter_config.hidden}: train the same kind and width, "
-                "or start a delta adapter from a calibrated one."
+                f"The adapter {source} ({info.config.kind.describe()}) can't be the start of one of kind "
+                f"{self.adapter_config.kind.describe()}: train the same kind and width, or start a delta adapter from "
+                "a scale adapter."
             )
         self.adapter.load_state_dict(own | state)
         self.average.load_state_dict(self.adapter.state_dict())

@@ -1,25 +1,21 @@
-"""The kinds of adapters. Each says in `place` where it works:
+"""The kinds of adapters, by the names that users choose them by. A new one: docs/architecture.md, "A new kind"."""
 
-- "output": adds to what a cross-attention returns, knowing its input `h` (the paper's two adapters).
-- "attention": adds to what a cross-attention hands to `to_out`, knowing `h` and `delta`, and so the negative prompt.
-- "linear": adds to what the transformer blocks' linear layers return, knowing their inputs.
-"""
-
+from ..config import KindConfig
+from .base import AdapterKind
 from .cross_attention import CrossAttentionAdapter
 from .delta import DeltaAdapter
 from .low_rank import LowRankAdapter
 from .offset import OffsetAdapter
 from .scale import ScaleAdapter
 
-KINDS = {
-    "cross_attention": CrossAttentionAdapter,
-    "offset": OffsetAdapter,
-    "delta": DeltaAdapter,
-    "low_rank": LowRankAdapter,
-    "scale": ScaleAdapter,
+KINDS: dict[str, type[AdapterKind]] = {
+    kind.Config.name: kind
+    for kind in (CrossAttentionAdapter, OffsetAdapter, DeltaAdapter, LowRankAdapter, ScaleAdapter)
 }
 
 
-def hears_negative(kind: str) -> bool:
-    """Whether adapters of that kind know the negative prompt."""
-    return KINDS[kind].place == "attention"
+def kind_config(kind: str, **settings) -> KindConfig:
+    """The settings of a kind by its name. Raises `ValueError` where there is no such kind, or they can't work."""
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
+    return KINDS[kind].Config(**settings)

@@ -1,44 +1,82 @@
-"""Guidance from the base's own attention to both prompts (DESIGN 1.2).
+"""Guidance from the base's own attention to both prompts.
 
 `delta = attention(q, K_c, V_c) - attention(q, K_neg, V_neg)` is where guidance points, as far as one attention knows:
-the base's own queries, keys and values, of the positive and of the negative prompt. Of it each site learns what to add
+the base's own queries, keys and values, of the positive and of the negative prompt. Of it each layer learns what to add
 before the base's `to_out`:
 
     (scale(t) + modulation(omega, t)) * delta + out(silu(factor(omega, t) * hidden + shift(omega, t)))
     hidden = down(delta) + from_h(h)
 
-`scale` is a `ScaleAdapter`: a new adapter guides with constants, or goes on from a fitted one. With a `rank` the
-blocks' linear layers are changed as well (`low_rank.py`), for more quality at more cost. But not those of the keys and
-values: where both prompts are the same, `delta` is zero.
+`scale` is a `ScaleAdapter`: a new adapter guides with constants, or goes on from a trained one. With a `rank` the
+blocks' linear layers are changed as well (`low_rank.py`), for more quality at more cost. But not those that the prompt
+goes through, keys and values: where both prompts are the same, `delta` is zero.
 
-Shapes: b rows, n image tokens, w channels of a site, H `hidden`, S sites, E `encoder_width`.
+Shapes: b rows, n image tokens, w channels of a layer, H `hidden`, S layers, E `encoder_width`.
 """
 
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import AdapterConfig
+from ..config import AdapterConfig, AdapterLayer, EncodedKindConfig, Linear, out_of_range
 from ..layers import Guidance, zero_init
-from .low_rank import LowRankAdapter
+from .base import AdapterKind
+from .low_rank import LowRankAdapter, LowRankConfig, describe_rank
 from .scale import ScaleAdapter
 
-KEYS_VALUES = ("attn2.to_k", "attn2.to_v")
+
+@dataclass(frozen=True)
+class DeltaConfig(EncodedKindConfig):
+    """`hidden`: H. `rank`: of low-rank changes beside it; 0: none. `modulated`: those have m(t, omega)."""
+
+    name = "delta"
+    hidden: int = 128
+    rank: int = 0
+    modulated: bool = False
+
+    def errors(self) -> Iterator[str]:
+        yield from super().errors()
+        yield from out_of_range("hidden", self.hidden, least=1)
+        yield from out_of_range("rank", self.rank, least=0)
+        if self.rank and not self.modulated and not self.gain:
+            yield "delta's low-rank changes with neither modulated nor gain would be the same for every omega"
+
+    @property
+    def lora_rank(self) -> int:
+        return self.rank
+
+    @property
+    def merges(self) -> bool:
+        return self.rank > 0 and self.gain and not self.modulated
+
+    @property
+    def low_rank(self) -> LowRankConfig | None:
+        """The kind of the changes beside it."""
+        shared = (self.gain, self.omega_embedding, self.encoder_width)
+        return LowRankConfig(*shared, rank=self.rank, modulated=self.modulated) if self.rank else None
+
+    def describe(self) -> str:
+        beside = f", {describe_rank(self.rank, self.modulated)}" if self.rank else ""
+        return f"{self.name}, hidden {self.hidden}{beside}"
 
 
-class DeltaAdapter(nn.Module):
+class DeltaAdapter(AdapterKind):
     """A scale of `delta`, and a map of `delta` and `h` through H channels; omega and t modulate both."""
 
-    place = "attention"
+    Config = DeltaConfig
+    uses_negative = True
 
     def __init__(self, config: AdapterConfig, operations=nn):
-        super().__init__()
-        self.widths, self.hidden = [site.width for site in config.sites], config.hidden
-        names, inner, H = [site.name for site in config.sites], 2 * config.encoder_width, config.hidden
+        super().__init__(config, operations)
+        assert isinstance(config.kind, DeltaConfig)
+        kind, names = config.kind, [layer.name for layer in config.layers]
+        self.widths, self.hidden = [layer.width for layer in config.layers], kind.hidden
+        inner, H = 2 * kind.encoder_width, kind.hidden
         self.scale = ScaleAdapter(config, operations)
-        # The modulation of all sites, so that it costs two products per evaluation.
+        # The modulation of all layers, so that it costs two products per evaluation.
         self.to_modulation = operations.Linear(inner, sum(self.widths))
         self.to_factor_and_shift = operations.Linear(inner, len(names) * 2 * H)
 
@@ -48,8 +86,8 @@ class DeltaAdapter(nn.Module):
         self.down = layers([(w, H) for w in self.widths], bias=True)
         self.from_h = layers([(w, H) for w in self.widths])
         self.to_out = layers([(H, w) for w in self.widths])
-        of_rank = replace(config, kind="low_rank", hidden=config.rank, rank=0) if config.rank else None
-        self.low_rank = LowRankAdapter(of_rank, operations, leave=KEYS_VALUES) if of_rank else None
+        beside = replace(config, kind=kind.low_rank) if kind.low_rank is not None else None
+        self.low_rank = LowRankAdapter(beside, operations, leave_prompt=True) if beside is not None else None
 
     def start(self) -> None:
         """A new adapter: `scale` alone."""
@@ -59,25 +97,34 @@ class DeltaAdapter(nn.Module):
         for layer in (self.to_modulation, self.to_factor_and_shift, self.to_out):
             zero_init(layer)
 
+    def linears(self, layer: AdapterLayer) -> tuple[Linear, ...]:
+        return self.low_rank.linears(layer) if self.low_rank is not None else ()
+
+    def last(self) -> Iterable[nn.Module]:
+        return [*self.to_out.values(), *(self.low_rank.last() if self.low_rank is not None else ())]
+
     def prepare(self, guidance: Guidance, context: torch.Tensor) -> list[tuple]:
-        """guidance with tokens (b, 1, 2, E) -> per site the scale (b, 1, w), factor and shift (b, 1, H), and what
-        `linear` needs."""
-        inner = F.silu(guidance.tokens.flatten(2))  # (b, 1, 2 E)
+        """guidance with tokens (b, 1, 2, E) -> per layer the scale (b, 1, w), factor and shift (b, 1, H), and what
+        `at_linear` needs."""
+        inner = F.silu(guidance.encoded().flatten(2))  # (b, 1, 2 E)
         modulations = self.to_modulation(inner).split(self.widths, dim=-1)
         scales = [s + m for s, m in zip(self.scale.prepare(guidance, context), modulations, strict=True)]
         maps = self.to_factor_and_shift(inner).split(2 * self.hidden, dim=-1)
-        linears = self.low_rank.prepare(guidance, context) if self.low_rank is not None else [{}] * len(scales)
+        linears: list[dict] = [{}] * len(scales)
+        if self.low_rank is not None:
+            linears = self.low_rank.prepare(guidance, context)
         return [
             (scale, *own.chunk(2, dim=-1), linear) for scale, own, linear in zip(scales, maps, linears, strict=True)
         ]
 
-    def forward(self, name: str, delta: torch.Tensor, h: torch.Tensor, shared: tuple) -> torch.Tensor:
-        """A site's delta and h (b, n, w), and its part of `prepare` -> (b, n, w), to be added before `to_out`."""
+    def inside_attention(self, name: str, delta: torch.Tensor, h: torch.Tensor, shared: tuple) -> torch.Tensor:
+        """A layer's delta and h (b, n, w), and its part of `prepare` -> (b, n, w), to be added before `to_out`."""
         scale, factor, shift, _ = shared
         hidden = self.down[name](delta) + self.from_h[name](h)
         # A factor of 1 + ..., for a new adapter's is zero.
         return scale * delta + self.to_out[name](F.silu(torch.addcmul(hidden + shift, hidden, factor)))
 
-    def linear(self, name: str, path: str, x: torch.Tensor, shared: tuple) -> torch.Tensor:
-        """As `LowRankAdapter.linear`."""
-        return self.low_rank.linear(name, path, x, shared[-1])
+    def at_linear(self, name: str, path: str, x: torch.Tensor, shared: tuple) -> torch.Tensor:
+        """As `LowRankAdapter.at_linear`."""
+        assert self.low_rank is not None
+        return self.low_rank.at_linear(name, path, x, shared[-1])

@@ -1,56 +1,87 @@
-"""Low-rank changes of the base's own linear layers, scaled by guidance (DESIGN 1.3).
+"""Low-rank changes of the base's own linear layers (LoRA, arXiv 2106.09685), scaled by guidance.
 
-Each linear layer W of the transformer blocks becomes
+Each linear layer W of the blocks becomes
 
     W x + (omega - 1) * B (m(t, omega) * A x)
 
 Without m that is a plain LoRA of strength omega - 1 (`agd_core/lora.py` writes it as one).
 
-Shapes: b rows, n tokens, r the rank (`hidden`), S sites, L layers of a site, E `encoder_width`.
+Shapes: b rows, n tokens, r the rank, L linear layers of all blocks, E `encoder_width`.
 """
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
-from ..config import AdapterConfig, Site
+from ..config import AdapterConfig, AdapterLayer, EncodedKindConfig, Linear, out_of_range
 from ..layers import Guidance, zero_init
+from .base import AdapterKind
 
 
-def layers_of(site: Site) -> dict[str, tuple[int, int]]:
-    """The linear layers of a site's transformer block: path in the block -> channels (in, out)."""
-    w, d = site.width, site.context_dim
-    return {
-        **{f"attn1.{layer}": (w, w) for layer in ("to_q", "to_k", "to_v", "to_out.0")},
-        **{f"attn2.{layer}": (w, w) for layer in ("to_q", "to_out.0")},
-        **{f"attn2.{layer}": (d, w) for layer in ("to_k", "to_v")},
-        "ff.net.0.proj": (w, 8 * w),  # values and gates of GEGLU
-        "ff.net.2": (4 * w, w),
-    }
+@dataclass(frozen=True)
+class LowRankConfig(EncodedKindConfig):
+    """`rank`: r. `modulated`: with m(t, omega); without it the changes are a LoRA of strength omega - 1."""
+
+    name = "low_rank"
+    rank: int = 16
+    modulated: bool = False
+
+    def errors(self) -> Iterator[str]:
+        yield from super().errors()
+        yield from out_of_range("rank", self.rank, least=1)
+        if not self.modulated and not self.gain:
+            yield "low_rank with neither modulated nor gain would be the same for every omega"
+
+    @property
+    def lora_rank(self) -> int:
+        return self.rank
+
+    @property
+    def merges(self) -> bool:
+        return self.gain and not self.modulated
+
+    def encoders(self, layers: int) -> int:
+        return 1 if self.modulated else 0
+
+    def describe(self) -> str:
+        return f"{self.name}, {describe_rank(self.rank, self.modulated)}"
 
 
-def key_of(site: str, layer: str) -> str:
-    """A layer's name in the adapter's state, where a dot would be a level of its own."""
-    return f"{site}_{layer}".replace(".", "_")
+def describe_rank(rank: int, modulated: bool) -> str:
+    return f"rank {rank}{', modulated' if modulated else ''}"
 
 
-class LowRankAdapter(nn.Module):
+def key_of(layer: str, path: str) -> str:
+    """A linear layer's name in the adapter's weights, where a dot would be a level of its own."""
+    return f"{layer}_{path}".replace(".", "_")
+
+
+class LowRankAdapter(AdapterKind):
     """`B (m * A x)` for each linear layer; B (`to_out`) starts at zero and m at one."""
 
-    place = "linear"
+    Config = LowRankConfig
 
-    def __init__(self, config: AdapterConfig, operations=nn, leave: tuple[str, ...] = ()):
-        """`leave`: layers of the blocks that stay as they are."""
-        super().__init__()
-        self.count, rank = len(config.sites), config.hidden
-        self.paths = [path for path in layers_of(config.sites[0]) if path not in leave]
-        sizes = {key_of(site.name, path): layers_of(site)[path] for site in config.sites for path in self.paths}
+    def __init__(self, config: AdapterConfig, operations=nn, *, leave_prompt: bool = False):
+        """`leave_prompt`: leave linear layers as they are whose input is the prompt."""
+        super().__init__(config, operations)
+        assert isinstance(config.kind, LowRankConfig)
+        self.leave_prompt, self.rank = leave_prompt, config.kind.rank
+        self.by_layer = [(layer.name, self.linears(layer)) for layer in config.layers]
+        sizes = {key_of(name, linear.path): linear for name, linears in self.by_layer for linear in linears}
         # The modulation of all layers, so that it costs one product per evaluation.
-        inner = 2 * config.encoder_width
-        self.to_modulation = operations.Linear(inner, len(sizes) * rank) if config.modulated else None
-        self.down = nn.ModuleDict({key: operations.Linear(i, rank, bias=False) for key, (i, _) in sizes.items()})
-        self.to_out = nn.ModuleDict({key: operations.Linear(rank, o, bias=False) for key, (_, o) in sizes.items()})
+        inner, rank = 2 * config.kind.encoder_width, self.rank
+        self.to_modulation = operations.Linear(inner, len(sizes) * rank) if config.kind.modulated else None
+        self.down = nn.ModuleDict({key: operations.Linear(s.inputs, rank, bias=False) for key, s in sizes.items()})
+        self.to_out = nn.ModuleDict({key: operations.Linear(rank, s.outputs, bias=False) for key, s in sizes.items()})
+
+    def linears(self, layer: AdapterLayer) -> tuple[Linear, ...]:
+        return tuple(linear for linear in layer.linears if not (self.leave_prompt and linear.reads_prompt))
+
+    def last(self) -> Iterable[nn.Module]:
+        return self.to_out.values()
 
     def start(self) -> None:
         """A new adapter adds exactly nothing."""
@@ -59,15 +90,15 @@ class LowRankAdapter(nn.Module):
             zero_init(self.to_modulation)
 
     def prepare(self, guidance: Guidance, context: torch.Tensor) -> list[dict[str, torch.Tensor | None]]:
-        """guidance with tokens (b, 1, 2, E) -> per site, by layer, m (b, 1, r)."""
+        """guidance with tokens (b, 1, 2, E) -> per adapter layer, by linear layer, m (b, 1, r)."""
         if self.to_modulation is None:
-            return [dict.fromkeys(self.paths)] * self.count
-        m = 1 + self.to_modulation(F.silu(guidance.tokens.flatten(2)))  # (b, 1, S L r)
-        m = rearrange(m, "b n (s l r) -> s l b n r", s=self.count, l=len(self.paths))
-        return [dict(zip(self.paths, own.unbind(), strict=True)) for own in m.unbind()]
+            return [{linear.path: None for linear in linears} for _, linears in self.by_layer]
+        m = 1 + self.to_modulation(F.silu(guidance.encoded().flatten(2)))  # (b, 1, L r)
+        each = iter(m.split(self.rank, dim=-1))
+        return [{linear.path: next(each) for linear in linears} for _, linears in self.by_layer]
 
-    def linear(self, name: str, path: str, x: torch.Tensor, shared: dict[str, torch.Tensor | None]) -> torch.Tensor:
-        """What a site's layer `path` is given, (b, n, in), and the site's part of `prepare` -> what is added to the
-        layer's output, (b, n, out)."""
+    def at_linear(self, name: str, path: str, x: torch.Tensor, shared: dict[str, torch.Tensor | None]) -> torch.Tensor:
+        """What an adapter layer's linear layer `path` is given, (b, n, in), and the layer's part of `prepare` -> what
+        is added to its output, (b, n, out)."""
         hidden, m = self.down[key_of(name, path)](x), shared[path]
         return self.to_out[key_of(name, path)](hidden if m is None else hidden * m)

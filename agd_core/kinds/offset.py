@@ -1,40 +1,74 @@
 """The paper's other adapter (arXiv 2503.07274). Shapes as in cross_attention.py."""
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ..config import AdapterConfig
+from ..config import AdapterConfig, EncodedKindConfig, out_of_range
 from ..layers import Guidance, zero_init
+from .base import AdapterKind
 
 
-class OffsetAdapter(nn.Module):
+@dataclass(frozen=True)
+class OffsetConfig(EncodedKindConfig):
+    """`hidden`: H. `shared_encoder`: one omega/t encoder for all layers; the paper has one per layer."""
+
+    name = "offset"
+    hidden: int = 128
+    shared_encoder: bool = True
+
+    def errors(self) -> Iterator[str]:
+        yield from super().errors()
+        yield from out_of_range("hidden", self.hidden, least=1)
+
+    def encoders(self, layers: int) -> int:
+        return 1 if self.shared_encoder else layers
+
+    def describe(self) -> str:
+        return f"{self.name}, hidden {self.hidden}"
+
+
+class OffsetAdapter(AdapterKind):
     """One vector from (omega, t, pooled condition), added to every token. The pooled condition is the tokens' mean."""
 
-    place = "output"
+    Config = OffsetConfig
+    changes_attention_output = True
 
     def __init__(self, config: AdapterConfig, operations=nn):
-        super().__init__()
-        self.count, d = len(config.sites), config.context_dim
-        # One layer over [omega token, t token, pooled condition], in two parts: the first may differ from site to site.
-        self.from_tokens = operations.Linear(2 * d, self.count * config.hidden)
-        self.from_pooled = operations.Linear(d, self.count * config.hidden, bias=False)
-        self.to_out = nn.ModuleDict({s.name: operations.Linear(config.hidden, s.width) for s in config.sites})
+        super().__init__(config, operations)
+        assert isinstance(config.kind, OffsetConfig)
+        hidden, d = config.kind.hidden, config.context_dim
+        self.count = len(config.layers)
+        # One layer over [omega token, t token, pooled condition], in two parts: the first may differ by layer.
+        self.from_tokens = operations.Linear(2 * d, self.count * hidden)
+        self.from_pooled = operations.Linear(d, self.count * hidden, bias=False)
+        self.to_out = nn.ModuleDict({each.name: operations.Linear(hidden, each.width) for each in config.layers})
+
+    @classmethod
+    def token_width(cls, config: AdapterConfig) -> int:
+        return config.context_dim  # as that of the pooled condition
 
     def start(self) -> None:
         """A new adapter adds exactly nothing."""
         zero_init(self.to_out)
 
+    def last(self) -> Iterable[nn.Module]:
+        return self.to_out.values()
+
     def prepare(self, guidance: Guidance, context: torch.Tensor) -> torch.Tensor:
         """guidance with tokens (b, E, 2, d), context (b, m, d) -> hidden activations (S, b, 1, H)."""
-        E = guidance.tokens.shape[1]
-        hidden = rearrange(self.from_tokens(guidance.tokens.flatten(2)), "b e (s h) -> s b e h", s=self.count)
+        tokens = guidance.encoded()
+        E = tokens.shape[1]
+        hidden = rearrange(self.from_tokens(tokens.flatten(2)), "b e (s h) -> s b e h", s=self.count)
         if E > 1:
-            hidden = torch.stack([own[:, site, None] for site, own in enumerate(hidden)])
+            hidden = torch.stack([own[:, layer, None] for layer, own in enumerate(hidden)])
         pooled = self.from_pooled(context.mean(dim=1, keepdim=True))
         return F.silu(hidden + rearrange(pooled, "b n (s h) -> s b n h", s=self.count))
 
-    def forward(self, name: str, h: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """A site's h (b, n, w) and its hidden activations (b, 1, H) -> (b, 1, w), the same for all tokens."""
-        return self.to_out[name](hidden)
+    def after_attention(self, name: str, h: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+        """A layer's h (b, n, w) and its hidden activations (b, 1, H) -> (b, 1, w), the same for all tokens."""
+        return self.to_out[name](shared)

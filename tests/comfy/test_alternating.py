@@ -9,7 +9,7 @@ from comfy.patcher_extension import WrappersMP
 
 from comfyui_agd.agd_core import alternating
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
-from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
+from comfyui_agd.agd_core.comfyui.backbones import describe_base
 from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 from comfyui_agd.agd_core.comfyui.sampling.training_free import _position, alternate
 from comfyui_agd.examples.toy.sampling import encode

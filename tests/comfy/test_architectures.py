@@ -1,10 +1,11 @@
-"""The real architectures at their true sizes, on the meta device: sites, adapter files, and who is whose sibling."""
+"""The real architectures at their true sizes, on the meta device: adapter layers, files, and who is whose sibling."""
 
 import itertools
 import re
 from dataclasses import dataclass
 from functools import cache
 
+import comfy.lora
 import comfy.model_patcher
 import pytest
 import torch
@@ -13,17 +14,17 @@ from comfy_extras import nodes_model_advanced as advanced
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
-from comfyui_agd.agd_core.comfyui.backbones.unet import (
+from comfyui_agd.agd_core.comfyui.backbones import (
     UnsupportedModel,
-    check_linear_layers,
+    backbone_of,
+    check_linears,
     describe_base,
-    find_sites,
-    transformers,
+    layout_of,
 )
-from comfyui_agd.agd_core.config import AdapterConfig, BaseInfo
-from comfyui_agd.agd_core.lora import module_path
+from comfyui_agd.agd_core.config import BaseInfo
+from comfyui_agd.agd_core.lora import lora_key
 from comfyui_agd.tests.support.checkpoints import ARCHITECTURES, on_meta
-from comfyui_agd.tests.support.small import info_for
+from comfyui_agd.tests.support.small import config_for, info_for
 
 # ComfyUI's own x4 upscaler.
 pytestmark = pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:To copy construct from a tensor:
 class Expected:
     family: str
     prediction: str
-    sites: int
+    layers: int
     widths: set[int]
     context_dim: int
     in_channels: int = 4
@@ -98,12 +99,12 @@ def test_every_cross_attention_is_found(name):
     expected, base = EXPECTED[name], base_of(name)
     assert (base.family, base.prediction) == (expected.family, expected.prediction)
     assert base.architecture["in_channels"] == expected.in_channels
-    assert len(base.sites) == expected.sites
-    assert {site.width for site in base.sites} == expected.widths
-    assert {site.context_dim for site in base.sites} == {expected.context_dim}
+    assert len(base.layers) == expected.layers
+    assert {layer.width for layer in base.layers} == expected.widths
+    assert {layer.context_dim for layer in base.layers} == {expected.context_dim}
     # Counted another way: by the weights' names.
     weights = model_of(name).diffusion_model.state_dict()
-    assert len(base.sites) == sum(key.endswith(".attn2.to_q.weight") for key in weights)
+    assert len(base.layers) == sum(key.endswith(".attn2.to_q.weight") for key in weights)
 
 
 def test_zero_terminal_snr_is_seen():
@@ -114,19 +115,20 @@ def test_zero_terminal_snr_is_seen():
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_an_adapter_of_true_size_has_every_weight_of_its_sites(name):
+def test_an_adapter_of_true_size_has_every_weight_of_its_layers(name):
     base = base_of(name)
     with torch.device("meta"):
-        adapter = Adapter(AdapterConfig(base.sites, kind="cross_attention", hidden=128))
-    shapes = {key: tuple(value.shape) for key, value in adapter.state_dict().items() if key.startswith("sites.")}
+        adapter = Adapter(config_for(base.layers, "cross_attention", hidden=128))
+    shapes = {key: tuple(value.shape) for key, value in adapter.state_dict().items() if key.startswith("kind.")}
     named = {part for key in shapes for part in key.split(".")}
-    assert {part for part in named if part.startswith(("input_", "middle_", "output_"))} == {s.name for s in base.sites}
-    for site in base.sites:
-        own = {shape for key, shape in shapes.items() if site.name in key.split(".")}
-        assert own >= {(128, site.width), (site.width, 128), (site.width,)}
-    # Keys and values of the prompt, for every site.
+    names = {layer.name for layer in base.layers}
+    assert {part for part in named if part.startswith(("input_", "middle_", "output_"))} == names
+    for layer in base.layers:
+        own = {shape for key, shape in shapes.items() if layer.name in key.split(".")}
+        assert own >= {(128, layer.width), (layer.width, 128), (layer.width,)}
+    # Keys and values of the prompt, for every layer.
     rows = [shape[0] for key, shape in shapes.items() if key.split(".")[-2].startswith(("to_k", "to_v"))]
-    assert sum(rows) == 2 * 128 * len(base.sites)
+    assert sum(rows) == 2 * 128 * len(base.layers)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -155,10 +157,10 @@ def test_a_refusal_says_what_differs():
             adapter_file.check_base(info_for(base_of(adapter)), base_of(model), "a.safetensors")
         return str(refused.value)
 
-    assert "Sites that differ" not in refusal("SDXL", "SDXL v")
+    assert "Layers that differ" not in refusal("SDXL", "SDXL v")
     assert "SDXL with eps-prediction, your checkpoint is SDXL with v-prediction." in refusal("SDXL", "SDXL v")
     assert "This adapter is for SDXL, your checkpoint is SSD-1B. " in refusal("SDXL", "SSD-1B")
-    assert "Sites that differ: " in refusal("SDXL", "SSD-1B")
+    assert "Layers that differ: " in refusal("SDXL", "SSD-1B")
 
 
 @pytest.mark.parametrize(
@@ -188,23 +190,34 @@ def test_a_models_own_sampling_says_the_prediction_that_was_detected(name):
 
 
 @pytest.mark.parametrize(("one", "other"), itertools.combinations(["SD 1.5", "SD 2.1", "SDXL"], 2))
-def test_checkpoints_of_one_structure_share_their_sites_names(one, other):
+def test_checkpoints_of_one_structure_share_their_layers_names(one, other):
     """Names tell places, not models: only widths and contexts keep SD 1.5 and SD 2.1 apart."""
-    names = [{site.name for site in base_of(name).sites} for name in (one, other)]
+    names = [{layer.name for layer in base_of(name).layers} for name in (one, other)]
     assert (names[0] == names[1]) == ("SDXL" not in (one, other))
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED.keys() - {"SD x4 upscaler"}))
-def test_a_low_rank_adapter_finds_its_layers_and_a_lora_its_names(name):
-    unet, sites = model_of(name).diffusion_model, base_of(name).sites
-    check_linear_layers(unet, sites)
-    for site, block in transformers(unet).items():
-        assert unet.get_submodule(module_path(site)) is block
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_low_rank_adapter_finds_its_linear_layers_and_a_lora_their_names(name):
+    model, layers = model_of(name), base_of(name).layers
+    check_linears(backbone_of(model), config_for(layers, "low_rank"))
+    names = comfy.lora.model_lora_keys_unet(model, {})
+    for layer in layers:
+        assert len(layer.linears) == 10
+        for linear in layer.linears:
+            weight = names[lora_key(layer.path, linear.path)]
+            assert weight == f"diffusion_model.{layer.path}.{linear.path}.weight"
 
 
-def test_blocks_without_self_attention_have_no_place_for_a_low_rank_adapter():
-    with pytest.raises(UnsupportedModel, match=r"needs attn1.to_k in block \w+ to be a linear layer from 512 to 512 "):
-        check_linear_layers(model_of("SD x4 upscaler").diffusion_model, base_of("SD x4 upscaler").sites)
+def test_keys_and_values_of_a_self_attention_that_reads_the_prompt_are_the_prompts():
+    """The blocks of the upscaler have two attentions to the prompt."""
+    for name, counts in (("SD x4 upscaler", {2, 4}), ("SD 1.5", {2})):
+        assert {sum(linear.reads_prompt for linear in layer.linears) for layer in base_of(name).layers} == counts
+
+
+def test_linear_layers_of_other_sizes_are_refused():
+    other = config_for(base_of("SD 2.1 base").layers, "low_rank")
+    with pytest.raises(UnsupportedModel, match=r"needs attn2.to_k in block \w+ to be a linear layer from 1024 to 320 "):
+        check_linears(backbone_of(model_of("SD 1.5")), other)
 
 
 def test_the_size_of_the_papers_adapter_re_implemented_on_sdxl():
@@ -212,7 +225,7 @@ def test_the_size_of_the_papers_adapter_re_implemented_on_sdxl():
     model = model_of("SDXL")
     paper = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
     with torch.device("meta"):
-        adapter = Adapter(AdapterConfig(find_sites(model.diffusion_model), hidden=128, **paper))
+        adapter = Adapter(config_for(base_of("SDXL").layers, hidden=128, **paper))
     total = sum(p.numel() for p in model.diffusion_model.parameters())
     assert adapter.parameter_count() == pytest.approx(97.4e6, rel=0.001)
     assert adapter.parameter_count() / total == pytest.approx(0.038, abs=0.0005)
@@ -225,6 +238,6 @@ def test_video_models_are_refused():
 
 def test_other_models_are_refused_by_structure():
     with pytest.raises(UnsupportedModel, match=r"^This kind of model can't have an adapter: .*SDXL") as refused:
-        find_sites(torch.nn.Linear(2, 2))
+        layout_of(torch.nn.Linear(2, 2))
     assert "Choose 'training-free' in AGD Adapter Loader" in str(refused.value)
     assert "Details: this model is a Linear, which has no input_blocks" in str(refused.value)

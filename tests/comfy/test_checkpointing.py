@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.comfyui.backbones.unet import UNet
 from comfyui_agd.agd_core.comfyui.model import activation_checkpointing
 from comfyui_agd.agd_core.comfyui.model import host as host_module
 from comfyui_agd.agd_core.comfyui.model.activation_checkpointing import checkpointed
 from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
-from comfyui_agd.agd_core.comfyui.patch import take_part
-from comfyui_agd.agd_core.config import KINDS, AdapterConfig
+from comfyui_agd.agd_core.comfyui.step import with_step
+from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.runtime import TinyUNet, TwoWidths, tiny
-from comfyui_agd.tests.support.small import randomised
+from comfyui_agd.tests.support.small import config_for, randomised
 
 PROMPTS = ["a red circle", "a blue star"]
 
@@ -25,7 +26,7 @@ def host(request, toy):
 
 
 def new_adapter(host, kind: str = "cross_attention") -> Adapter:
-    config = AdapterConfig(sites=host.base.sites, kind=kind, hidden=8, encoder_width=8, prompt_tokens=16)
+    config = config_for(host.base.layers, kind, hidden=8, encoder_width=8, prompt_tokens=16)
     torch.manual_seed(0)
     return randomised(Adapter(config))
 
@@ -47,7 +48,7 @@ def test_outputs_and_gradients_are_the_same_to_the_bit(host):
     for kind in KINDS:
         with host.session():
             expected = step_of(host, new_adapter(host, kind))
-            with checkpointed(unet_of(host)):
+            with checkpointed(UNet(unet_of(host))):
                 found = step_of(host, new_adapter(host, kind))
         assert all(gradient.abs().max() > 0 for gradient in expected)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
@@ -70,7 +71,7 @@ def test_a_prompt_that_changes_on_the_way_is_the_same_in_the_recomputation(toy):
     with_other_prompt_from_the_second_site_on(host)
     with host.session():
         expected = step_of(host, new_adapter(host))
-        with checkpointed(unet_of(host)):
+        with checkpointed(UNet(unet_of(host))):
             found = step_of(host, new_adapter(host))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
@@ -102,7 +103,7 @@ def test_layers_in_system_memory_find_their_own_weights_in_the_backward_pass(hos
         for layer in unet_of(host).modules():
             if isinstance(layer, comfy.ops.CastWeightBiasOp):
                 layer.comfy_cast_weights = True
-        with checkpointed(unet_of(host)):
+        with checkpointed(UNet(unet_of(host))):
             found = step_of(host, new_adapter(host))
     assert torch.equal(found[0], expected[0])
     same = all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
@@ -113,11 +114,11 @@ def test_layers_in_system_memory_find_their_own_weights_in_the_backward_pass(hos
 def test_nothing_is_left_in_the_model(host, fails):
     unet, seen = unet_of(host), []
     before = [dict(vars(module)) for module in unet.modules()]
-    with pytest.raises(ZeroDivisionError) if fails else nullcontext(), checkpointed(unet):
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext(), checkpointed(UNet(unet)):
         seen = [module for module in unet.modules() if "forward" in vars(module)]
         if fails:
             raise ZeroDivisionError
-    assert len(seen) > len(host.base.sites)  # residual blocks and transformer blocks
+    assert len(seen) > len(host.base.layers)  # residual blocks and transformer blocks
     assert [dict(vars(module)) for module in unet.modules()] == before
 
 
@@ -132,7 +133,7 @@ def test_a_forward_that_was_there_before_is_used_and_kept(host):
 
     block.forward = forward
     try:
-        with host.session(), checkpointed(unet):
+        with host.session(), checkpointed(UNet(unet)):
             step_of(host, new_adapter(host))
         assert len(calls) == 2  # forward, and again in the backward pass
         assert vars(block)["forward"] is forward
@@ -144,7 +145,7 @@ def test_without_gradients_nothing_changes(host):
     x, sigma, prompts = torch.randn(2, *host.latent_shape(64, 64)), torch.ones(2), host.encode(PROMPTS)
     with host.session():
         expected = host.denoise(x, sigma, prompts)
-        with checkpointed(unet_of(host)):
+        with checkpointed(UNet(unet_of(host))):
             assert torch.equal(host.denoise(x, sigma, prompts), expected)
 
 
@@ -153,10 +154,10 @@ def test_the_recomputation_visits_every_site_once_more(host, monkeypatch):
 
     def spy(options, step):
         steps.append(step)
-        return take_part(options, step)
+        return with_step(options, step)
 
-    monkeypatch.setattr(host_module, "take_part", spy)
-    with host.session(), checkpointed(unet_of(host)):
+    monkeypatch.setattr(host_module, "with_step", spy)
+    with host.session(), checkpointed(UNet(unet_of(host))):
         step_of(host, new_adapter(host))
     (step,) = steps
-    assert step.visited == step.sites() + step.sites()[::-1]
+    assert step.visited == step.layer_names() + step.layer_names()[::-1]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
-from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
+from comfyui_agd.agd_core.comfyui.backbones import describe_base
 from comfyui_agd.tests.support.checkpoints import on_meta, write_checkpoint
 from comfyui_agd.tests.support.runtime import CFG, Prompts, latent, patched, rows_of
 from comfyui_agd.training.cli import main
@@ -103,7 +103,7 @@ def check_sampling(base: Base, adapter: Path) -> None:
 
 def test_sd15_samples_with_one_evaluation_per_step(sd15, save_adapter):
     with loaded(sd15) as base:
-        assert (describe_base(base.model.model).family, len(describe_base(base.model.model).sites)) == ("SD15", 16)
+        assert (describe_base(base.model.model).family, len(describe_base(base.model.model).layers)) == ("SD15", 16)
         check_sampling(base, save_adapter(base.model, hidden=128, encoder_width=128, prompt_tokens=77))
 
 
@@ -173,5 +173,5 @@ def test_sdxl_samples_with_one_evaluation_per_step(folder, save_adapter, monkeyp
     file = write_checkpoint(folder / "sdxl.safetensors", "SDXL", unet_dtype=torch.float8_e4m3fn)
     with loaded(file) as base:
         file.unlink()
-        assert (describe_base(base.model.model).family, len(describe_base(base.model.model).sites)) == ("SDXL", 70)
+        assert (describe_base(base.model.model).family, len(describe_base(base.model.model).layers)) == ("SDXL", 70)
         check_sampling(base, save_adapter(base.model, hidden=128, encoder_width=128, prompt_tokens=77))

@@ -8,7 +8,7 @@ import pytest
 
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.adapter_name import AdapterNameError
-from comfyui_agd.agd_core.comfyui.backbones.unet import UnsupportedModel
+from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel
 from comfyui_agd.agd_core.comfyui.runtime import ComfyUINotFound, ComfyUITooOld
 from comfyui_agd.agd_core.errors import AGDError
 from comfyui_agd.training.cli import UsageError

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from comfyui_agd.agd_core import adapter_file
-from comfyui_agd.agd_core.comfyui.backbones.unet import is_trained_on
+from comfyui_agd.agd_core.comfyui.backbones import is_trained_on
 from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
 from comfyui_agd.agd_core.comfyui.model.sampler import ComfySampler
 from comfyui_agd.agd_core.guidance import GuidanceRule
@@ -71,14 +71,14 @@ def test_an_interrupt_comes_through(toy, save_adapter):
 
 def test_weights_are_told_apart(toy):
     own = ComfyHost(toy.model, toy.clip).base
-    unet = toy.model.model.diffusion_model
-    assert is_trained_on(own, unet)
-    weight = unet.out[-1].weight
+    model = toy.model.model
+    assert is_trained_on(own, model)
+    weight = model.diffusion_model.out[-1].weight
     saved = weight.detach().clone()
     try:
         with torch.no_grad():
             weight.mul_(1.1)
-        assert not is_trained_on(own, unet)
+        assert not is_trained_on(own, model)
     finally:
         with torch.no_grad():
             weight.copy_(saved)

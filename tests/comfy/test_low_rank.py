@@ -14,12 +14,13 @@ import torch
 
 from comfyui_agd.agd_core import adapter_file, lora
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.comfyui import patch
-from comfyui_agd.agd_core.comfyui.backbones.unet import UnsupportedModel, describe_base, transformers
+from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel, describe_base
+from comfyui_agd.agd_core.comfyui.backbones.linears import LinearHook
+from comfyui_agd.agd_core.comfyui.backbones.unet import UNet
 from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
 from comfyui_agd.agd_core.comfyui.sampling import guided_sampling
 from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
-from comfyui_agd.agd_core.kinds.low_rank import key_of, layers_of
+from comfyui_agd.agd_core.kinds.low_rank import key_of
 from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
 from comfyui_agd.tests.support.analytic import PROMPTS
 from comfyui_agd.tests.support.companions import write_lora
@@ -66,15 +67,15 @@ def with_weights(model, file, omega: float, t: float | None = None):
     clone, (_, adapter) = model.clone(), adapter_file.load(file)
     times = torch.tensor([0.0 if t is None else t])
     prepared = adapter.prepare(torch.tensor([omega]), times, torch.zeros(1, 16, 128), dtype=torch.float32)
-    blocks = transformers(model.model.diffusion_model)
+    blocks = UNet(model.model.diffusion_model).blocks()
     names = {module: name for name, module in model.model.named_modules()}
-    for index, site in enumerate(adapter.config.sites):
-        for path in layers_of(site):
-            up, down = (getattr(adapter.sites, part)[key_of(site.name, path)].weight for part in ("to_out", "down"))
+    for index, site in enumerate(adapter.config.layers):
+        for path in (linear.path for linear in site.linears):
+            up, down = (getattr(adapter.kind, part)[key_of(site.name, path)].weight for part in ("to_out", "down"))
             m = prepared.shared[index][path]
             change = (omega - 1) * (up if m is None else up * m[0]) @ down
             clone.add_patches({f"{names[blocks[site.name]]}.{path}.weight": (change.detach(),)})
-    assert len(clone.patches) == 10 * len(adapter.config.sites)
+    assert len(clone.patches) == 10 * len(adapter.config.layers)
     return clone
 
 
@@ -156,28 +157,37 @@ def test_no_hook_outlives_an_evaluation_that_fails(base, prompts, file):
             ksampler(patched(base, file), prompts)
     finally:
         handle.remove()
-    assert seen == [10 * len(describe_base(base.model).sites)]
+    assert seen == [10 * len(describe_base(base.model).layers)]
     assert hooks_of(base) == 0
     assert torch.equal(ksampler(base, prompts), before)
 
 
 def test_a_layer_that_cannot_be_hooked_leaves_no_hook(base, prompts, file, monkeypatch):
-    model, (*_, last) = patched(base, file), transformers(base.model.diffusion_model).values()
+    model, (*_, last) = patched(base, file), UNet(base.model.diffusion_model).blocks().values()
     monkeypatch.setattr(last.ff.net[2], "out_features", 1)
     with pytest.raises(UnsupportedModel, match=r"ff.net.2 in block output_\d_0 .* from 128 to 32 .* from 128 to 1 "):
         ksampler(model, prompts)
     assert hooks_of(base) == 0
 
 
-def test_a_base_that_is_built_otherwise_is_refused(save_adapter):
+def test_a_base_that_is_built_otherwise_is_refused(base, save_adapter):
+    class NoSelfAttention(TinyUNet):
+        unet_config = {**TinyUNet.unet_config, "disable_self_attentions": [True, True]}
+
+    NoSelfAttention.__name__ = "TinyUNet"  # by which ComfyUI names the family
+    other = tiny(NoSelfAttention())
+    with pytest.raises(UnsupportedModel, match=r"attn1.to_k in block input_1_0 .* from 32 to 32 .* from 128 to 32"):
+        patched(other, save_adapter(base, kind="low_rank", modulated=True))
+    assert patched(other, save_adapter(base))  # other kinds don't mind
+
+
+def test_a_base_without_self_attention_has_its_own_low_rank_adapter(prompts, save_adapter):
     class NoSelfAttention(TinyUNet):
         unet_config = {**TinyUNet.unet_config, "disable_self_attentions": [True, True]}
 
     other = tiny(NoSelfAttention())
-    file = save_adapter(other, kind="low_rank", modulated=True)
-    with pytest.raises(UnsupportedModel, match=r"attn1.to_k in block input_1_0 .* from 32 to 32 .* from 128 to 32"):
-        patched(other, file)
-    assert patched(other, save_adapter(other))  # other kinds don't mind
+    guided = ksampler(patched(other, save_adapter(other, kind="low_rank", modulated=True)), prompts)
+    assert not torch.equal(guided, ksampler(other, prompts, cfg=1.0))
 
 
 # What else works beside it
@@ -208,20 +218,19 @@ def test_adapters_add_up_whatever_their_kinds(base, prompts, files, save_adapter
 
 def test_a_rank_beside_delta_is_both_adapters_in_one(base, prompts, save_adapter, tmp_path):
     info, whole = adapter_file.load_state(save_adapter(base, kind="delta", rank=4, modulated=True))
-    inner = "sites.low_rank."
-    shared = {key: value for key, value in whole.items() if not key.startswith("sites.")}
-    delta = replace(info.config, rank=0)
-    low_rank = replace(delta, kind="low_rank", hidden=4)
+    inner = "kind.low_rank."
+    shared = {key: value for key, value in whole.items() if not key.startswith("kind.")}
+    delta = replace(info.config, kind=replace(info.config.kind, rank=0))
+    low_rank = replace(delta, kind=info.config.kind.low_rank)
     state = {key: torch.zeros_like(value) for key, value in Adapter(low_rank).state_dict().items()}  # keys and values
-    state |= shared | {f"sites.{k.removeprefix(inner)}": v for k, v in whole.items() if k.startswith(inner)}
+    state |= shared | {f"kind.{k.removeprefix(inner)}": v for k, v in whole.items() if k.startswith(inner)}
     # The modulation of all layers is one matrix, in their order.
-    of = Adapter(low_rank).sites.paths
-    kept = torch.tensor([path not in ("attn2.to_k", "attn2.to_v") for path in of]).repeat_interleave(4)
-    rows = kept.repeat(len(info.config.sites))
+    linears = [linear for layer in info.config.layers for linear in layer.linears]
+    rows = torch.tensor([not linear.reads_prompt for linear in linears]).repeat_interleave(4)
     for part in ("weight", "bias"):
         modulation = whole[f"{inner}to_modulation.{part}"]
-        state[f"sites.to_modulation.{part}"] = modulation.new_zeros(len(rows), *modulation.shape[1:])
-        state[f"sites.to_modulation.{part}"][rows] = modulation
+        state[f"kind.to_modulation.{part}"] = modulation.new_zeros(len(rows), *modulation.shape[1:])
+        state[f"kind.to_modulation.{part}"][rows] = modulation
     apart = apply_adapter(base, replace(info, config=low_rank), state, source="low_rank")
     without = {key: value for key, value in whole.items() if not key.startswith(inner)}
     apart = apply_adapter(apart, replace(info, config=delta), without, source="delta")
@@ -269,14 +278,14 @@ def test_it_learns(base, toy, how):
 def test_under_autocast_it_leaves_the_dtype_of_the_layers(base, toy, monkeypatch):
     host, seen = ComfyHost(base, toy.clip), set()
     monkeypatch.setattr(host, "_autocast", torch.bfloat16)
-    adapt = patch.adapt_linear
+    call = LinearHook.__call__
 
-    def watch(layer, inputs, out, **rest):
-        changed = adapt(layer, inputs, out, **rest)
+    def watch(self, module, inputs, out):
+        changed = call(self, module, inputs, out)
         seen.add((out.dtype, changed.dtype))
         return changed
 
-    monkeypatch.setattr(patch, "adapt_linear", watch)
+    monkeypatch.setattr(LinearHook, "__call__", watch)
     config = replace(ANALYTIC, kind="low_rank").adapter_config(host.base, 16)
     prompt, omega = host.encode(PROMPTS[:1]), torch.tensor([4.0])
     with host.session():
@@ -292,5 +301,5 @@ def test_exported_it_is_the_same_in_comfyuis_lora_loader(base, prompts, files, t
     for omega in (CFG, 2.0, 0.5):
         exported = lora.export(files[False], tmp_path / f"{omega}.safetensors", omega)
         model = with_lora(base, exported)
-        assert len(model.patches) == 10 * len(describe_base(base.model).sites)
+        assert len(model.patches) == 10 * len(describe_base(base.model).layers)
         close(ksampler(model, prompts, cfg=1.0), ksampler(patched(base, files[False]), prompts, cfg=omega))

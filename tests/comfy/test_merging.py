@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras import nodes_hooks
 
-from comfyui_agd.agd_core.comfyui import patch
+from comfyui_agd.agd_core.comfyui.backbones.linears import LinearHook
 from comfyui_agd.agd_core.comfyui.sampling import guided_sampling
 from comfyui_agd.tests.support.companions import write_lora
 from comfyui_agd.tests.support.runtime import (
@@ -37,15 +37,15 @@ def file(files, request):
 
 @pytest.fixture
 def hooked(monkeypatch) -> list[str]:
-    """The sites whose layers are changed while they are evaluated."""
-    sites, adapt = [], patch.adapt_linear
+    """The adapter layers whose linear layers are changed while they are evaluated."""
+    layers, call = [], LinearHook.__call__
 
-    def watch(layer, inputs, out, *, name, **rest):
-        sites.append(name)
-        return adapt(layer, inputs, out, name=name, **rest)
+    def watch(self, *args):
+        layers.append(self.name)
+        return call(self, *args)
 
-    monkeypatch.setattr(patch, "adapt_linear", watch)
-    return sites
+    monkeypatch.setattr(LinearHook, "__call__", watch)
+    return layers
 
 
 @pytest.fixture

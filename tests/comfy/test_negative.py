@@ -10,7 +10,8 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from comfyui_agd.agd_core.attention_guidance import NAME, attention_guidance
-from comfyui_agd.agd_core.comfyui.backbones.unet import block_of, describe_base, transformers
+from comfyui_agd.agd_core.comfyui.backbones import describe_base
+from comfyui_agd.agd_core.comfyui.backbones.unet import UNet, place_of
 from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 from comfyui_agd.tests.support.runtime import (
     CFG,
@@ -72,7 +73,7 @@ def test_a_model_with_y():
 def test_keys_and_values_of_the_negative_are_computed_once_per_sampling(agd, base, prompts):
     calls = {"to_k": 0, "to_v": 0}
     model = agd()
-    attention = next(iter(transformers(base.model.diffusion_model).values())).attn2
+    attention = next(iter(UNet(base.model.diffusion_model).blocks().values())).attn2
 
     def count(name, *_):
         calls[name] += 1
@@ -158,8 +159,8 @@ class Replacement:
 
     def on(self, model):
         model = model.clone()
-        for name in transformers(model.model.diffusion_model):
-            model.set_model_attn2_replace(self, *block_of(name))
+        for name in UNet(model.model.diffusion_model).blocks():
+            model.set_model_attn2_replace(self, *place_of(name))
         return model
 
 

@@ -6,12 +6,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.comfyui.backbones.unet import UNet
 from comfyui_agd.agd_core.comfyui.model import tracing
 from comfyui_agd.agd_core.comfyui.model.activation_checkpointing import checkpointed
 from comfyui_agd.agd_core.comfyui.model.host import ComfyHost, EncodedPrompt
-from comfyui_agd.agd_core.config import KINDS, AdapterConfig
+from comfyui_agd.agd_core.config import AdapterConfig
+from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.runtime import TinyUNet, TinyXL, TwoWidths, tiny
-from comfyui_agd.tests.support.small import randomised
+from comfyui_agd.tests.support.small import config_for, randomised
 
 SHAPE = 12, 32, 32
 
@@ -34,7 +36,7 @@ def host(base, toy):
 
 
 def config_of(host, kind: str = "cross_attention") -> AdapterConfig:
-    return AdapterConfig(sites=host.base.sites, kind=kind, hidden=32, encoder_width=32, prompt_tokens=16)
+    return config_for(host.base.layers, kind, hidden=32, encoder_width=32, prompt_tokens=16)
 
 
 def in_dtype(stored: torch.dtype, computed: torch.dtype | None = None):
@@ -187,7 +189,7 @@ def test_the_counter_counts_what_is_alive_and_what_is_multiplied():
 
 
 def test_checkpointing_is_not_left_on(host):
-    with checkpointed(host._model.model.diffusion_model):
+    with checkpointed(UNet(host._model.model.diffusion_model)):
         on = student(host)
     assert on == student(host, checkpointing=True)
     assert student(host).peak_bytes > on.peak_bytes

@@ -8,7 +8,7 @@ import torch
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
-from comfyui_agd.agd_core.config import KINDS
+from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
 from comfyui_agd.tests.support.analytic import PROMPTS, Stopped, assert_same, stop_after
 from comfyui_agd.tests.support.runtime import TinyUNet, ksampler, patched, tiny

@@ -240,7 +240,7 @@ def test_a_calibrated_adapter_is_where_training_may_begin(server):
     begun, calibrated = (
         adapter_file.load_state(server.adapters / f"{name}.safetensors")[1] for name in ("begun", "calibrated")
     )
-    found, start = begun["sites.scale.to_scale.weight"], calibrated["sites.to_scale.weight"]
+    found, start = begun["kind.scale.to_scale.weight"], calibrated["kind.to_scale.weight"]
     assert np.allclose(found.numpy(), start.numpy(), atol=1e-6)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.guidance import per_row
-from comfyui_agd.tests.support.small import small_sites
+from comfyui_agd.tests.support.small import small_layers
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.trainer import Callbacks, Progress, Trained
 
@@ -49,13 +49,13 @@ class AnalyticHost:
 
     fits: int = 1000
     teacher: dict = field(default_factory=dict)
-    base: BaseInfo = field(default_factory=lambda: BaseInfo("Analytic", "EPS", small_sites(), {}, "abc"))
+    base: BaseInfo = field(default_factory=lambda: BaseInfo("Analytic", "EPS", small_layers(), {}, "abc"))
     device, computes_in = torch.device("cpu"), torch.float32
 
     def __post_init__(self):
         self.to_mean = 2 * _fixed(CONTEXT, CHANNELS, seed=1)
-        self.to_h = {site.name: _fixed(CHANNELS, site.width, seed=site.width) for site in self.base.sites}
-        self.from_h = {site.name: _fixed(site.width, CHANNELS, seed=site.width + 1) for site in self.base.sites}
+        self.to_h = {site.name: _fixed(CHANNELS, site.width, seed=site.width) for site in self.base.layers}
+        self.from_h = {site.name: _fixed(site.width, CHANNELS, seed=site.width + 1) for site in self.base.layers}
         self.student_rows: list[int] = []
         self.teacher_rows: list[int] = []
 
@@ -99,7 +99,7 @@ class AnalyticHost:
         return x + per_row(self._pull(sigma), x) * (mean - x)
 
     def student(self, adapter: Adapter, x, sigma, prompts, negative, omega) -> torch.Tensor:
-        """The base, moved by what the adapter adds at two sites that see x."""
+        """The base, moved by what the adapter adds at two layers that see x."""
         self.student_rows.append(len(x))
         if len(x) > self.fits:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate everything.")
@@ -109,10 +109,10 @@ class AnalyticHost:
         added = 0
         for name, to_h in self.to_h.items():
             at_site, zeros = h @ to_h, torch.zeros(*h.shape[:2], to_h.shape[1])
-            if adapter.place == "output":
-                out = adapter.add(name, zeros, at_site, context, prepared)
+            if adapter.changes_attention_output:
+                out = adapter.add_after_attention(name, zeros, at_site, context, prepared)
             else:
-                out = adapter.guide(name, zeros, (difference @ to_h).expand_as(zeros), at_site, prepared)
+                out = adapter.add_inside_attention(name, zeros, (difference @ to_h).expand_as(zeros), at_site, prepared)
             added = added + out @ self.from_h[name]
         return self.denoise(x, sigma, prompts) + per_row(self._pull(sigma), x) * added.mT.reshape(x.shape)
 

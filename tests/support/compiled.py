@@ -27,7 +27,7 @@ from comfy_extras.nodes_torch_compile import TorchCompileModel  # noqa: E402
 
 from comfyui_agd.agd_core import adapter_file, alternating  # noqa: E402
 from comfyui_agd.agd_core.adapter import Adapter  # noqa: E402
-from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base  # noqa: E402
+from comfyui_agd.agd_core.comfyui.backbones import describe_base  # noqa: E402
 from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate  # noqa: E402
 from comfyui_agd.examples.toy.model import ToyConfig  # noqa: E402
 from comfyui_agd.tests.support.runtime import ksampler, patched, random_prompts, tiny  # noqa: E402

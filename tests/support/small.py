@@ -1,14 +1,30 @@
 """Small adapters for every tier; torch only."""
 
+from dataclasses import fields
+
 import torch
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterInfo
-from comfyui_agd.agd_core.config import AdapterConfig, BaseInfo, Site
+from comfyui_agd.agd_core.config import AdapterConfig, AdapterLayer, BaseInfo, Linear
+from comfyui_agd.agd_core.kinds import KINDS, kind_config
 
 
-def small_sites() -> tuple[Site, ...]:
-    return Site("input_1_0", 24, 16), Site("middle_0_0", 32, 16)
+def small_layer(name: str, path: str, width: int, context_dim: int = 16) -> AdapterLayer:
+    """With the linear layers of a UNet's transformer block."""
+    w, d = width, context_dim
+    linears = [Linear(f"attn1.{linear}", w, w) for linear in ("to_q", "to_k", "to_v", "to_out.0")]
+    linears += [Linear(f"attn2.{linear}", w, w) for linear in ("to_q", "to_out.0")]
+    linears += [Linear(f"attn2.{linear}", d, w, reads_prompt=True) for linear in ("to_k", "to_v")]
+    linears += [Linear("ff.net.0.proj", w, 8 * w), Linear("ff.net.2", 4 * w, w)]
+    return AdapterLayer(name, path, w, d, innermost=name.startswith("middle"), linears=tuple(linears))
+
+
+def small_layers() -> tuple[AdapterLayer, ...]:
+    return (
+        small_layer("input_1_0", "input_blocks.1.1.transformer_blocks.0", 24),
+        small_layer("middle_0_0", "middle_block.1.transformer_blocks.0", 32),
+    )
 
 
 def randomised(adapter: Adapter, seed: int = 0) -> Adapter:
@@ -21,5 +37,19 @@ def randomised(adapter: Adapter, seed: int = 0) -> Adapter:
     return adapter
 
 
-def info_for(base: BaseInfo, **config) -> AdapterInfo:
-    return AdapterInfo(AdapterConfig(sites=base.sites, **config), base, omega_range=(1.0, 12.0))
+def config_for(
+    layers: tuple[AdapterLayer, ...], kind: str = "delta", *, prompt_tokens: int = 77, **settings
+) -> AdapterConfig:
+    """Of a kind by its name; settings that it has no use for are left out, so that one test may go through all.
+
+    `hidden` is the rank of low_rank, as in training's settings.
+    """
+    if kind == "low_rank":
+        settings = {"rank": settings.get("hidden", 16), **settings}
+    own = {f.name for f in fields(KINDS[kind].Config)}
+    chosen = {name: value for name, value in settings.items() if name in own}
+    return AdapterConfig(layers, kind_config(kind, **chosen), prompt_tokens)
+
+
+def info_for(base: BaseInfo, kind: str = "delta", **settings) -> AdapterInfo:
+    return AdapterInfo(config_for(base.layers, kind, **settings), base, omega_range=(1.0, 12.0))

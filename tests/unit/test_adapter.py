@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.config import AdapterConfig, Site
-from comfyui_agd.agd_core.kinds.low_rank import key_of, layers_of
-from comfyui_agd.tests.support.small import randomised, small_sites
+from comfyui_agd.agd_core.config import AdapterConfig
+from comfyui_agd.agd_core.kinds import kind_config
+from comfyui_agd.agd_core.kinds.low_rank import key_of
+from comfyui_agd.tests.support.small import config_for, randomised, small_layer, small_layers
 
 OURS = {"kind": "cross_attention"}
 PAPER = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
@@ -21,7 +22,7 @@ VARIANTS = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSE
 
 def build(switches: dict, **more) -> Adapter:
     torch.manual_seed(0)
-    return Adapter(AdapterConfig(sites=small_sites(), **{"hidden": 8, "encoder_width": 8, **switches, **more}))
+    return Adapter(config_for(small_layers(), **{"hidden": 8, "rank": 8, "encoder_width": 8, **switches, **more}))
 
 
 def prompt(rows: int = 2, length: int = 5) -> torch.Tensor:
@@ -38,14 +39,14 @@ def residuals(adapter: Adapter, omega: float = 4.0, context=None, **more) -> dic
     prepared = prepare(adapter, omega, context, **more)
     generator, rows = torch.Generator().manual_seed(1), prepared.context.shape[0]
     found = {}
-    for site in small_sites():
-        if adapter.place == "linear":
-            for path, (channels, out) in layers_of(site).items():
-                x, zeros = torch.randn(rows, 9, channels, generator=generator), torch.zeros(rows, 9, out)
-                found[f"{site.name} {path}"] = adapter.adapt(site.name, path, zeros, x, prepared)
-            continue
-        h = torch.randn(rows, 9, site.width, generator=generator)
-        found[site.name] = adapter.add(site.name, torch.zeros_like(h), h, prepared.context, prepared)
+    for layer in small_layers():
+        for linear in adapter.kind.linears(layer):
+            x, zeros = torch.randn(rows, 9, linear.inputs, generator=generator), torch.zeros(rows, 9, linear.outputs)
+            found[f"{layer.name} {linear.path}"] = adapter.add_at_linear(layer.name, linear.path, zeros, x, prepared)
+        if adapter.changes_attention_output:
+            h = torch.randn(rows, 9, layer.width, generator=generator)
+            zeros = torch.zeros_like(h)
+            found[layer.name] = adapter.add_after_attention(layer.name, zeros, h, prepared.context, prepared)
     return found
 
 
@@ -89,8 +90,8 @@ def test_strength_scales_the_residual(switches):
 def test_the_residual_is_added_to_what_is_there(switches):
     adapter = randomised(build(switches))
     prepared, h = prepare(adapter), torch.randn(2, 9, 24)
-    alone = adapter.add("input_1_0", torch.zeros_like(h), h, prepared.context, prepared)
-    torch.testing.assert_close(adapter.add("input_1_0", h, h, prepared.context, prepared), h + alone)
+    alone = adapter.add_after_attention("input_1_0", torch.zeros_like(h), h, prepared.context, prepared)
+    torch.testing.assert_close(adapter.add_after_attention("input_1_0", h, h, prepared.context, prepared), h + alone)
 
 
 @VARIANTS
@@ -113,16 +114,16 @@ def test_rows_do_not_see_each_other(switches):
 
 
 @AT_OUTPUT
-def test_a_site_with_another_prompt_uses_it(switches):
+def test_a_layer_with_another_prompt_uses_it(switches):
     """Other patches may give single blocks a prompt of their own."""
     adapter, h = randomised(build(switches)), torch.randn(2, 9, 24)
     zeros, other = torch.zeros_like(h), prompt() * 2
-    changed = adapter.add("input_1_0", zeros, h, other, prepare(adapter))
-    expected = adapter.add("input_1_0", zeros, h, other, prepare(adapter, context=other))
+    changed = adapter.add_after_attention("input_1_0", zeros, h, other, prepare(adapter))
+    expected = adapter.add_after_attention("input_1_0", zeros, h, other, prepare(adapter, context=other))
     torch.testing.assert_close(changed, expected)
 
 
-def test_every_site_of_the_paper_has_its_own_omega_and_t_tokens():
+def test_every_layer_of_the_paper_has_its_own_omega_and_t_tokens():
     adapter = randomised(build(PAPER))
     before = residuals(adapter)
     with torch.no_grad():
@@ -135,15 +136,15 @@ def test_every_site_of_the_paper_has_its_own_omega_and_t_tokens():
 @pytest.mark.parametrize("switches", [LOW_RANK, LORA], ids=str)
 def test_a_linear_layer_changes_as_if_its_weights_did(switches):
     """W x + (omega - 1) * B (m * A x): each row with its own omega and t."""
-    adapter, (site, _), omega = randomised(build(switches)), small_sites(), torch.tensor([3.0, 0.5])
+    adapter, (layer, _), omega = randomised(build(switches)), small_layers(), torch.tensor([3.0, 0.5])
     prepared = adapter.prepare(omega, torch.tensor([900.0, 10.0]), prompt(), dtype=torch.float32)
-    for path, (channels, out) in layers_of(site).items():
-        base, x, key = torch.randn(out, channels), torch.randn(2, 9, channels), key_of(site.name, path)
-        found = adapter.adapt(site.name, path, x @ base.T, x, prepared)
-        m = prepared.shared[0][path]
+    for linear in layer.linears:
+        base, x = torch.randn(linear.outputs, linear.inputs), torch.randn(2, 9, linear.inputs)
+        found = adapter.add_at_linear(layer.name, linear.path, x @ base.T, x, prepared)
+        m, key = prepared.shared[0][linear.path], key_of(layer.name, linear.path)
         for row in range(2):
             factor = torch.eye(8) if m is None else m[row, 0].diag()
-            change = adapter.sites.to_out[key].weight @ factor @ adapter.sites.down[key].weight
+            change = adapter.kind.to_out[key].weight @ factor @ adapter.kind.down[key].weight
             torch.testing.assert_close(found[row], x[row] @ (base + (omega[row] - 1) * change).T, rtol=1e-4, atol=1e-4)
     assert (m is None) == (switches == LORA)
 
@@ -151,7 +152,7 @@ def test_a_linear_layer_changes_as_if_its_weights_did(switches):
 def test_modulation_starts_at_one_and_then_tells_t_from_t_and_layer_from_layer():
     def modulation(adapter: Adapter, t: float) -> torch.Tensor:
         prepared = adapter.prepare(torch.tensor([4.0]), torch.tensor([t]), prompt(1), dtype=torch.float32)
-        return torch.cat([m for site in prepared.shared for m in site.values()])
+        return torch.cat([m for layer in prepared.shared for m in layer.values()])
 
     new = build(LOW_RANK)
     assert torch.equal(modulation(new, 500.0), torch.ones(20, 1, 8))
@@ -161,15 +162,15 @@ def test_modulation_starts_at_one_and_then_tells_t_from_t_and_layer_from_layer()
 
 
 def test_a_rank_may_be_any_number():
-    adapter = randomised(build(LOW_RANK, hidden=3))
-    assert {layer.weight.shape[0] for layer in adapter.sites.down.values()} == {3}
+    adapter = randomised(build(LOW_RANK, rank=3))
+    assert {layer.weight.shape[0] for layer in adapter.kind.down.values()} == {3}
     assert all(torch.count_nonzero(residual) for residual in residuals(adapter).values())
 
 
 def test_a_lora_needs_no_encoder():
     assert len(build(LORA).encoders) == 0
-    sizes = [size for site in small_sites() for layer in layers_of(site).values() for size in layer]
-    assert build(LORA).parameter_count() == 8 * sum(sizes)
+    linears = [linear for layer in small_layers() for linear in layer.linears]
+    assert build(LORA).parameter_count() == 8 * sum(linear.inputs + linear.outputs for linear in linears)
 
 
 def test_log_omega_is_smooth_where_guidance_is_used():
@@ -189,19 +190,29 @@ def test_a_shared_encoder_is_evaluated_once():
     [
         ({"kind": "lora"}, "kind 'lora' is none of cross_attention, offset"),
         ({"hidden": 30, "kind": "cross_attention"}, "hidden is 30, but must be a multiple of 4 from 4 to 512"),
-        ({"kind": "low_rank", "hidden": 0}, "hidden is 0, but must be from 1 to 512"),
-        ({"kind": "low_rank", "hidden": 513}, "hidden is 513, but must be from 1 to 512"),
+        ({"kind": "low_rank", "rank": 0}, "rank is 0, but must be from 1 to 512"),
+        ({"kind": "low_rank", "rank": 513}, "rank is 513, but must be from 1 to 512"),
         ({"kind": "delta", "rank": -1}, "rank is -1, but must be from 0 to 512"),
-        ({"kind": "low_rank", "rank": 4}, "rank is 4, but kind 'low_rank' has none beside it"),
-        ({"kind": "low_rank", "shared_encoder": False}, "kind 'low_rank' has one encoder for all sites"),
         ({"kind": "low_rank", "modulated": False, "gain": False}, "would be the same for every omega"),
-        ({"encoder_width": 7}, "encoder_width is 7"),
+        ({"kind": "delta", "rank": 4, "gain": False}, "would be the same for every omega"),
+        ({"kind": "delta", "encoder_width": 7}, "encoder_width is 7"),
+        ({"kind": "offset", "omega_embedding": "linear"}, "omega_embedding 'linear' is none of log, fourier"),
+    ],
+)
+def test_settings_of_a_kind_that_cannot_work_say_why(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        kind_config(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
         ({"prompt_tokens": 0}, "prompt_tokens is 0"),
-        ({"sites": ()}, "there are no sites"),
-        ({"sites": (Site("a", 8, 16), Site("b", 8, 32))}, "context_dim differ"),
-        ({"sites": (Site("a", 8, 16), Site("a", 8, 16))}, "same name"),
+        ({"layers": ()}, "there are no layers"),
+        ({"layers": (small_layer("a", "a", 8, 16), small_layer("b", "b", 8, 32))}, "context_dim differ"),
+        ({"layers": (small_layer("a", "a", 8, 16), small_layer("a", "a", 8, 16))}, "same name"),
     ],
 )
 def test_a_config_that_cannot_work_says_why(wrong, message):
     with pytest.raises(ValueError, match=message):
-        AdapterConfig(**{"sites": small_sites(), **wrong})
+        AdapterConfig(**{"layers": small_layers(), "kind": kind_config("delta"), **wrong})

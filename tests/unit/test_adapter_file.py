@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
-from comfyui_agd.agd_core.config import KINDS, Site
+from comfyui_agd.agd_core.kinds import KINDS
+from comfyui_agd.tests.support.small import config_for
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def rewrite(file, change_state=lambda state: None, change_data=lambda data: None
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("omega_embedding", ["log", "fourier"])
 def test_round_trip(tmp_path, info, kind, omega_embedding):
-    config = dataclasses.replace(info.config, kind=kind, omega_embedding=omega_embedding)
+    config = config_for(info.base.layers, kind, omega_embedding=omega_embedding)
     info = dataclasses.replace(info, config=config, resolutions=((8, 12),), training={"iterations": 3})
     torch.manual_seed(1)
     adapter = Adapter(config)
@@ -47,17 +48,17 @@ def test_round_trip(tmp_path, info, kind, omega_embedding):
 
 def test_inspect_shows_what_matters(file, info):
     text = adapter_file.describe(adapter_file.read_info(file), file)
-    for part in ("Small (EPS-prediction, 2 cross-attentions", "delta, hidden 8", "1 to 12", "empty prompt"):
+    for part in ("Small (EPS-prediction, 2 adapter layers", "delta, hidden 8", "1 to 12", "empty prompt"):
         assert part in text
 
 
 @pytest.mark.parametrize("modulated", [True, False])
 @pytest.mark.parametrize(
     ("settings", "shown"),
-    [({"kind": "low_rank", "hidden": 5}, "low_rank"), ({"hidden": 8, "rank": 5}, "delta, hidden 8")],
+    [({"kind": "low_rank", "rank": 5}, "low_rank"), ({"hidden": 8, "rank": 5}, "delta, hidden 8")],
 )
 def test_inspect_shows_the_rank(info, settings, shown, modulated):
-    config = dataclasses.replace(info.config, modulated=modulated, **settings)
+    config = config_for(info.base.layers, modulated=modulated, **settings)
     text = adapter_file.describe(dataclasses.replace(info, config=config), "a.safetensors")
     assert f"{shown}, rank 5{', modulated' if modulated else ''}, {Adapter(config).parameter_count():,} " in text
 
@@ -96,12 +97,12 @@ def test_foreign_file(tmp_path):
 
 def test_newer_format(file):
     rewrite(file, change_data=lambda data: data.update(format_version=99))
-    with pytest.raises(AdapterFileError, match=r"newer AGD: update the node pack.*format 99.*reads up to 1"):
+    with pytest.raises(AdapterFileError, match=r"newer AGD: update the node pack.*format 99.*reads up to 2"):
         adapter_file.load(file)
 
 
 def test_damaged_description(file):
-    rewrite(file, change_data=lambda data: data["config"].pop("hidden"))
+    rewrite(file, change_data=lambda data: data["config"]["settings"].pop("hidden"))
     with pytest.raises(AdapterFileError, match=r"missing fields \['hidden'\]"):
         adapter_file.load(file)
 
@@ -110,8 +111,8 @@ def test_every_offending_key_is_named(file):
     def damage(state):
         del state["encoders.0.omega.0.bias"]
         state["stranger"] = torch.zeros(1)
-        state["sites.down.middle_0_0.bias"] = torch.zeros(5)
-        state["sites.down.input_1_0.bias"][0] = float("nan")
+        state["kind.down.middle_0_0.bias"] = torch.zeros(5)
+        state["kind.down.input_1_0.bias"][0] = float("nan")
 
     rewrite(file, damage)
     with pytest.raises(AdapterFileError) as error:
@@ -119,8 +120,8 @@ def test_every_offending_key_is_named(file):
     for part in (
         "encoders.0.omega.0.bias: missing",
         "stranger: unknown",
-        "sites.down.middle_0_0.bias: shape (5,) instead of (8,)",
-        "sites.down.input_1_0.bias: holds NaN",
+        "kind.down.middle_0_0.bias: shape (5,) instead of (8,)",
+        "kind.down.input_1_0.bias: holds NaN",
     ):
         assert part in str(error.value)
 
@@ -146,15 +147,15 @@ def test_every_offending_key_is_named(file):
 )
 def test_another_base_is_refused_in_the_users_words_first(info, base, theirs, yours, sentence):
     mine = dataclasses.replace(info, base=dataclasses.replace(base, family=theirs[0], prediction=theirs[1]))
-    sites = (base.sites[0], Site("middle_0_0", 64, 16))
-    other = dataclasses.replace(base, family=yours[0], prediction=yours[1], sites=sites)
+    layers = (base.layers[0], dataclasses.replace(base.layers[1], width=64))
+    other = dataclasses.replace(base, family=yours[0], prediction=yours[1], layers=layers)
     with pytest.raises(AdapterFileError) as refused:
         adapter_file.check_base(mine, other, "a.safetensors")
     what, remedy, details = re.fullmatch(r"(.+?\.) (Choose .+?\.) (Details: .+)", str(refused.value)).groups()
     assert what == sentence
     assert "train one with AGD Train, or choose 'training-free' in AGD Adapter Loader" in remedy
     both = f"a.safetensors was made for {mine.base.describe()}, but this model is {other.describe()}."
-    assert details == f"Details: the adapter {both} Sites that differ: middle_0_0."
+    assert details == f"Details: the adapter {both} Layers that differ: middle_0_0."
 
 
 def test_another_prediction_alone_is_refused(info, base):

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.config import AdapterConfig
 from comfyui_agd.agd_core.kinds.scale import KNOTS, LAST_TIMESTEP, START
-from comfyui_agd.tests.support.small import randomised, small_sites
+from comfyui_agd.tests.support.small import config_for, randomised, small_layers
+from comfyui_agd.training.config import TrainConfig
 
 KINDS = pytest.mark.parametrize("kind", ["scale", "delta"])
 
 
 def build(kind: str, **settings) -> Adapter:
     torch.manual_seed(0)
-    return Adapter(AdapterConfig(sites=small_sites(), kind=kind, hidden=8, encoder_width=8, **settings))
+    return Adapter(config_for(small_layers(), kind, hidden=8, encoder_width=8, **settings))
 
 
 def some(seed: int, *shape: int) -> torch.Tensor:
@@ -27,7 +27,7 @@ def guide(adapter: Adapter, omega: float = 4.0, t: float = 500.0, *, name="input
     h = some(2, 2, 9, width) if h is None else h
     context = torch.zeros(2, 5, 16)
     prepared = adapter.prepare(torch.tensor([omega]), torch.full((2,), t), context, dtype=torch.float32, **more)
-    return adapter.guide(name, torch.zeros_like(delta), delta, h, prepared)
+    return adapter.add_inside_attention(name, torch.zeros_like(delta), delta, h, prepared)
 
 
 def trained(kind: str) -> Adapter:
@@ -100,17 +100,18 @@ def test_the_scale_is_linear_between_its_knots():
     at = [guide(adapter, t=t) for t in knots]
     for first, second, low, high in zip(at, at[1:], knots, knots[1:], strict=False):
         torch.testing.assert_close(guide(adapter, t=0.75 * low + 0.25 * high), 0.75 * first + 0.25 * second)
-    weight = adapter.sites.to_scale.weight[:24]  # the first site's
+    weight = adapter.kind.to_scale.weight[:24]  # the first site's
     torch.testing.assert_close(at[0], 3 * weight[:, 0] * some(1, 2, 9, 24))
 
 
-def test_delta_has_one_encoder_for_all_sites():
-    with pytest.raises(ValueError, match="one encoder for all sites"):
-        AdapterConfig(sites=small_sites(), kind="delta", shared_encoder=False)
+@pytest.mark.parametrize("kind", ["delta", "low_rank"])
+def test_what_has_one_encoder_for_all_layers_can_not_be_trained_with_one_for_each(kind):
+    with pytest.raises(ValueError, match=f"Kind '{kind}' has one encoder for all layers, so shared_encoder must be on"):
+        TrainConfig(kind=kind, shared_encoder=False).kind_config()
 
 
 def test_scale_has_no_encoder():
-    assert dict(build("scale").named_parameters()).keys() == {"sites.to_scale.weight"}
+    assert dict(build("scale").named_parameters()).keys() == {"kind.to_scale.weight"}
 
 
 def test_last_layers_of_delta_start_at_zero():
@@ -122,20 +123,20 @@ def test_a_rank_beside_it_starts_at_nothing_and_is_trained():
     new = build("delta", rank=4)
     prepared = new.prepare(torch.tensor([4.0]), torch.tensor([500.0]), torch.zeros(1, 5, 16), dtype=torch.float32)
     x, zeros = some(1, 1, 9, 24), torch.zeros(1, 9, 24)
-    assert torch.equal(new.adapt("input_1_0", "attn1.to_q", zeros, x, prepared), zeros)
+    assert torch.equal(new.add_at_linear("input_1_0", "attn1.to_q", zeros, x, prepared), zeros)
     assert new.parameter_count() > build("delta").parameter_count()
-    assert len(list(new.last())) == 2 + 2 * 8  # of both sites: their maps, and their layers but for keys and values
+    assert len(list(new.last())) == 2 + 2 * 8  # of both: their maps, and their layers but for keys and values
     with torch.no_grad():
-        new.sites.low_rank.to_out["input_1_0_attn1_to_q"].weight.fill_(1.0)
-    assert new.adapt("input_1_0", "attn1.to_q", zeros, x, prepared).abs().min() > 0
+        new.kind.low_rank.to_out["input_1_0_attn1_to_q"].weight.fill_(1.0)
+    assert new.add_at_linear("input_1_0", "attn1.to_q", zeros, x, prepared).abs().min() > 0
 
 
 def test_a_rank_beside_it_without_modulation_is_a_lora():
     adapter, x, zeros = build("delta", rank=4, modulated=False), some(1, 1, 9, 24), torch.zeros(1, 9, 24)
-    low_rank = adapter.sites.low_rank
+    low_rank = adapter.kind.low_rank
     key = "input_1_0_attn1_to_q"
     torch.nn.init.ones_(low_rank.to_out[key].weight)
     expected = 3.0 * x @ low_rank.down[key].weight.T @ low_rank.to_out[key].weight.T
     for t in (100.0, 900.0):
         prepared = adapter.prepare(torch.tensor([4.0]), torch.tensor([t]), torch.zeros(1, 5, 16), dtype=torch.float32)
-        torch.testing.assert_close(adapter.adapt("input_1_0", "attn1.to_q", zeros, x, prepared), expected)
+        torch.testing.assert_close(adapter.add_at_linear("input_1_0", "attn1.to_q", zeros, x, prepared), expected)

@@ -1,21 +1,19 @@
 """An adapter as a LoRA file: its names, its weights, what can't be one. Loaders are in tests/comfy/test_low_rank.py."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from safetensors import safe_open
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.lora import export, lora, module_path
+from comfyui_agd.agd_core.lora import export, lora, lora_key
 from comfyui_agd.tests.support.small import info_for, randomised
 from comfyui_agd.training import cli
 
 
 @pytest.fixture
 def info(base):
-    return info_for(base, kind="low_rank", modulated=False, hidden=3)
+    return info_for(base, kind="low_rank", modulated=False, rank=3)
 
 
 @pytest.fixture
@@ -23,10 +21,10 @@ def file(info, tmp_path):
     return adapter_file.save(tmp_path / "adapter.safetensors", randomised(Adapter(info.config)), info)
 
 
-def test_names_are_those_of_the_unets_modules():
-    assert module_path("input_1_0") == "input_blocks.1.1.transformer_blocks.0"
-    assert module_path("middle_0_9") == "middle_block.1.transformer_blocks.9"
-    assert module_path("output_11_2") == "output_blocks.11.1.transformer_blocks.2"
+def test_names_are_those_of_kohyas_scripts():
+    assert lora_key("input_blocks.1.1.transformer_blocks.0", "ff.net.0.proj") == (
+        "lora_unet_input_blocks_1_1_transformer_blocks_0_ff_net_0_proj"
+    )
 
 
 def test_the_strength_is_in_the_file(file):
@@ -37,7 +35,7 @@ def test_the_strength_is_in_the_file(file):
     assert found[f"{name}.lora_down.weight"].shape == (3, 32)
     assert found[f"{name}.alpha"] == 3.0  # the rank: loaders multiply by alpha / rank
     torch.testing.assert_close(
-        found[f"{name}.lora_up.weight"], 3.0 * state["sites.to_out.middle_0_0_ff_net_0_proj.weight"]
+        found[f"{name}.lora_up.weight"], 3.0 * state["kind.to_out.middle_0_0_ff_net_0_proj.weight"]
     )
 
 
@@ -55,10 +53,13 @@ def test_the_command_writes_what_lora_tools_read(file, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("config", "kind"),
-    [({"modulated": True}, "low_rank with modulation by t and omega"), ({"kind": "offset"}, "offset")],
+    [
+        ({"kind": "low_rank", "modulated": True}, "low_rank with modulation by t and omega"),
+        ({"kind": "offset"}, "offset"),
+    ],
 )
-def test_what_no_lora_can_be_is_refused(info, tmp_path, capsys, config, kind):
-    info = replace(info, config=replace(info.config, **config))
+def test_what_no_lora_can_be_is_refused(base, tmp_path, capsys, config, kind):
+    info = info_for(base, **config)
     file = adapter_file.save(tmp_path / "other.safetensors", Adapter(info.config), info)
     assert cli.main(["export", str(file), str(tmp_path / "lora.safetensors"), "--omega", "5"]) == 1
     assert f"This adapter is {kind}, which no LoRA can express" in capsys.readouterr().err

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.config import BaseInfo, Site
+from comfyui_agd.agd_core.config import BaseInfo
+from comfyui_agd.tests.support.small import small_layer
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.plan import SAFETY, DoesNotFit, evaluations, plan
 
@@ -21,13 +22,14 @@ class Cost:
     flops: int
 
 
+LAYERS = tuple(small_layer(f"input_{i}_0", f"blocks.{i}", 640, 768) for i in range(8))
+
+
 @dataclass
 class PlainHost:
     """At 512 x 512 the student takes 1 GB per row, checkpointed 0.2 GB, the teacher 0.1 GB, and 0.05 GB besides."""
 
-    base: BaseInfo = field(
-        default_factory=lambda: BaseInfo("Plain", "EPS", tuple(Site(f"input_{i}_0", 640, 768) for i in range(8)))
-    )
+    base: BaseInfo = field(default_factory=lambda: BaseInfo("Plain", "EPS", LAYERS))
     traced: list = field(default_factory=list)
 
     def latent_shape(self, width, height):

@@ -43,9 +43,9 @@ def test_one_of_the_same_kind_goes_on(save, kind):
 
 def test_a_calibrated_one_is_the_scale_of_delta(save):
     file = save(kind="scale", learning_rate=0.1)
-    calibrated, found = adapter_file.load_state(file)[1]["sites.to_scale.weight"], begun(file, kind="delta")
-    assert torch.equal(found["sites.scale.to_scale.weight"], calibrated)
-    assert not torch.equal(begun(None, kind="delta")["sites.scale.to_scale.weight"], calibrated)
+    calibrated, found = adapter_file.load_state(file)[1]["kind.to_scale.weight"], begun(file, kind="delta")
+    assert torch.equal(found["kind.scale.to_scale.weight"], calibrated)
+    assert not torch.equal(begun(None, kind="delta")["kind.scale.to_scale.weight"], calibrated)
 
 
 @pytest.mark.parametrize("other", [{"kind": "cross_attention"}, {"kind": "delta", "hidden": 12}])
@@ -56,7 +56,7 @@ def test_one_that_does_not_fit_is_refused(save, other):
 
 def test_one_of_another_base_is_refused(save, tmp_path):
     info, adapter = adapter_file.load(save(kind="delta"))
-    other = replace(info, base=BaseInfo("Other", "V_PREDICTION", info.base.sites))
+    other = replace(info, base=BaseInfo("Other", "V_PREDICTION", info.base.layers))
     file = adapter_file.save(tmp_path / "other.safetensors", adapter, other)
     with pytest.raises(AdapterFileError, match="was made for Other"):
         begun(file, kind="delta")

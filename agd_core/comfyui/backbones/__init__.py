@@ -1,1 +1,86 @@
-"""What a base family is to adapters: its layers, how its evaluation is intercepted, its names."""
+"""What a base family is to adapters: its layers, how its evaluation is intercepted, its names.
+
+`LAYOUTS` are the ways in which networks are built, a file each; `agd_core/families.py` has the families' rows.
+"""
+
+import hashlib
+
+import torch
+from comfy import model_sampling
+from torch import nn
+
+from ...config import BaseInfo
+from ...families import find_family
+from .base import INSTEAD, Backbone, UnsupportedModel
+from .linears import check_linears
+from .transformer import Transformer
+from .unet import UNet
+
+__all__ = ["Backbone", "UnsupportedModel", "backbone_of", "check_linears", "describe_base", "is_trained_on"]
+
+LAYOUTS: dict[str, type[Backbone]] = {layout.layout: layout for layout in (UNet, Transformer)}
+
+# How the model's output is read, under the names of ComfyUI's ModelType; subclasses come first.
+_PREDICTIONS = (
+    (model_sampling.EDM, "EDM"),
+    (model_sampling.V_PREDICTION, "V_PREDICTION"),
+    (model_sampling.IMG_TO_IMG, "IMG_TO_IMG"),
+    (model_sampling.X0, "X0"),
+    (model_sampling.CONST, "FLOW"),
+    (model_sampling.EPS, "EPS"),
+)
+
+
+def backbone_of(model) -> Backbone:
+    """A ComfyUI `BaseModel`'s backbone: by its family's row, or else by structure. Raises `UnsupportedModel`."""
+    network, family = model.diffusion_model, find_family(type(model.model_config).__name__)
+    if family is not None:
+        return LAYOUTS[family.layout](network, family)
+    return layout_of(network)
+
+
+def layout_of(network: nn.Module) -> Backbone:
+    """By structure alone. Raises `UnsupportedModel`."""
+    for layout in LAYOUTS.values():
+        if layout.recognises(network):
+            return layout(network)
+    raise UnsupportedModel(
+        f"This kind of model can't have an adapter: SD 1.5, SD 2, SDXL and models made from them can. {INSTEAD} "
+        f"Details: this model is a {type(network).__name__}, which has no input_blocks, middle_block and output_blocks."
+    )
+
+
+def _prediction(sampling, otherwise: str) -> str:
+    name = next((name for kind, name in _PREDICTIONS if isinstance(sampling, kind)), otherwise)
+    if name == "V_PREDICTION" and isinstance(sampling, model_sampling.ModelSamplingContinuousEDM):
+        return "V_PREDICTION_EDM"
+    return name
+
+
+def describe_base(model, sampling=None) -> BaseInfo:
+    """What a ComfyUI `BaseModel` is, read without touching its weights. Raises `UnsupportedModel`.
+
+    `sampling` is the MODEL's `get_model_object("model_sampling")`: nodes such as ModelSamplingDiscrete set another
+    prediction there than the one that ComfyUI detected in the checkpoint.
+    """
+    config, backbone = model.model_config.unet_config, backbone_of(model)
+    kept = ("model_channels", "in_channels", "out_channels", "adm_in_channels", "context_dim", "channel_mult")
+    return BaseInfo(
+        family=type(model.model_config).__name__,
+        prediction=_prediction(sampling, otherwise=model.model_type.name),
+        layers=backbone.layers(),
+        architecture={key: config[key] for key in kept if config.get(key) is not None},
+        layout=backbone.layout,
+    )
+
+
+def fingerprint(model) -> str:
+    """A short name for a `BaseModel`'s weights, from the first and the last layer."""
+    # Rounded to bf16: the same checkpoint loaded in another precision should mostly keep its name.
+    ends = [tensor.detach().cpu().to(torch.bfloat16).view(torch.int16) for tensor in backbone_of(model).ends()]
+    return hashlib.sha256(b"".join(end.numpy().tobytes() for end in ends)).hexdigest()[:16]
+
+
+def is_trained_on(base: BaseInfo, model) -> bool:
+    """Whether `base` is of this `BaseModel`'s weights, as far as fingerprints tell; a base without one may be."""
+    return base.fingerprint in ("", fingerprint(model))

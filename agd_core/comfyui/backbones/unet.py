@@ -1,150 +1,227 @@
-"""What a ComfyUI model is, read from its structure: its cross-attention sites and its kind."""
+"""UNets with cross-attention: SD 1.5, SD 2, SDXL and what was made of them, as ComfyUI builds them (`UNetModel`).
 
-import hashlib
-from collections.abc import Iterator
-from operator import attrgetter
+An evaluation is intercepted by stateless hooks. `intercept` hands the step on as an argument of the network's own: for
+ComfyUI's compile node drops every guard on `transformer_options`, so that a graph compiled without adapters, or with
+others, would run on; on an argument of its own the guards stay. A DIFFUSION_MODEL wrapper takes it and prepares the
+adapters. For this evaluation it puts
 
+- the last attn2_patch, which sees what the attention is really given after all other nodes;
+- the first attn2_output_patch, which sees what it returns before them;
+- for adapters that work inside the attention, an attention of our own around what was there;
+- for adapters of low rank, forward hooks on the linear layers (`linears.py`).
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.ldm.modules.attention
 import torch
-from comfy import model_sampling
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.patcher_extension import WrappersMP
 from torch import nn
 
-from ...config import BaseInfo, Site
-from ...errors import AGDError
-from ...kinds.low_rank import layers_of
+from ...config import AdapterLayer, Linear
+from ..step import KEY, GuidedStep
+from .base import INSTEAD, Backbone, UnsupportedModel
+from .linears import adapted_linears
 
-# How the model's output is read, under the names of ComfyUI's ModelType; subclasses come first.
-_PREDICTIONS = (
-    (model_sampling.EDM, "EDM"),
-    (model_sampling.V_PREDICTION, "V_PREDICTION"),
-    (model_sampling.IMG_TO_IMG, "IMG_TO_IMG"),
-    (model_sampling.X0, "X0"),
-    (model_sampling.EPS, "EPS"),
-)
-_INSTEAD = "Choose 'training-free' in AGD Adapter Loader, which needs no adapter."
+PREPARED = "agd_prepared"
+_INPUT = "agd_input"
+# The linear layers of a transformer block, in the order of an adapter's weights.
+_SELF_KEYS_VALUES, _CROSS_KEYS_VALUES = ("attn1.to_k", "attn1.to_v"), ("attn2.to_k", "attn2.to_v")
+_LINEARS = ("attn1.to_q", *_SELF_KEYS_VALUES, "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", *_CROSS_KEYS_VALUES)
+_LINEARS += ("ff.net.0.proj", "ff.net.2")
 
 
-class UnsupportedModel(AGDError, ValueError):
-    """A model whose structure AGD cannot adapt."""
-
-
-def site_name(block: tuple[str, int], index: int) -> str:
-    """The name of a site from what ComfyUI tells attention patches: ("input", 1) and 0 -> "input_1_0"."""
+def layer_name(block: tuple[str, int], index: int) -> str:
+    """The name of an adapter layer from what ComfyUI tells attention patches: ("input", 1) and 0 -> "input_1_0"."""
     return f"{block[0]}_{block[1]}_{index}"
 
 
-def block_of(name: str) -> tuple[str, int, int]:
-    """The inverse of `site_name`, under which replacements of attention are kept: "input_1_0" -> ("input", 1, 0)."""
+def place_of(name: str) -> tuple[str, int, int]:
+    """The inverse of `layer_name`, under which replacements of attention are kept: "input_1_0" -> ("input", 1, 0)."""
     kind, number, index = name.rsplit("_", 2)
     return kind, int(number), int(index)
 
 
-def _blocks(unet: nn.Module) -> Iterator[tuple[tuple[str, int], nn.Module]]:
-    """The blocks under the names that `UNetModel._forward` puts into `transformer_options["block"]`."""
-    yield from ((("input", i), block) for i, block in enumerate(unet.input_blocks))
-    if unet.middle_block is not None:
-        yield ("middle", 0), unet.middle_block
-    yield from ((("output", i), block) for i, block in enumerate(unet.output_blocks))
+class UNet(Backbone):
+    """An adapter layer is a transformer block with a cross-attention, called by its place: "input_1_0"."""
 
+    layout = "unet"
 
-def transformers(unet: nn.Module) -> dict[str, nn.Module]:
-    """By site name, a ComfyUI `UNetModel`'s transformer blocks with a cross-attention, in the order of evaluation.
+    @classmethod
+    def recognises(cls, network: nn.Module) -> bool:
+        return all(hasattr(network, name) for name in ("input_blocks", "middle_block", "output_blocks"))
 
-    Raises `UnsupportedModel` for anything that is not built that way.
-    """
-    if not all(hasattr(unet, name) for name in ("input_blocks", "middle_block", "output_blocks")):
-        raise UnsupportedModel(
-            f"This kind of model can't have an adapter: SD 1.5, SD 2, SDXL and models made from them can. {_INSTEAD} "
-            f"Details: this model is a {type(unet).__name__}, which has no input_blocks, middle_block and "
-            "output_blocks."
-        )
-    found = {}
-    for place, block in _blocks(unet):
-        spatial = [module for module in block if hasattr(module, "transformer_blocks")]
-        if len(spatial) > 1 or any(hasattr(module, "time_stack") for module in spatial):
+    def _blocks(self) -> Iterator[tuple[tuple[str, int], str, nn.Module]]:
+        """The blocks, by the names that `UNetModel._forward` puts into `transformer_options["block"]`, and paths."""
+        network: Any = self.network
+        yield from ((("input", i), f"input_blocks.{i}", block) for i, block in enumerate(network.input_blocks))
+        if network.middle_block is not None:
+            yield ("middle", 0), "middle_block", network.middle_block
+        yield from ((("output", i), f"output_blocks.{i}", block) for i, block in enumerate(network.output_blocks))
+
+    def _transformers(self) -> Iterator[tuple[str, str, Any]]:
+        """Name, path and module of the transformer blocks with a cross-attention, in the order of evaluation."""
+        for place, path, block in self._blocks():
+            spatial = [(key, module) for key, module in block.named_children() if hasattr(module, "transformer_blocks")]
+            if len(spatial) > 1 or any(hasattr(module, "time_stack") for _, module in spatial):
+                raise UnsupportedModel(
+                    f"Video models can't have an adapter: SD 1.5, SD 2, SDXL and models made from them can. {INSTEAD} "
+                    f"Details: AGD adapts image UNets, but block {place} of this one is a video block."
+                )
+            for key, module in spatial:
+                for index, transformer in enumerate(module.transformer_blocks):
+                    if transformer.attn2 is not None and not transformer.switch_temporal_ca_to_sa:
+                        yield layer_name(place, index), f"{path}.{key}.transformer_blocks.{index}", transformer
+
+    def layers(self) -> tuple[AdapterLayer, ...]:
+        found = tuple(_layer(name, path, block) for name, path, block in self._transformers())
+        if not found:
             raise UnsupportedModel(
-                f"Video models can't have an adapter: SD 1.5, SD 2, SDXL and models made from them can. {_INSTEAD} "
-                f"Details: AGD adapts image UNets, but block {place} of this one is a video block."
+                f"This model can't have an adapter: it reads no prompt through cross-attention. {INSTEAD}"
             )
-        for module in spatial:
-            for index, transformer in enumerate(module.transformer_blocks):
-                if transformer.attn2 is not None and not transformer.switch_temporal_ca_to_sa:
-                    found[site_name(place, index)] = transformer
-    if not found:
-        raise UnsupportedModel(
-            f"This model can't have an adapter: it reads no prompt through cross-attention. {_INSTEAD}"
-        )
-    return found
+        return found
+
+    def checkpointed_blocks(self) -> list[nn.Module]:
+        return [module for module in self.network.modules() if isinstance(module, (BasicTransformerBlock, ResBlock))]
+
+    @contextmanager
+    def intercept(self, step: GuidedStep) -> Iterator[dict[str, Any]]:
+        if step.inside_attention:
+            # Not from what patches are told: blocks of other packs tell them less.
+            attentions = {name: block.attn2 for name, _, block in self._transformers()}
+            own = {name: attentions[name] for name in step.layer_names()}
+            step.attentions.update({name: (attn.heads, attn.attn_precision) for name, attn in own.items()})
+        yield {KEY: step}
+
+    def keys_values(self, context: torch.Tensor) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+        for name, _, block in self._transformers():
+            yield name, (block.attn2.to_k(context), block.attn2.to_v(context))
+
+    def time_embedding(self) -> nn.Module:
+        return self.network.get_submodule("time_embed")
+
+    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        network: Any = self.network
+        return network.input_blocks[0][0].weight, network.out[-1].weight
 
 
-def find_sites(unet: nn.Module) -> tuple[Site, ...]:
-    """The sites of `transformers`, as data. Works on the meta device."""
-    return tuple(
-        Site(name, transformer.attn2.to_q.in_features, transformer.attn2.to_k.in_features)
-        for name, transformer in transformers(unet).items()
+def _layer(name: str, path: str, block: Any) -> AdapterLayer:
+    attention = block.attn2
+    prompt = _CROSS_KEYS_VALUES + (_SELF_KEYS_VALUES if block.disable_self_attn else ())
+    linears = (_linear(block, linear, linear in prompt) for linear in _LINEARS)
+    return AdapterLayer(
+        name,
+        path,
+        width=attention.to_q.in_features,
+        context_dim=attention.to_k.in_features,
+        innermost=place_of(name)[0] == "middle",
+        linears=tuple(linear for linear in linears if linear is not None),
     )
 
 
-def linear_layers(block: nn.Module, site: Site) -> dict[str, nn.Module]:
-    """The linear layers of a site's transformer block that low-rank changes are for, by their path in it.
-
-    Raises `UnsupportedModel` where one is built otherwise.
-    """
-    found = {}
-    for path, expected in layers_of(site).items():
-        try:
-            layer = attrgetter(path)(block)
-        except AttributeError:
-            layer = None
-        sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-        if sizes != expected:
-            shown = "nothing" if layer is None else f"a {type(layer).__name__} from {sizes[0]} to {sizes[1]} channels"
-            raise UnsupportedModel(
-                "This model's layers are built otherwise than an adapter with a rank needs: train one of kind delta "
-                f"with rank 0. Details: such an adapter needs {path} in block {site.name} to be a linear layer from "
-                f"{expected[0]} to {expected[1]} channels, but this model has {shown} there."
-            )
-        found[path] = layer
-    return found
+def _linear(block: nn.Module, path: str, reads_prompt: bool) -> Linear | None:
+    try:
+        module = block.get_submodule(path)
+    except AttributeError:
+        return None
+    return Linear(path, module.in_features, module.out_features, reads_prompt)
 
 
-def check_linear_layers(unet: nn.Module, sites: tuple[Site, ...]) -> None:
-    """Raises `UnsupportedModel` where low-rank changes at these sites can't be made."""
-    blocks = transformers(unet)
-    for site in sites:
-        linear_layers(blocks[site.name], site)
+def diffusion_model(executor, x, timesteps, context=None, y=None, control=None, transformer_options={}, **kwargs):
+    """DIFFUSION_MODEL wrapper: x (b, c, h, w), timesteps (b,), context (b, m, d)."""
+    step = kwargs.pop(KEY, None)
+    if step is not None:
+        prepared = step.prepare(timesteps, context, x.dtype)
+        transformer_options = {**_with_our_patches(transformer_options), PREPARED: (step, prepared)}
+        if step.inside_attention:
+            transformer_options = _with_guided_attention(transformer_options, step.attentions)
+        if step.changes_linears:
+            with adapted_linears(UNet(executor.class_obj), prepared):
+                return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+    return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
 
-def fingerprint(unet: nn.Module) -> str:
-    """A short name for these weights, from the first and the last layer."""
-    tensors = [unet.input_blocks[0][0].weight, unet.out[-1].weight]
-    # Rounded to bf16: the same checkpoint loaded in another precision should mostly keep its name.
-    parts = [tensor.detach().cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes() for tensor in tensors]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+UNet.wrappers = {WrappersMP.DIFFUSION_MODEL: diffusion_model}
 
 
-def is_trained_on(base: BaseInfo, unet: nn.Module) -> bool:
-    """Whether `base` is of these weights, as far as their fingerprints tell; a base without one may be."""
-    return base.fingerprint in ("", fingerprint(unet))
+def _with_our_patches(transformer_options: dict) -> dict:
+    """A copy in which ours are the last before the attentions and the first after them."""
+    patches = transformer_options.get("patches", {})
+    before, after = ([*patches.get(name, ())] for name in ("attn2_patch", "attn2_output_patch"))
+    ours = {"attn2_patch": [*before, remember_input], "attn2_output_patch": [add_residual, *after]}
+    return {**transformer_options, "patches": {**patches, **ours}}
 
 
-def _prediction(sampling, otherwise: str) -> str:
-    name = next((name for kind, name in _PREDICTIONS if isinstance(sampling, kind)), otherwise)
-    if name == "V_PREDICTION" and isinstance(sampling, model_sampling.ModelSamplingContinuousEDM):
-        return "V_PREDICTION_EDM"
-    return name
+def _with_guided_attention(transformer_options: dict, attentions: dict[str, tuple]) -> dict:
+    """A copy in which `guided_attention` is around each layer's attention, another node's replacement included."""
+    replacements = transformer_options.get("patches_replace", {})
+    before = replacements.get("attn2", {})
+    ours = {}
+    for name, (heads, precision) in attentions.items():
+        place = place_of(name)
+        base = functools.partial(_base_attention, heads=heads, precision=precision)
+        attend = before.get(place, before.get(place[:2], base))  # as ComfyUI looks them up
+        ours[place] = functools.partial(guided_attention, name=name, attend=attend)
+    return {**transformer_options, "patches_replace": {**replacements, "attn2": {**before, **ours}}}
 
 
-def describe_base(model, sampling=None) -> BaseInfo:
-    """What a ComfyUI `BaseModel` is, read without touching its weights. Raises `UnsupportedModel`.
-
-    `sampling` is the MODEL's `get_model_object("model_sampling")`: nodes such as ModelSamplingDiscrete set another
-    prediction there than the one that ComfyUI detected in the checkpoint.
-    """
-    config = model.model_config.unet_config
-    kept = ("model_channels", "in_channels", "out_channels", "adm_in_channels", "context_dim", "channel_mult")
-    return BaseInfo(
-        family=type(model.model_config).__name__,
-        prediction=_prediction(sampling, otherwise=model.model_type.name),
-        sites=find_sites(model.diffusion_model),
-        architecture={key: config[key] for key in kept if config.get(key) is not None},
+def _base_attention(q, k, v, extra_options, *, heads: int, precision):
+    return comfy.ldm.modules.attention.optimized_attention(
+        q, k, v, heads, attn_precision=precision, transformer_options=extra_options
     )
+
+
+def guided_attention(q, k, v, extra_options, *, name: str, attend: Callable):
+    """An attn2 replacement: q (b, tokens, w), k and v (b, m, w) -> what goes into `to_out`, (b, tokens, w)."""
+    attended = out = attend(q, k, v, extra_options)
+    if _INPUT not in extra_options:
+        return out
+    step, prepared = extra_options[PREPARED]
+    _, h, _ = extra_options[_INPUT]
+    # Replacements such as IP-Adapter's then take what they have for the unconditional.
+    unconditional = {**extra_options, "cond_or_uncond": [1] * len(extra_options.get("cond_or_uncond", [0]))}
+    for active, (adapter, shared) in zip(step.active, prepared, strict=True):
+        if adapter.uses_negative:
+            parts = [
+                weighted.of_tokens(attended - attend(q, *weighted.negative.of(name, len(q)), unconditional))
+                for weighted in active.negatives
+            ]
+            out = adapter.add_inside_attention(name, out, sum(parts[1:], parts[0]), h, shared)
+    return out
+
+
+def _layer_of(step: GuidedStep, extra_options: dict) -> str | None:
+    """Which layer a patch is called for. Blocks of other packs may not say; layers come in the order of evaluation."""
+    if "block" in extra_options and "block_index" in extra_options:
+        return layer_name(extra_options["block"], extra_options["block_index"])
+    layers, last = step.layer_names(), step.visited[-1:]
+    following = layers[layers.index(last[0]) + 1 :] if last else layers
+    return following[0] if following else None
+
+
+def remember_input(n, context, value, extra_options):
+    """attn2_patch: n (b, tokens, w) is what the attention is given, context (b, m, d)."""
+    if PREPARED in extra_options:
+        step, _ = extra_options[PREPARED]
+        if (name := _layer_of(step, extra_options)) in step.layer_names():
+            step.visited.append(name)
+            # A dict of this block's evaluation alone: nothing outlives it.
+            extra_options[_INPUT] = (name, n, context)
+    return n, context, value
+
+
+def add_residual(out, extra_options):
+    """attn2_output_patch: out (b, tokens, w)."""
+    remembered = extra_options.pop(_INPUT, None)
+    if remembered is None:
+        return out
+    name, h, context = remembered
+    for adapter, shared in extra_options[PREPARED][1]:
+        if adapter.changes_attention_output:
+            out = adapter.add_after_attention(name, out, h, context, shared)
+    return out

@@ -1,19 +1,18 @@
-"""Gradient checkpointing of a ComfyUI UNet: less memory for a training step, at the price of a second forward pass."""
+"""Activation checkpointing of a base: less memory for a training step, at the price of a second forward pass."""
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import comfy.ops
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..backbones.unet import site_name
-from ..patch import PREPARED, adapted_linears
+from ..backbones import Backbone
+from ..backbones.linears import LinearHook
+from ..backbones.unet import PREPARED
 
 
 def _as_of_now(kwargs: dict) -> dict:
@@ -30,12 +29,25 @@ def _as_of_now(kwargs: dict) -> dict:
     return {**kwargs, "transformer_options": options}
 
 
-def _adapted(block: nn.Module, transformer_options: dict) -> AbstractContextManager[None]:
-    """What adapters hang onto a block for an evaluation, which is over when the block is computed again."""
-    if PREPARED not in transformer_options:
-        return nullcontext()
-    name = site_name(transformer_options["block"], transformer_options["block_index"])
-    return adapted_linears({name: block}, transformer_options[PREPARED][1])
+def _adapter_hooks(block: nn.Module) -> list[tuple[nn.Module, Callable]]:
+    """What adapters have hung onto the block's linear layers for the evaluation that runs."""
+    return [
+        (module, hook)
+        for module in block.modules()
+        for hook in module._forward_hooks.values()
+        if isinstance(hook, LinearHook)
+    ]
+
+
+@contextmanager
+def _hooked(hooks: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Inside, the hooks of an evaluation that is over are there again."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _checkpointed(module: nn.Module, when: Callable[..., bool] = lambda *args: True) -> Callable:
@@ -45,42 +57,37 @@ def _checkpointed(module: nn.Module, when: Callable[..., bool] = lambda *args: T
     def run(*args, **kwargs):
         if not torch.is_grad_enabled() or not when(*args):
             return forward(*args, **kwargs)
-        first, later = iter([kwargs]), _as_of_now(kwargs)
+        first, later, hooks = iter([kwargs]), _as_of_now(kwargs), _adapter_hooks(module)
 
         def compute(*args):
             now = next(first, None)
             if now is not None:
                 return forward(*args, **now)
-            again = _as_of_now(later)
-            with _adapted(module, again.get("transformer_options", {})):
-                return forward(*args, **again)
+            with _hooked(hooks):
+                return forward(*args, **_as_of_now(later))
 
-        # Nothing in a frozen UNet is random, so there is no generator's state to preserve.
+        # Nothing in a frozen base is random, so there is no generator's state to preserve.
         return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
 
     return run
 
 
-def _blocks(unet: nn.Module) -> list[nn.Module]:
-    return [module for module in unet.modules() if isinstance(module, (BasicTransformerBlock, ResBlock))]
-
-
-def _layers(unet: nn.Module) -> list[nn.Module]:
-    return [module for module in unet.modules() if isinstance(module, comfy.ops.CastWeightBiasOp)]
+def _layers(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if isinstance(module, comfy.ops.CastWeightBiasOp)]
 
 
 def _borrows_weights(layer: nn.Module, x: torch.Tensor) -> bool:
     return layer.weight is not None and layer.weight.device != x.device
 
 
-def largest_block_bytes(unet: nn.Module) -> int:
+def largest_block_bytes(backbone: Backbone) -> int:
     """The weights of the largest checkpointed block: of what is cast at each call, these are there at once."""
-    return max(sum(parameter.nbytes for parameter in block.parameters()) for block in _blocks(unet))
+    return max(sum(parameter.nbytes for parameter in block.parameters()) for block in backbone.checkpointed_blocks())
 
 
 @contextmanager
-def checkpointed(unet: nn.Module) -> Iterator[None]:
-    """Inside, every transformer block and residual block of `unet` that computes with gradients is checkpointed.
+def checkpointed(backbone: Backbone) -> Iterator[None]:
+    """Inside, every block of `backbone.checkpointed_blocks` that computes with gradients is checkpointed.
 
     Outputs and gradients stay the same to the bit. Autograd keeps what a block was given instead of all that it made.
     Besides activations that is the weights that `comfy.ops` casts at each call, of fp8 bases and of layers with a LoRA
@@ -89,12 +96,13 @@ def checkpointed(unet: nn.Module) -> Iterator[None]:
     A layer in system memory is checkpointed by itself, too. ComfyUI brings its weights into a buffer that the next
     layers use again, so that those which autograd kept would be another layer's when the backward pass comes to them.
     """
-    modules = _blocks(unet) + _layers(unet)
+    blocks, layers = backbone.checkpointed_blocks(), _layers(backbone.network)
+    modules = blocks + layers
     before = [vars(module).get("forward") for module in modules]
     try:
-        for block in _blocks(unet):
+        for block in blocks:
             block.forward = _checkpointed(block)
-        for layer in _layers(unet):
+        for layer in layers:
             layer.forward = _checkpointed(layer, partial(_borrows_weights, layer))
         yield
     finally:

@@ -22,9 +22,11 @@ from torch import nn
 
 from ...adapter import Adapter
 from ...config import AdapterConfig
-from ..backbones.unet import describe_base, fingerprint
-from ..patch import Active, Step, register, take_part, without_compile
+from ..backbones import Backbone, backbone_of, describe_base, fingerprint
+from ..evaluation import register
+from ..sampling.compile_guard import without_compile
 from ..sampling.negatives import Negative, Share
+from ..step import ActiveAdapter, GuidedStep, with_step
 from . import tracing
 from .activation_checkpointing import checkpointed, largest_block_bytes
 
@@ -116,7 +118,7 @@ class ComfyHost:
         decodes previews; without it they are ComfyUI's fast approximation.
         """
         described = describe_base(model.model, model.get_model_object("model_sampling"))
-        self.base = replace(described, fingerprint=fingerprint(model.model.diffusion_model))
+        self.base = replace(described, fingerprint=fingerprint(model.model))
         self.device = model.load_device
         self.teacher = {"patched_weights": len(model.patches)} if model.patches else {}
         self._model = model.clone()
@@ -134,14 +136,16 @@ class ComfyHost:
         return self._autocast or self._model.model.get_dtype_inference()
 
     @property
+    def _backbone(self) -> Backbone:
+        return backbone_of(self._model.model)
+
+    @property
     def _sampling(self):
         return self._model.get_model_object("model_sampling")
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(c, h, w) of the latent of a picture of width x height pixels."""
-        latent = self._model.get_model_object("latent_format")
-        factor = latent.spacial_downscale_ratio
-        return latent.latent_channels, height // factor, width // factor
+        return self._backbone.latent_shape(self._model.get_model_object("latent_format"), width, height)
 
     def check_schedulers(self, names: Sequence[str]) -> None:
         """Raises `ValueError` for one that ComfyUI doesn't have."""
@@ -196,7 +200,7 @@ class ComfyHost:
             self._options = options_of(self._model)
             twice = checkpointing or not self._is_whole()
             try:
-                with checkpointed(self._model.model.diffusion_model) if twice else nullcontext():
+                with checkpointed(self._backbone) if twice else nullcontext():
                     yield
             finally:
                 self._model.cleanup()
@@ -259,7 +263,9 @@ class ComfyHost:
     def _with(adapter: Adapter, omega: torch.Tensor, unwanted: dict, options: dict) -> dict:
         """`options` with the adapter in them; `unwanted`: the conditions of the negative prompts, if it uses them."""
         negatives = (Share(Negative(unwanted["c_crossattn"])),) if unwanted else ()
-        return take_part(options, Step((Active(adapter, omega, torch.ones(1, device=omega.device), negatives),)))
+        return with_step(
+            options, GuidedStep((ActiveAdapter(adapter, omega, torch.ones(1, device=omega.device), negatives),))
+        )
 
     def picture(self, latent: torch.Tensor) -> Image.Image:
         """A latent (1, c, h, w) as the sampler leaves it, as a picture: decoded, or approximated without a VAE."""
@@ -296,7 +302,7 @@ class ComfyHost:
 
     def largest_block_bytes(self) -> int:
         """What the largest part of the base takes that has to be on the device at a time."""
-        return largest_block_bytes(self._model.model.diffusion_model)
+        return largest_block_bytes(self._backbone)
 
     def trace_student(
         self, config: AdapterConfig, shape: tuple[int, int, int], rows: int, checkpointing: bool

@@ -10,8 +10,8 @@ from comfy.patcher_extension import WrappersMP
 from ...adapter_file import AdapterInfo
 from ...guidance import GuidanceRule
 from ..counting import counted
-from ..patch import KEY
 from ..sampling.guided_sampling import apply_adapter
+from ..step import KEY
 from .host import EncodedPrompt
 
 

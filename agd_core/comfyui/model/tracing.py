@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from ...adapter import Adapter
 from ...config import AdapterConfig
 from ...mixed_precision import MixedPrecision
+from ..backbones import backbone_of
 from .activation_checkpointing import checkpointed
 
 
@@ -164,7 +165,7 @@ def student(
     with _tracing(model):
         adapter, x = _new_adapter(config), torch.ones(rows, *shape)
         sigma, omega = torch.ones(2, rows).unbind()
-        with checkpointed(model.diffusion_model) if checkpointing else nullcontext(), Counter() as counter:
+        with checkpointed(backbone_of(model)) if checkpointing else nullcontext(), Counter() as counter:
             (evaluate(adapter, x, sigma, omega) - x).square().mean().backward()
         return counter.traced()
 

@@ -14,8 +14,11 @@ from comfy.samplers import CFGGuider, Sampler
 
 from ...adapter_file import AdapterFileError, AdapterInfo, check_base
 from ...lora import low_rank_part
-from ..backbones.unet import check_linear_layers, describe_base
-from ..patch import KEY, Active, Broken, Step, is_compiled, managed, register, without_compile
+from ..backbones import backbone_of, check_linears, describe_base
+from ..evaluation import register
+from ..sampling.compile_guard import GraphBreak, is_compiled, without_compile
+from ..sampling.managed_weights import managed
+from ..step import KEY, ActiveAdapter, GuidedStep
 from .merging import can_merge, merged_into
 from .negatives import NegativePrompts, Share, area_of, mean_token, with_context
 from .steps import BeginAgain, CfgOverride, Itself, Span, as_scale, copied, name_of_guider, once, say_in_log
@@ -177,7 +180,7 @@ class Sampling(Itself):
     verify: bool = False  # whether it is still to be compared with the one of the combination that follows
     at: torch.Tensor | None = None  # sigma of the step in which both were asked for last
     found: str | None = None  # why it can't be guided, should another node have caught what tells it
-    step: Step | None = None  # the one that is being evaluated, for the hooks
+    step: GuidedStep | None = None  # the one that is being evaluated, for the hooks
     called: bool = False
     plain: bool = False  # evaluating as the base does, because that was asked for
     guided: bool = False
@@ -266,7 +269,7 @@ class Sampling(Itself):
         finally:
             self.plain = False
 
-    def unasked(self) -> None:
+    def on_unguided_evaluation(self) -> None:
         """An evaluation that is no guided one: asked for, or begun by another node on its own."""
         if self.merged is not None:
             raise BeginAgain
@@ -377,7 +380,7 @@ class Sampling(Itself):
         areas = {}
         if any(share.weight is not None for share in shares):
             areas = {cond["uuid"]: area_of(cond, x, timestep) for cond in conds[0]}
-        step = Step(tuple(self._active(use, omega, model, x, shares) for use, omega in guiding), areas)
+        step = GuidedStep(tuple(self._active(use, omega, model, x, shares) for use, omega in guiding), areas)
         self.step = step
         try:
             prediction = self._compiled_or_not(executor, model, conds[:1], x, timestep, model_options)[0]
@@ -385,7 +388,7 @@ class Sampling(Itself):
             self.step = None
         if not self.looked:  # later a step cache may leave it out
             self.looked = True
-            if not step.visited and (step.changes_linears or step.works_at_sites):
+            if not step.visited and (step.changes_linears or step.at_attention):
                 self._give_up("another node evaluates the model without a place for adapters")
             self.noticed = guiding, x.shape[-2:], step
         return prediction
@@ -406,7 +409,7 @@ class Sampling(Itself):
         if self.embedded.compiled and not unseen:
             try:
                 return executor(model, conds, x, timestep, model_options)
-            except Broken:
+            except GraphBreak:
                 self.embedded.compiled = False
                 # What has just been compiled would run for the model without adapters, too.
                 torch.compiler.reset()
@@ -418,7 +421,7 @@ class Sampling(Itself):
             model_options = {**model_options, "transformer_options": without_compile(options)}
         return executor(model, conds, x, timestep, model_options)
 
-    def _look_at(self, guiding: list[tuple[Use, float]], size: torch.Size, step: Step) -> None:
+    def _look_at(self, guiding: list[tuple[Use, float]], size: torch.Size, step: GuidedStep) -> None:
         """Say what may surprise of a sampling of latents of that `size` (h, w)."""
         height, width = size
         for use, omega in guiding:
@@ -440,11 +443,11 @@ class Sampling(Itself):
                 f"The guidance of {len(guiding)} adapters adds up in the same step; give them strengths that sum up to "
                 "1, or parts of the sampling that don't overlap."
             )
-        missing = set(step.sites()) - set(step.visited)
-        if missing and step.works_at_sites:
+        missing = set(step.layer_names()) - set(step.visited)
+        if missing and step.at_attention:
             self.embedded.say(
-                f"Guided in part: {len(missing)} of {len(step.sites())} attention layers were skipped, or replaced by "
-                "another node in a way that leaves no place for adapters."
+                f"Guided in part: {len(missing)} of {len(step.layer_names())} attention layers were skipped, or "
+                "replaced by another node in a way that leaves no place for adapters."
             )
 
     def _say_if_outside(self, use: Use, omega: float) -> None:
@@ -461,7 +464,7 @@ class Sampling(Itself):
             return False
         return True
 
-    def _active(self, use: Use, omega: float, model, x: torch.Tensor, shares: tuple[Share, ...]) -> Active:
+    def _active(self, use: Use, omega: float, model, x: torch.Tensor, shares: tuple[Share, ...]) -> ActiveAdapter:
         if self.looked:
             self._say_if_outside(use, omega)
         adapter = use.patcher.model
@@ -470,7 +473,7 @@ class Sampling(Itself):
         elif not shares:
             shares = self.negatives.trained(model, adapter.unconditional, x)
         omega, strength = self._on_device(omega, x), self._on_device(use.strength, x)
-        return Active(adapter, omega, strength, shares, merged=self.merged is not None)
+        return ActiveAdapter(adapter, omega, strength, shares, merged=self.merged is not None)
 
     def _on_device(self, value: float, x: torch.Tensor) -> torch.Tensor:
         """(1,) fp32. Made by the device itself: sending it there would wait for all that is queued before."""
@@ -501,8 +504,9 @@ def apply_adapter(
     """
     sampling = model.get_model_object("model_sampling")
     check_base(info, describe_base(model.model, sampling), source)
-    if info.config.changes_linears:
-        check_linear_layers(model.model.diffusion_model, info.config.sites)
+    backbone = backbone_of(model.model)
+    backbone.check_kind(info.config)
+    check_linears(backbone, info.config)
     clone = model.clone()
     if strength == 0 or start_percent >= end_percent:
         return clone
@@ -514,7 +518,7 @@ def apply_adapter(
         start_percent,
         end_percent,
         # Copied: files may be mapped.
-        lora={k: v.clone() for k, v in low_rank_part(info, state).items()} if info.config.merges else {},
+        lora={k: v.clone() for k, v in low_rank_part(info, state).items()} if info.config.kind.merges else {},
         source=source,
     )
     others = clone.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)

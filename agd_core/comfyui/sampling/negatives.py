@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from comfy.samplers import CFGGuider
 
 from ...layers import fit_rows
-from ..backbones.unet import transformers
+from ..backbones import backbone_of
 
 # Context windows cut a negative that has a row for each picture anew in every window; those of a few are kept.
 _KEPT = 8
@@ -34,8 +34,7 @@ class Negative:
     def look_up(self, model, device: torch.device) -> None:
         """Ask the base's layers, with the weights that they have now, for `keys_values`; `model`: a BaseModel."""
         context = self.context.to(device, model.get_dtype_inference())
-        for name, transformer in transformers(model.diffusion_model).items():
-            self.keys_values[name] = transformer.attn2.to_k(context), transformer.attn2.to_v(context)
+        self.keys_values.update(backbone_of(model).keys_values(context))
 
     def of(self, name: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (rows, m, w) at a site."""

@@ -21,7 +21,8 @@ from comfy.samplers import CFGGuider, Sampler
 from torch import nn
 
 from ...alternating import AlternatingGuidance
-from ..patch import KEY, is_compiled
+from ..sampling.compile_guard import is_compiled
+from ..step import KEY
 from .negatives import covers
 from .steps import BeginAgain, CfgOverride, Itself, Span, copied, name_of_guider, once, say_in_log
 from .uncond_consumers import (

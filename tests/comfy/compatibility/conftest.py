@@ -9,7 +9,7 @@ import torch
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
+from comfyui_agd.agd_core.comfyui.backbones import describe_base
 from comfyui_agd.tests.support.companions import write_lora
 from comfyui_agd.tests.support.runtime import TwoWidths, tiny
 from comfyui_agd.tests.support.small import info_for, randomised

@@ -1,0 +1,93 @@
+"""What a base family's network is to adapters, their training and their files: the class that a layout derives from."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ...config import AdapterConfig, AdapterLayer
+from ...errors import AGDError
+from ...families import Family
+from ..step import GuidedStep
+
+INSTEAD = "Choose 'training-free' in AGD Adapter Loader, which needs no adapter."
+
+
+class UnsupportedModel(AGDError, ValueError):
+    """A model whose structure AGD cannot adapt."""
+
+
+class Backbone:
+    """One layout of networks. `network`: a model's `diffusion_model`; `family`: its row, for what can't be seen of it.
+
+    `wrappers`: of ComfyUI's, by their type, that `intercept` counts on. Works on the meta device.
+    """
+
+    layout: ClassVar[str]
+    wrappers: ClassVar[dict[str, Callable]] = {}
+
+    def __init__(self, network: nn.Module, family: Family | None = None):
+        self.network, self.family = network, family
+
+    @classmethod
+    def recognises(cls, network: nn.Module) -> bool:
+        """Whether a network of a family without a row is laid out like this."""
+        return False
+
+    def layers(self) -> tuple[AdapterLayer, ...]:
+        """The adapter layers in the order of evaluation. Raises `UnsupportedModel` where there are none."""
+        raise NotImplementedError
+
+    def block(self, layer: AdapterLayer) -> nn.Module:
+        """The block of an adapter layer."""
+        return self.network.get_submodule(layer.path)
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """Every adapter layer's block, by its name."""
+        return {layer.name: self.block(layer) for layer in self.layers()}
+
+    def checkpointed_blocks(self) -> list[nn.Module]:
+        """The blocks of which a training step keeps only what they were given, to compute the rest again."""
+        return list(self.blocks().values())
+
+    def check_kind(self, config: AdapterConfig) -> None:
+        """Raises `UnsupportedModel` where an adapter works in a way that these networks leave no place for."""
+
+    def intercept(self, step: GuidedStep) -> AbstractContextManager[dict[str, Any]]:
+        """Inside, the network's evaluation is guided by `step`: gives further arguments for it, by name."""
+        raise NotImplementedError
+
+    def keys_values(self, context: torch.Tensor) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """By adapter layer, what the attention to a prompt (r, m, d) makes of it: keys and values (r, m, w)."""
+        raise NotImplementedError
+
+    def time_embedding(self) -> nn.Module:
+        """What makes the vector of the timestep, (b,) -> (b, e), that modulates the blocks."""
+        raise NotImplementedError
+
+    def timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        """The network's own timesteps (b,) on a scale from 0 to 1000, which adapters know."""
+        return t
+
+    def latent_shape(self, latent_format, width: int, height: int) -> tuple[int, ...]:
+        """Of the latent of a picture of width x height pixels: (c, h, w), with a time axis of 1 for video (c, 1, h, w).
+
+        `latent_format`: ComfyUI's.
+        """
+        factor = latent_format.spacial_downscale_ratio
+        time = [1] * (latent_format.latent_dimensions - 2)
+        return (latent_format.latent_channels, *time, height // factor, width // factor)
+
+    def prediction_unit(self, sigma: torch.Tensor) -> torch.Tensor:
+        """(b,): an error of 1 in what the loss is about is an error of so much in the denoised prediction.
+
+        That is eps for the usual diffusion models, v-prediction included, and the velocity of a flow model.
+        """
+        return sigma
+
+    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of the first and of the last layer, to tell checkpoints by."""
+        first, *_, last = self.network.parameters()
+        return first, last

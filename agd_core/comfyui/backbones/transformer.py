@@ -1,0 +1,69 @@
+"""Networks that are one or several lists of blocks: the diffusion transformers, found by their family's row.
+
+Adapters change their blocks' linear layers, merged into the weights or through hooks on the modules, which every such
+network runs whatever else it calls. Kinds that work at the attention have no place there yet.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...config import AdapterConfig, AdapterLayer, Linear
+from ..step import GuidedStep
+from .base import INSTEAD, Backbone, UnsupportedModel
+from .linears import adapted_linears
+
+
+class Transformer(Backbone):
+    """The lists, and where the prompt comes in, are in the family's row; the blocks' linear layers are seen."""
+
+    layout = "transformer"
+
+    def layers(self) -> tuple[AdapterLayer, ...]:
+        assert self.family is not None
+        context_dim, found = self.network.get_submodule(self.family.prompt_layer).in_features, []
+        for name in self.family.blocks:
+            for index, block in enumerate(self.network.get_submodule(name).children()):
+                linears = tuple(self._linears(block))
+                width = linears[0].inputs
+                found.append(AdapterLayer(f"{name}_{index}", f"{name}.{index}", width, context_dim, linears=linears))
+        return tuple(found)
+
+    def _linears(self, block: nn.Module) -> Iterator[Linear]:
+        assert self.family is not None
+        for path, module in block.named_modules():
+            if hasattr(module, "in_features") and hasattr(module, "out_features"):
+                yield Linear(path, module.in_features, module.out_features, path in self.family.prompt_linears)
+
+    def check_kind(self, config: AdapterConfig) -> None:
+        if config.kind.name != "low_rank":
+            raise UnsupportedModel(
+                f"An adapter of kind {config.kind.name} has no place in this model: train one of kind low_rank. "
+                f"{INSTEAD} Details: this model is a {type(self.network).__name__}, a list of blocks."
+            )
+
+    @contextmanager
+    def intercept(self, step: GuidedStep) -> Iterator[dict[str, Any]]:
+        with ExitStack() as hooks:
+
+            def prepare(network: nn.Module, args: tuple, kwargs: dict) -> None:
+                """Before the network's forward(x, timesteps, context=...), as ComfyUI calls all of them."""
+                x, timesteps = args[:2]
+                step.visited.extend(step.layer_names())
+                if step.changes_linears:
+                    prepared = step.prepare(self.timesteps(timesteps), kwargs["context"], x.dtype)
+                    hooks.enter_context(adapted_linears(self, prepared))
+
+            hooks.callback(self.network.register_forward_pre_hook(prepare, with_kwargs=True).remove)
+            yield {}
+
+    def timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        assert self.family is not None
+        return t * self.family.timestep_scale
+
+    def time_embedding(self) -> nn.Module:
+        assert self.family is not None
+        return self.network.get_submodule(self.family.time_embedding)

@@ -1,0 +1,39 @@
+"""Evaluations of a model that are guided by adapters, for sampling and for training alike.
+
+Without a step an evaluation passes through untouched. What it needs travels with it, so that nothing stays behind.
+"""
+
+import comfy.model_patcher
+from comfy.patcher_extension import WrappersMP
+
+from .backbones import backbone_of
+from .sampling.compile_guard import in_one_graph
+from .step import KEY, CurrentStep
+
+
+def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+    """APPLY_MODEL wrapper, through which the evaluations of every family come."""
+    given = (x, t, c_concat, c_crossattn, control, transformer_options)
+    current: CurrentStep | None = transformer_options.get(KEY)
+    if current is None or current.step is None:
+        if current is not None:
+            current.on_unguided_evaluation()
+        return executor(*given, **kwargs)
+    step = current.step.for_rows(x, transformer_options)
+    step.visited.clear()
+    for weighted in (weighted for active in step.active for weighted in active.negatives):
+        if not weighted.negative.keys_values:
+            weighted.negative.look_up(executor.class_obj, x.device)
+    with (
+        in_one_graph(transformer_options, lambda: step.visited == step.layer_names()),
+        backbone_of(executor.class_obj).intercept(step) as more,
+    ):
+        return executor(*given, **{**kwargs, **more})
+
+
+def register(model: comfy.model_patcher.ModelPatcher) -> None:
+    """Put the wrappers into `model`, which the caller has cloned, unless they are there."""
+    if not model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
+        wrappers = {WrappersMP.APPLY_MODEL: apply_model, **backbone_of(model.model).wrappers}
+        for kind, wrapper in wrappers.items():
+            model.add_wrapper_with_key(kind, KEY, wrapper)

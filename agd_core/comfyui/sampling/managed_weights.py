@@ -1,0 +1,32 @@
+"""An adapter's weights as a model of ComfyUI's, which counts, offloads and unloads them."""
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+
+from ...adapter import Adapter
+from ...adapter_file import AdapterFileError, AdapterInfo
+
+
+def managed(
+    info: AdapterInfo, state: dict[str, torch.Tensor], base: comfy.model_patcher.ModelPatcher, source: str
+) -> comfy.model_patcher.ModelPatcher:
+    """Weights as a ModelPatcher of its own, which ComfyUI counts, offloads and unloads, in `base`'s compute dtype.
+
+    Raises `AdapterFileError` naming `source` where a weight is too large for that dtype.
+    """
+    dtype = base.model.manual_cast_dtype or base.model.get_dtype()
+    state = {key: tensor.to(dtype, copy=True) for key, tensor in state.items()}  # copied: files may be mapped
+    overflown = sorted(key for key, tensor in state.items() if not tensor.isfinite().all())
+    if overflown:
+        raise AdapterFileError(
+            f"Weights of the adapter {source} are NaN or too large for {dtype}, in which this model computes "
+            f"({', '.join(overflown[:8])}): run the model in bf16 or fp32, or train the adapter again."
+        )
+    adapter = Adapter(info.config, comfy.ops.manual_cast).requires_grad_(False)
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        adapter, load_device=base.load_device, offload_device=comfy.model_management.unet_offload_device()
+    )
+    adapter.load_state_dict(state, assign=True)
+    return patcher

@@ -1,0 +1,62 @@
+"""Adapter files of format 1, all of UNets: their description and the names of their weights as format 2 has them."""
+
+from typing import Any
+
+import torch
+
+_BLOCKS = {"input": "input_blocks.{}", "middle": "middle_block", "output": "output_blocks.{}"}
+_FIELDS = {"sites", "kind", "hidden", "gain", "omega_embedding", "shared_encoder", "encoder_width", "prompt_tokens"}
+_FIELDS |= {"modulated", "rank"}
+# The fields of its one config that a kind has a use for.
+_ENCODER = ("gain", "omega_embedding", "encoder_width")
+_SETTINGS = {
+    "cross_attention": (*_ENCODER, "hidden", "shared_encoder"),
+    "offset": (*_ENCODER, "hidden", "shared_encoder"),
+    "delta": (*_ENCODER, "hidden", "rank", "modulated"),
+    "low_rank": (*_ENCODER, "modulated"),
+    "scale": ("gain",),
+}
+
+
+def upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """A description of format 1 as one of format 2. Raises `ValueError`, `KeyError` or `TypeError` if it is damaged."""
+    flat, base = data["config"], data["base"]
+    if set(flat) != _FIELDS:
+        missing, unknown = sorted(_FIELDS - set(flat)), sorted(set(flat) - _FIELDS)
+        raise ValueError(f"AdapterConfig: missing fields {missing}, unknown fields {unknown}")
+    settings = {name: flat[name] for name in _SETTINGS.get(flat["kind"], ())}
+    if flat["kind"] == "low_rank":
+        settings["rank"] = flat["hidden"]
+    config = {"layers": [site["name"] for site in flat["sites"]], "prompt_tokens": flat["prompt_tokens"]}
+    config |= {"kind": flat["kind"], "settings": settings}
+    own = {name: value for name, value in base.items() if name != "sites"}
+    own |= {"layout": "unet", "layers": [_layer(site) for site in base["sites"]]}
+    training = {"base_patches" if key == "teacher" else key: value for key, value in data["training"].items()}
+    return {**data, "config": config, "base": own, "training": training}
+
+
+def _layer(site: dict[str, Any]) -> dict[str, Any]:
+    """A cross-attention of a UNet, of which format 1 keeps the name and the channels.
+
+    Each block of a UNet begins with its residual block, so the transformer is its second module.
+    """
+    name, w, d = site["name"], site["width"], site["context_dim"]
+    kind, number, index = name.rsplit("_", 2)
+    linears = [
+        *((f"attn1.{path}", w, w, False) for path in ("to_q", "to_k", "to_v", "to_out.0")),
+        *((f"attn2.{path}", w, w, False) for path in ("to_q", "to_out.0")),
+        *((f"attn2.{path}", d, w, True) for path in ("to_k", "to_v")),
+        ("ff.net.0.proj", w, 8 * w, False),
+        ("ff.net.2", 4 * w, w, False),
+    ]
+    return {
+        **site,
+        "path": f"{_BLOCKS[kind].format(number)}.1.transformer_blocks.{index}",
+        "innermost": kind == "middle",
+        "linears": [list(linear) for linear in linears],
+    }
+
+
+def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by the names of format 2."""
+    return {f"kind.{key[len('sites.') :]}" if key.startswith("sites.") else key: v for key, v in weights.items()}

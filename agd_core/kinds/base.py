@@ -1,0 +1,71 @@
+"""What every kind of adapter is: the class that a new kind derives from."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..config import AdapterConfig, AdapterLayer, KindConfig, Linear
+
+if TYPE_CHECKING:
+    from ..layers import Guidance
+
+
+class AdapterKind(nn.Module):
+    """All of an adapter's layers, of one kind.
+
+    A new kind is a file with a subclass of this and one of `KindConfig`, and an entry in `kinds.KINDS`. It overrides
+    `__init__`, `start`, `prepare`, `last`, and where it adds to what the base computes, one or more of
+
+    - `after_attention`: to what a block's cross-attention returns. It sets `changes_attention_output`.
+    - `inside_attention`: to what the cross-attention hands to its output projection, knowing what it makes of the
+      negative prompt. It sets `uses_negative`.
+    - `at_linear`: to what linear layers of the blocks return. It overrides `linears`.
+
+    Shapes: b rows, n image tokens, m prompt tokens, d their channels (`context_dim`), w channels of a layer.
+    """
+
+    Config: ClassVar[type[KindConfig]]
+    changes_attention_output: ClassVar[bool] = False
+    uses_negative: ClassVar[bool] = False
+
+    def __init__(self, config: AdapterConfig, operations=nn):
+        """`operations`: the class of the layers, torch's, `MixedPrecision` or ComfyUI's."""
+        super().__init__()
+
+    @classmethod
+    def token_width(cls, config: AdapterConfig) -> int:
+        """D: channels of the tokens that the encoders make of omega and t."""
+        return getattr(config.kind, "encoder_width", 0)
+
+    def start(self) -> None:
+        """Give a new adapter's parameters their values, where they differ from torch's initialisation."""
+        raise NotImplementedError
+
+    def prepare(self, guidance: "Guidance", context: torch.Tensor) -> Any:
+        """What the layers need that does not depend on the image, for all of them at once, indexed by layer.
+
+        context: (b, m, d).
+        """
+        raise NotImplementedError
+
+    def after_attention(self, name: str, h: torch.Tensor, shared: Any) -> torch.Tensor:
+        """The attention's normalised input h (b, n, w), and the layer's part of `prepare` -> (b, n, w)."""
+        raise NotImplementedError
+
+    def inside_attention(self, name: str, delta: torch.Tensor, h: torch.Tensor, shared: Any) -> torch.Tensor:
+        """delta, the attention to the prompt minus that to the negative, and h (b, n, w) -> (b, n, w)."""
+        raise NotImplementedError
+
+    def at_linear(self, name: str, path: str, x: torch.Tensor, shared: Any) -> torch.Tensor:
+        """What the block's linear layer `path` is given, (b, n, in) -> (b, n, out)."""
+        raise NotImplementedError
+
+    def linears(self, layer: AdapterLayer) -> tuple[Linear, ...]:
+        """The linear layers of a block that get something added."""
+        return ()
+
+    def last(self) -> Iterable[nn.Module]:
+        """The layers that a new adapter starts at zero."""
+        return ()
