@@ -63,8 +63,9 @@ class GuidanceEncoder(nn.Module):
         e = config.encoder_width
         self.width = e
         self.log_omega = config.omega_embedding == "log"
+        self.frequencies: torch.Tensor
         if not self.log_omega:
-            # The authors' random Fourier features; part of the adapter's state, because they are random.
+            # The authors' random Fourier features; part of the adapter's weights, because they are random.
             self.register_buffer("frequencies", torch.randn(e // 2))
         self.omega = nn.Sequential(operations.Linear(e, e), nn.SiLU(), operations.Linear(e, width))
         self.time = nn.Sequential(operations.Linear(e, e), nn.SiLU(), operations.Linear(e, width))

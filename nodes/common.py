@@ -113,7 +113,7 @@ def notices(node_id: str) -> Callable[[str], None]:
 
     The last comes first, for it is about the sampling that runs, and ComfyUI's classic canvas shows the beginning only.
     """
-    said = []
+    said: list[str] = []
 
     def notify(message: str) -> None:
         log.warning("AGD: %s", message)

@@ -2,16 +2,16 @@
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 
 import torch
 
 from ..agd_core.config import OMEGA_EMBEDDINGS, AdapterConfig, BaseInfo, KindConfig
 from ..agd_core.guidance import RULES, GuidanceRule
-from ..agd_core.kinds import KINDS as KIND_CLASSES
+from ..agd_core.kinds import KINDS
 from .solvers import SOLVERS
 
-KINDS = tuple(KIND_CLASSES)
 LOSSES = ("balanced", "plain")
 OMEGA_SAMPLINGS = ("log_uniform", "uniform")
 PRECISIONS = ("base", "bf16")
@@ -19,7 +19,7 @@ CHECKPOINTING = ("auto", "on", "off")
 _RATIO = re.compile(r"[1-9]\d*:[1-9]\d*")
 
 
-def option(default, help: str, choices: tuple[str, ...] | None = None, *, result: bool = True):
+def option(default, help: str, choices: Collection[str] | None = None, *, result: bool = True):
     """A field with what the command line shows for it. `result`: whether another value gives another adapter."""
     return field(default=default, metadata={"help": help, "choices": choices, "result": result})
 
@@ -157,7 +157,7 @@ class TrainConfig:
 
         Raises `ValueError` where they can't work.
         """
-        kind = KIND_CLASSES[self.kind].Config
+        kind = KINDS[self.kind].Config
         chosen = {f.name: getattr(self, f.name) for f in fields(kind)}
         if self.kind == "low_rank":
             chosen["rank"] = self.hidden

@@ -58,15 +58,15 @@ class LinearHook:
 @contextmanager
 def adapted_linears(backbone: Backbone, prepared: list[tuple[Adapter, Prepared]]) -> Iterator[None]:
     """Inside, adapters of low rank add to what the linear layers of the backbone's blocks return."""
-    hooks = []
+    handles = []
     try:
         for adapter, shared in prepared:
             for layer in adapter.config.layers if adapter.config.changes_linears else ():
                 modules = linear_modules(backbone.block(layer), layer)
                 for linear in adapter.kind.linears(layer):
                     hook = LinearHook(adapter, layer.name, linear.path, shared)
-                    hooks.append(modules[linear.path].register_forward_hook(hook))
+                    handles.append(modules[linear.path].register_forward_hook(hook))
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()

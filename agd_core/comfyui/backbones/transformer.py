@@ -24,7 +24,8 @@ class Transformer(Backbone):
 
     def layers(self) -> tuple[AdapterLayer, ...]:
         assert self.family is not None
-        context_dim, found = self.network.get_submodule(self.family.prompt_layer).in_features, []
+        prompt_layer: Any = self.network.get_submodule(self.family.prompt_layer)
+        context_dim, found = prompt_layer.in_features, []
         for name in self.family.blocks:
             for index, block in enumerate(self.network.get_submodule(name).children()):
                 linears = tuple(self._linears(block))

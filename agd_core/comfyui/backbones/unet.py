@@ -14,7 +14,7 @@ adapters. For this evaluation it puts
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import comfy.ldm.modules.attention
 import torch
@@ -32,8 +32,11 @@ PREPARED = "agd_prepared"
 _INPUT = "agd_input"
 # The linear layers of a transformer block, in the order of an adapter's weights.
 _SELF_KEYS_VALUES, _CROSS_KEYS_VALUES = ("attn1.to_k", "attn1.to_v"), ("attn2.to_k", "attn2.to_v")
-_LINEARS = ("attn1.to_q", *_SELF_KEYS_VALUES, "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", *_CROSS_KEYS_VALUES)
-_LINEARS += ("ff.net.0.proj", "ff.net.2")
+_LINEARS = (
+    *("attn1.to_q", *_SELF_KEYS_VALUES, "attn1.to_out.0"),
+    *("attn2.to_q", "attn2.to_out.0", *_CROSS_KEYS_VALUES),
+    *("ff.net.0.proj", "ff.net.2"),
+)
 
 
 def layer_name(block: tuple[str, int], index: int) -> str:
@@ -58,7 +61,7 @@ class UNet(Backbone):
 
     def _blocks(self) -> Iterator[tuple[tuple[str, int], str, nn.Module]]:
         """The blocks, by the names that `UNetModel._forward` puts into `transformer_options["block"]`, and paths."""
-        network: Any = self.network
+        network = cast(Any, self.network)
         yield from ((("input", i), f"input_blocks.{i}", block) for i, block in enumerate(network.input_blocks))
         if network.middle_block is not None:
             yield ("middle", 0), "middle_block", network.middle_block
@@ -106,7 +109,7 @@ class UNet(Backbone):
         return self.network.get_submodule("time_embed")
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
-        network: Any = self.network
+        network = cast(Any, self.network)
         return network.input_blocks[0][0].weight, network.out[-1].weight
 
 
@@ -126,7 +129,7 @@ def _layer(name: str, path: str, block: Any) -> AdapterLayer:
 
 def _linear(block: nn.Module, path: str, reads_prompt: bool) -> Linear | None:
     try:
-        module = block.get_submodule(path)
+        module: Any = block.get_submodule(path)
     except AttributeError:
         return None
     return Linear(path, module.in_features, module.out_features, reads_prompt)

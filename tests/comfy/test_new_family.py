@@ -1,0 +1,131 @@
+"""The recipes of docs/architecture.md, followed: a made-up family and a made-up kind, from nothing to an adapter."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import comfy.sd
+import pytest
+import torch
+
+from comfyui_agd.agd_core import adapter_file, families, kinds
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.adapter_file import AdapterFileError
+from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel, backbone_of, describe_base
+from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.sampling import guided_sampling
+from comfyui_agd.agd_core.lora import lora
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS
+from comfyui_agd.tests.support.made_up import MadeUp
+from comfyui_agd.tests.support.runtime import CFG, STEPS, TinyUNet, ksampler, patched, rows_of, tiny
+from comfyui_agd.tests.support.small import info_for, randomised
+from comfyui_agd.training.presets import settings_for
+from comfyui_agd.training.trainer import train
+
+ARCHITECTURE = (Path(__file__).resolve().parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def code_of(heading: str) -> str:
+    """The code block of a recipe."""
+    return re.search(rf"## {heading}\n.*?```python\n(.*?)```", ARCHITECTURE, re.S)[1]
+
+
+@pytest.fixture
+def family(monkeypatch):
+    """The recipe's row, in the table."""
+    row = eval(code_of("A new family"), {"Family": families.Family})
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, row))
+    return row
+
+
+@pytest.fixture
+def base():
+    return tiny(MadeUp())
+
+
+@pytest.fixture
+def prompts(toy_prompts):
+    return toy_prompts
+
+
+@pytest.fixture
+def file(family, base, tmp_path):
+    info = info_for(describe_base(base.model), "low_rank", hidden=4, encoder_width=8)
+    adapter = randomised(Adapter(info.config))
+    return adapter_file.save(tmp_path / "adapter.safetensors", adapter, info)
+
+
+def test_without_a_row_the_family_is_refused(base):
+    with pytest.raises(UnsupportedModel, match=r"Choose 'training-free' .* this model is a Stripes"):
+        describe_base(base.model)
+
+
+def test_with_it_the_layers_of_its_blocks_are_found(family, base):
+    info = describe_base(base.model)
+    assert (info.family_name, info.layout, info.prediction) == ("Made-up", "transformer", "EPS")
+    assert [(layer.name, layer.path) for layer in info.layers] == [
+        ("stripes_0", "stripes.0"),
+        ("stripes_1", "stripes.1"),
+    ]
+    assert [linear.path for linear in info.layers[0].linears] == ["qkv", "out", "mlp.0", "mlp.2"]
+    assert backbone_of(base.model).time_embedding() is base.model.diffusion_model.time
+
+
+@pytest.mark.parametrize("merges", [True, False])
+def test_an_adapter_samples_in_one_evaluation_per_step(base, prompts, file, monkeypatch, merges):
+    if not merges:
+        monkeypatch.setattr(guided_sampling, "can_merge", lambda guider, lora: False)
+    guided = ksampler(patched(base, file), prompts)
+    assert rows_of(patched(base, file), ksampler, prompts)[-STEPS:] == [1] * STEPS
+    weights = lora(*adapter_file.load_state(file), omega=CFG)
+    merged, _ = comfy.sd.load_lora_for_models(base, None, weights, 1.0, 0.0)
+    assert len(merged.patches) == 8  # every linear layer of both blocks
+    torch.testing.assert_close(guided, ksampler(merged, prompts, cfg=1.0), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(guided, ksampler(base, prompts, cfg=1.0))
+
+
+@pytest.mark.parametrize(("how", "cfg"), [({"strength": 0.0}, CFG), ({}, 1.0)])
+def test_where_it_has_nothing_to_do_the_picture_is_the_bases(base, prompts, file, how, cfg):
+    assert torch.equal(ksampler(patched(base, file, **how), prompts, cfg=cfg), ksampler(base, prompts, cfg=cfg))
+
+
+def test_its_evaluations_are_counted_though_it_runs_no_hook_of_comfyui(base, prompts):
+    assert rows_of(base, ksampler, prompts) == [2] * STEPS
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+def test_a_training_closes_a_part_of_the_gap(family, base, toy, checkpointing):
+    host = ComfyHost(base, toy.clip)
+    settings = dataclasses.asdict(CONFIG) | {"checkpointing": checkpointing, "learning_rate": 1e-3, "iterations": 30}
+    config = settings_for(host.base, {key: settings[key] for key in settings.keys() - family.settings.keys()})
+    assert config.kind == "low_rank"
+    trained = train(host, PROMPTS, config)
+    assert min(trained.evaluation.gap_closed.values()) > 0
+    assert all(layer.weight.any() for layer in trained.adapter.last())
+
+
+def test_kinds_that_have_no_place_in_it_are_refused_in_a_sentence(family, base, tmp_path):
+    info = info_for(describe_base(base.model), "delta", hidden=4, encoder_width=8)
+    file = adapter_file.save(tmp_path / "delta.safetensors", Adapter(info.config), info)
+    with pytest.raises(UnsupportedModel, match=r"kind delta has no place in this model: train one of kind low_rank"):
+        patched(base, file)
+
+
+def test_another_familys_adapter_is_refused_with_both_named(family, base, file):
+    with pytest.raises(AdapterFileError, match=r"This adapter is for Made-up, your checkpoint is TinyUNet\."):
+        patched(tiny(TinyUNet()), file)
+
+
+def test_a_new_kind_is_a_class_and_an_entry(monkeypatch, toy, toy_prompts, tmp_path):
+    names = {}
+    exec(code_of("A new kind"), names)
+    new = names["BiasAdapter"]
+    monkeypatch.setitem(kinds.KINDS, new.Config.name, new)
+    base = tiny(TinyUNet())
+    config = dataclasses.replace(CONFIG, kind="bias", learning_rate=1e-2)
+    trained = train(ComfyHost(base, toy.clip), PROMPTS, config)
+    file = adapter_file.save(tmp_path / "bias.safetensors", trained.adapter, trained.info)
+    assert "bias, 224 parameters" in adapter_file.describe(adapter_file.read_info(file), file)
+    assert rows_of(patched(base, file), ksampler, toy_prompts) == [1] * STEPS
+    assert not torch.equal(ksampler(patched(base, file), toy_prompts), ksampler(base, toy_prompts, cfg=1.0))
+    assert torch.equal(ksampler(patched(base, file), toy_prompts, cfg=1.0), ksampler(base, toy_prompts, cfg=1.0))
