@@ -250,7 +250,7 @@ class AGDTrain(io.ComfyNode):
                     options=list(KINDS),
                     default=_DEFAULTS.kind,
                     tooltip=(
-                        "The adapter. 'delta' uses the negative prompt; 'scale' is calibration: tiny, in a tenth of "
+                        "The adapter. 'delta' uses the negative prompt; 'scale' is tiny, trained in a tenth of "
                         "the time; 'low_rank' is a LoRA scaled by cfg that ignores the negative prompt, as the others "
                         "do, which re-implement the paper's."
                     ),
@@ -267,7 +267,7 @@ class AGDTrain(io.ComfyNode):
                     options=[_NEW, *folders.adapters()],
                     default=_NEW,
                     advanced=True,
-                    tooltip="An adapter to begin from: of the same kind and width, or a calibrated one for 'delta'.",
+                    tooltip="An adapter to begin from: of the same kind and width, or a scale adapter for 'delta'.",
                 ),
                 io.Int.Input(
                     "rank",
