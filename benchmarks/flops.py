@@ -29,7 +29,7 @@ def count(name: str, pixels: int) -> list[dict]:
     from comfyui_agd.agd_core.comfyui.model import tracing
     from comfyui_agd.agd_core.comfyui.model.host import at_sigma, options_of
     from comfyui_agd.agd_core.comfyui.patch import Active, Step, take_part
-    from comfyui_agd.agd_core.comfyui.sampling.negatives import Negative, Share
+    from comfyui_agd.agd_core.comfyui.sampling.negatives import Negative, WeightedNegative
     from comfyui_agd.agd_core.config import AdapterConfig
     from comfyui_agd.agd_core.mixed_precision import MixedPrecision
     from comfyui_agd.tests.support.checkpoints import on_meta
@@ -48,7 +48,7 @@ def count(name: str, pixels: int) -> list[dict]:
             own = at_sigma(options, sigma)
             if config is not None:
                 adapter = Adapter(config, MixedPrecision)
-                negatives = (Share(Negative(context)),) if adapter.uses_negative else ()
+                negatives = (WeightedNegative(Negative(context)),) if adapter.uses_negative else ()
                 active = Active(adapter, torch.full((1,), 7.0), torch.ones(1), negatives, merged=config.merges)
                 own = take_part(own, Step((active,)))
             for _ in range(steps):

@@ -32,7 +32,7 @@ from torch import nn
 from ..adapter import Adapter, Prepared
 from ..adapter_file import AdapterFileError, AdapterInfo
 from .backbones.unet import block_of, linear_layers, site_name, transformers
-from .sampling.negatives import Share
+from .sampling.negatives import WeightedNegative
 
 # Under this name ComfyUI keeps our wrappers and additional models, and transformer_options what the hooks pass on.
 KEY = "agd"
@@ -52,7 +52,7 @@ class Active:
     adapter: Adapter
     omega: torch.Tensor
     strength: torch.Tensor
-    negatives: tuple[Share, ...] = ()
+    negatives: tuple[WeightedNegative, ...] = ()
     merged: bool = False
 
     @property
@@ -175,7 +175,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         step.attentions.update({name: (attn.heads, attn.attn_precision) for name, attn in attentions.items()})
     for share in (share for active in step.active for share in active.negatives):
         if not share.negative.keys_values:
-            share.negative.look_up(executor.class_obj, x.device)
+            share.negative.compute_keys_values(executor.class_obj, x.device)
     denoised = executor(x, t, c_concat, c_crossattn, control, transformer_options, **{**kwargs, KEY: step})
     if compiled and (step.visited != step.sites() or _graph_breaks() > before):
         raise Broken
@@ -238,7 +238,7 @@ def guided_attention(q, k, v, extra_options, *, name: str, attend: Callable):
     for active, (adapter, shared) in zip(step.active, prepared, strict=True):
         if adapter.place == "attention":
             parts = [
-                share.of_tokens(attended - attend(q, *share.negative.of(name, len(q)), unconditional))
+                share.weigh(attended - attend(q, *share.negative.keys_values_at(name, len(q)), unconditional))
                 for share in active.negatives
             ]
             out = adapter.guide(name, out, sum(parts[1:], parts[0]), h, shared)

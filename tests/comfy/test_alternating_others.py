@@ -13,8 +13,17 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 
 from comfyui_agd.agd_core import alternating
-from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
-from comfyui_agd.tests.support.runtime import CFG, Prompts, TinyUNet, ksampler, latent, rows_of, since, tiny
+from comfyui_agd.tests.support.runtime import (
+    CFG,
+    Prompts,
+    TinyUNet,
+    ksampler,
+    latent,
+    rows_of,
+    since,
+    tiny,
+    training_free,
+)
 
 STEPS = 12
 
@@ -32,7 +41,7 @@ def said() -> list[str]:
 
 @pytest.fixture
 def agd(base, said):
-    return lambda model=base, **options: alternate(model, notify=said.append, **options)
+    return lambda model=base, **options: training_free(model, notify=said.append, **options)
 
 
 def after(model, function):
@@ -138,8 +147,8 @@ def test_nothing_is_alive_when_it_is_over(prompts):
     try:
         own = tiny(TinyUNet())
         reference = weakref.ref(own.model)
-        ksampler(alternate(own), prompts, steps=STEPS)
-        ksampler(after(alternate(own), lambda args: args["denoised"] + 0 * evaluated(args, "uncond")), prompts)
+        ksampler(training_free(own), prompts, steps=STEPS)
+        ksampler(after(training_free(own), lambda args: args["denoised"] + 0 * evaluated(args, "uncond")), prompts)
         comfy.model_management.unload_all_models()
         del own
         assert reference() is None

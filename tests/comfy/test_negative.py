@@ -11,7 +11,8 @@ from comfy.ldm.modules.attention import optimized_attention
 
 from comfyui_agd.agd_core.attention_guidance import NAME, attention_guidance
 from comfyui_agd.agd_core.comfyui.backbones.unet import block_of, describe_base, transformers
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.settings import GuidanceSettings
 from comfyui_agd.tests.support.runtime import (
     CFG,
     STEPS,
@@ -41,7 +42,8 @@ def agd(base, file):
     def patch(model=base, **options):
         if file is not None:
             return patched(model, file, **options)
-        return apply_adapter(model, *attention_guidance(describe_base(model.model)), source=NAME, **options)
+        adapter = attention_guidance(describe_base(model.model))
+        return apply_adapter(model, *adapter, GuidanceSettings(**options), source=NAME)
 
     return patch
 
@@ -139,8 +141,8 @@ def test_without_a_negative_a_trained_adapter_has_its_unconditional(base, prompt
 
 def test_without_a_negative_guidance_without_training_says_that_it_needs_one(base, prompts):
     said = []
-    info, state = attention_guidance(describe_base(base.model))
-    model = apply_adapter(base, info, state, source=NAME, guidance_scale=CFG, notify=said.append)
+    adapter, settings = attention_guidance(describe_base(base.model)), GuidanceSettings(CFG)
+    model = apply_adapter(base, *adapter, settings, source=NAME, notify=said.append)
     assert torch.equal(custom_sampler(model, prompts, "BasicGuider"), custom_sampler(base, prompts, "BasicGuider"))
     assert len(said) == 1
     assert "needs a negative prompt" in said[0]

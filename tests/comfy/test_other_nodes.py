@@ -14,7 +14,6 @@ from comfy_extras import nodes_context_windows, nodes_model_advanced
 from comfy_extras import nodes_custom_sampler as custom
 
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
-from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
 from comfyui_agd.tests.support.runtime import (
     CFG,
     STEPS,
@@ -26,6 +25,7 @@ from comfyui_agd.tests.support.runtime import (
     random_prompts,
     rows_of,
     since,
+    training_free,
 )
 
 HOW = {"delta": {"kind": "delta"}, "rank": {"kind": "delta", "rank": 2}, "cross_attention": {"kind": "cross_attention"}}
@@ -622,8 +622,9 @@ def test_another_prediction_behind_the_loader_is_refused(agd, prompts):
 @pytest.mark.parametrize("guided", ["adapter", "training-free"])
 def test_start_and_end_follow_a_schedule_that_is_set_behind_the_loader(base, files, prompts, guided):
     def half(model):
-        to_the_half = {"end_percent": 0.5}
-        return patched(model, files["delta"], **to_the_half) if guided == "adapter" else alternate(model, **to_the_half)
+        if guided == "adapter":
+            return patched(model, files["delta"], end_percent=0.5)
+        return training_free(model, end_percent=0.5)
 
     def shifted(model):
         clone = model.clone()

@@ -9,7 +9,7 @@ from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.tests.support.runtime import (
     CFG,
     STEPS,

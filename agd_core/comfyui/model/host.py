@@ -24,7 +24,7 @@ from ...adapter import Adapter
 from ...config import AdapterConfig
 from ..backbones.unet import describe_base, fingerprint
 from ..patch import Active, Step, register, take_part, without_compile
-from ..sampling.negatives import Negative, Share
+from ..sampling.negatives import Negative, WeightedNegative
 from . import tracing
 from .activation_checkpointing import checkpointed, largest_block_bytes
 
@@ -258,7 +258,7 @@ class ComfyHost:
     @staticmethod
     def _with(adapter: Adapter, omega: torch.Tensor, unwanted: dict, options: dict) -> dict:
         """`options` with the adapter in them; `unwanted`: the conditions of the negative prompts, if it uses them."""
-        negatives = (Share(Negative(unwanted["c_crossattn"])),) if unwanted else ()
+        negatives = (WeightedNegative(Negative(unwanted["c_crossattn"])),) if unwanted else ()
         return take_part(options, Step((Active(adapter, omega, torch.ones(1, device=omega.device), negatives),)))
 
     def picture(self, latent: torch.Tensor) -> Image.Image:

@@ -11,7 +11,7 @@ from ...adapter_file import AdapterInfo
 from ...guidance import GuidanceRule
 from ..counting import counted
 from ..patch import KEY
-from ..sampling.guided_sampling import apply_adapter
+from ..sampling.apply import apply_adapter
 from .host import EncodedPrompt
 
 

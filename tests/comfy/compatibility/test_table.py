@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from comfyui_agd.agd_core import alternating
-from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
 from comfyui_agd.tests.support import workflows
-from comfyui_agd.tests.support.runtime import ksampler, patched, since
+from comfyui_agd.tests.support.runtime import ksampler, patched, since, training_free
 from comfyui_agd.tests.support.workflows import AROUND, PROMPTS, ROWS, Row, Watch, no_agd
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "compatibility.md"
@@ -83,7 +82,7 @@ def test_row_with_training_free_guidance(base, plain, row, variant, monkeypatch)
     monkeypatch.setattr(workflows, "STEPS_BESIDE", 12)  # the first two are not as the others
     without, _ = evaluate(row, variant, base, no_agd)
     said = []
-    agd = partial(alternate, notify=said.append)
+    agd = partial(training_free, notify=said.append)
     if not row.with_training_free:
         with pytest.raises(ValueError, match="guidance of an AGD node already"):
             evaluate(row, variant, base, agd)
