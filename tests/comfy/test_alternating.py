@@ -42,11 +42,11 @@ def test_one_evaluation_per_step(base, prompts):
 
 
 def test_few_steps_are_cfgs_own_but_for_the_first_which_has_no_guidance(base, prompts):
-    said = []
-    model = training_free(base, notify=said.append)
+    messages = []
+    model = training_free(base, notify=messages.append)
     assert rows_of(model, ksampler, prompts) == [1] + [2] * (STEPS - 1)
-    assert len(said) == 1
-    assert said[0].startswith("No speed-up: most steps evaluate both predictions.")
+    assert len(messages) == 1
+    assert messages[0].startswith("No speed-up: most steps evaluate both predictions.")
     rest = {"add_noise": True, "start": 1, "cfg": CFG}
     assert torch.equal(
         ksampler_advanced(training_free(base), prompts, latent(), **rest)["samples"],
@@ -55,9 +55,9 @@ def test_few_steps_are_cfgs_own_but_for_the_first_which_has_no_guidance(base, pr
 
 
 def test_many_steps_say_nothing(base, prompts):
-    said = []
-    ksampler(training_free(base, notify=said.append), prompts, steps=MANY)
-    assert said == []
+    messages = []
+    ksampler(training_free(base, notify=messages.append), prompts, steps=MANY)
+    assert messages == []
 
 
 def test_the_negative_prompt_has_an_effect(base, prompts):
@@ -102,12 +102,12 @@ def test_nor_of_one_that_was_interrupted(base, prompts):
     def fail(executor, x, *args, **kwargs):
         calls.append(x)
         if len(calls) == 5:
-            raise RuntimeError("out of luck")
+            raise RuntimeError("failed on purpose")
         return executor(x, *args, **kwargs)
 
     failing = model.clone()
     failing.add_wrapper_with_key("diffusion_model", "test", fail)
-    with pytest.raises(RuntimeError, match="out of luck"):
+    with pytest.raises(RuntimeError, match="failed on purpose"):
         ksampler(failing, prompts, steps=MANY)
     assert torch.equal(ksampler(model, prompts, steps=MANY), ksampler(training_free(base), prompts, steps=MANY))
 
@@ -202,8 +202,8 @@ def test_the_toys_pictures_are_near_to_cfgs(toy, on_the_toy):
 
 @pytest.mark.parametrize(("sampler", "at_least", "at_most"), [("euler", 40, 40), ("lcm", 48, 60)])
 def test_a_sampler_that_exchanges_all_noise_evaluates_both_more_often(toy, on_the_toy, sampler, at_least, at_most):
-    said = []
-    model = training_free(toy.model, notify=said.append)
+    messages = []
+    model = training_free(toy.model, notify=messages.append)
     assert at_least <= sum(rows_of(model, on_the_toy, sampler=sampler)) <= at_most
     expected = "About 1.5 evaluations per step: with this sampler and schedule one step tells too little of the next"
-    assert [message.partition(",")[0] for message in said] == [expected] * (sampler == "lcm")
+    assert [message.partition(",")[0] for message in messages] == [expected] * (sampler == "lcm")

@@ -1,4 +1,4 @@
-"""Low-rank changes in the weights while a sampler runs: what a step costs then, and that nobody can tell otherwise."""
+"""Low-rank changes in the weights while a sampler runs: what a step costs then, and that the picture is the same."""
 
 import comfy.hooks
 import comfy.model_management as mm

@@ -33,8 +33,8 @@ from .uncond_consumers import (
     wants_uncond_at_cfg_1,
 )
 
-# Shares of the steps that evaluate both predictions, from which on the user is told.
-_MOST, _MANY = 0.7, 0.3
+# Shares of the steps that evaluate both predictions, from which on the user is warned.
+_MOSTLY_BOTH, _OFTEN_BOTH = 0.7, 0.3
 
 
 @dataclass
@@ -47,7 +47,7 @@ class _PairRequest:
     predictions: list[torch.Tensor] = field(default_factory=list)
 
     def evaluate(self, *turns: bool) -> list[torch.Tensor]:
-        """Each condition in its place, where other nodes look for it."""
+        """The predictions of these turns. Each condition is in its usual place, where other nodes expect it."""
         self.evaluated.update(turns)
         pairs = zip((True, False), self.batch.conds, strict=True)
         batch = replace(self.batch, conds=[own if turn in turns else None for turn, own in pairs])
@@ -58,7 +58,7 @@ class _PairRequest:
 @dataclass
 class AlternatingSampling(SharedByDeepcopy):
     """`evaluates_both`: in every step; `request`: ComfyUI's last one; `evaluating`: inside an evaluation for it;
-    `evaluations`: how many requests took one evaluation, and two."""
+    `evaluations`: how many steps took one evaluation, and two."""
 
     guider: CFGGuider
     sampler: Sampler
@@ -69,7 +69,7 @@ class AlternatingSampling(SharedByDeepcopy):
     request: _PairRequest | None = field(default=None, init=False)
     evaluating: bool = field(default=False, init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.restart = PendingRestart()
         self.history = EstimateHistory()
         self.blocks = EvaluatedBlocks()
@@ -104,7 +104,7 @@ class AlternatingSampling(SharedByDeepcopy):
         self.evaluations[len(request.evaluated)] += 1
         return request.predictions
 
-    def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
+    def calc_cond_batch(self, executor, model, conds, x, timestep, model_options) -> list[torch.Tensor]:
         """CALC_COND_BATCH wrapper. A node that evaluates something once more compares it with what it was given before,
         which therefore has to be of this very step."""
         request = self._open_request()
@@ -114,7 +114,7 @@ class AlternatingSampling(SharedByDeepcopy):
             self._make_current(request, prompt, model_options)
         return executor(model, conds, x, timestep, model_options)
 
-    def apply_model(self, executor, *args, **kwargs):
+    def apply_model(self, executor, *args, **kwargs) -> torch.Tensor:
         """APPLY_MODEL wrapper, for nodes that go around that one, with the prompt as far as can be known."""
         request = self._open_request()
         if request is not None and self.span.covers(request.batch.timestep):
@@ -122,7 +122,7 @@ class AlternatingSampling(SharedByDeepcopy):
         return executor(*args, **kwargs)
 
     def finish(self) -> None:
-        """Tell the user, when it is over, how many evaluations a step took."""
+        """Warn, when it is over, of evaluations that it didn't save; or start it again."""
         self.restart.raise_if_requested()
         if self.request is None:
             self.notify(messages.prompts_evaluated_otherwise(name_of_guider(self.guider)))
@@ -140,7 +140,7 @@ class AlternatingSampling(SharedByDeepcopy):
         return all(any(is_active_at(cond, batch.timestep) for cond in own or ()) for own in batch.conds)
 
     def _check_needs(self, model_options: dict) -> None:
-        """Warn where the settings have no effect, or where something says that it needs both predictions."""
+        """Warn where the settings have no effect, or where a node needs both predictions."""
         if _has_own_scale(self.settings) and not self.override.applied:
             self.notify(messages.scale_not_taken(name_of_guider(self.guider)))
         if not self.evaluates_both and (name := self._find_consumer(model_options)):
@@ -148,7 +148,7 @@ class AlternatingSampling(SharedByDeepcopy):
             self.notify(messages.needs_both_evaluated(name))
 
     def _find_consumer(self, model_options: dict) -> str | None:
-        """What says that it needs both, or a sampler that takes predictions of its own way of stepping."""
+        """The name of what needs both by its options, or of a sampler with a post-CFG function, by which it steps."""
         nodes = post_cfg_functions(self.guider.model_options)
         makers = [function for function in post_cfg_functions(model_options) if function not in nodes]
         if wants_uncond_at_cfg_1(model_options):
@@ -208,11 +208,11 @@ class AlternatingSampling(SharedByDeepcopy):
 
     def _report_evaluations(self) -> None:
         both = self.evaluations[2] / max(1, self.evaluations.total())
-        if both >= _MOST:
+        if both >= _MOSTLY_BOTH:
             self.notify(messages.MOST_STEPS_EVALUATE_BOTH)
         elif self.history.estimates_disagree:
             self.notify(messages.ESTIMATES_DISAGREE)
-        elif both >= _MANY:
+        elif both >= _OFTEN_BOTH:
             self.notify(messages.MANY_STEPS_EVALUATE_BOTH)
 
 

@@ -10,7 +10,7 @@ from ...alternating import AlternatingGuidance
 from .cond_batch import CondBatch
 from .schedule import percent_of_sigma
 
-_ABOVE_THE_SCHEDULE = 1.001  # of its largest sigma; positions say nothing there
+_ABOVE_THE_SCHEDULE = 1.001  # times its largest sigma, where positions mean nothing
 
 
 @dataclass

@@ -22,19 +22,19 @@ from .restarts import PendingRestart, RestartMerged, RestartSampling, SamplingMo
 from .scale_check import ScaleCheck
 from .schedule import SigmaSpan
 from .shared_by_deepcopy import SharedByDeepcopy
-from .step_builder import StepBuilder, at_omegas
+from .step_builder import StepBuilder, guiding_at
 from .step_warnings import StepWarnings
 from .uncond_consumers import PRE_CFG, find_uncond_consumer, node_name
 
 
 @dataclass
 class GuidedSampling(SharedByDeepcopy):
-    """Any combination of two equal predictions, by whatever scale, is that prediction, and it is one evaluation whoever
-    asks for it: any guider, a pack's own `sampling_function`, each of the context windows.
+    """Any combination of two equal predictions, by whatever scale, is that prediction, and it is one evaluation for
+    any guider, a pack's own `sampling_function`, and each of the context windows.
 
     `adapters`: each with its part of the sampling. `step`: what is being evaluated, for the hooks; `sigma`: of the step
-    in which both predictions were asked for last; `unguided`: evaluates as the base does, for the mode says so or for
-    the time of one evaluation; `evaluates_base`: inside an evaluation of the base that was asked for here.
+    in which both predictions were asked for last; `unguided`: evaluates as the base does, because of the mode or for
+    the time of one evaluation; `evaluates_base`: inside an evaluation of the base that began here.
     """
 
     guider: CFGGuider
@@ -48,18 +48,18 @@ class GuidedSampling(SharedByDeepcopy):
     called: bool = field(default=False, init=False)
     evaluates_base: bool = field(default=False, init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.unguided = self.mode.unguided_because is not None
         self.restart = PendingRestart()
-        self.scale = ScaleCheck(self.guider)
-        self.others = OtherEvaluations(self.guider, self.sampler, self.restart)
-        self.steps = StepBuilder(self.guider, self.mode.merged_omega is not None, self.notify)
-        self.warnings = StepWarnings(self.guider, self.notify)
+        self.scale_check = ScaleCheck(self.guider)
+        self.other_evaluations = OtherEvaluations(self.guider, self.sampler, self.restart)
+        self.step_builder = StepBuilder(self.guider, self.mode.merged_omega is not None, self.notify)
+        self.step_warnings = StepWarnings(self.guider, self.notify)
 
     @property
     def guided(self) -> bool:
         """Whether there was a guided prediction."""
-        return self.others.guided
+        return self.other_evaluations.guided
 
     def install(self, pre_cfg: list[Callable]) -> None:
         """Into the guider's options, which are this sampling's own copy; `pre_cfg`: other nodes' functions there."""
@@ -81,12 +81,12 @@ class GuidedSampling(SharedByDeepcopy):
         """Warn, when it is over, where the adapters had no effect on it; or start it again."""
         self._check_combination()
         self.restart.raise_if_requested()
-        self.warnings.send_waiting()
-        unused = self.others.of_base or self.scale.unknown or not self.called
+        self.step_warnings.send_waiting()
+        unused = self.other_evaluations.base_only or self.scale_check.unknown or not self.called
         if not self.unguided and not self.guided and unused:
             self.notify(messages.adapters_not_used(name_of_guider(self.guider)))
 
-    def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
+    def calc_cond_batch(self, executor, model, conds, x, timestep, model_options) -> list[torch.Tensor]:
         """CALC_COND_BATCH wrapper: conditions, latents x (b, c, h, w), sigma (b,) -> their predictions (b, c, h, w)."""
         batch = CondBatch(executor, model, conds, x, timestep, model_options)
         adapters, self.called = self._adapters_at(timestep), True
@@ -101,12 +101,12 @@ class GuidedSampling(SharedByDeepcopy):
 
     def check_scale(self, args: dict) -> list[torch.Tensor]:
         """ComfyUI's `sampler_pre_cfg_function`: evaluates again if the combination's scale isn't the assumed one."""
-        if self.others.of_base:
-            self.scale.pending = False
-        if not self.scale.differs(args["cond_scale"]):
+        if self.other_evaluations.base_only:
+            self.scale_check.pending = False
+        if not self.scale_check.differs(args["cond_scale"]):
             return args["conds_out"]
         predictions = CondBatch.from_args(args).evaluate()
-        self.scale.pending = False
+        self.scale_check.pending = False
         return predictions
 
     def unasked(self) -> None:
@@ -114,13 +114,13 @@ class GuidedSampling(SharedByDeepcopy):
         if self.mode.merged_omega is not None:
             raise RestartSampling
         if not self.evaluates_base and not self.unguided:
-            self.others.ask_base(self.guider.model_options)
+            self.other_evaluations.request_base(self.guider.model_options)
 
     def _adapters_at(self, timestep: torch.Tensor) -> list[AppliedAdapter]:
         return [applied for applied, span in self.adapters if span.covers(timestep)]
 
     def _cfg_of_step(self, cfg: float, timestep: torch.Tensor) -> float:
-        """What ComfyUI is to take for the cfg of a step, so that it asks for both predictions."""
+        """The cfg that ComfyUI sees in a step, so that it asks for both predictions."""
         scales = [applied.settings.guidance_scale for applied in self._adapters_at(timestep)]
         return next((scale for scale in reversed(scales) if scale is not None), cfg)
 
@@ -140,83 +140,90 @@ class GuidedSampling(SharedByDeepcopy):
 
     def _evaluate_both(self, batch: CondBatch, adapters: list[AppliedAdapter]) -> list[torch.Tensor]:
         """Both predictions of a step: the guided one twice, or the base's own where it isn't guided."""
-        if self.scale.pending and not self._is_current(batch.timestep):  # each window of a step asks
-            self._check_combination()
-        self.sigma = batch.timestep
-        self.scale.pending = any(applied.settings.guidance_scale is None for applied in adapters)
-        if name := find_uncond_consumer(self.sampler, batch.model_options):
-            self.others.restart_unguided(messages.needs_both(name))
-        self.scale.assume(batch.conds)
+        self._begin_step(batch, adapters)
         omegas = self._omegas(adapters)
         if self.mode.merged_omega is not None and omegas != [self.mode.merged_omega]:
             raise RestartSampling
-        self.scale.unknown = None in omegas
-        if self.others.of_base or self.scale.unknown or self._is_at_cfg_1(adapters):
+        self.scale_check.unknown = None in omegas
+        if self.other_evaluations.base_only or self.scale_check.unknown or self._is_at_cfg_1(adapters):
             return self._evaluate_base(batch)
         if self.mode.merged_omega is None and omegas == [self.mode.mergeable_omega]:
             raise RestartMerged
-        self.warnings.send_waiting()
-        self.others.guided = True
+        return self._guide_both(batch, adapters)
+
+    def _begin_step(self, batch: CondBatch, adapters: list[AppliedAdapter]) -> None:
+        if self.scale_check.pending and not self._is_current(batch.timestep):  # each window of a step comes here
+            self._check_combination()
+        self.sigma = batch.timestep
+        self.scale_check.pending = any(applied.settings.guidance_scale is None for applied in adapters)
+        if name := find_uncond_consumer(self.sampler, batch.model_options):
+            self.other_evaluations.restart_unguided(messages.needs_both(name))
+        self.scale_check.assume(batch.conds)
+
+    def _guide_both(self, batch: CondBatch, adapters: list[AppliedAdapter]) -> list[torch.Tensor]:
+        self.step_warnings.send_waiting()
+        self.other_evaluations.guided = True
         watch_post_cfg(batch.model_options, self._on_uncond_use, self._on_post_cfg_return)
         prediction = self._guided_prediction(batch, adapters)
-        return [prediction, prediction.clone()]  # for whoever changes one of them in place
+        return [prediction, prediction.clone()]  # a node may change one of them in place
 
     def _check_combination(self) -> None:
         """By the next step both predictions should have been combined, and the scale of it have been seen."""
-        if self.scale.was_missed():
-            self.others.combined_otherwise()
+        if self.scale_check.was_missed():
+            self.other_evaluations.combined_otherwise()
 
     def _omegas(self, adapters: list[AppliedAdapter]) -> list[float | None]:
-        return [applied.omega(self.scale.assumed) for applied in adapters]
+        return [applied.omega(self.scale_check.assumed) for applied in adapters]
 
     def _is_at_cfg_1(self, adapters: list[AppliedAdapter]) -> bool:
         """Whether all adapters follow a cfg of 1, which is the base unguided."""
-        scale, own = self.scale.assumed, [applied.settings.guidance_scale for applied in adapters]
+        scale, own = self.scale_check.assumed, [applied.settings.guidance_scale for applied in adapters]
         return scale is not None and own.count(None) == len(own) and math.isclose(scale, 1.0)
 
     def _evaluate_for_others(self, batch: CondBatch, adapters: list[AppliedAdapter]) -> list[torch.Tensor]:
         """What other nodes evaluate: the prompt once more, in another way, as PAG does; or conditions of their own."""
-        self.others.count += 1
+        self.other_evaluations.count += 1
         prompt_again = self._has_guided(batch.timestep) and not any(batch.conds[1:])
         if prompt_again and belong_to(self.guider, "positive", batch.conds[0]):
             prediction = self._guided_prediction(batch, adapters)
             return [prediction, *(torch.zeros_like(prediction) for _ in batch.conds[1:])]
-        self.others.ask_base(batch.model_options)
+        self.other_evaluations.request_base(batch.model_options)
         return self._evaluate_base(batch)
 
     def _guided_prediction(self, batch: CondBatch, adapters: list[AppliedAdapter]) -> torch.Tensor:
         """The guided prediction (b, c, h, w) for the prompt, `batch.conds[0]`."""
-        guiding = at_omegas(adapters, self._omegas(adapters))
-        negatives = self.steps.weighted_negatives(batch, guiding)
-        guiding = self.steps.that_guide(guiding, negatives)
+        guiding = guiding_at(adapters, self._omegas(adapters))
+        negatives = self.step_builder.weighted_negatives(batch, guiding)
+        guiding = self.step_builder.able_to_guide(guiding, negatives)
         if not guiding:
             return self._evaluate_base(batch.of_prompt())[0]
-        self.warnings.before_step(guiding)
-        self.step = step = self.steps.build(batch, guiding, negatives)
+        self.step_warnings.before_step(guiding)
+        self.step = step = self.step_builder.build(batch, guiding, negatives)
         try:
             prediction = self.compile_fallback.evaluate(batch.of_prompt(), step)[0]
         finally:
             self.step = None
-        if not self.warnings.seen_first and not step.visited and (step.changes_linears or step.works_at_sites):
-            self.others.restart_unguided(messages.NO_PLACE_FOR_ADAPTERS)
-        self.warnings.after_step(guiding, batch.x, step)
+        if not self.step_warnings.seen_first and not step.visited and (step.changes_linears or step.works_at_sites):
+            self.other_evaluations.restart_unguided(messages.NO_PLACE_FOR_ADAPTERS)
+        self.step_warnings.after_step(guiding, batch.x, step)
         return prediction
 
     def _on_uncond_use(self, call: PostCfgCall) -> None:
-        """A post-CFG function uses what a guided prediction has not. What it keeps of it is made right before."""
+        """A post-CFG function uses the unconditional prediction: it gets the base's, for it may keep it, and then the
+        sampling starts again unguided."""
         if self.mode.merged_omega is None:
-            args = call.args
-            conds = [None, args["uncond"]]
+            batch = CondBatch.from_args({**call.args, "conds": [None, call.args["uncond"]]})
             self.unguided = True
             try:
-                right = CondBatch.from_args({**args, "conds": conds}).evaluate()[1]
+                unconditional = batch.evaluate()[1]
             finally:
                 self.unguided = False
-            args["uncond_denoised"].copy_(right)
-        self.others.restart_unguided(messages.needs_both(node_name(call.function, self.sampler)))
+            call.args["uncond_denoised"].copy_(unconditional)
+        self.other_evaluations.restart_unguided(messages.needs_both(node_name(call.function, self.sampler)))
 
     def _on_post_cfg_return(self, call: PostCfgCall) -> None:
-        """A function that has used the conditional prediction compared it with one of its own, or the guided one."""
-        evaluated = self.others.take_count()
+        """A function that has used the conditional prediction compared it with one that it has evaluated, or else with
+        the guided one."""
+        evaluated = self.other_evaluations.take_count()
         if "cond_denoised" in call.used and not evaluated:
             self._on_uncond_use(call)

@@ -52,7 +52,7 @@ def unguided_because(reason: str) -> str:
 
 def adapters_not_used(guider: str) -> str:
     return (
-        f"No part in this sampling: {guider} evaluates the prompts, or combines them, in "
+        f"Not used in this sampling: {guider} evaluates the prompts, or combines them, in "
         "its own way. The picture is the model's own, as without this node."
     )
 

@@ -12,7 +12,7 @@ from .conditions import is_active_at, tokens_of, with_text
 from .negatives import Negative, WeightedNegative, relative_weights
 
 # Context windows cut a negative that has a row for each picture again in every window; those of a few are kept.
-_KEPT = 8
+_MAX_NEGATIVES = 8
 
 
 @dataclass
@@ -60,7 +60,7 @@ class NegativeCache:
             fitted = comfy.utils.repeat_to_batch_size(context, rows) if len(context) > 1 else context
             negative = Negative(fitted)
         self.negatives[key] = context, negative
-        while len(self.negatives) > _KEPT:
+        while len(self.negatives) > _MAX_NEGATIVES:
             self.negatives.popitem(last=False)
         if not negative.keys_values or hooks is not None:  # a hook's strength may change from step to step
             _apply_hooks(hooks, batch)

@@ -15,31 +15,31 @@ from .uncond_consumers import node_names
 
 @dataclass
 class OtherEvaluations:
-    """Sees to it that the base's own predictions are never combined with guided ones, which would be neither CFG nor
-    guided: either no step of a sampling is guided, or it starts again unguided.
+    """Keeps the base's own predictions from being combined with guided ones, which would be neither CFG nor guided:
+    once one is asked for no step is guided, and a sampling that has guided already starts again unguided.
 
-    `restart`: the sampling's; `guided`: whether a prediction was guided; `of_base`: whether one of the base's own was
-    asked for; `count`: evaluations since a post-CFG function has returned.
+    `restart`: the sampling's; `guided`: whether a step was guided; `base_only`: whether no step is to be guided from
+    now on; `count`: other nodes' evaluations since one of their post-CFG functions returned.
     """
 
     guider: CFGGuider
     sampler: Sampler
     restart: PendingRestart
     guided: bool = False
-    of_base: bool = False
+    base_only: bool = False
     count: int = 0
 
-    def ask_base(self, model_options: dict) -> None:
-        """The base's own prediction is asked for. Raises `RestartUnguided` after a guided one."""
+    def request_base(self, model_options: dict) -> None:
+        """Another node asks for the base's own prediction. Raises `RestartUnguided` after a guided one."""
         if self.guided:
             functions = post_cfg_functions(model_options)
             name = node_names(functions, self.sampler) or name_of_guider(self.guider)
             self.restart_unguided(messages.needs_both(name))
-        self.of_base = True
+        self.base_only = True
 
     def combined_otherwise(self) -> None:
         """A pair of predictions wasn't combined by ComfyUI. Raises `RestartUnguided` where they were guided."""
-        self.of_base = True
+        self.base_only = True
         if self.guided:
             self.restart_unguided(messages.combines_otherwise(name_of_guider(self.guider)))
 

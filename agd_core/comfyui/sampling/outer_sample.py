@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
+import torch
 from comfy.samplers import CFGGuider, Sampler
 
 from . import messages
@@ -33,10 +34,10 @@ class AdapterGuidance(SharedByDeepcopy):
     compile_fallback: CompileFallback = field(init=False)
     merging: MergingHistory = field(default_factory=MergingHistory)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.compile_fallback = CompileFallback(self.notify)
 
-    def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs):
+    def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs) -> torch.Tensor:
         guider = executor.class_obj
         check_adapters(self.adapters, guider.model_patcher)
         adapters = [(applied, applied.settings.span_for(guider.model_patcher)) for applied in self.adapters]
@@ -74,7 +75,7 @@ class AdapterGuidance(SharedByDeepcopy):
         return SamplingMode()
 
     def _weights_of(self, mode: SamplingMode, guider: CFGGuider) -> AbstractContextManager:
-        """Inside, the base has the weights that the mode says."""
+        """Inside, the base has the weights for the mode."""
         if mode.merged_omega is None:
             return nullcontext()
         return merged_into(guider, self.adapters[0], mode.merged_omega)

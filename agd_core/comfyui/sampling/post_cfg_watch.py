@@ -1,7 +1,7 @@
 """Whether a post-CFG function of another node uses the unconditional prediction, or what guidance has added.
 
 ComfyUI gives such a function both predictions whether it wants them or not, so the tensors that it is given report
-their use. Asking for their shapes is no use.
+their use. Reading their shapes is not a use.
 """
 
 import sys
@@ -24,7 +24,7 @@ _DIFFERENCES |= {torch.Tensor.__rsub__, torch.Tensor.sub_, torch.Tensor.__isub__
 
 
 class _WatchedPrediction(torch.Tensor):
-    """A prediction while another node's function has it: `call` is told of its use, `role` is ComfyUI's name of it.
+    """A prediction while another node's function has it: its use is reported to `call`; `role`: ComfyUI's name of it.
 
     When the function has returned, it is a tensor like others.
     """

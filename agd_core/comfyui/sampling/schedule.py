@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_PARTS = 256  # of a schedule: as exactly as a position in it has to be known
+_POSITIONS = 256  # of a schedule: as exactly as a percentage of it has to be known
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,6 @@ def percent_of_sigma(model_sampling: Any, sigma: float) -> float:
     """The inverse of `percent_to_sigma`."""
 
     def less_noise(part: int) -> float:
-        return -model_sampling.percent_to_sigma(part / _PARTS)
+        return -model_sampling.percent_to_sigma(part / _POSITIONS)
 
-    return bisect.bisect_left(range(_PARTS), -sigma, key=less_noise) / _PARTS
+    return bisect.bisect_left(range(_POSITIONS), -sigma, key=less_noise) / _POSITIONS

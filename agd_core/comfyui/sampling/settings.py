@@ -1,4 +1,4 @@
-"""How a node guides a MODEL: what its widgets say."""
+"""How a node guides a MODEL: the values of its widgets."""
 
 from dataclasses import dataclass
 

@@ -36,10 +36,10 @@ class StepBuilder:
         conds = batch.conds[1] if any(batch.conds[1:]) else self.guider.conds.get("negative")
         return self.cache.weighted_negatives(conds, batch)
 
-    def that_guide(
+    def able_to_guide(
         self, adapters: list[AdapterAtOmega], negatives: tuple[WeightedNegative, ...]
     ) -> list[AdapterAtOmega]:
-        """The adapters that have what they need."""
+        """The adapters that have what they need to guide."""
         return [pair for pair in adapters if negatives or self._works_without_negative(pair[0])]
 
     def build(self, batch: CondBatch, adapters: list[AdapterAtOmega], negatives: tuple[WeightedNegative, ...]) -> Step:
@@ -74,7 +74,7 @@ class StepBuilder:
         return self.tensors[value]
 
 
-def at_omegas(adapters: list[AppliedAdapter], omegas: list[float | None]) -> list[AdapterAtOmega]:
+def guiding_at(adapters: list[AppliedAdapter], omegas: list[float | None]) -> list[AdapterAtOmega]:
     """The adapters whose omega guides at all."""
     pairs = zip(adapters, omegas, strict=True)
     return [(applied, omega) for applied, omega in pairs if omega is not None and not math.isclose(omega, 1.0)]

@@ -12,11 +12,11 @@ from .messages import Notify
 from .step_builder import AdapterAtOmega
 
 # Latents of up to twice the pixels of a trained size, or down to half of them, are not warned of.
-_FAR = 2.0
+_MAX_SIZE_RATIO = 2.0
 # A negative prompt this much nearer to the trained unconditional than the positive one is taken for it.
-_SAME = 0.25
+_SAME_DISTANCE = 0.25
 # Adapters whose strengths sum up to more than this are hardly meant to work in the same step.
-_TOGETHER = 1.25
+_MAX_TOTAL_STRENGTH = 1.25
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class StepWarnings:
         height, width = size
         trained = pair[0].info.resolutions
         ratios = [height * width / (h * w) for h, w in trained]
-        if ratios and not any(1 / _FAR <= ratio <= _FAR for ratio in ratios):
+        if ratios and not any(1 / _MAX_SIZE_RATIO <= ratio <= _MAX_SIZE_RATIO for ratio in ratios):
             self.notify(messages.latent_size_far_from_trained(height, width, trained))
 
     def _check_negative(self, pair: AdapterAtOmega) -> None:
@@ -80,7 +80,7 @@ class StepWarnings:
             self.notify(messages.negative_has_no_effect(applied.info.unconditional))
 
     def _check_strengths(self, adapters: list[AdapterAtOmega]) -> None:
-        if len(adapters) > 1 and sum(applied.settings.strength for applied, _ in adapters) > _TOGETHER:
+        if len(adapters) > 1 and sum(applied.settings.strength for applied, _ in adapters) > _MAX_TOTAL_STRENGTH:
             self.notify(messages.strengths_add_up(len(adapters)))
 
     def _check_layers(self, step: Step) -> None:
@@ -97,4 +97,4 @@ def _has_other_negative(guider: CFGGuider, trained: torch.Tensor) -> bool:
     if not positive or not negative:
         return False
     usual = min(float((mean - trained).norm()) for mean in positive)
-    return max(float((mean - trained).norm()) for mean in negative) > _SAME * usual
+    return max(float((mean - trained).norm()) for mean in negative) > _SAME_DISTANCE * usual

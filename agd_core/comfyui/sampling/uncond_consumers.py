@@ -17,7 +17,7 @@ _OURS = __name__.rpartition(".sampling.")[0]  # agd_core.comfyui
 
 
 def find_uncond_consumer(sampler: Sampler, model_options: dict) -> str | None:
-    """The name of what says that it works on both predictions, or None.
+    """The name of a node or sampler that declares that it works on both predictions, or None.
 
     Functions in place of cfg's combination, before it, or in place of the evaluation; and whatever asks for the
     unconditional even at cfg 1, as the `*_cfg_pp` samplers and nodes that compare both inside the attention do.
