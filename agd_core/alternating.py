@@ -14,62 +14,64 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-# Of a schedule from 0, pure noise, to 1. Evaluations further apart say too little of each other.
+# Of a schedule from 0, pure noise, to 1. Nothing is estimated from evaluations further apart.
 NEAR = 1 / 8
-# The least cosine between the differences of two steps, where they are at least this share of the largest one.
+# The least cosine between the differences of two steps that agree. Differences of less than this share of the largest
+# one are not compared.
 AGREES, MATTERS = 0.6, 1 / 16
 
 
 @dataclass
 class AlternatingGuidance:
-    """Both predictions at the steps of one sampling; `known`: the last one evaluated for the prompt (True) and for the
-    negative (False); `delta`: their difference at the step before, `measured` there or estimated, and None until
-    guidance has begun; `largest`: the largest norm of it; `doubted`: whether estimates have contradicted each other.
+    """Both predictions at the steps of one sampling. `turn`: whether the prompt (True) or the negative (False) is to be
+    evaluated next; `latest`: the prediction evaluated last for each of them; `delta`: their difference at the step
+    before, `measured` there or estimated, and None until guidance has begun; `largest`: the largest norm of it;
+    `estimates_disagree`: whether those of the last two steps did.
     """
 
     position: float = 0.0
     turn: bool = True
-    known: dict[bool, torch.Tensor] = field(default_factory=dict)
+    latest: dict[bool, torch.Tensor] = field(default_factory=dict)
     delta: torch.Tensor | None = None
     measured: bool = False
     largest: float = 0.0
-    doubted: bool = False
+    estimates_disagree: bool = False
 
     def copy(self) -> "AlternatingGuidance":
         """One that goes on from here without this one."""
-        return replace(self, known=dict(self.known))
+        return replace(self, latest=dict(self.latest))
 
     def __call__(
-        self, position: float, evaluate: Callable[..., list[torch.Tensor]], *, anew: bool = False
+        self, position: float, evaluate: Callable[..., list[torch.Tensor]], *, evaluate_both: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(with the prompt, with the negative) at a position of the schedule: (b, ...) each, one of them estimated.
 
-        `evaluate(True, False)` gives both predictions, `evaluate(turn)` the one; `anew`: whether the steps before tell
-        nothing of this one. Both are evaluated then, and where the step before is too far away, or was never: at the
-        start of a sampling from half the noise, in short schedules, and where noise is added again; and at every second
-        step where estimates can't be relied on. From pure noise guidance begins at the third step, or with steps far
-        apart at the second.
+        `evaluate(True, False)` gives both predictions, `evaluate(turn)` the one. Both are evaluated with
+        `evaluate_both`, where nothing can be estimated from the steps before; where the step before is too far away, or
+        there was none: at the start of a sampling from half the noise, in short schedules, and where noise is added
+        again; and at every second step where estimates disagree. From pure noise guidance begins at the third step, or
+        with steps far apart at the second.
         """
         near, self.position = abs(position - self.position) <= NEAR, position
-        if anew or not near or (self.doubted and not self.measured):
+        if evaluate_both or not near or (self.estimates_disagree and not self.measured):
             return self._measure(*evaluate(True, False))
         turn = self.turn
         (now,) = evaluate(turn)
-        if turn in self.known and not self.measured:
-            delta = torch.lerp(self.known[turn], now, 0.5) - self.known[not turn]
+        if turn in self.latest and not self.measured:
+            delta = torch.lerp(self.latest[turn], now, 0.5) - self.latest[not turn]
             delta = delta if turn else -delta
-            self.doubted = not self._agrees(delta)
-            if self.doubted:
+            self.estimates_disagree = not self._agrees(delta)
+            if self.estimates_disagree:
                 (other,) = evaluate(not turn)
                 return self._measure(now, other) if turn else self._measure(other, now)
             self.delta = delta
-        self.known[turn], self.turn, self.measured = now, not turn, False
+        self.latest[turn], self.turn, self.measured = now, not turn, False
         if self.delta is None:
-            return self.known[True], self.known[True]
+            return self.latest[True], self.latest[True]
         return (now, now - self.delta) if turn else (now + self.delta, now)
 
     def _measure(self, with_prompt: torch.Tensor, with_negative: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.known = {True: with_prompt, False: with_negative}
+        self.latest = {True: with_prompt, False: with_negative}
         self.delta, self.measured, self.turn = with_prompt - with_negative, True, True
         return with_prompt, with_negative
 

@@ -18,8 +18,8 @@ from torch import nn
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.comfyui.model.host import EncodedPrompt
 from comfyui_agd.agd_core.comfyui.model.tracing import FUSED_ATTENTION
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
-from comfyui_agd.agd_core.comfyui.sampling.steps import with_cfg
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.guider import with_cfg
 from comfyui_agd.agd_core.comfyui.step import KEY as AGD
 from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.guidance import GuidanceRule, balanced_weights, gaps, weighted_error

@@ -159,10 +159,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     use_comfyui(cpu=args.device == "cpu")
     from comfyui_agd.agd_core import adapter_file
-    from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
-    from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
+    from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
+    from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free
 
-    guided = {"training-free": alternate}
+    guided = {"training-free": apply_training_free}
     if args.adapter:
         info, state = adapter_file.load_state(args.adapter)
         guided["adapter"] = lambda model: apply_adapter(model, info, state, source=args.adapter.name)

@@ -57,9 +57,11 @@ class Bench:
         print(json.dumps(self.rows[-1]), flush=True)
 
     def patched(self, model, **how):
-        from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+        from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
+        from comfyui_agd.agd_core.comfyui.sampling.settings import GuidanceSettings
 
-        return apply_adapter(model, self.info, self.adapter.state_dict(), source="the adapter", **how)
+        settings = GuidanceSettings(**how)
+        return apply_adapter(model, self.info, self.adapter.state_dict(), settings, source="the adapter")
 
     def gap(self, captions: list[str], omega: float, size=(64, 64), model=None, **how) -> dict:
         """Gap closed and cosine, over blocks of captions. `how`: of the teacher's trajectories."""

@@ -28,7 +28,7 @@ def count(name: str, pixels: int) -> list[dict]:
     from comfyui_agd.agd_core.comfyui.backbones import describe_base
     from comfyui_agd.agd_core.comfyui.model import tracing
     from comfyui_agd.agd_core.comfyui.model.host import at_sigma, options_of
-    from comfyui_agd.agd_core.comfyui.sampling.negatives import Negative, Share
+    from comfyui_agd.agd_core.comfyui.sampling.negatives import Negative, WeightedNegative
     from comfyui_agd.agd_core.comfyui.step import ActiveAdapter, GuidedStep, with_step
     from comfyui_agd.agd_core.config import AdapterConfig
     from comfyui_agd.agd_core.kinds import kind_config
@@ -49,7 +49,7 @@ def count(name: str, pixels: int) -> list[dict]:
             own = at_sigma(options, sigma)
             if config is not None:
                 adapter = Adapter(config, MixedPrecision)
-                negatives = (Share(Negative(context)),) if adapter.uses_negative else ()
+                negatives = (WeightedNegative(Negative(context)),) if adapter.uses_negative else ()
                 active = ActiveAdapter(
                     adapter, torch.full((1,), 7.0), torch.ones(1), negatives, merged=config.kind.merges
                 )

@@ -145,7 +145,7 @@ def make_methods(case: Case, dtype: torch.dtype, device: torch.device, compiled:
     from comfyui_agd.agd_core.adapter import Adapter
     from comfyui_agd.agd_core.comfyui.backbones import describe_base
     from comfyui_agd.agd_core.comfyui.counting import counted
-    from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+    from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
     from comfyui_agd.agd_core.comfyui.step import KEY
     from comfyui_agd.tests.support.checkpoints import random_model
     from comfyui_agd.tests.support.small import info_for, randomised

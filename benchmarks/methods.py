@@ -18,8 +18,8 @@ from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import replacing
 from comfyui_agd.agd_core.alternating import AGREES, NEAR
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
-from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import baselines
 from comfyui_agd.benchmarks.lab import CFG, Lab, Prompts, Ready
@@ -270,7 +270,7 @@ METHODS: dict[str, Method] = {
     "training_free": Method(
         "prompt and negative take turns, and CFG combines what was evaluated with what the steps around it tell of the "
         "other; nothing trained",
-        sampled(alternate, way="alternating", near=NEAR, agrees=AGREES),
+        sampled(apply_training_free, way="alternating", near=NEAR, agrees=AGREES),
     ),
     "attention_guidance": Method("guidance in the attention with constants, nothing trained", untrained),
     "nag": Method(

@@ -103,7 +103,7 @@ class Case:
 def patched(lab, form: Scales | Normalised):
     """The toy's MODEL, guided in that form."""
     from comfyui_agd.agd_core.attention_guidance import attention_guidance
-    from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+    from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
     from comfyui_agd.benchmarks import baselines
 
     model, base = lab.parts.model, lab.host().base
@@ -116,7 +116,7 @@ def patched(lab, form: Scales | Normalised):
 
 def cases_of(lab) -> dict[tuple[str, str], Case]:
     """By section and name."""
-    from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
+    from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free
     from comfyui_agd.examples.toy.measure import omega_star
     from comfyui_agd.examples.toy.sampling import STEPS
 
@@ -128,7 +128,7 @@ def cases_of(lab) -> dict[tuple[str, str], Case]:
         }
     for sampler, scheduler, steps in IN_TURN:
         how = {"sampler": sampler, "scheduler": scheduler}
-        for name, make in (("in turn", lambda: alternate(base)), ("CFG", lambda: base)):
+        for name, make in (("in turn", lambda: apply_training_free(base)), ("CFG", lambda: base)):
             named = f"{sampler}, {scheduler}, {steps} steps: {name}"
             cases["Prompt and negative in turn", named] = Case(make, best, steps, how)
     return cases

@@ -14,7 +14,8 @@ from ..agd_core.attention_guidance import NAME as ATTENTION_GUIDANCE
 from ..agd_core.attention_guidance import attention_guidance
 from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.backbones import describe_base, is_trained_on
-from ..agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from ..agd_core.comfyui.sampling.apply import apply_adapter
+from ..agd_core.comfyui.sampling.settings import GuidanceSettings
 
 log = logging.getLogger(__name__)
 
@@ -130,10 +131,9 @@ def use_adapter(model, adapter: AdapterValue, node_id: str, *, guidance_scale: f
         model,
         adapter.info,
         adapter.state,
+        GuidanceSettings(guidance_scale or None, **settings),
         source=adapter.source,
-        guidance_scale=guidance_scale or None,
         notify=notify,
-        **settings,
     )
     if not is_trained_on(adapter.info.base, model.model):
         notify(

@@ -3,7 +3,8 @@
 from comfy_api.v0_0_2 import io
 
 from ..agd_core import adapter_file
-from ..agd_core.comfyui.sampling.training_free import DESCRIPTION, alternate
+from ..agd_core.comfyui.sampling.settings import GuidanceSettings
+from ..agd_core.comfyui.sampling.training_free import DESCRIPTION, apply_training_free
 from ..agd_core.comfyui.sampling.training_free import NAME as TRAINING_FREE
 from .common import adapter_fingerprint, adapter_names, named_adapter, notices, use_adapter, use_inputs, why_no_adapter
 
@@ -54,8 +55,8 @@ class AGDAdapterLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model, adapter_name, guidance_scale, **use) -> io.NodeOutput:
         if adapter_name == TRAINING_FREE:
-            notify = notices(cls.hidden.unique_id)
-            patched = alternate(model, guidance_scale=guidance_scale or None, notify=notify, **use)
+            settings = GuidanceSettings(guidance_scale or None, **use)
+            patched = apply_training_free(model, settings, notify=notices(cls.hidden.unique_id))
             return io.NodeOutput(patched, DESCRIPTION)
         adapter = named_adapter(adapter_name, model)
         patched = use_adapter(model, adapter, cls.hidden.unique_id, guidance_scale=guidance_scale, **use)

@@ -23,7 +23,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     step.visited.clear()
     for weighted in (weighted for active in step.active for weighted in active.negatives):
         if not weighted.negative.keys_values:
-            weighted.negative.look_up(executor.class_obj, x.device)
+            weighted.negative.compute_keys_values(executor.class_obj, x.device)
     with (
         in_one_graph(transformer_options, lambda: step.visited == step.layer_names()),
         backbone_of(executor.class_obj).intercept(step) as more,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.comfyui.counting import RowCounter, counted
 from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.training.cli import ProgressBar
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.evaluate import Evaluation, evaluate, follow_teacher

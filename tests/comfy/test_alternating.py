@@ -10,8 +10,8 @@ from comfy.patcher_extension import WrappersMP
 from comfyui_agd.agd_core import alternating
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.comfyui.backbones import describe_base
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
-from comfyui_agd.agd_core.comfyui.sampling.training_free import _position, alternate
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.schedule import percent_of_sigma
 from comfyui_agd.examples.toy.sampling import encode
 from comfyui_agd.tests.support.runtime import (
     CFG,
@@ -24,6 +24,7 @@ from comfyui_agd.tests.support.runtime import (
     random_prompts,
     rows_of,
     tiny,
+    training_free,
 )
 
 MANY = 12  # steps that are near enough to each other
@@ -36,85 +37,85 @@ def agreeing(monkeypatch):
 
 
 def test_one_evaluation_per_step(base, prompts):
-    assert rows_of(alternate(base), ksampler, prompts, steps=MANY) == [1] * MANY
-    assert rows_of(alternate(base), ksampler, prompts, steps=MANY, at=latent(3)) == [3] * MANY
+    assert rows_of(training_free(base), ksampler, prompts, steps=MANY) == [1] * MANY
+    assert rows_of(training_free(base), ksampler, prompts, steps=MANY, at=latent(3)) == [3] * MANY
 
 
 def test_few_steps_are_cfgs_own_but_for_the_first_which_has_no_guidance(base, prompts):
-    said = []
-    model = alternate(base, notify=said.append)
+    messages = []
+    model = training_free(base, notify=messages.append)
     assert rows_of(model, ksampler, prompts) == [1] + [2] * (STEPS - 1)
-    assert len(said) == 1
-    assert said[0].startswith("No speed-up: most steps evaluate both predictions.")
+    assert len(messages) == 1
+    assert messages[0].startswith("No speed-up: most steps evaluate both predictions.")
     rest = {"add_noise": True, "start": 1, "cfg": CFG}
     assert torch.equal(
-        ksampler_advanced(alternate(base), prompts, latent(), **rest)["samples"],
+        ksampler_advanced(training_free(base), prompts, latent(), **rest)["samples"],
         ksampler_advanced(base, prompts, latent(), **rest)["samples"],
     )
 
 
 def test_many_steps_say_nothing(base, prompts):
-    said = []
-    ksampler(alternate(base, notify=said.append), prompts, steps=MANY)
-    assert said == []
+    messages = []
+    ksampler(training_free(base, notify=messages.append), prompts, steps=MANY)
+    assert messages == []
 
 
 def test_the_negative_prompt_has_an_effect(base, prompts):
     other = Prompts(prompts.positive, random_prompts(seed=9).positive)
-    model = alternate(base)
+    model = training_free(base)
     assert not torch.equal(ksampler(model, prompts, steps=MANY), ksampler(model, other, steps=MANY))
 
 
 def test_a_picture_of_a_batch_is_as_it_is_alone(base, prompts):
     noise = {"samples": torch.randn(2, 12, 8, 8, generator=torch.manual_seed(3))}
-    together = ksampler(alternate(base), prompts, at=noise, steps=MANY, denoise=0.9, cfg=2.0)
+    together = ksampler(training_free(base), prompts, at=noise, steps=MANY, denoise=0.9, cfg=2.0)
     repeated = {"samples": noise["samples"][:1].repeat(2, 1, 1, 1)}
-    alone = ksampler(alternate(base), prompts, at=repeated, steps=MANY, denoise=0.9, cfg=2.0)
+    alone = ksampler(training_free(base), prompts, at=repeated, steps=MANY, denoise=0.9, cfg=2.0)
     torch.testing.assert_close(together[0], alone[0], atol=1e-3, rtol=1e-3)
 
 
 def test_cfg_1_strength_0_and_an_empty_range_are_the_base_itself(base, prompts):
     how = {"steps": MANY}
-    assert torch.equal(ksampler(alternate(base), prompts, cfg=1.0, **how), ksampler(base, prompts, cfg=1.0, **how))
+    assert torch.equal(ksampler(training_free(base), prompts, cfg=1.0, **how), ksampler(base, prompts, cfg=1.0, **how))
     expected = ksampler(base, prompts, **how)
-    assert torch.equal(ksampler(alternate(base, strength=0.0), prompts, **how), expected)
-    assert torch.equal(ksampler(alternate(base, start_percent=0.5, end_percent=0.5), prompts, **how), expected)
+    assert torch.equal(ksampler(training_free(base, strength=0.0), prompts, **how), expected)
+    assert torch.equal(ksampler(training_free(base, start_percent=0.5, end_percent=0.5), prompts, **how), expected)
 
 
 def test_bypassing_gives_the_bases_own_pictures_before_and_after(base, prompts):
     before = ksampler(base, prompts, steps=MANY)
-    guided = ksampler(alternate(base), prompts, steps=MANY)
+    guided = ksampler(training_free(base), prompts, steps=MANY)
     assert torch.equal(ksampler(base, prompts, steps=MANY), before)
     assert not torch.equal(guided, before)
 
 
 def test_nothing_is_left_of_one_sampling_in_the_next(base, prompts):
-    model = alternate(base)
+    model = training_free(base)
     first = ksampler(model, prompts, steps=MANY)
     ksampler(model, prompts, steps=3, at=latent(2, 6, 10))
     assert torch.equal(ksampler(model, prompts, steps=MANY), first)
 
 
 def test_nor_of_one_that_was_interrupted(base, prompts):
-    model, calls = alternate(base), []
+    model, calls = training_free(base), []
 
     def fail(executor, x, *args, **kwargs):
         calls.append(x)
         if len(calls) == 5:
-            raise RuntimeError("out of luck")
+            raise RuntimeError("failed on purpose")
         return executor(x, *args, **kwargs)
 
     failing = model.clone()
     failing.add_wrapper_with_key("diffusion_model", "test", fail)
-    with pytest.raises(RuntimeError, match="out of luck"):
+    with pytest.raises(RuntimeError, match="failed on purpose"):
         ksampler(failing, prompts, steps=MANY)
-    assert torch.equal(ksampler(model, prompts, steps=MANY), ksampler(alternate(base), prompts, steps=MANY))
+    assert torch.equal(ksampler(model, prompts, steps=MANY), ksampler(training_free(base), prompts, steps=MANY))
 
 
 def test_the_override_wins_over_the_samplers_cfg_and_strength_scales_the_guidance(base, prompts):
-    overridden = ksampler(alternate(base, guidance_scale=3.0), prompts, cfg=8.0, steps=MANY)
-    assert torch.equal(overridden, ksampler(alternate(base), prompts, cfg=3.0, steps=MANY))
-    half = ksampler(alternate(base, strength=0.5), prompts, cfg=5.0, steps=MANY)
+    overridden = ksampler(training_free(base, guidance_scale=3.0), prompts, cfg=8.0, steps=MANY)
+    assert torch.equal(overridden, ksampler(training_free(base), prompts, cfg=3.0, steps=MANY))
+    half = ksampler(training_free(base, strength=0.5), prompts, cfg=5.0, steps=MANY)
     assert torch.equal(half, overridden)
 
 
@@ -125,7 +126,7 @@ def test_nodes_that_adjust_the_combination_have_both_predictions(base, prompts):
         seen.append((args["cond_denoised"], args["uncond_denoised"]))
         return args["input"] - args["cond_denoised"]
 
-    model = alternate(base)
+    model = training_free(base)
     model.set_model_sampler_cfg_function(combine)
     ksampler(model, prompts, steps=MANY)
     assert len(seen) == MANY
@@ -134,7 +135,7 @@ def test_nodes_that_adjust_the_combination_have_both_predictions(base, prompts):
 
 def test_it_is_not_on_a_model_with_an_adapter_nor_an_adapter_on_it(base, save_adapter):
     file = save_adapter(base)
-    for twice in (lambda: alternate(patched(base, file)), lambda: patched(alternate(base), file)):
+    for twice in (lambda: training_free(patched(base, file)), lambda: patched(training_free(base), file)):
         with pytest.raises(ValueError, match="guidance of an AGD node already"):
             twice()
 
@@ -142,12 +143,12 @@ def test_it_is_not_on_a_model_with_an_adapter_nor_an_adapter_on_it(base, save_ad
 @pytest.mark.parametrize("percent", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_positions_are_comfyuis_percent(base, percent):
     sampling = base.get_model_object("model_sampling")
-    assert _position(sampling, sampling.percent_to_sigma(percent)) == pytest.approx(percent, abs=1 / 128)
+    assert percent_of_sigma(sampling, sampling.percent_to_sigma(percent)) == pytest.approx(percent, abs=1 / 128)
 
 
 @pytest.mark.parametrize("scheduler", ["normal", "simple", "sgm_uniform"])
 def test_nine_steps_are_enough(base, prompts, scheduler):
-    assert sum(rows_of(alternate(base), ksampler, prompts, steps=9, scheduler=scheduler)) == 9
+    assert sum(rows_of(training_free(base), ksampler, prompts, steps=9, scheduler=scheduler)) == 9
 
 
 class TinySD3(comfy.supported_models.SD3):
@@ -164,7 +165,7 @@ class TinySD3(comfy.supported_models.SD3):
 
 @pytest.mark.parametrize("scheduler", ["simple", "normal", "beta"])
 def test_any_model_will_do(prompts, scheduler):
-    counted, rows = alternate(tiny(TinySD3())), []
+    counted, rows = training_free(tiny(TinySD3())), []
 
     def apply_model(executor, x, *args, **kwargs):
         rows.append(len(x))
@@ -193,7 +194,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 def test_the_toys_pictures_are_near_to_cfgs(toy, on_the_toy):
     """Much nearer than without guidance, and nearer than guidance in the attention alone."""
     guided = on_the_toy(toy.model)
-    in_turn = apart(on_the_toy(alternate(toy.model)), guided)
+    in_turn = apart(on_the_toy(training_free(toy.model)), guided)
     in_attention = apply_adapter(toy.model, *attention_guidance(describe_base(toy.model.model)), source="it")
     assert in_turn < 0.5 * apart(on_the_toy(in_attention), guided)
     assert in_turn < 0.5 * apart(on_the_toy(toy.model, cfg=1.0), guided)
@@ -201,8 +202,8 @@ def test_the_toys_pictures_are_near_to_cfgs(toy, on_the_toy):
 
 @pytest.mark.parametrize(("sampler", "at_least", "at_most"), [("euler", 40, 40), ("lcm", 48, 60)])
 def test_a_sampler_that_exchanges_all_noise_evaluates_both_more_often(toy, on_the_toy, sampler, at_least, at_most):
-    said = []
-    model = alternate(toy.model, notify=said.append)
+    messages = []
+    model = training_free(toy.model, notify=messages.append)
     assert at_least <= sum(rows_of(model, on_the_toy, sampler=sampler)) <= at_most
     expected = "About 1.5 evaluations per step: with this sampler and schedule one step tells too little of the next"
-    assert [message.partition(",")[0] for message in said] == [expected] * (sampler == "lcm")
+    assert [message.partition(",")[0] for message in messages] == [expected] * (sampler == "lcm")

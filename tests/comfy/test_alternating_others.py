@@ -13,8 +13,17 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 
 from comfyui_agd.agd_core import alternating
-from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
-from comfyui_agd.tests.support.runtime import CFG, Prompts, TinyUNet, ksampler, latent, rows_of, since, tiny
+from comfyui_agd.tests.support.runtime import (
+    CFG,
+    Prompts,
+    TinyUNet,
+    ksampler,
+    latent,
+    rows_of,
+    since,
+    tiny,
+    training_free,
+)
 
 STEPS = 12
 
@@ -26,13 +35,13 @@ def agreeing(monkeypatch):
 
 
 @pytest.fixture
-def said() -> list[str]:
+def messages() -> list[str]:
     return []
 
 
 @pytest.fixture
-def agd(base, said):
-    return lambda model=base, **options: alternate(model, notify=said.append, **options)
+def agd(base, messages):
+    return lambda model=base, **options: training_free(model, notify=messages.append, **options)
 
 
 def after(model, function):
@@ -46,10 +55,10 @@ def evaluated(args, kind: str) -> torch.Tensor:
     return comfy.samplers.calc_cond_batch(*given)[0]
 
 
-# Nodes that look at the predictions
+# Nodes that use the predictions
 
 
-def test_who_compares_the_prompts_prediction_with_an_evaluation_has_this_steps(agd, prompts, said):
+def test_a_node_that_compares_the_prompts_prediction_with_an_evaluation_has_this_steps(agd, prompts, messages):
     differences = []
 
     def compares(args):
@@ -59,7 +68,7 @@ def test_who_compares_the_prompts_prediction_with_an_evaluation_has_this_steps(a
     model = after(agd(), compares)
     assert sum(rows_of(model, ksampler, prompts, steps=STEPS)) == 2.5 * STEPS
     assert max(differences) < 1e-4
-    assert [message[:32] for message in said] == ["About 1.5 evaluations per step: "]
+    assert [message[:32] for message in messages] == ["About 1.5 evaluations per step: "]
 
 
 def test_its_guidance_is_the_same_as_without_that_node(agd, prompts):
@@ -67,7 +76,7 @@ def test_its_guidance_is_the_same_as_without_that_node(agd, prompts):
     assert torch.equal(ksampler(model, prompts, steps=STEPS), ksampler(agd(), prompts, steps=STEPS))
 
 
-def test_who_compares_with_the_negatives_has_cfgs_own(base, agd, prompts, said):
+def test_a_node_that_compares_with_the_negatives_has_cfgs_own(base, agd, prompts, messages):
     def compares(args):
         return args["denoised"] + 0.1 * (args["uncond_denoised"] - evaluated(args, "uncond"))
 
@@ -77,10 +86,10 @@ def test_who_compares_with_the_negatives_has_cfgs_own(base, agd, prompts, said):
         atol=1e-4,
     )
     assert close
-    assert [message[:12] for message in said] == ["No speed-up:"]
+    assert [message[:12] for message in messages] == ["No speed-up:"]
 
 
-def test_who_says_that_both_are_needed_has_cfgs_own(base, agd, prompts, said):
+def test_a_node_that_declares_that_it_needs_both_has_cfgs_own(base, agd, prompts, messages):
     def with_the_flag(model):
         clone = model.clone()
         clone.set_model_sampler_post_cfg_function(lambda args: args["denoised"], disable_cfg1_optimization=True)
@@ -88,11 +97,11 @@ def test_who_says_that_both_are_needed_has_cfgs_own(base, agd, prompts, said):
 
     same = torch.equal(ksampler(with_the_flag(agd()), prompts), ksampler(with_the_flag(base), prompts))
     assert same
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
 def test_each_prediction_is_evaluated_in_its_place(agd, prompts):
-    """Where other nodes look for it: first the prompt's, second the negative's."""
+    """Where other nodes expect it: first the prompt's, second the negative's."""
     seen = []
 
     def both(executor, model, conds, *args, **kwargs):
@@ -110,7 +119,7 @@ def test_each_prediction_is_evaluated_in_its_place(agd, prompts):
     assert seen == [0, 1] * (STEPS // 2)
 
 
-def test_who_perturbs_the_model_itself_has_the_prompts_prediction_of_this_step(agd, prompts):
+def test_a_node_that_perturbs_the_model_itself_has_the_prompts_prediction_of_this_step(agd, prompts):
     differences = []
 
     def compares(args):
@@ -125,11 +134,11 @@ def test_who_perturbs_the_model_itself_has_the_prompts_prediction_of_this_step(a
 
 
 @pytest.mark.parametrize("negative", ["none", "of a range"])
-def test_where_a_negative_is_nothing_it_is_as_without_the_node(base, agd, prompts, said, negative):
+def test_where_a_negative_is_nothing_it_is_as_without_the_node(base, agd, prompts, messages, negative):
     ranged = nodes.ConditioningSetTimestepRange().set_range(prompts.negative, 0.5, 1.0)[0]
     given = Prompts(prompts.positive, [] if negative == "none" else ranged)
     assert ksampler(agd(), given, steps=STEPS).isfinite().all()
-    assert not any("cache" in message for message in said)
+    assert not any("cache" in message for message in messages)
 
 
 def test_nothing_is_alive_when_it_is_over(prompts):
@@ -138,8 +147,8 @@ def test_nothing_is_alive_when_it_is_over(prompts):
     try:
         own = tiny(TinyUNet())
         reference = weakref.ref(own.model)
-        ksampler(alternate(own), prompts, steps=STEPS)
-        ksampler(after(alternate(own), lambda args: args["denoised"] + 0 * evaluated(args, "uncond")), prompts)
+        ksampler(training_free(own), prompts, steps=STEPS)
+        ksampler(after(training_free(own), lambda args: args["denoised"] + 0 * evaluated(args, "uncond")), prompts)
         comfy.model_management.unload_all_models()
         del own
         assert reference() is None
@@ -207,11 +216,11 @@ def skipping(model, every: int):
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
-def test_beside_a_cache_both_are_evaluated(base, agd, prompts, said, where):
+def test_beside_a_cache_both_are_evaluated(base, agd, prompts, messages, where):
     model = agd(skipping(base, 4)) if where == "before" else skipping(agd(), 4)
     assert ksampler(model, prompts, steps=STEPS).isfinite().all()
-    assert len(said) == 1
-    assert said[0].startswith("No speed-up: another node, a step cache,")
+    assert len(messages) == 1
+    assert messages[0].startswith("No speed-up: another node, a step cache,")
 
 
 def twice(model, change):
@@ -307,22 +316,22 @@ def guided_by(kind: type, model, prompts, cfg: float = CFG):
         return custom.SamplerCustomAdvanced.execute(noise, guider, euler, sigmas, latent()).args[0]["samples"]
 
 
-def test_a_guider_that_asks_comfyui_to_combine_takes_turns(agd, prompts, said):
+def test_a_guider_that_asks_comfyui_to_combine_takes_turns(agd, prompts, messages):
     assert sum(rows_of(agd(), lambda model: guided_by(ScaleOfItsOwn, model, prompts))) == STEPS
-    assert said == []
+    assert messages == []
 
 
-def test_who_evaluates_in_its_own_way_has_cfgs_own_and_the_user_is_told(base, agd, prompts, said):
+def test_a_guider_that_evaluates_in_its_own_way_has_cfgs_own_and_a_message_says_so(base, agd, prompts, messages):
     assert torch.equal(guided_by(InItsOwnWay, agd(), prompts), guided_by(InItsOwnWay, base, prompts))
-    assert said == ["No speed-up: the guider InItsOwnWay evaluates the prompts in its own way."]
+    assert messages == ["No speed-up: the guider InItsOwnWay evaluates the prompts in its own way."]
 
 
-def test_a_scale_that_can_not_be_given_is_said(base, agd, prompts, said):
+def test_a_scale_that_can_not_be_given_is_warned_of(base, agd, prompts, messages):
     guided_by(AroundTheWrappers, agd(guidance_scale=3.0), prompts)
-    assert said == ["Guidance is the guider AroundTheWrappers's own: it doesn't take another scale or strength."]
+    assert messages == ["Guidance is the guider AroundTheWrappers's own: it doesn't take another scale or strength."]
 
 
-def test_another_evaluation_of_both_is_left_in_its_place(base, agd, prompts, said):
+def test_another_evaluation_of_both_is_left_in_its_place(base, agd, prompts, messages):
     def both(args):
         given = args["model"], args["conds"], args["input"], args["sigma"], args["model_options"]
         return comfy.samplers.calc_cond_batch(*given)
@@ -333,10 +342,10 @@ def test_another_evaluation_of_both_is_left_in_its_place(base, agd, prompts, sai
         return clone
 
     assert torch.equal(ksampler(with_it(agd()), prompts), ksampler(with_it(base), prompts))
-    assert [message[:12] for message in said] == ["No speed-up:"]
+    assert [message[:12] for message in messages] == ["No speed-up:"]
 
 
-def test_beside_easycache_the_picture_is_near_to_its_own(base, agd, prompts, said):
+def test_beside_easycache_the_picture_is_near_to_its_own(base, agd, prompts, messages):
     since("0.26.0")
     from comfy_extras.nodes_easycache import EasyCacheNode
 
@@ -345,4 +354,4 @@ def test_beside_easycache_the_picture_is_near_to_its_own(base, agd, prompts, sai
 
     alone = apart(ksampler(agd(), prompts, steps=20), ksampler(base, prompts, steps=20))
     assert apart(ksampler(cached(agd()), prompts, steps=20), ksampler(cached(base), prompts, steps=20)) < 2 * alone
-    assert any(message.startswith("No speed-up: another node") for message in said)
+    assert any(message.startswith("No speed-up: another node") for message in messages)

@@ -18,8 +18,8 @@ from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel, describe_ba
 from comfyui_agd.agd_core.comfyui.backbones.linears import LinearHook
 from comfyui_agd.agd_core.comfyui.backbones.unet import UNet
 from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
-from comfyui_agd.agd_core.comfyui.sampling import guided_sampling
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling import merging
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.kinds.low_rank import key_of
 from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
 from comfyui_agd.tests.support.analytic import PROMPTS
@@ -45,7 +45,7 @@ close = partial(torch.testing.assert_close, atol=2e-4, rtol=2e-4)
 
 @pytest.fixture(autouse=True)
 def unmerged(monkeypatch):
-    monkeypatch.setattr(guided_sampling, "can_merge", lambda guider, lora: False)
+    monkeypatch.setattr(merging, "can_merge", lambda guider, lora: False)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,9 @@ from comfy.patcher_extension import WrappersMP
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter, Prepared
 from comfyui_agd.agd_core.comfyui import patch
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import EmbeddedGuidance, Sampling, Use
+from comfyui_agd.agd_core.comfyui.sampling.applied_adapter import AppliedAdapter
+from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import GuidedSampling
+from comfyui_agd.agd_core.comfyui.sampling.outer_sample import AdapterGuidance
 from comfyui_agd.tests.support.requeue import Session, Setting, from_scratch, write_adapter
 from comfyui_agd.tests.support.runtime import (
     CFG,
@@ -198,7 +200,8 @@ def test_it_is_loaded_and_unloaded_by_parts_between_samplings(base, tmp_path, pr
 # Nothing is kept alive
 
 
-OF_A_MODEL, OF_A_SAMPLING = (Adapter, EmbeddedGuidance, Use), (Prepared, Sampling, patch.Step, patch.Active)
+OF_A_MODEL = (Adapter, AdapterGuidance, AppliedAdapter)
+OF_A_SAMPLING = (Prepared, GuidedSampling, patch.Step, patch.Active)
 
 
 @pytest.fixture
@@ -234,7 +237,7 @@ def test_all_dies_with_the_last_model_without_the_garbage_collector(either, prom
     for model in held.values():
         ksampler(model, prompts)
     assert alive(OF_A_SAMPLING) == {}
-    assert alive(OF_A_MODEL) == {"Adapter": 1, "EmbeddedGuidance": 1, "Use": 1}
+    assert alive(OF_A_MODEL) == {"Adapter": 1, "AdapterGuidance": 1, "AppliedAdapter": 1}
     del model
     for name in order:
         del held[name]

@@ -1,4 +1,4 @@
-"""Low-rank changes in the weights while a sampler runs: what a step costs then, and that nobody can tell otherwise."""
+"""Low-rank changes in the weights while a sampler runs: what a step costs then, and that the picture is the same."""
 
 import comfy.hooks
 import comfy.model_management as mm
@@ -13,7 +13,7 @@ from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras import nodes_hooks
 
 from comfyui_agd.agd_core.comfyui.backbones.linears import LinearHook
-from comfyui_agd.agd_core.comfyui.sampling import guided_sampling
+from comfyui_agd.agd_core.comfyui.sampling import merging
 from comfyui_agd.tests.support.companions import write_lora
 from comfyui_agd.tests.support.runtime import (
     CFG,
@@ -54,7 +54,7 @@ def unmerged(monkeypatch):
 
     def sample(run, *args, **kwargs):
         with monkeypatch.context() as context:
-            context.setattr(guided_sampling, "can_merge", lambda guider, lora: False)
+            context.setattr(merging, "can_merge", lambda guider, lora: False)
             return run(*args, **kwargs)
 
     return sample

@@ -1,5 +1,5 @@
-"""Adapters that hear the negative prompt: which one they hear, how often it is encoded, beside whom. And guidance that
-needs no training.
+"""Adapters that use the negative prompt: which one, how often it is encoded, beside which nodes. And guidance
+that needs no training.
 """
 
 from functools import partial
@@ -12,7 +12,8 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfyui_agd.agd_core.attention_guidance import NAME, attention_guidance
 from comfyui_agd.agd_core.comfyui.backbones import describe_base
 from comfyui_agd.agd_core.comfyui.backbones.unet import UNet, place_of
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.settings import GuidanceSettings
 from comfyui_agd.tests.support.runtime import (
     CFG,
     STEPS,
@@ -42,7 +43,8 @@ def agd(base, file):
     def patch(model=base, **options):
         if file is not None:
             return patched(model, file, **options)
-        return apply_adapter(model, *attention_guidance(describe_base(model.model)), source=NAME, **options)
+        adapter = attention_guidance(describe_base(model.model))
+        return apply_adapter(model, *adapter, GuidanceSettings(**options), source=NAME)
 
     return patch
 
@@ -51,7 +53,7 @@ def away_from(prompts: Prompts, negative: list) -> Prompts:
     return Prompts(prompts.positive, negative)
 
 
-def test_one_evaluation_per_step_that_hears_the_negative_prompt(agd, prompts):
+def test_one_evaluation_per_step_that_uses_the_negative_prompt(agd, prompts):
     other = away_from(prompts, random_prompts(seed=9).positive)
     assert rows_of(agd(), ksampler, prompts) == [1] * STEPS
     assert not torch.equal(ksampler(agd(), prompts), ksampler(agd(), other))
@@ -118,7 +120,7 @@ def test_several_negatives_count_by_their_strength(agd, prompts):
     close(run(prompts.negative, prompts.negative), run(prompts.negative))
 
 
-def test_a_negative_for_a_part_of_the_sampling_is_heard_in_that_part(agd, prompts):
+def test_a_negative_for_a_part_of_the_sampling_counts_in_that_part(agd, prompts):
     in_range = nodes.ConditioningSetTimestepRange().set_range
     other = random_prompts(seed=9).positive
     never = in_range(other, 0.999, 1.0)[0]
@@ -139,12 +141,12 @@ def test_without_a_negative_a_trained_adapter_has_its_unconditional(base, prompt
 
 
 def test_without_a_negative_guidance_without_training_says_that_it_needs_one(base, prompts):
-    said = []
-    info, state = attention_guidance(describe_base(base.model))
-    model = apply_adapter(base, info, state, source=NAME, guidance_scale=CFG, notify=said.append)
+    messages = []
+    adapter, settings = attention_guidance(describe_base(base.model)), GuidanceSettings(CFG)
+    model = apply_adapter(base, *adapter, settings, source=NAME, notify=messages.append)
     assert torch.equal(custom_sampler(model, prompts, "BasicGuider"), custom_sampler(base, prompts, "BasicGuider"))
-    assert len(said) == 1
-    assert "needs a negative prompt" in said[0]
+    assert len(messages) == 1
+    assert "needs a negative prompt" in messages[0]
 
 
 class Replacement:
@@ -182,7 +184,7 @@ def test_nothing_stays_in_the_base(agd, base, prompts):
     assert "attn2" not in base.model_options["transformer_options"].get("patches_replace", {})
 
 
-def test_regions_hear_the_negative_each_by_itself(agd, prompts):
+def test_regions_use_the_negative_each_by_itself(agd, prompts):
     """A region's prediction is that of its prompt alone: what is cached of the negative fits any number of rows."""
     both = nodes.ConditioningCombine().combine(prompts.positive, random_prompts(seed=9).positive)[0]
     combined = ksampler(agd(), Prompts(both, prompts.negative), steps=1)

@@ -13,7 +13,7 @@ from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel, backbone_of, describe_base
 from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
-from comfyui_agd.agd_core.comfyui.sampling import guided_sampling
+from comfyui_agd.agd_core.comfyui.sampling import merging
 from comfyui_agd.agd_core.lora import lora
 from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS
 from comfyui_agd.tests.support.made_up import MadeUp
@@ -74,7 +74,7 @@ def test_with_it_the_layers_of_its_blocks_are_found(family, base):
 @pytest.mark.parametrize("merges", [True, False])
 def test_an_adapter_samples_in_one_evaluation_per_step(base, prompts, file, monkeypatch, merges):
     if not merges:
-        monkeypatch.setattr(guided_sampling, "can_merge", lambda guider, lora: False)
+        monkeypatch.setattr(merging, "can_merge", lambda guider, lora: False)
     guided = ksampler(patched(base, file), prompts)
     assert rows_of(patched(base, file), ksampler, prompts)[-STEPS:] == [1] * STEPS
     weights = lora(*adapter_file.load_state(file), omega=CFG)

@@ -1,5 +1,5 @@
 """Adapters beside nodes, guiders and packs that nobody here knows, each a kind: the picture is guided as asked or the
-base's own, and the user is told which. The nodes that ComfyUI brings are in compatibility/.
+base's own, and a message says which. The nodes that ComfyUI brings are in compatibility/.
 """
 
 import copy
@@ -14,7 +14,6 @@ from comfy_extras import nodes_context_windows, nodes_model_advanced
 from comfy_extras import nodes_custom_sampler as custom
 
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
-from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
 from comfyui_agd.tests.support.runtime import (
     CFG,
     STEPS,
@@ -26,6 +25,7 @@ from comfyui_agd.tests.support.runtime import (
     random_prompts,
     rows_of,
     since,
+    training_free,
 )
 
 HOW = {"delta": {"kind": "delta"}, "rank": {"kind": "delta", "rank": 2}, "cross_attention": {"kind": "cross_attention"}}
@@ -37,22 +37,22 @@ def file(files, request):
     return files[request.param]
 
 
-class Said(list):
-    """What the user is told of the sampling. These adapters are of random weights, so not of their training."""
+class Messages(list):
+    """The messages about the sampling. These adapters are of random weights, so none about their training."""
 
-    def note(self, message: str) -> None:
+    def receive(self, message: str) -> None:
         if not message.startswith("The negative prompt has no effect"):
             self.append(message)
 
 
 @pytest.fixture
-def said() -> Said:
-    return Said()
+def messages() -> Messages:
+    return Messages()
 
 
 @pytest.fixture
-def agd(base, file, said):
-    return lambda model=base, **options: patched(model, file, notify=said.note, **options)
+def agd(base, file, messages):
+    return lambda model=base, **options: patched(model, file, notify=messages.receive, **options)
 
 
 @pytest.fixture
@@ -91,9 +91,9 @@ def test_each_window_has_the_negatives_of_its_pictures(delta, several):
     close(ksampler(windowed, each, at=latent(6)), ksampler(delta, each, at=latent(6)))
 
 
-def test_an_empty_list_of_negatives_is_none(agd, prompts, said):
+def test_an_empty_list_of_negatives_is_none(agd, prompts, messages):
     assert ksampler(agd(), Prompts(prompts.positive, [])).isfinite().all()
-    assert said == []
+    assert messages == []
 
 
 def stronger(conditioning: list, strength: float) -> list:
@@ -221,9 +221,9 @@ def guided_by(kind: type, model, prompts: Prompts, cfg: float = CFG):
 
 
 @pytest.mark.parametrize("kind", [AroundTheWrappers, ScaleInAList, ScaleInATensor])
-def test_a_guider_that_only_combines_is_guided_as_asked(agd, prompts, said, kind):
+def test_a_guider_that_only_combines_is_guided_as_asked(agd, prompts, messages, kind):
     close(guided_by(kind, agd(), prompts), ksampler(agd(), prompts))
-    assert not any(message.startswith("No ") for message in said)
+    assert not any(message.startswith("No ") for message in messages)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -251,7 +251,7 @@ class InItsOwnWay(comfy.samplers.CFGGuider):
 
 
 class BothInItsOwnWay(comfy.samplers.CFGGuider):
-    """Evaluates both at once, and combines them by a scale that nobody is told."""
+    """Evaluates both at once, and combines them by a scale that it keeps to itself."""
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):
         conds = [self.conds["positive"], self.conds["negative"]]
@@ -287,11 +287,11 @@ class AfterAPair(ScaleOfItsOwn):
 
 
 @pytest.mark.parametrize("kind", [InItsOwnWay, BothInItsOwnWay, InAnInterval, OnTheModelItself, AfterAPair])
-def test_who_evaluates_in_its_own_way_has_the_base_and_the_user_is_told(base, agd, prompts, said, kind):
+def test_a_guider_that_evaluates_in_its_own_way_gets_the_base_and_a_message_says_so(base, agd, prompts, messages, kind):
     assert torch.equal(guided_by(kind, agd(), prompts), guided_by(kind, base, prompts))
-    assert len(said) == 1
-    assert said[0].startswith(("No part in this sampling: the guider", "No speed-up: the guider"))
-    assert kind.__name__ in said[0][:60]
+    assert len(messages) == 1
+    assert messages[0].startswith(("Not used in this sampling: the guider", "No speed-up: the guider"))
+    assert kind.__name__ in messages[0][:60]
 
 
 def test_weights_are_not_touched_for_a_guider_that_has_no_use_for_them(base, files, prompts, monkeypatch):
@@ -337,7 +337,7 @@ def after(model, function):
     return clone
 
 
-def looks_at_shapes(args):
+def reads_shapes(args):
     unconditional = args["uncond_denoised"]
     assert unconditional.shape == args["denoised"].shape
     assert unconditional.device.type == "cpu"
@@ -351,17 +351,17 @@ def perturbs(args):
     return args["denoised"] + 0.1 * (args["cond_denoised"] - other)
 
 
-@pytest.mark.parametrize("function", [looks_at_shapes, perturbs])
-def test_who_has_no_use_for_the_unconditional_is_no_reason_for_two_evaluations(agd, prompts, said, function):
+@pytest.mark.parametrize("function", [reads_shapes, perturbs])
+def test_a_function_without_use_for_the_unconditional_costs_no_second_evaluation(agd, prompts, messages, function):
     assert sum(rows_of(after(agd(), function), ksampler, prompts)) == STEPS * (2 if function is perturbs else 1)
-    assert not any(message.startswith("No speed-up") for message in said)
+    assert not any(message.startswith("No speed-up") for message in messages)
 
 
 def rescales(args):
     return args["denoised"] * (args["cond_denoised"].std() / (args["uncond_denoised"].std() + 1))
 
 
-def swallows(args):
+def catches_exceptions(args):
     try:
         return args["denoised"] + 0.1 * args["uncond_denoised"]
     except Exception:
@@ -413,7 +413,7 @@ def compares_norms(args):
 USES = {
     "compares norms": lambda: compares_norms,
     "rescales": lambda: rescales,
-    "swallows": lambda: swallows,
+    "catches exceptions": lambda: catches_exceptions,
     "catches all": lambda: catches_all,
     "normalises": lambda: normalises,
     "momentum": Momentum,
@@ -423,20 +423,20 @@ USES = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_who_uses_the_unconditional_prediction_has_it(base, agd, prompts, said, name):
-    # What it keeps of the first step it was given twice, for the sampling has begun again.
+def test_a_function_that_uses_the_unconditional_prediction_gets_it(base, agd, prompts, messages, name):
+    # What it keeps of the first step it was given twice, for the sampling has started again.
     close(ksampler(after(agd(), USES[name]()), prompts), ksampler(after(base, USES[name]()), prompts))
-    assert [message[:12] for message in said] == ["No speed-up:"]
+    assert [message[:12] for message in messages] == ["No speed-up:"]
 
 
-def test_a_function_that_precedes_or_replaces_the_combination_has_both(base, agd, prompts, said):
+def test_a_function_that_precedes_or_replaces_the_combination_has_both(base, agd, prompts, messages):
     def before(model):
         clone = model.clone()
         clone.set_model_sampler_pre_cfg_function(lambda args: [args["conds_out"][0], 0.5 * args["conds_out"][1]])
         return clone
 
     assert torch.equal(ksampler(before(agd()), prompts), ksampler(before(base), prompts))
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
 def test_what_a_node_keeps_in_its_options_stays(agd, prompts):
@@ -493,7 +493,7 @@ def test_options_may_be_copied_deeply(agd, prompts):
     close(ksampler(after(agd(), copies), prompts), ksampler(agd(), prompts))
 
 
-def test_who_evaluates_the_prompt_in_a_pair_with_nothing_has_a_guided_prediction(agd, prompts):
+def test_a_function_that_evaluates_the_prompt_in_a_pair_with_nothing_gets_a_guided_prediction(agd, prompts):
     def in_a_pair(args):
         given = args["input"] * 0.9, args["sigma"], args["model_options"]
         other = comfy.samplers.calc_cond_batch(args["model"], [args["cond"], None], *given)[0]
@@ -502,7 +502,7 @@ def test_who_evaluates_the_prompt_in_a_pair_with_nothing_has_a_guided_prediction
     close(ksampler(after(agd(), in_a_pair), prompts), ksampler(after(agd(), perturbs), prompts))
 
 
-def test_a_model_wrapper_that_drops_what_travels_with_a_step(base, agd, prompts, said):
+def test_a_model_wrapper_that_drops_what_travels_with_a_step(base, agd, prompts, messages):
     def drops(model):
         clone = model.clone()
 
@@ -514,7 +514,7 @@ def test_a_model_wrapper_that_drops_what_travels_with_a_step(base, agd, prompts,
         return clone
 
     close(ksampler(drops(agd()), prompts), ksampler(drops(base), prompts))
-    assert [message[:12] for message in said] == ["No speed-up:"]
+    assert [message[:12] for message in messages] == ["No speed-up:"]
 
 
 def test_a_wrapper_around_the_evaluation_of_both_has_the_guided_prediction(agd, prompts):
@@ -582,24 +582,24 @@ KEYS = (
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
-def test_blocks_that_tell_patches_less(base, agd, prompts, where):
+def test_blocks_that_give_patches_fewer_options(base, agd, prompts, where):
     def fewer(q, k, v, options):
         for key in KEYS:
             options.pop(key, None)
         return q, k, v
 
-    def telling_less(model):
+    def with_fewer(model):
         clone = model.clone()
         clone.set_model_attn2_patch(fewer)
         return clone
 
-    model = agd(telling_less(base)) if where == "before" else telling_less(agd())
+    model = agd(with_fewer(base)) if where == "before" else with_fewer(agd())
     assert torch.equal(ksampler(model, prompts), ksampler(agd(), prompts))
 
 
-def test_blocks_that_leave_no_place_for_patches_are_told(base, files, prompts, said):
+def test_blocks_without_a_place_for_patches_are_warned_of(base, files, prompts, messages):
     """A pack's own block, that knows no patches."""
-    model = patched(base, files["delta"], notify=said.note)
+    model = patched(base, files["delta"], notify=messages.receive)
     block = base.model.diffusion_model.middle_block[1].transformer_blocks[0]
     whole = block.forward
     block.forward = lambda x, context=None, transformer_options={}: whole(x, context, {"block": ("none", 0)})
@@ -607,7 +607,7 @@ def test_blocks_that_leave_no_place_for_patches_are_told(base, files, prompts, s
         ksampler(model, prompts)
     finally:
         del block.forward
-    assert [message[:15] for message in said] == ["Guided in part:"]
+    assert [message[:15] for message in messages] == ["Guided in part:"]
 
 
 # Checked at the loader, changed behind it
@@ -622,8 +622,9 @@ def test_another_prediction_behind_the_loader_is_refused(agd, prompts):
 @pytest.mark.parametrize("guided", ["adapter", "training-free"])
 def test_start_and_end_follow_a_schedule_that_is_set_behind_the_loader(base, files, prompts, guided):
     def half(model):
-        to_the_half = {"end_percent": 0.5}
-        return patched(model, files["delta"], **to_the_half) if guided == "adapter" else alternate(model, **to_the_half)
+        if guided == "adapter":
+            return patched(model, files["delta"], end_percent=0.5)
+        return training_free(model, end_percent=0.5)
 
     def shifted(model):
         clone = model.clone()

@@ -9,7 +9,7 @@ from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.comfyui.backbones import describe_base
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.tests.support.runtime import (
     CFG,
     STEPS,
@@ -102,13 +102,13 @@ def test_the_guiders_cfg_is_restored_after_an_error(base, prompts, file):
     model, seen = patched(base, file), []
 
     def fail(executor, x, *args, **kwargs):
-        raise RuntimeError("out of luck")
+        raise RuntimeError("failed on purpose")
 
     model.add_wrapper_with_key("diffusion_model", "test", fail)
     guider = CFGGuider(model)
     guider.set_conds(prompts.positive, prompts.negative)
     guider.set_cfg(CFG)
-    with pytest.raises(RuntimeError, match="out of luck"), torch.inference_mode():
+    with pytest.raises(RuntimeError, match="failed on purpose"), torch.inference_mode():
         guider.sample(torch.randn(1, 12, 8, 8), torch.zeros(1, 12, 8, 8), *_euler(model))
     seen.append(guider.cfg)
     assert seen == [CFG]
@@ -121,7 +121,7 @@ def _euler(model):
     return comfy.samplers.sampler_object("euler"), sigmas
 
 
-def test_guidance_outside_the_trained_range_is_said_once(base, prompts, file, caplog):
+def test_guidance_outside_the_trained_range_is_warned_of_once(base, prompts, file, caplog):
     with caplog.at_level(logging.WARNING):
         ksampler(patched(base, file), prompts, cfg=20.0)
     warnings = [record.message for record in caplog.records if "trained range" in record.message]

@@ -28,7 +28,7 @@ from comfy_extras.nodes_torch_compile import TorchCompileModel  # noqa: E402
 from comfyui_agd.agd_core import adapter_file, alternating  # noqa: E402
 from comfyui_agd.agd_core.adapter import Adapter  # noqa: E402
 from comfyui_agd.agd_core.comfyui.backbones import describe_base  # noqa: E402
-from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate  # noqa: E402
+from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free  # noqa: E402
 from comfyui_agd.examples.toy.model import ToyConfig  # noqa: E402
 from comfyui_agd.tests.support.runtime import ksampler, patched, random_prompts, tiny  # noqa: E402
 from comfyui_agd.tests.support.small import info_for, randomised  # noqa: E402
@@ -99,7 +99,7 @@ def main() -> None:
         ("an adapter in the weights", compile_it(agd(BASE, merged)), agd(BASE, merged), 5.0),
         ("an adapter again", one, agd(BASE, first), 5.0),
         ("the loader after the compile node", agd(compile_it(BASE), first), agd(BASE, first), 5.0),
-        ("training-free", compile_it(alternate(BASE)), alternate(BASE), 5.0),
+        ("training-free", compile_it(apply_training_free(BASE)), apply_training_free(BASE), 5.0),
         ("bypassed", compile_it(BASE), BASE, 5.0),
     ]
     report = {}

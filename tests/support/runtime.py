@@ -15,7 +15,10 @@ from comfy_extras import nodes_custom_sampler as custom
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.comfyui.counting import counted
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.messages import log_warning
+from comfyui_agd.agd_core.comfyui.sampling.settings import GuidanceSettings
+from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free
 from comfyui_agd.examples.toy.model import ToyConfig
 from comfyui_agd.examples.toy.train import initialise
 
@@ -96,8 +99,14 @@ def random_prompts(context_dim: int = 128, pooled: int = 128, lengths=(16, 16), 
     return Prompts(entry(lengths[0]), entry(lengths[1]))
 
 
-def patched(model, file, **options):
-    return apply_adapter(model, *adapter_file.load_state(file), source=str(file), **options)
+def patched(model, file, *, notify=log_warning, **settings):
+    """With the adapter in `file`."""
+    adapter = adapter_file.load_state(file)
+    return apply_adapter(model, *adapter, GuidanceSettings(**settings), source=str(file), notify=notify)
+
+
+def training_free(model, *, notify=log_warning, **settings):
+    return apply_training_free(model, GuidanceSettings(**settings), notify=notify)
 
 
 def latent(batch: int = 1, height: int = 8, width: int = 8, channels: int = 12) -> dict:

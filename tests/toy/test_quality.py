@@ -12,7 +12,7 @@ from PIL import Image
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.comfyui.backbones import describe_base
 from comfyui_agd.agd_core.comfyui.counting import counted
-from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import ablation, baselines, extrapolation, lab, quality, report, training_free
 from comfyui_agd.benchmarks.methods import METHODS

@@ -26,7 +26,7 @@ class FewWords(AnalyticHost):
 
 
 @pytest.mark.parametrize("kind", ["delta", "scale"])
-def test_half_of_what_a_kind_that_hears_them_learns_from_is_empty(kind):
+def test_half_of_what_a_kind_that_uses_them_learns_from_is_empty(kind):
     found = negatives(kind=kind)
     assert sum(not text for text in found) == len(found) / 2
     assert found[0] == ""
@@ -42,7 +42,7 @@ def test_only_empty_ones_if_that_is_what_is_given():
 
 
 @pytest.mark.parametrize("kind", ["cross_attention", "offset", "low_rank"])
-def test_a_kind_that_hears_none_learns_from_exactly_those_given(kind):
+def test_a_kind_that_uses_none_learns_from_exactly_those_given(kind):
     assert negatives(kind=kind) == [""]
     assert negatives(["blurry"], kind=kind) == ["blurry"]
 

@@ -65,12 +65,15 @@ class UNet(Backbone):
         yield from ((("input", i), f"input_blocks.{i}", block) for i, block in enumerate(network.input_blocks))
         if network.middle_block is not None:
             yield ("middle", 0), "middle_block", network.middle_block
-        yield from ((("output", i), f"output_blocks.{i}", block) for i, block in enumerate(network.output_blocks))
+        yield from (
+            (("output", i), f"output_blocks.{i}", block) for i, block in enumerate(cast(Any, network).output_blocks)
+        )
 
     def _transformers(self) -> Iterator[tuple[str, str, Any]]:
         """Name, path and module of the transformer blocks with a cross-attention, in the order of evaluation."""
         for place, path, block in self._blocks():
-            spatial = [(key, module) for key, module in block.named_children() if hasattr(module, "transformer_blocks")]
+            children: list[tuple[str, Any]] = list(block.named_children())
+            spatial = [(key, module) for key, module in children if hasattr(module, "transformer_blocks")]
             if len(spatial) > 1 or any(hasattr(module, "time_stack") for _, module in spatial):
                 raise UnsupportedModel(
                     f"Video models can't have an adapter: SD 1.5, SD 2, SDXL and models made from them can. {INSTEAD} "
@@ -191,7 +194,7 @@ def guided_attention(q, k, v, extra_options, *, name: str, attend: Callable):
     for active, (adapter, shared) in zip(step.active, prepared, strict=True):
         if adapter.uses_negative:
             parts = [
-                weighted.of_tokens(attended - attend(q, *weighted.negative.of(name, len(q)), unconditional))
+                weighted.weigh(attended - attend(q, *weighted.negative.keys_values_at(name, len(q)), unconditional))
                 for weighted in active.negatives
             ]
             out = adapter.add_inside_attention(name, out, sum(parts[1:], parts[0]), h, shared)

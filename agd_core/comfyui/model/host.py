@@ -25,7 +25,7 @@ from ...config import AdapterConfig
 from ..backbones import Backbone, backbone_of, describe_base, fingerprint
 from ..evaluation import register
 from ..sampling.compile_guard import without_compile
-from ..sampling.negatives import Negative, Share
+from ..sampling.negatives import Negative, WeightedNegative
 from ..step import ActiveAdapter, GuidedStep, with_step
 from . import tracing
 from .activation_checkpointing import checkpointed, largest_block_bytes
@@ -262,7 +262,7 @@ class ComfyHost:
     @staticmethod
     def _with(adapter: Adapter, omega: torch.Tensor, unwanted: dict, options: dict) -> dict:
         """`options` with the adapter in them; `unwanted`: the conditions of the negative prompts, if it uses them."""
-        negatives = (Share(Negative(unwanted["c_crossattn"])),) if unwanted else ()
+        negatives = (WeightedNegative(Negative(unwanted["c_crossattn"])),) if unwanted else ()
         return with_step(
             options, GuidedStep((ActiveAdapter(adapter, omega, torch.ones(1, device=omega.device), negatives),))
         )

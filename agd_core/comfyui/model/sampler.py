@@ -10,7 +10,7 @@ from comfy.patcher_extension import WrappersMP
 from ...adapter_file import AdapterInfo
 from ...guidance import GuidanceRule
 from ..counting import counted
-from ..sampling.guided_sampling import apply_adapter
+from ..sampling.apply import apply_adapter
 from ..step import KEY
 from .host import EncodedPrompt
 

@@ -3,24 +3,66 @@
 Where omega is the same in every step, the changes of an adapter without modulation are a LoRA of strength omega - 1.
 ComfyUI merges it as it does any LoRA: counted, offloaded and undone with the model's other patches, seen by
 torch.compile, and free in each step. That omega stays as it is, and that no evaluation is to be the base's own, can't
-be known before: `Sampling` and `apply_model` watch it.
+be known before: `GuidedSampling` restarts a sampling where it turns out otherwise.
 """
 
+import math
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import CFGGuider, Sampler
 from torch import nn
+
+from .applied_adapter import AppliedAdapter
+from .guider import as_scale
+from .post_cfg_watch import post_cfg_functions
+from .restarts import SamplingMode
+from .uncond_consumers import node_name
 
 # Merged into weights of fewer bits a small change would be lost in their rounding.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# What evaluates in a sampling: the guider's class, and the names of other nodes' post-CFG functions.
+Evaluators = tuple[type | str, ...]
 
-def can_merge(guider, lora: dict[str, torch.Tensor]) -> bool:
+
+def evaluators_of(guider: CFGGuider, sampler: Sampler) -> Evaluators:
+    functions = post_cfg_functions(guider.model_options)
+    return type(guider), *(node_name(function, sampler) for function in functions)
+
+
+@dataclass
+class MergingHistory:
+    """Which samplings of a MODEL have low-rank changes in the weights, by what earlier ones have shown.
+
+    `enabled`: no omega has changed within a sampling so far; `guided`: what has asked for guided steps, and for nothing
+    else. Its samplings have the changes from their beginning, others once they have asked for a guided step.
+    """
+
+    enabled: bool = True
+    guided: set[Evaluators] = field(default_factory=set)
+
+    def first_mode(self, adapter: AppliedAdapter, guider: CFGGuider, evaluators: Evaluators) -> SamplingMode:
+        """The mode of a sampling by the only adapter, which guides all of its steps."""
+        omega = adapter.omega(as_scale(guider.cfg))
+        if not (self.enabled and adapter.lora) or omega is None or math.isclose(omega, 1.0):
+            return SamplingMode()
+        if not can_merge(guider, adapter.lora):
+            return SamplingMode()
+        if evaluators in self.guided:
+            return SamplingMode(mergeable_omega=omega, merged_omega=omega)
+        if len(evaluators) > 1:  # what other nodes use is seen in one sampling with the base's own weights
+            return SamplingMode()
+        return SamplingMode(mergeable_omega=omega)
+
+
+def can_merge(guider: CFGGuider, lora: dict[str, torch.Tensor]) -> bool:
     """Whether the guider's model can have the LoRA in its weights throughout a sampling."""
     model = guider.model_patcher
     hooked = any(cond.get("hooks") is not None for conds in guider.conds.values() for cond in conds)
@@ -28,7 +70,7 @@ def can_merge(guider, lora: dict[str, torch.Tensor]) -> bool:
     return not hooked and not on_several and all(_is_plain(weight) for weight in _changed(model, lora))
 
 
-def _changed(model: comfy.model_patcher.ModelPatcher, lora: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+def _changed(model: ModelPatcher, lora: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
     """The weights of the model that the LoRA is for."""
     patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
     for key, patches in patched.patches.items():
@@ -43,12 +85,12 @@ def _is_plain(weight: torch.Tensor) -> bool:
 
 
 @contextmanager
-def merged_into(guider, lora: dict[str, torch.Tensor], strength: float, identity: uuid.UUID) -> Iterator[None]:
-    """Inside, the guider samples a clone of its model with the LoRA; `identity` is the LoRA's."""
-    saved = guider.model_patcher
-    clone, _ = comfy.sd.load_lora_for_models(saved, None, lora, strength, 0.0)
+def merged_into(guider: CFGGuider, adapter: AppliedAdapter, omega: float) -> Iterator[None]:
+    """Inside, the guider samples a clone of its model that has the adapter's low-rank changes for that omega."""
+    saved, strength = guider.model_patcher, adapter.settings.strength * (omega - 1)
+    clone, _ = comfy.sd.load_lora_for_models(saved, None, adapter.lora, strength, 0.0)
     # ComfyUI patches the weights again when this differs: named by what it is, it is the same in the next sampling.
-    clone.patches_uuid = uuid.uuid5(saved.patches_uuid, f"{identity} {strength}")
+    clone.patches_uuid = uuid.uuid5(saved.patches_uuid, f"{adapter.identity} {strength}")
     guider.model_patcher = clone
     try:
         yield

@@ -1,4 +1,4 @@
-"""The base of the compatibility tests, adapters for it, and LoRA files where ComfyUI looks for them."""
+"""The base of the compatibility tests, adapters for it, and LoRA files where ComfyUI finds them."""
 
 import functools
 from pathlib import Path

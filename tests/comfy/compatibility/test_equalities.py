@@ -205,7 +205,7 @@ def test_the_second_model_of_a_merge_brings_no_adapter(base, file):
     assert torch.equal(ksampler(merged, PROMPTS, steps=1), ksampler(expected, PROMPTS, steps=1))
 
 
-def test_an_attn2_replacement_is_asked_for_the_unconditional_by_kinds_that_hear_the_negative(model):
+def test_an_attn2_replacement_is_asked_for_the_unconditional_by_kinds_that_use_the_negative(model):
     image, (adapter,) = ImagePrompt(), model.get_nested_additional_models()
     ksampler(image.install(model), PROMPTS)
     assert image.seen == ({0, 1} if adapter.model.uses_negative else {0})

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from comfyui_agd.agd_core import alternating
-from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
 from comfyui_agd.tests.support import workflows
-from comfyui_agd.tests.support.runtime import ksampler, patched, since
+from comfyui_agd.tests.support.runtime import ksampler, patched, since, training_free
 from comfyui_agd.tests.support.workflows import AROUND, PROMPTS, ROWS, Row, Watch, no_agd
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "compatibility.md"
@@ -49,8 +48,8 @@ def cases(kinds: list | None = None):
 def test_row(base, adapters, plain, row, variant, kind):
     if row.since:
         since(row.since)
-    said, file = [], adapters(kind)
-    agd = partial(patched, file=file, notify=said.append)
+    messages, file = [], adapters(kind)
+    agd = partial(patched, file=file, notify=messages.append)
     without, evaluations = evaluate(row, variant, base, no_agd)
     assert evaluations == pytest.approx(row.without)
     with_agd, evaluations = evaluate(row, variant, base, agd)
@@ -64,8 +63,8 @@ def test_row(base, adapters, plain, row, variant, kind):
     if row.variants == AROUND:
         assert torch.equal(evaluate(row, "after", base, partial(patched, file=file))[0], with_agd)
     expected = [f"No speed-up: {row.aside.format(variant)} needs both predictions"] if row.aside else []
-    expected += [f"No part in this sampling: {row.no_part} evaluates the prompts"] if row.no_part else []
-    assert [re.split(r"[.,] ", message)[0] for message in said] == expected
+    expected += [f"Not used in this sampling: {row.no_part} evaluates the prompts"] if row.no_part else []
+    assert [re.split(r"[.,] ", message)[0] for message in messages] == expected
     assert torch.equal(ksampler(base, PROMPTS, steps=1), plain)
 
 
@@ -82,8 +81,8 @@ def test_row_with_training_free_guidance(base, plain, row, variant, monkeypatch)
     monkeypatch.setattr(alternating, "AGREES", -math.inf)  # and whatever this model of random weights makes of them
     monkeypatch.setattr(workflows, "STEPS_BESIDE", 12)  # the first two are not as the others
     without, _ = evaluate(row, variant, base, no_agd)
-    said = []
-    agd = partial(alternate, notify=said.append)
+    messages = []
+    agd = partial(training_free, notify=messages.append)
     if not row.with_training_free:
         with pytest.raises(ValueError, match="guidance of an AGD node already"):
             evaluate(row, variant, base, agd)
@@ -93,7 +92,7 @@ def test_row_with_training_free_guidance(base, plain, row, variant, monkeypatch)
     assert torch.isfinite(guided).all()
     # Close, not equal: where both are found to be needed in the first step, that one has evaluated them one by one.
     assert torch.allclose(guided, without, atol=2e-4) == (row.with_training_free == row.without)
-    assert bool(said) == (row.training_free_says and not row.as_base)
+    assert bool(messages) == (row.training_free_says and not row.as_base)
     assert torch.equal(ksampler(base, PROMPTS, steps=1), plain)
 
 

@@ -1,0 +1,60 @@
+"""ComfyUI's guiders, and those of other packs: their cfg, their names."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from comfy.samplers import CFGGuider
+
+from .shared_by_deepcopy import SharedByDeepcopy
+
+
+def as_scale(cfg: Any) -> float | None:
+    """A guider's cfg, if it is one number. Those of some packs hold a list, a number for each step."""
+    if isinstance(cfg, torch.Tensor) and cfg.numel() == 1:
+        cfg = cfg.item()
+    return float(cfg) if isinstance(cfg, Real) and math.isfinite(cfg) else None
+
+
+@contextmanager
+def with_cfg(guider: CFGGuider, cfg: float) -> Iterator[None]:
+    """Inside, the guider has another cfg."""
+    saved, guider.cfg = guider.cfg, cfg
+    try:
+        yield
+    finally:
+        guider.cfg = saved
+
+
+@dataclass
+class CfgOverride(SharedByDeepcopy):
+    """PREDICT_NOISE wrapper: each step has the cfg that `cfg_of_step(cfg, timestep)` returns.
+
+    A guider whose cfg is not one number keeps it: what it does with one is not known. `applied`: whether it is in
+    force, for a guider may go around these wrappers.
+    """
+
+    cfg_of_step: Callable[[float, torch.Tensor], float]
+    applied: bool = False
+
+    def __call__(self, executor, x, timestep, model_options={}, seed=None):
+        guider = executor.class_obj
+        cfg = as_scale(guider.cfg)
+        if cfg is None:
+            return executor(x, timestep, model_options, seed)
+        self.applied = True
+        try:
+            with with_cfg(guider, self.cfg_of_step(cfg, timestep)):
+                return executor(x, timestep, model_options, seed)
+        finally:
+            self.applied = False
+
+
+def name_of_guider(guider: CFGGuider) -> str:
+    """Who evaluates in a sampling, for a message: a guider of its own kind, or whatever else has taken its place."""
+    own = type(guider).predict_noise is not CFGGuider.predict_noise or type(guider).__call__ is not CFGGuider.__call__
+    return f"the guider {type(guider).__name__}" if own else "another node"

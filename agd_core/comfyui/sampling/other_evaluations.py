@@ -1,0 +1,52 @@
+"""What other nodes evaluate in a sampling, beside the pair of predictions that ComfyUI asks for in each step."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
+
+from comfy.samplers import CFGGuider, Sampler
+
+from . import messages
+from .guider import name_of_guider
+from .post_cfg_watch import post_cfg_functions
+from .restarts import PendingRestart, RestartUnguided
+from .uncond_consumers import node_names
+
+
+@dataclass
+class OtherEvaluations:
+    """Keeps the base's own predictions from being combined with guided ones, which would be neither CFG nor guided:
+    once one is asked for no step is guided, and a sampling that has guided already starts again unguided.
+
+    `restart`: the sampling's; `guided`: whether a step was guided; `base_only`: whether no step is to be guided from
+    now on; `count`: other nodes' evaluations since one of their post-CFG functions returned.
+    """
+
+    guider: CFGGuider
+    sampler: Sampler
+    restart: PendingRestart
+    guided: bool = False
+    base_only: bool = False
+    count: int = 0
+
+    def request_base(self, model_options: dict) -> None:
+        """Another node asks for the base's own prediction. Raises `RestartUnguided` after a guided one."""
+        if self.guided:
+            functions = post_cfg_functions(model_options)
+            name = node_names(functions, self.sampler) or name_of_guider(self.guider)
+            self.restart_unguided(messages.needs_both(name))
+        self.base_only = True
+
+    def combined_otherwise(self) -> None:
+        """A pair of predictions wasn't combined by ComfyUI. Raises `RestartUnguided` where they were guided."""
+        self.base_only = True
+        if self.guided:
+            self.restart_unguided(messages.combines_otherwise(name_of_guider(self.guider)))
+
+    def restart_unguided(self, reason: str) -> NoReturn:
+        self.restart.request(partial(RestartUnguided, reason))
+
+    def take_count(self) -> int:
+        """Evaluations since the last call."""
+        count, self.count = self.count, 0
+        return count

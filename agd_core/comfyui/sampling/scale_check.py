@@ -1,0 +1,46 @@
+"""The scale by which both predictions are combined, which an adapter needs before the combination shows it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from comfy.samplers import CFGGuider
+
+from .guider import as_scale
+
+
+@dataclass
+class ScaleCheck:
+    """The scale is assumed to be the guider's cfg, and compared with the combination's, which ComfyUI gives to a
+    `sampler_pre_cfg_function`. If that is another, it is assumed from then on.
+
+    `assumed`: for the last prediction, None where the cfg isn't one number; `unknown`: whether that was needed;
+    `observed`: the scale of a combination that wasn't the assumed one; `pending`: whether the combination of the last
+    prediction is still to come.
+    """
+
+    guider: CFGGuider
+    assumed: float | None = None
+    unknown: bool = False
+    observed: float | None = None
+    pending: bool = False
+
+    def assume(self, conds: list[list[dict] | None]) -> None:
+        """For a prediction of these conditions."""
+        if conds[1] is None and self.guider.conds.get("negative"):
+            self.assumed = 1.0  # at which ComfyUI leaves out the other
+        else:
+            self.assumed = as_scale(self.guider.cfg) if self.observed is None else self.observed
+
+    def differs(self, cond_scale: Any) -> bool:
+        """Whether a combination is by another scale than the assumed one, which the next predictions are for then."""
+        scale, pending, self.pending = as_scale(cond_scale), self.pending, False
+        if not pending or scale in (None, self.assumed):
+            return False
+        self.observed = scale
+        return True
+
+    def was_missed(self) -> bool:
+        """Called when the last prediction should have been combined: whether no combination by ComfyUI was seen."""
+        missed = self.pending and not self.unknown
+        self.pending = self.pending and not missed
+        return missed

@@ -1,0 +1,45 @@
+"""Noise levels (sigma) and ComfyUI's percent of a model's schedule: 0 is pure noise, 1 the end."""
+
+import bisect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_POSITIONS = 256  # of a schedule: as exactly as a percentage of it has to be known
+
+
+@dataclass(frozen=True)
+class SigmaSpan:
+    """A part of the noise levels. The end is not part of it, so that of two that meet there one takes the step."""
+
+    sigma_start: float
+    sigma_end: float
+
+    @classmethod
+    def between(cls, model_sampling: Any, start_percent: float, end_percent: float) -> "SigmaSpan":
+        return cls(
+            math.inf if start_percent <= 0 else float(model_sampling.percent_to_sigma(start_percent)),
+            0.0 if end_percent >= 1 else float(model_sampling.percent_to_sigma(end_percent)),
+        )
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether it is all of a sampling."""
+        return self.sigma_start == math.inf and self.sigma_end == 0.0
+
+    def covers(self, timestep: torch.Tensor) -> bool:
+        """Whether a step is in it; `timestep`: sigma (b,)."""
+        if self.is_everything:
+            return True  # the usual case, without reading a value back from the device
+        return self.sigma_end < float(timestep.flatten()[0]) <= self.sigma_start
+
+
+def percent_of_sigma(model_sampling: Any, sigma: float) -> float:
+    """The inverse of `percent_to_sigma`."""
+
+    def less_noise(part: int) -> float:
+        return -model_sampling.percent_to_sigma(part / _POSITIONS)
+
+    return bisect.bisect_left(range(_POSITIONS), -sigma, key=less_noise) / _POSITIONS
