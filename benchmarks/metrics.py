@@ -1,38 +1,14 @@
-"""How good a set of pictures is, from their features, and how sure of that one may be. Torch only."""
+"""How good a set of pictures is, from their features, with standard errors. Torch only."""
 
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 
 from comfyui_agd.examples.toy.judge import frechet_distance
+from comfyui_agd.examples.toy.standard_errors import jackknife, mean_and_error
 
-BLOCKS = 16  # that the jackknife leaves out in turn
 NEIGHBOURS = 3
-
-
-def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """The mean of independent values (n,) and its standard error; of yes and no (0, 1) that is the binomial one.
-
-    A single value has none: nan.
-    """
-    values = values.double()
-    error = values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return values.mean().item(), error
-
-
-def jackknife(statistic: Callable[[torch.Tensor], float], count: int) -> tuple[float, float]:
-    """`statistic` of all of `count` samples, and its standard error from leaving out a block of them at a time.
-
-    `statistic` is given the indices (n,) of the samples it may use. Blocks are consecutive samples: of other prompts
-    and, where noise is drawn batch by batch, of other seeds.
-    """
-    everything = torch.arange(count)
-    blocks = everything.tensor_split(min(BLOCKS, count))
-    found = torch.tensor([statistic(everything[~torch.isin(everything, block)]) for block in blocks])
-    error = ((len(blocks) - 1) / len(blocks) * (found - found.mean()).square().sum()).sqrt()
-    return statistic(everything), error.item()
 
 
 def frechet(features: torch.Tensor, reference: torch.Tensor, *, paired: bool = False) -> tuple[float, float]:

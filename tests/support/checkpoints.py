@@ -137,11 +137,22 @@ def detect(state: dict[str, torch.Tensor]) -> comfy.supported_models_base.BASE:
     return config
 
 
-def on_meta(name: str) -> comfy.model_base.BaseModel:
+def on_meta(
+    name: str, stored: torch.dtype = torch.bfloat16, computed: torch.dtype | None = None
+) -> comfy.model_base.BaseModel:
     """The model that ComfyUI makes of such a checkpoint, on the meta device."""
+    return _new_model(name, torch.device("meta"), stored, computed)
+
+
+def _new_model(
+    name: str, device: torch.device, stored: torch.dtype, computed: torch.dtype | None
+) -> comfy.model_base.BaseModel:
+    """With weights `stored` in one dtype, which are cast to another one to compute with, if it is given."""
     state = names_and_shapes(name)
+    config = detect(state)
+    config.set_inference_dtype(stored, computed)
     with torch.no_grad():  # Stable Zero123 fills a layer in place
-        return detect(state).get_model(state, _UNET, device="meta")
+        return config.get_model(state, _UNET, device=device)
 
 
 def _whole(name: str) -> dict[str, torch.Tensor]:
@@ -186,15 +197,14 @@ class RandomWeights:
             self.start = (self.start + len(piece)) % len(block)
 
 
-def random_model(name: str, dtype: torch.dtype, device: torch.device) -> comfy.model_base.BaseModel:
+def random_model(
+    name: str, device: torch.device, stored: torch.dtype, computed: torch.dtype | None = None
+) -> comfy.model_base.BaseModel:
     """The model that ComfyUI would make of such a checkpoint with random weights, without the file."""
-    state, weights = names_and_shapes(name), RandomWeights(0)
-    config = detect(state)
-    config.set_inference_dtype(dtype, None)
-    model = config.get_model(state, _UNET, device=device)
+    model, weights = _new_model(name, device, stored, computed), RandomWeights(0)
     for key, parameter in model.diffusion_model.named_parameters():
         flat = parameter.data.view(-1)
-        for piece in weights.pieces(key, parameter.shape, dtype):
+        for piece in weights.pieces(key, parameter.shape, parameter.dtype):
             flat[: len(piece)] = piece.to(device)
             flat = flat[len(piece) :]
     return model

@@ -1,9 +1,10 @@
-"""The metrics of benchmarks/quality.py on sets whose answers are known."""
+"""Metrics and standard errors of sets whose answers are known."""
 
 import pytest
 import torch
 
 from comfyui_agd.benchmarks import metrics
+from comfyui_agd.examples.toy.standard_errors import jackknife, mean_and_error
 
 
 def normal(rows: int, seed: int, width: int = 4) -> torch.Tensor:
@@ -32,14 +33,14 @@ def test_a_difference_of_distances_is_surer_than_either():
 
 def test_the_jackknife_of_a_mean_is_its_usual_standard_error():
     values = normal(1600, 2, 1)[:, 0]
-    mean, error = metrics.jackknife(lambda own: values[own].mean().item(), len(values))
+    mean, error = jackknife(lambda own: values[own].mean().item(), len(values))
     assert mean == pytest.approx(values.mean().item())
     assert error == pytest.approx(1 / 40, rel=0.5)
-    assert metrics.mean_and_error(values)[1] == pytest.approx(1 / 40, rel=0.05)
+    assert mean_and_error(values)[1] == pytest.approx(1 / 40, rel=0.05)
 
 
 def test_the_error_of_a_share_is_the_binomial_one():
-    share, error = metrics.mean_and_error(torch.arange(100) < 20)
+    share, error = mean_and_error(torch.arange(100) < 20)
     assert share == pytest.approx(0.2)
     assert error == pytest.approx((0.2 * 0.8 / 99) ** 0.5)
 
