@@ -57,20 +57,23 @@ def with_errors(measured: dict[str, tuple[float | None, float | None]]) -> dict[
     return row
 
 
-def write_page(args: argparse.Namespace, name: str, page: str, rows: list[dict]) -> Path | None:
-    """`name`.md and `name`.json in the folder of results, which is returned: --results, or `RESULTS` unless --quick."""
-    folder = args.results or (None if args.quick else RESULTS)
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.md").write_text(page)
-        write_rows(folder / f"{name}.json", rows)
-    return folder
+def results_folder(args: argparse.Namespace) -> Path | None:
+    """Where a page is to be written: --results, or `RESULTS`, or with --quick nowhere."""
+    return args.results or (None if args.quick else RESULTS)
+
+
+def write_page(folder: Path, name: str, page: str, rows: list[dict]) -> None:
+    """`name`.md and `name`.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(page)
+    write_rows(folder / f"{name}.json", rows)
 
 
 def publish(args: argparse.Namespace, name: str, page: str, rows: list[dict]) -> None:
     """Print the page, and write what a command's `results`, `quick` and `json` ask for."""
     print(page)
-    write_page(args, name, page, rows)
+    if folder := results_folder(args):
+        write_page(folder, name, page, rows)
     if args.json:
         write_rows(args.json, rows)
 

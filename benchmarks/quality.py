@@ -16,7 +16,7 @@ import traceback
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.benchmarks.command_line import add_results, add_work, benchmark_parser, work_path
 from comfyui_agd.benchmarks.machine import made_on
-from comfyui_agd.benchmarks.output import number, with_errors, write_page, write_rows
+from comfyui_agd.benchmarks.output import number, results_folder, with_errors, write_page, write_rows
 
 _SIZES = ("pictures", "pairs", "iterations", "omegas")  # that the command line can change
 _NOT_MEASURED = (None, None)
@@ -171,8 +171,10 @@ def main(argv: list[str] | None = None) -> None:
     print(*report.plain(rows), sep="\n")
     if args.json:
         write_rows(args.json, rows)
-    page = report.page(rows, row_of_real(experiment), sizes, made_on(args.device)) if rows else ""
-    if rows and (folder := write_page(args, "quality", page, rows)):
+    folder = results_folder(args)
+    if folder and rows:
+        page = report.page(rows, row_of_real(experiment), sizes, made_on(args.device))
+        write_page(folder, "quality", page, rows)
         report.plot(rows).save(folder / "quality.png")
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}; the same command tries again.")

@@ -140,15 +140,17 @@ def _table(first: Iterable[Column], figures: Iterable[Figure], rows: list[dict])
     return markdown_table([*first, *columns_of(figures)], rows)
 
 
+def _budgets(rows: list[dict]) -> str:
+    parts = []
+    for budget in BUDGETS:
+        table = _table(_SETTING_IN_TIME, _AT_FEWER_STEPS, _at_equal_time(rows, budget))
+        parts.append(f"### {budget} evaluations per picture\n\n{table}")
+    return "\n\n".join(parts)
+
+
 def page(rows: list[dict], real: dict, sizes: Sizes, made: str) -> str:
     """quality.md. `real`: the row of real pictures; `made`: when and on what."""
-    budgets = "\n\n".join(
-        f"### {budget} evaluations per picture\n\n"
-        + _table(_SETTING_IN_TIME, _AT_FEWER_STEPS, _at_equal_time(rows, budget))
-        for budget in BUDGETS
-    )
     pictures = "/".join(map(str, sorted({row["pictures"] for row in rows})))
-    with_gaps = _with_gaps(rows)
     return f"""# How good guidance in one pass is
 
 `python benchmarks/quality.py`, {made}. The toy, {pictures} pictures per row.
@@ -162,13 +164,13 @@ Written by the command; each value with its standard error.
 
 ## Gap closed by omega
 
-{_table((_METHOD, _PARAMETERS), _gap_figures(rows), with_gaps)}
+{_table((_METHOD, _PARAMETERS), _gap_figures(rows), _with_gaps(rows))}
 
 ## At equal time
 
 With as many steps as so many evaluations per picture allow.
 
-{budgets}
+{_budgets(rows)}
 
 ### Which are dominated
 
