@@ -68,10 +68,10 @@ class Row:
 
     `training_free`: the same of guidance that needs no adapter; None is half of `without`, 0 that it is refused.
     `needs_both`: what needs both predictions, as the message names it; `own_evaluation`: what evaluates the prompts
-    in its own way, likewise; `as_base`: the result is the base's own; `since`: the oldest tested ComfyUI that has it, and has it so;
-    `warns`: whether training-free guidance has a message about it, `within`: how exactly it keeps its number
-    whatever the variant. Without `run` the row is tested in
-    compatibility/test_compile.py, which needs processes of its own.
+    in its own way, likewise; `as_base`: the result is the base's own; `since`: the oldest tested ComfyUI that has it,
+    and has it so; `warns`: whether training-free guidance has a message about it, `within`: how exactly it keeps its
+    number whatever the variant. Without `run` the row is tested in compatibility/test_compile.py, which needs processes
+    of its own.
     """
 
     what: str
