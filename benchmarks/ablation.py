@@ -157,9 +157,9 @@ def measure(experiment, variant: Variant) -> dict:
     row |= {"teacher_evaluations": 2 * task.config.batch * batches, "model": "toy"}
     if score is None:  # it diverged
         return row | {"parameters_percent": None}
-    info, state = adapter_file.load_state(file)
+    info, weights = adapter_file.load_state(file)
     identity = {"weights": methods.checksum(file)}
-    method = methods.prepared(experiment, experiment.parts.model, info, state, identity)
+    method = methods.prepared(experiment, experiment.parts.model, info, weights, identity)
     row["parameters_percent"] = round(100 * method.parameters / experiment.base_parameters, 2)
     for key, negatives in (("gap_closed", False), ("gap_closed_from_negatives", True)):
         closed = experiment.gap(variant.stem, method, negatives)["gap_closed"]

@@ -155,10 +155,10 @@ def one_evaluation_methods(adapter: Path | None) -> dict[str, Callable]:
 
     if adapter is None:
         return {"training-free": alternate}
-    info, state = adapter_file.load_state(adapter)
+    info, weights = adapter_file.load_state(adapter)
     return {
         "training-free": alternate,
-        "adapter": lambda model: apply_adapter(model, info, state, source=adapter.name),
+        "adapter": lambda model: apply_adapter(model, info, weights, source=adapter.name),
     }
 
 

@@ -169,8 +169,8 @@ def make_methods(
     methods = [method("unguided", base, 1.0), method("cfg", base, OMEGA)]
     for name, config in ADAPTERS.items():
         info = info_for(describe_base(base.model), **config)
-        state = randomised(Adapter(info.config)).state_dict()
-        model = apply_adapter(base, info, state, source=name, notify=lambda message: None)
+        weights = randomised(Adapter(info.config)).state_dict()
+        model = apply_adapter(base, info, weights, source=name, notify=lambda message: None)
         (patcher,) = model.get_additional_models_with_key(KEY)
         methods.append(method(name, model, OMEGA, patcher.model))
     return methods

@@ -114,19 +114,19 @@ def adapter(
         configs = [experiment.train_config(**settings, hidden=hidden, learning_rate=rate) for rate in learning_rates]
         prompts = experiment.prompts(negatives=uses_negative, partial=partial)
         config, file = best_trained(experiment, name, configs, prompts, train_adapter)
-        info, state = adapter_file.load_state(file)
-        model = apply_adapter(experiment.parts.model, info, state, source=file.name)
+        info, weights = adapter_file.load_state(file)
+        model = apply_adapter(experiment.parts.model, info, weights, source=file.name)
         identity = {"weights": checksum(file)}
-        return dataclasses.replace(prepared(experiment, model, info, state, identity), rule=config.rule, file=file)
+        return dataclasses.replace(prepared(experiment, model, info, weights, identity), rule=config.rule, file=file)
 
     return prepare
 
 
 def untrained(experiment: ToyExperiment, name: str) -> PreparedMethod:
     """The adapter that AGD Adapter Loader has without a file."""
-    info, state = attention_guidance(experiment.host().base)
-    model = apply_adapter(experiment.parts.model, info, state, source=name)
-    return prepared(experiment, model, info, state, {"attention-guidance": _sum_of(state)})
+    info, weights = attention_guidance(experiment.host().base)
+    model = apply_adapter(experiment.parts.model, info, weights, source=name)
+    return prepared(experiment, model, info, weights, {"attention-guidance": _sum_of(weights)})
 
 
 def nag(experiment: ToyExperiment, name: str) -> PreparedMethod:
@@ -134,10 +134,10 @@ def nag(experiment: ToyExperiment, name: str) -> PreparedMethod:
     return PreparedMethod(patched, {"nag": [baselines.NAG_TAU, baselines.NAG_ALPHA]})
 
 
-def prepared(experiment: ToyExperiment, model, info, state: dict, identity: dict) -> PreparedMethod:
-    """An adapter, its `info` and `state`, that `model` is patched with."""
+def prepared(experiment: ToyExperiment, model, info, weights: dict, identity: dict) -> PreparedMethod:
+    """An adapter, its `info` and `weights`, that `model` is patched with."""
     adapter, host = Adapter(info.config).eval().requires_grad_(False), experiment.host()
-    adapter.load_state_dict(state)
+    adapter.load_state_dict(weights)
     adapter.to(host.device)
 
     def at(states: Sequence[State]) -> Evaluation:
@@ -147,8 +147,8 @@ def prepared(experiment: ToyExperiment, model, info, state: dict, identity: dict
     return PreparedMethod(model, identity, adapter.parameter_count(), at)
 
 
-def _sum_of(state: dict[str, torch.Tensor]) -> float:
-    return sum(value.double().sum().item() for value in state.values())
+def _sum_of(weights: dict[str, torch.Tensor]) -> float:
+    return sum(value.double().sum().item() for value in weights.values())
 
 
 def meng(experiment: ToyExperiment, name: str) -> PreparedMethod:

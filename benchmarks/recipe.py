@@ -125,7 +125,7 @@ class RecordedTrajectories:
     def checksum(self) -> str:
         return f"{self.evaluations} evaluations"
 
-    def source(self, config: TrainConfig, lanes: range) -> "RecordedTrajectories":
+    def source(self, config: TrainConfig, rows: range) -> "RecordedTrajectories":
         self.order = torch.randperm(self.x.shape[0] * self.x.shape[1], generator=torch.Generator().manual_seed(12))
         return self
 

@@ -114,9 +114,9 @@ def patched(experiment, form: Scales | Normalised):
     model, base = experiment.parts.model, experiment.host().base
     if isinstance(form, Normalised):
         return baselines.normalised(model, base, form.tau, form.alpha)
-    info, state = attention_guidance(base)
+    info, weights = attention_guidance(base)
     scales = [torch.tensor(form.of(site)).expand(site.width, -1) for site in base.sites]
-    return apply_adapter(model, info, state | {"sites.to_scale.weight": torch.cat(scales)}, source="a form of it")
+    return apply_adapter(model, info, weights | {"sites.to_scale.weight": torch.cat(scales)}, source="a form of it")
 
 
 def forms_of(experiment) -> list[Form]:

@@ -101,8 +101,8 @@ def stacked(images: Sequence[Image.Image], *, sideways: bool = False) -> Image.I
 
 @dataclass(frozen=True)
 class Grid:
-    """Where pictures of one size go on a sheet, in pixels: room at its left and top, above each row, between columns,
-    and at its right and bottom."""
+    """Where pictures of one size go on a sheet, in pixels: the space at its left and top, above each row, between
+    columns, and at its right and bottom."""
 
     width: int
     height: int

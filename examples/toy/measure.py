@@ -51,7 +51,7 @@ What is found on this base is about this base: a second one bears out some of it
 {markdown_table(_FILES, sorted(toy.WEIGHTS.glob("*.safetensors")))}
 
 - **Diffusion model**: ComfyUI's `UNetModel`, 64/128 channels, cross-attention with linear projections at every level
-  (7 sites), SD's noise schedule, eps-prediction, 8x8x{toy.LATENT_CHANNELS} latents. {training["base"]["steps"]} steps
+  (7 layers), SD's noise schedule, eps-prediction, 8x8x{toy.LATENT_CHANNELS} latents. {training["base"]["steps"]} steps
   of batch 64, AdamW 1e-3 with warm-up and half a cosine (trained to its end it would hardly need guidance), EMA
   0.9995, 12 % of the captions dropped, bf16 autocast, seed 2503, {training["base"]["seconds"]} s; then
   {training["cooldown"]["steps"]} steps from 3e-4 to 0, EMA 0.99, {training["cooldown"]["seconds"]} s.

@@ -1,7 +1,7 @@
 """What the toy draws: scenes, their captions, and anti-aliased pictures of them, all made by code.
 
-A scene has a background colour and one or two objects. One object stands in one of five places; two objects
-stand side by side or one above the other. A caption may name everything (`caption`) or only a part
+A scene has a background colour and one or two objects. One object is in one of five places; two objects
+are side by side or one above the other. A caption may name everything (`caption`) or only a part
 (`partial_caption`), so that the text encoder also learns fragments such as "blue background" or "a star".
 """
 

@@ -91,7 +91,7 @@ class Architecture:
 
 
 _NOTHING = torch.tensor([])
-# What ComfyUI tells SD 2.x with v-prediction by: the values of this bias spread more there.
+# By this ComfyUI recognises SD 2.x with v-prediction: the values of this bias spread more there.
 _SD2_BIAS = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SD2_EPS, _SD2_V = ({_SD2_BIAS: torch.linspace(-spread, spread, 320)} for spread in (0.1, 0.2))
 _ZERO123 = {"cc_projection.weight": torch.zeros(768, 772), "cc_projection.bias": torch.zeros(768)}
@@ -122,7 +122,7 @@ ARCHITECTURES = {
 
 
 def names_and_shapes(name: str) -> dict[str, torch.Tensor]:
-    """The diffusion model of a checkpoint file: tensors on the meta device, but for those that tell what it is."""
+    """The diffusion model of a checkpoint file: tensors on the meta device, but for those that show what it is."""
     architecture = ARCHITECTURES[name]
     unet = UNetModel(**architecture.unet, device="meta", operations=comfy.ops.disable_weight_init)
     state = {f"{_UNET}{key}": value for key, value in unet.state_dict().items()}
