@@ -92,6 +92,14 @@ def test_noise_can_be_chosen_row_by_row(parts, draw):
     assert not torch.allclose(turned[0], three[0], atol=1e-2)
 
 
+def test_each_batch_is_drawn_with_the_next_seed(parts):
+    first, second = (encode(parts.clip, [text])[0] for text in ("a red star", "a blue ring"))
+    both = sample(parts, parts.model, [first, second], SamplerSettings(3.0, seed=5, steps=2))
+    alone = sample(parts, parts.model, [second], SamplerSettings(3.0, seed=6, steps=2))
+    assert torch.equal(both.images[1:], alone.images)
+    assert len(both.seconds) == 2
+
+
 def test_negative_prompts_can_be_one_per_row(parts, draw):
     negative = encode(parts.clip, ["", "a red shape", ""])
     empty, mixed = draw(parts.model)[0], draw(parts.model, negative=negative)[0]
