@@ -269,13 +269,13 @@ class ToyExperiment:
     # Pictures.
 
     @functools.cached_property
-    def reference(self) -> dict[str, torch.Tensor]:
-        """The real, held-out pictures: their `features` and `radii`."""
+    def reference(self) -> metrics.Reference:
+        """The real, held-out pictures."""
 
         def make() -> dict[str, torch.Tensor]:
             return {"features": self.scorer.reference, "radii": metrics.radii(self.scorer.reference)}
 
-        return self.work.tensors("samples", "real", {"pictures": "held-out"}, make)
+        return metrics.Reference(**self.work.tensors("samples", "real", {"pictures": "held-out"}, make))
 
     @functools.cached_property
     def captions(self) -> tuple[list[Scene], list[list]]:
@@ -329,7 +329,7 @@ class ToyExperiment:
         """Prompt accuracy and Fréchet distance to real pictures, with their standard errors."""
         return {
             "prompt_accuracy": metrics.mean_and_error(own.correct),
-            "frechet_to_real": metrics.frechet(own.features, self.reference["features"]),
+            "frechet_to_real": metrics.frechet(own.features, self.reference.features),
         }
 
     # Negative prompts.
@@ -367,8 +367,8 @@ class ToyExperiment:
         drawn = sample(self.parts, model, prompts, settings, negative=unwanted, noise=[noise])
         return recognised(self.scorer.judge, drawn.images)
 
-    def unwanted(self, name: str, method: PreparedMethod, omega: float) -> dict[str, torch.Tensor]:
-        """Whether the unwanted is seen `without` and `with` the negative prompt, from the same noise: bool (pairs,)."""
+    def unwanted(self, name: str, method: PreparedMethod, omega: float) -> metrics.UnwantedSeen:
+        """In pictures of the pairs, without and with the negative prompt from the same noise."""
 
         def make() -> dict[str, torch.Tensor]:
             found = {"without": [], "with": []}
@@ -381,4 +381,5 @@ class ToyExperiment:
             return {key: torch.tensor(values) for key, values in found.items()}
 
         identity = method.identity | {"omega": omega, "pairs": [dataclasses.asdict(pair) for pair in self.pairs]}
-        return self.work.tensors("negatives", setting_name(name, omega), identity, make)
+        kept = self.work.tensors("negatives", setting_name(name, omega), identity, make)
+        return metrics.UnwantedSeen(kept["without"], kept["with"])

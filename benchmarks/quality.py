@@ -29,10 +29,10 @@ def picture_metrics(experiment, own, target) -> dict:
     real = experiment.reference
     return experiment.accuracy_and_distance(own) | {
         "prompt_accuracy_above_cfg": metrics.mean_and_error(own.correct.double() - target.correct.double()),
-        "frechet_above_cfg": metrics.frechet_above(own.features, target.features, real["features"]),
+        "frechet_above_cfg": metrics.frechet_above(own.features, target.features, real.features),
         "frechet_to_cfg": metrics.frechet(own.features, target.features, paired=True),
-        "precision": metrics.precision(own.features, real["features"], real["radii"]),
-        "recall": metrics.recall(own.features, real["features"]),
+        "precision": metrics.precision(own.features, real),
+        "recall": metrics.recall(own.features, real.features),
     }
 
 
@@ -99,8 +99,11 @@ class Measurement:
             return dict.fromkeys(("negative_reduction", "unwanted_without", "unwanted_with"), _NOT_MEASURED)
         seen = self.experiment.unwanted(self.name, self.method, omega)
         of_cfg = self.experiment.unwanted("cfg", self.cfg, omega)
-        measured = {f"unwanted_{key}": metrics.mean_and_error(values) for key, values in seen.items()}
-        return measured | {"negative_reduction": metrics.share_of_reduction(seen, of_cfg)}
+        return {
+            "unwanted_without": metrics.mean_and_error(seen.without),
+            "unwanted_with": metrics.mean_and_error(seen.with_negative),
+            "negative_reduction": metrics.share_of_reduction(seen, of_cfg),
+        }
 
 
 def measure(experiment, name: str) -> None:

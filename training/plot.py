@@ -110,7 +110,8 @@ class Grid:
     top: int = 0
     above: int = 28
     between: int = 8
-    border: int = 0
+    right: int = 0
+    bottom: int = 0
 
     def corner(self, row: int, column: int) -> tuple[int, int]:
         """Of a picture: the left and upper one."""
@@ -119,9 +120,8 @@ class Grid:
 
     def sheet(self, rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
         """A white sheet with these pictures."""
-        right, bottom = self.corner(len(rows), len(rows[0]))
-        size = (right - self.between + self.border, bottom - self.above + self.border)
-        sheet = Image.new("RGB", size, "white")
+        x, y = self.corner(len(rows), len(rows[0]))
+        sheet = Image.new("RGB", (x - self.between + self.right, y - self.above + self.bottom), "white")
         for j, pictures in enumerate(rows):
             for i, picture in enumerate(pictures):
                 sheet.paste(picture, self.corner(j, i))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -109,6 +110,19 @@ def distil(
     return trained, gap, seconds
 
 
+@dataclass(frozen=True)
+class MethodResult:
+    """What is measured of a method at one omega. None: of too few pictures."""
+
+    method: str
+    omega: float
+    seconds_per_image: float
+    evaluations_per_step: float
+    prompt_accuracy: float | None
+    prompt_accuracy_se: float | None
+    frechet_to_real: float | None
+
+
 @dataclass
 class MethodSamples:
     """What a method draws at one omega: the pictures of each round (n, 3, 64, 64), and what they took."""
@@ -137,38 +151,44 @@ class MethodSamples:
         self.seconds.append(sum(pictures.seconds))
         self.evaluations += self.counter.total
 
-    def measure(self, scorer: Scorer, scenes: list[Scene]) -> dict:
+    def measure(self, scorer: Scorer, scenes: list[Scene]) -> MethodResult:
         """Accuracy and Fréchet distance only of enough pictures."""
         images, scored = self.images, enough(len(self.images))
         accuracy = scorer.accuracy(images, scenes) if scored else None
-        return {
-            "seconds_per_image": sum(self.seconds) / len(images),
-            "evaluations_per_step": self.evaluations / (len(images) * STEPS),
-            "prompt_accuracy": accuracy,
-            "prompt_accuracy_se": share_error(accuracy, len(images)) if scored else None,
-            "frechet_to_real": scorer.frechet(images) if scored else None,
-        }
+        return MethodResult(
+            self.method,
+            self.omega,
+            seconds_per_image=sum(self.seconds) / len(images),
+            evaluations_per_step=self.evaluations / (len(images) * STEPS),
+            prompt_accuracy=accuracy,
+            prompt_accuracy_se=share_error(accuracy, len(images)) if scored else None,
+            frechet_to_real=scorer.frechet(images) if scored else None,
+        )
 
 
 def enough(pictures: int) -> bool:
     return pictures >= LEAST_PICTURES
 
 
-def speedup(samples: list[MethodSamples]) -> tuple[float | None, float | None]:
-    """How many times as fast as CFG AGD is, and its standard error over rounds, in which both ran side by side.
+class Speedup(NamedTuple):
+    """How many times as fast as CFG AGD is, and its standard error; None of too few pictures or a busy machine."""
 
-    None where the pictures are too few, or the machine was too busy.
-    """
+    factor: float | None = None
+    error: float | None = None
+
+
+def speedup(samples: list[MethodSamples]) -> Speedup:
+    """Over rounds, in each of which both methods ran."""
 
     def spent(method: str) -> list[float]:
         return [sum(times) for times in zip(*(c.seconds for c in samples if c.method == method), strict=True)]
 
     cfg, agd = spent("cfg"), spent("agd")
     if not enough(len(samples[0].images)) or len(cfg) < 2:
-        return None, None
+        return Speedup()
     _, error = mean_and_error(torch.tensor(cfg, dtype=torch.float64) / torch.tensor(agd, dtype=torch.float64))
     found = sum(cfg) / sum(agd)
-    return (found, error) if error <= _LARGEST_ERROR * found else (None, None)
+    return Speedup(found, error) if error <= _LARGEST_ERROR * found else Speedup()
 
 
 def warm_up(parts: Toy, models: list, omega: float) -> None:
@@ -231,7 +251,7 @@ def main(argv: list[str]) -> None:
 
     scenes, captions = held_out_captions(args.captions or PICTURES, _CAPTIONS_SEED)
     samples, scorer = draw_all(parts, file, omegas, captions, sampling_budget(begun, args.captions)), Scorer()
-    results = {(each.method, each.omega): each.measure(scorer, scenes[: len(each.images)]) for each in samples}
+    results = [each.measure(scorer, scenes[: len(each.images)]) for each in samples]
     report = make_report(trained, gap, results, speedup(samples))
     parameters = sum(p.numel() for p in parts.model.model.diffusion_model.parameters())
     report["adapter"]["percent_of_base"] = round(100 * report["adapter"]["parameters"] / parameters, 2)
@@ -249,7 +269,7 @@ def write(folder: Path, report: dict, samples: list[MethodSamples]) -> None:
     comparison([(each.title, each.images[:_SHOWN]) for each in samples], title).save(folder / "comparison.png")
 
 
-def make_report(trained: Trained, gap: Evaluation, results: dict, times: tuple[float | None, float | None]) -> dict:
+def make_report(trained: Trained, gap: Evaluation, results: list[MethodResult], faster: Speedup) -> dict:
     """What report.json holds; what is given per omega has the omega as its key. None: of too few pictures."""
     methods = ("cfg", "agd", "unguided")
 
@@ -257,10 +277,12 @@ def make_report(trained: Trained, gap: Evaluation, results: dict, times: tuple[f
         return None if value is None else round(value, digits)
 
     def mean(method: str, key: str) -> float:
-        return statistics.mean(value[key] for (name, _), value in results.items() if name == method)
+        return statistics.mean(getattr(each, key) for each in results if each.method == method)
 
-    def each(key: str) -> dict:
-        found = {m: {f"{o:g}": rounded(v[key]) for (name, o), v in results.items() if name == m} for m in methods}
+    def by_omega(key: str) -> dict:
+        found: dict[str, dict] = {method: {} for method in methods}
+        for result in results:
+            found[result.method][f"{result.omega:g}"] = rounded(getattr(result, key))
         return {"unguided": found["unguided"]["1"], "cfg": found["cfg"], "agd": found["agd"]}
 
     return {
@@ -269,44 +291,44 @@ def make_report(trained: Trained, gap: Evaluation, results: dict, times: tuple[f
         "adapter": {"parameters": trained.adapter.parameter_count()},
         "evaluations_per_step": {m: round(mean(m, "evaluations_per_step"), 4) for m in ("cfg", "agd")},
         "seconds_per_image": {m: round(mean(m, "seconds_per_image"), 5) for m in methods},
-        "speedup": rounded(times[0], 3),
-        "speedup_se": rounded(times[1], 3),
+        "speedup": rounded(faster.factor, 3),
+        "speedup_se": rounded(faster.error, 3),
         **gap.summary(),
-        "frechet_to_real": each("frechet_to_real"),
-        "prompt_accuracy": each("prompt_accuracy"),
-        "prompt_accuracy_se": each("prompt_accuracy_se"),
+        "frechet_to_real": by_omega("frechet_to_real"),
+        "prompt_accuracy": by_omega("prompt_accuracy"),
+        "prompt_accuracy_se": by_omega("prompt_accuracy_se"),
         "teacher_evaluations": trained.info.training["teacher_evaluations"],
         "sampling": {"sampler": SAMPLER, "scheduler": SCHEDULER, "steps": STEPS},
     }
 
 
-def table_columns(gap: Evaluation, pictured: bool) -> tuple[Column, ...]:
-    """Of rows ((method, omega), values). `pictured`: whether the pictures are enough for what is read from them."""
+def table_columns(gap: Evaluation, pictured: bool) -> tuple[Column[MethodResult], ...]:
+    """`pictured`: whether the pictures are enough for what is read from them."""
 
-    def of_pictures(text: Callable[[dict], str]) -> Callable[[tuple], str]:
-        return lambda row: text(row[1]) if pictured else "-"
+    def of_pictures(text: Callable[[MethodResult], str]) -> Callable[[MethodResult], str]:
+        return text if pictured else lambda result: "-"
 
-    def of_gap(by_omega: dict[float, float]) -> Callable[[tuple], str]:
-        return lambda row: f"{by_omega[row[0][1]]:.3f}" if row[0][0] == "agd" else ""
+    def of_gap(by_omega: dict[float, float]) -> Callable[[MethodResult], str]:
+        return lambda result: f"{by_omega[result.omega]:.3f}" if result.method == "agd" else ""
 
-    def accuracy(values: dict) -> str:
-        return f"{values['prompt_accuracy']:.3f} ({values['prompt_accuracy_se']:.3f})"
+    def accuracy(result: MethodResult) -> str:
+        return f"{result.prompt_accuracy:.3f} ({result.prompt_accuracy_se:.3f})"
 
     return (
-        Column("method", lambda row: row[0][0], -10),
-        Column("omega", lambda row: f"{row[0][1]:g}", 7),
-        Column("evals/step", lambda row: f"{row[1]['evaluations_per_step']:.2f}", 13),
-        Column("s/image", of_pictures(lambda values: f"{values['seconds_per_image']:.4f}"), 11),
+        Column("method", lambda result: result.method, -10),
+        Column("omega", lambda result: f"{result.omega:g}", 7),
+        Column("evals/step", lambda result: f"{result.evaluations_per_step:.2f}", 13),
+        Column("s/image", of_pictures(lambda result: f"{result.seconds_per_image:.4f}"), 11),
         Column("accuracy (SE)", of_pictures(accuracy), 16),
-        Column("Fréchet", of_pictures(lambda values: f"{values['frechet_to_real']:.2f}"), 10),
+        Column("Fréchet", of_pictures(lambda result: f"{result.frechet_to_real:.2f}"), 10),
         Column("gap closed", of_gap(gap.gap_closed), 12),
         Column("cosine", of_gap(gap.direction_cosine), 9),
     )
 
 
-def print_table(results: dict, gap: Evaluation, report: dict) -> None:
+def print_table(results: list[MethodResult], gap: Evaluation, report: dict) -> None:
     pictured = enough(report["pictures"])
-    print(*console_table(table_columns(gap, pictured), results.items()), sep="\n")
+    print(*console_table(table_columns(gap, pictured), results), sep="\n")
     adapter = report["adapter"]
     print(
         f"{report['pictures']} pictures per line; Fréchet distances of so few compare within this table only.\n"

@@ -12,7 +12,8 @@ def comparison(rows: list[tuple[str, torch.Tensor]], title: str = "") -> Image.I
     """One labelled row per (label, images (n, 3, h, w) in [0, 1]); every row has the same n."""
     *_, height, width = rows[0][1].shape
     size = (width * _SCALE, height * _SCALE)
-    grid = Grid(*size, left=_LABEL, top=_TITLE if title else 0, above=_GAP, between=_GAP, border=_GAP)
+    margins = {"left": _LABEL, "top": _TITLE if title else 0, "right": 2 * _GAP, "bottom": _GAP}
+    grid = Grid(*size, above=_GAP, between=_GAP, **margins)
     sheet = grid.sheet([[_image(each).resize(size, Image.Resampling.LANCZOS) for each in images] for _, images in rows])
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
     draw.text((_GAP + 4, 8), title, fill="#222222", font=font)

@@ -131,10 +131,10 @@ def cfg_and_agd(count: int, cfg: list[float], agd: list[float]) -> list[MethodSa
 def test_pictures_are_scored_only_where_they_are_enough(count, scored):
     scorer = SimpleNamespace(accuracy=lambda images, scenes: 1.0, frechet=lambda images: 4816.0)
     found = drawn("agd", count, [1.0] * 4).measure(scorer, [])
-    values = [found[key] for key in ("prompt_accuracy", "prompt_accuracy_se", "frechet_to_real")]
+    values = [getattr(found, key) for key in ("prompt_accuracy", "prompt_accuracy_se", "frechet_to_real")]
     assert (None not in values) is scored
     assert scored or set(values) == {None}
-    assert found["evaluations_per_step"] == 2.0
+    assert found.evaluations_per_step == 2.0
 
 
 def test_an_accuracy_of_one_is_not_certain():

@@ -59,9 +59,9 @@ def test_a_contact_sheet_has_a_row_per_prompt_and_a_column_per_method():
 
 
 def test_a_grid_has_its_pictures_at_their_corners_and_nothing_else():
-    grid = Grid(4, 3, left=10, top=5, above=2, between=1, border=6)
+    grid = Grid(4, 3, left=10, top=5, above=2, between=1, right=6, bottom=7)
     sheet = grid.sheet([[Image.new("RGB", (4, 3), colour) for colour in ("red", "blue")]] * 2)
-    assert sheet.size == (10 + 2 * 4 + 1 + 6, 5 + 2 * (2 + 3) + 6)
+    assert sheet.size == (10 + 2 * 4 + 1 + 6, 5 + 2 * (2 + 3) + 7)
     assert sheet.getpixel(grid.corner(1, 1)) == (0, 0, 255)
     x, y = grid.corner(1, 1)
     assert sheet.getpixel((x - 1, y)) == sheet.getpixel((x, y - 1)) == (255, 255, 255)
