@@ -79,6 +79,11 @@ def test_nodes_import_downwards(file):
     assert top_folders(file) <= {"agd_core", "training", "nodes"}
 
 
+@pytest.mark.parametrize("name", ["__init__.py", "__main__.py"])
+def test_the_entry_points_import_the_pack_alone(name):
+    assert top_folders(ROOT / name) <= {"agd_core", "training", "nodes"}
+
+
 @pytest.mark.parametrize("file", files("examples"), ids=lambda f: f.name)
 def test_the_toy_imports_the_pack_and_no_benchmark_or_test(file):
     assert top_folders(file) <= {"agd_core", "training", "examples"}
