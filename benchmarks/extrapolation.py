@@ -1,4 +1,4 @@
-"""An adapter where it was not trained: other guidance scales, prompts, sizes, samplers, checkpoints, and LoRAs.
+"""How an adapter does where it was not trained: other guidance scales, prompts, sizes, samplers, checkpoints, LoRAs.
 
     python benchmarks/extrapolation.py [--quick] [--only SECTION ...] [--work DIR] [--json FILE] [--device cuda]
 
