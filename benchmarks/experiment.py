@@ -20,7 +20,7 @@ from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import metrics
 from comfyui_agd.benchmarks.work_folder import WorkFolder
-from comfyui_agd.examples.toy.gap import CFG, Trajectories, teacher_states
+from comfyui_agd.examples.toy.gap import CFG, CaptionTrajectories, teacher_states
 from comfyui_agd.examples.toy.judge import recognised
 from comfyui_agd.examples.toy.sampling import (
     BATCH,
@@ -248,7 +248,9 @@ class ToyExperiment:
             self._states[rule, negatives] = []
             for i, block in enumerate(in_blocks(pairs)):
                 texts, unwanted_texts = zip(*block, strict=True)
-                wanted = Trajectories(texts, self.sizes.gap_omegas, 100 + i, unwanted_texts, rule, keep=KEPT_STEPS)
+                wanted = CaptionTrajectories(
+                    texts, self.sizes.gap_omegas, 100 + i, unwanted_texts, rule, keep=KEPT_STEPS
+                )
                 self._states[rule, negatives].append(teacher_states(self.host(), wanted))
         return self._states[rule, negatives]
 

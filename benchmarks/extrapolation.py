@@ -74,11 +74,11 @@ class AdapterStudy:
         return held_out_captions(self.experiment.sizes.gap_captions, _SEED)[1]
 
     def trajectories(self, omega: float | None = None, captions: list[str] | None = None, **how):
-        """Those to measure the gap on: by default at the best omega, of new captions. `how`: of `Trajectories`."""
+        """To measure the gap on: by default at the best omega, of new captions. `how`: of `CaptionTrajectories`."""
         from comfyui_agd.benchmarks.experiment import KEPT_STEPS
-        from comfyui_agd.examples.toy.gap import Trajectories
+        from comfyui_agd.examples.toy.gap import CaptionTrajectories
 
-        return Trajectories(captions or self.captions, [omega or self.best_omega], _SEED, keep=KEPT_STEPS, **how)
+        return CaptionTrajectories(captions or self.captions, [omega or self.best_omega], _SEED, keep=KEPT_STEPS, **how)
 
     def gap(self, wanted, model=None) -> dict:
         """Gap closed and cosine, over blocks of the captions of these trajectories; `model`: another base."""

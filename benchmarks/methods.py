@@ -23,7 +23,7 @@ from comfyui_agd.agd_core.comfyui.sampling.training_free import alternate
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import baselines
 from comfyui_agd.benchmarks.experiment import CFG, KEPT_STEPS, PreparedMethod, ToyExperiment, TrainingPrompts
-from comfyui_agd.examples.toy.gap import Trajectories, teacher_states
+from comfyui_agd.examples.toy.gap import CaptionTrajectories, teacher_states
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.evaluate import Evaluation, State, evaluate, omegas_of
 from comfyui_agd.training.trainer import Callbacks, train
@@ -245,7 +245,7 @@ def _train_model(experiment: ToyExperiment, task: TrainingTask, file: Path) -> f
         save_file({key: value.contiguous() for key, value in student.unet.state_dict().items()}, temporary)
     if not task.captions:
         return 0.0
-    wanted = Trajectories(task.captions, omegas_of(config), rule=config.rule, keep=KEPT_STEPS)
+    wanted = CaptionTrajectories(task.captions, omegas_of(config), rule=config.rule, keep=KEPT_STEPS)
     return evaluate(student, None, teacher_states(experiment.host(), wanted)).score
 
 

@@ -46,7 +46,7 @@ def row_of_real(experiment) -> dict:
     return {"method": "real", "omega": 1.0} | with_errors(picture_metrics(experiment, experiment.decoded, target))
 
 
-class Measurement:
+class MethodMeasurement:
     """A method, and CFG, with which it is compared."""
 
     def __init__(self, experiment, name: str):
@@ -113,7 +113,7 @@ def measure(experiment, name: str) -> None:
     from comfyui_agd.examples.toy.measure import omega_star
     from comfyui_agd.examples.toy.sampling import STEPS
 
-    measurement = Measurement(experiment, name)
+    measurement = MethodMeasurement(experiment, name)
     for omega in METHODS[name].omegas or experiment.sizes.omegas:
         row = measurement.row(omega, STEPS)
         rows = [row]

@@ -25,7 +25,7 @@ from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.evaluate import Evaluation, evaluate
 from comfyui_agd.training.trainer import Callbacks, Trained, train
 
-from .gap import Trajectories, teacher_states
+from .gap import CaptionTrajectories, teacher_states
 from .measure import omega_star
 from .picture import comparison
 from .sampling import (
@@ -104,7 +104,7 @@ def distil(
         bar.close()
     seconds = time.monotonic() - start
     exact = ComfyHost(parts.model, parts.clip)  # measured in the base's own precision
-    states = teacher_states(exact, Trajectories(held_out_captions(HELD_OUT, _GAP_SEED)[1], omegas))
+    states = teacher_states(exact, CaptionTrajectories(held_out_captions(HELD_OUT, _GAP_SEED)[1], omegas))
     with exact.session():
         gap = evaluate(exact, trained.adapter, states)
     return trained, gap, seconds

@@ -14,7 +14,7 @@ CFG = GuidanceRule()
 
 
 @dataclass(frozen=True)
-class Trajectories:
+class CaptionTrajectories:
     """A trajectory for each of `captions` and `omegas`, away from a negative prompt each, by default the empty one.
 
     `keep`: how many of its `steps` are measured at, all by default; `size`: width and height in pixels.
@@ -31,7 +31,7 @@ class Trajectories:
     size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
 
 
-def teacher_states(host: ComfyHost, wanted: Trajectories) -> list[State]:
+def teacher_states(host: ComfyHost, wanted: CaptionTrajectories) -> list[State]:
     """All captions are evaluated at once. Call it outside the host's session."""
     positive = host.encode(list(wanted.captions))
     negative = host.encode(list(wanted.negatives) or [""] * len(positive), "negative")
