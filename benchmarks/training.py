@@ -284,7 +284,7 @@ _COLUMNS = (
     Column("dtype", lambda row: row["dtype"], -5),
     Column("batch", lambda row: str(row["batch"]), 6),
     Column("micro", lambda row: str(row["micro_batch"]), 6),
-    Column("checkpoint", lambda row: "yes" if row["checkpointing"] else "no", 11),
+    Column("checkpointing", lambda row: "yes" if row["checkpointing"] else "no", 14),
     Column("peak", _gigabytes("peak_bytes"), 7),
     Column("est.", _gigabytes("estimated_peak_bytes"), 7),
     Column("s/sample", _if_timed("seconds_per_sample", ".3f"), 12),
