@@ -1,7 +1,5 @@
 """What AGD is compared with: other ways to sample with guidance, and the distillation of a whole model."""
 
-import copy
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +23,7 @@ from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.guidance import GuidanceRule, balanced_weights, gaps, weighted_error
 from comfyui_agd.agd_core.layers import sinusoidal, zero_init
 from comfyui_agd.examples.toy import model as toy
+from comfyui_agd.examples.toy.train import MovingAverage
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.recording import RecordedBatches
 from comfyui_agd.training.trainer import learning_rate
@@ -118,16 +117,23 @@ def normalised(
     """
     patched = apply_adapter(model, *attention_guidance(base), source="nag")
     (patcher,) = patched.get_additional_models_with_key(AGD)
-    patcher.model.guide = functools.partial(_normalised, tau=tau, alpha=alpha)
+    patcher.model.guide = NormalisedGuide(tau, alpha)
     return patched
 
 
-def _normalised(name, out: torch.Tensor, delta: torch.Tensor, h, prepared, *, tau: float, alpha: float) -> torch.Tensor:
-    """In place of `Adapter.guide`: out and delta (b, n, w)."""
-    guided = out + prepared.gain * delta
-    ratio = guided.abs().sum(-1, keepdim=True) / out.abs().sum(-1, keepdim=True)
-    guided = guided * (ratio.clamp(max=tau) / ratio)
-    return torch.lerp(out, guided, alpha)
+@dataclass(frozen=True)
+class NormalisedGuide:
+    """In place of `Adapter.guide`."""
+
+    tau: float
+    alpha: float
+
+    def __call__(self, name, out: torch.Tensor, delta: torch.Tensor, h, prepared) -> torch.Tensor:
+        """out and delta (b, n, w) -> (b, n, w)."""
+        guided = out + prepared.gain * delta
+        ratio = guided.abs().sum(-1, keepdim=True) / out.abs().sum(-1, keepdim=True)
+        guided = guided * (ratio.clamp(max=self.tau) / ratio)
+        return torch.lerp(out, guided, self.alpha)
 
 
 def adaptive(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
@@ -212,10 +218,10 @@ def distil_model(
     progress: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Train all of the student's weights from recorded batches, as `train` trains an adapter: the same loss, schedule,
-    clipping and moving average, which the student has in the end.
+    clipping and moving average, whose weights the student has in the end.
     """
     unet = student.unet.requires_grad_(True)
-    average = copy.deepcopy(unet).requires_grad_(False)
+    average = MovingAverage(unet, config.ema)
     optimiser = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=0.0)
     for step in range(config.iterations):
         for group in optimiser.param_groups:
@@ -230,8 +236,6 @@ def distil_model(
         weighted_error(denoised, batch.target.to(denoised), batch.sigma.to(denoised), weights).backward()
         nn.utils.clip_grad_norm_(unet.parameters(), config.clip)
         optimiser.step()
-        decay = min(config.ema, (2 + step) / (11 + step))  # the trainer's
-        for mean, live in zip(average.parameters(), unet.parameters(), strict=True):
-            mean.lerp_(live.detach(), 1 - decay)
+        average.update(unet)
         progress(step + 1)
-    unet.requires_grad_(False).load_state_dict(average.state_dict())
+    unet.requires_grad_(False).load_state_dict(average.module.state_dict())

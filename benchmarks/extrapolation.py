@@ -1,13 +1,14 @@
-"""An adapter where it was not trained: other guidance scales, prompts, sizes, samplers, checkpoints, and LoRAs.
+"""How an adapter does where it was not trained: other guidance scales, prompts, sizes, samplers, checkpoints, LoRAs.
 
     python benchmarks/extrapolation.py [--quick] [--only SECTION ...] [--work DIR] [--json FILE] [--device cuda]
 
 Takes `quality.py`'s adapter `--adapter` from its work folder, or trains it. Where its error is along the noise levels,
-and what each part of it does to pictures, is told too. Writes extrapolation.md and extrapolation.json, which hold every
-section that the work folder has of this adapter.
+and what each part of it does to pictures, is measured too. Writes extrapolation.md and extrapolation.json, which hold
+every section that the work folder has of this adapter.
 """
 
 import argparse
+import dataclasses
 import json
 import random
 import shutil
@@ -18,7 +19,10 @@ from pathlib import Path
 import torch
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.output import made_on, publish, with_errors
+from comfyui_agd.benchmarks.command_line import add_results, add_work, benchmark_parser, work_path
+from comfyui_agd.benchmarks.machine import made_on
+from comfyui_agd.benchmarks.output import Figure, columns_of, publish, tables_by_section, with_errors
+from comfyui_agd.examples.toy.tables import Column
 
 OMEGAS = (1.5, 2.0, 3.0, 5.0, 6.0, 8.0, 12.0)
 SIZES = ((48, 48), (64, 64), (64, 96), (96, 96), (128, 128))
@@ -39,144 +43,153 @@ def coloured_back(images: torch.Tensor) -> torch.Tensor:
     return images.roll(-1, dims=1)
 
 
-class Bench:
-    """The adapter with the lab, and how it does somewhere."""
+class AdapterStudy:
+    """The adapter in the experiment, and how it does somewhere. `rows`: of the section that is being measured."""
 
-    def __init__(self, lab, name: str, sibling_steps: int):
+    def __init__(self, experiment, name: str, sibling_steps: int):
         from comfyui_agd.agd_core import adapter_file
         from comfyui_agd.benchmarks.methods import METHODS
         from comfyui_agd.examples.toy.measure import omega_star
 
-        self.lab, self.name, self.best, self.sibling_steps = lab, name, omega_star(), sibling_steps
-        self.ready, self.cfg = (METHODS[each].make(lab, each) for each in (name, "cfg"))
-        self.info, self.adapter = adapter_file.load(self.ready.file)
+        self.experiment, self.name, self.sibling_steps = experiment, name, sibling_steps
+        self.best_omega, self.base = omega_star(), experiment.parts.model
+        self.method, self.cfg = (METHODS[each].prepare(experiment, each) for each in (name, "cfg"))
+        self.info, self.adapter = adapter_file.load(self.method.file)
         self.rows: list[dict] = []
 
     def add(self, section: str, setting: str, **values) -> None:
         self.rows.append({"model": "toy", "section": section, "setting": setting} | values)
         print(json.dumps(self.rows[-1]), flush=True)
 
-    def patched(self, model, **how):
+    def patched(self, model, **options):
+        """`model` with the adapter."""
         from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
         from comfyui_agd.agd_core.comfyui.sampling.settings import GuidanceSettings
 
-        settings = GuidanceSettings(**how)
+        settings = GuidanceSettings(**options)
         return apply_adapter(model, self.info, self.adapter.state_dict(), settings, source="the adapter")
 
-    def gap(self, captions: list[str], omega: float, size=(64, 64), model=None, **how) -> dict:
-        """Gap closed and cosine, over blocks of captions. `how`: of the teacher's trajectories."""
+    @property
+    def captions(self) -> list[str]:
+        from comfyui_agd.examples.toy.sampling import held_out_captions
+
+        return held_out_captions(self.experiment.sizes.gap_captions, _SEED)[1]
+
+    def trajectories(self, omega: float | None = None, captions: list[str] | None = None, **how):
+        """To measure the gap on: by default at the best omega, of new captions. `how`: of `CaptionTrajectories`."""
+        from comfyui_agd.benchmarks.experiment import KEPT_STEPS
+        from comfyui_agd.examples.toy.gap import CaptionTrajectories
+
+        return CaptionTrajectories(captions or self.captions, [omega or self.best_omega], _SEED, keep=KEPT_STEPS, **how)
+
+    def gap(self, wanted, model=None) -> dict:
+        """Gap closed and cosine, over blocks of the captions of these trajectories; `model`: another base."""
         from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
         from comfyui_agd.benchmarks import metrics
-        from comfyui_agd.benchmarks.lab import CFG, in_blocks
+        from comfyui_agd.benchmarks.experiment import in_blocks
+        from comfyui_agd.examples.toy.gap import teacher_states
         from comfyui_agd.training.evaluate import evaluate
 
-        host, found = ComfyHost(model or self.lab.parts.model, self.lab.parts.clip), []
-        for i, block in enumerate(in_blocks(captions)):
-            states = self.lab.follow(block, [omega], CFG, _SEED + i, host=host, size=size, **how)
+        host, found = ComfyHost(model or self.base, self.experiment.parts.clip), []
+        for i, block in enumerate(in_blocks(wanted.captions)):
+            states = teacher_states(host, dataclasses.replace(wanted, captions=block, seed=wanted.seed + i))
             with host.session():
                 found.append(evaluate(host, self.adapter.to(host.device), states))
+        (omega,) = wanted.omegas
         measured = {
             key: metrics.mean_and_error(torch.tensor([getattr(each, key)[omega] for each in found]))
             for key in ("gap_closed", "direction_cosine")
         }
         return with_errors(measured) | {"by_sigma": [[s, round(g, 3)] for s, g in found[0].by_sigma[omega]]}
 
-    def pictures(self, method: str, model, identity: dict, omega: float, steps: int, **how) -> dict:
-        """Prompt accuracy and Fréchet distance."""
-        from comfyui_agd.benchmarks import metrics
-        from comfyui_agd.benchmarks.lab import Ready
-
-        made = self.lab.pictures(method, Ready(model, identity), omega, steps, **how)
-        measured = {
-            "prompt_accuracy": metrics.mean_and_error(made["correct"]),
-            "frechet_to_real": metrics.frechet(made["features"], self.lab.reference["features"]),
-        }
-        evaluations = made["evaluations"].item() / len(made["correct"]) / steps
-        return {"evaluations_per_step": round(evaluations, 2)} | with_errors(measured)
+    def pictures(self, name: str, method, at, **shown) -> dict:
+        """Prompt accuracy and Fréchet distance. `shown`: what the judge is to see."""
+        made = self.experiment.samples(name, method, at, **shown)
+        row = {"evaluations_per_step": round(made.evaluations_per_step(at.steps), 2)}
+        return row | with_errors(self.experiment.accuracy_and_distance(made))
 
 
-def captions(bench: Bench) -> list[str]:
-    from comfyui_agd.examples.toy.sampling import held_out_captions
-
-    return held_out_captions(bench.lab.sizes.gap_captions, _SEED)[1]
-
-
-def omegas(bench: Bench) -> None:
+def omegas(study: AdapterStudy) -> None:
     for omega in OMEGAS:
-        bench.add("Guidance scale", f"omega {omega:g}", **bench.gap(captions(bench), omega))
+        study.add("Guidance scale", f"omega {omega:g}", **study.gap(study.trajectories(omega)))
 
 
-def prompts(bench: Bench) -> None:
+def prompts(study: AdapterStudy) -> None:
     from comfyui_agd.examples.toy.scenes import draw_scenes, partial_caption
 
-    count, rng = bench.lab.sizes.gap_captions, random.Random(_SEED)
+    count, rng = study.experiment.sizes.gap_captions, random.Random(_SEED)
     scenes = draw_scenes(count, _SEED, held=True)
     for name, texts in (
-        ("captions of the training", bench.lab.training_captions()[:count]),
-        ("new captions", captions(bench)),
+        ("captions of the training", study.experiment.training_captions()[:count]),
+        ("new captions", study.captions),
         ("new captions that leave things open", [partial_caption(scene, rng) for scene in scenes]),
         ("a shape alone", [f"a {scene.things[0].shape}" for scene in scenes]),
     ):
-        bench.add("Prompts", name, **bench.gap(texts, bench.best))
+        study.add("Prompts", name, **study.gap(study.trajectories(captions=texts)))
 
 
-def sizes(bench: Bench) -> None:
+def sizes(study: AdapterStudy) -> None:
     for size in SIZES:
-        bench.add("Size", f"{size[0]} x {size[1]} pixels", **bench.gap(captions(bench), bench.best, size))
+        study.add("Size", f"{size[0]} x {size[1]} pixels", **study.gap(study.trajectories(size=size)))
 
 
-def schedules(bench: Bench) -> None:
+def schedules(study: AdapterStudy) -> None:
     for scheduler in ("normal", "karras", "simple", "exponential"):
         for steps in (10, 50):
-            how = {"scheduler": scheduler, "steps": steps}
-            bench.add("Schedule", f"{scheduler}, {steps} steps", **bench.gap(captions(bench), bench.best, **how))
+            wanted = study.trajectories(scheduler=scheduler, steps=steps)
+            study.add("Schedule", f"{scheduler}, {steps} steps", **study.gap(wanted))
 
 
-def samplers(bench: Bench) -> None:
-    base = bench.lab.parts.model
+def samplers(study: AdapterStudy) -> None:
+    from comfyui_agd.benchmarks.experiment import SampledAt
+
     ways = [("euler", "normal", steps) for steps in STEP_COUNTS] + [(*names, 20) for names in SAMPLERS]
     for sampler, scheduler, steps in ways:
         usual = (sampler, scheduler) == ("euler", "normal")
-        how = {} if usual else {"sampler": sampler, "scheduler": scheduler}
-        for method, model, identity in (
-            ("cfg", base, bench.cfg.identity),
-            (bench.name, bench.ready.model, bench.ready.identity),
-        ):
-            found = bench.pictures(method, model, identity, bench.best, steps, **how)
-            bench.add("Samplers", f"{sampler}, {scheduler}, {steps} steps, {method}", **found)
+        at = SampledAt(study.best_omega, steps, *(() if usual else (sampler, scheduler)))
+        for name, method in (("cfg", study.cfg), (study.name, study.method)):
+            found = study.pictures(name, method, at)
+            study.add("Samplers", f"{sampler}, {scheduler}, {steps} steps, {name}", **found)
 
 
-def noise(bench: Bench) -> None:
+def noise(study: AdapterStudy) -> None:
+    from comfyui_agd.benchmarks.experiment import PreparedMethod, SampledAt
+
     for start, end in PARTS:
-        model = bench.patched(bench.lab.parts.model, start_percent=start, end_percent=end)
-        identity, name = bench.ready.identity | {"start": start, "end": end}, f"{bench.name}-{start}-{end}"
-        found = bench.pictures(name, model, identity, bench.best, 20)
-        bench.add("Noise levels", f"the adapter from {start:.0%} to {end:.0%}, else CFG", **found)
+        model = study.patched(study.base, start_percent=start, end_percent=end)
+        method = PreparedMethod(model, study.method.identity | {"start": start, "end": end})
+        found = study.pictures(f"{study.name}-{start}-{end}", method, SampledAt(study.best_omega))
+        study.add("Noise levels", f"the adapter from {start:.0%} to {end:.0%}, else CFG", **found)
 
 
-def sibling(bench: Bench) -> None:
+def sibling(study: AdapterStudy) -> None:
     """A checkpoint fine-tuned on other colours, and the same change as a LoRA on the base."""
     import comfy.sd
 
-    base, folder = bench.lab.parts.model, bench.lab.work.folder / "sibling"
-    tuned = _fine_tuned(folder, bench.sibling_steps)
-    lora, changed = _lora(base, tuned), {"sibling": bench.sibling_steps}
-    half, full = (comfy.sd.load_lora_for_models(base, None, lora, strength, 0.0)[0] for strength in (0.5, 1.0))
+    tuned = _fine_tuned(study.experiment.work.folder / "sibling", study.sibling_steps)
+    lora = _lora(study.base, tuned)
+    half, full = (comfy.sd.load_lora_for_models(study.base, None, lora, strength, 0.0)[0] for strength in (0.5, 1.0))
     names = ("base", "sibling", "base with a LoRA of strength 0.5", "base with a LoRA of strength 1")
-    for name, model in zip(names, (base, tuned, half, full), strict=True):
-        bench.add("Sibling and LoRA", name, **bench.gap(captions(bench), bench.best, model=model))
-    # The judge knows the old colours only.
-    how, identity = {"shown": coloured_back}, bench.ready.identity | changed
-    for name, model, omega in (
-        ("sibling-unguided", tuned, 1.0),
-        ("sibling-cfg", tuned, bench.best),
-        (f"sibling-{bench.name}", bench.patched(tuned), bench.best),
-        ("sibling-lora-unguided", full, 1.0),
-        ("sibling-lora-cfg", full, bench.best),
-        (f"sibling-lora-{bench.name}", bench.patched(full), bench.best),
-    ):
-        found = bench.pictures(name, model, identity, omega, 20, **how)
-        bench.add("Sibling and LoRA", name, **found)
+    for name, model in zip(names, (study.base, tuned, half, full), strict=True):
+        study.add("Sibling and LoRA", name, **study.gap(study.trajectories(), model))
+    _sibling_pictures(study, {"sibling": tuned, "sibling-lora": full})
+
+
+def _sibling_pictures(study: AdapterStudy, models: dict) -> None:
+    """Of these MODELs without guidance, with CFG and with the adapter."""
+    from comfyui_agd.benchmarks.experiment import PreparedMethod, SampledAt
+
+    identity = study.method.identity | {"sibling": study.sibling_steps}
+    for name, model in models.items():
+        for way, patched, omega in (
+            ("unguided", model, 1.0),
+            ("cfg", model, study.best_omega),
+            (study.name, study.patched(model), study.best_omega),
+        ):
+            method = PreparedMethod(patched, identity)
+            # The judge knows the old colours only.
+            found = study.pictures(f"{name}-{way}", method, SampledAt(omega), transform=coloured_back)
+            study.add("Sibling and LoRA", f"{name}-{way}", **found)
 
 
 def _fine_tuned(folder: Path, steps: int):
@@ -194,9 +207,9 @@ def _fine_tuned(folder: Path, steps: int):
         model.load_model_weights(comfy.utils.load_torch_file(str(toy.WEIGHTS / "unet.safetensors")))
         text.load_state_dict(comfy.utils.load_torch_file(str(toy.WEIGHTS / "text_encoder.safetensors")))
         training = train.Training([model.diffusion_model.requires_grad_(True), text], steps, lr=3e-4, decay=0.99)
-        how = {"batch": SIBLING_BATCH, "pool": SIBLING_POOL, "redraw": recoloured}
-        train.fit_diffusion("sibling", folder, model, text, training, steps, **how)
-        train.save(training.ema[0].state_dict(), folder / "unet.safetensors")
+        stage = train.DiffusionStage("sibling", steps, SIBLING_BATCH, SIBLING_POOL, recoloured)
+        train.fit_diffusion(stage, folder, model, text, training)
+        train.save(training.averaged().state_dict(), folder / "unet.safetensors")
         (folder / f"trained-{steps}").touch()
     return toy.load_unet(folder / "unet.safetensors")
 
@@ -217,7 +230,7 @@ def _lora(base, tuned) -> dict[str, torch.Tensor]:
     return lora
 
 
-SECTIONS: dict[str, Callable[[Bench], None]] = {
+SECTIONS: dict[str, Callable[[AdapterStudy], None]] = {
     "omegas": omegas,
     "prompts": prompts,
     "sizes": sizes,
@@ -226,16 +239,16 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "sibling": sibling,
     "samplers": samplers,
 }
-_COLUMNS = (
-    ("gap closed", "gap_closed", 1, 3),
-    ("cosine", "direction_cosine", 1, 3),
-    ("evaluations per step", "evaluations_per_step", 1, 2),
-    ("prompt accuracy, %", "prompt_accuracy", 100, 1),
-    ("Fréchet to real", "frechet_to_real", 1, 1),
+_FIGURES = (
+    Figure("gap closed", "gap_closed"),
+    Figure("cosine", "direction_cosine"),
+    Figure("evaluations per step", "evaluations_per_step", 1, 2),
+    Figure("prompt accuracy, %", "prompt_accuracy", 100, 1),
+    Figure("Fréchet to real", "frechet_to_real", 1, 1),
 )
 
 
-def _of_sibling(rows: list[dict]) -> str:
+def _about_sibling(rows: list[dict]) -> str:
     if not any(row["section"].startswith("Sibling") for row in rows):
         return ""
     return f"""
@@ -245,17 +258,14 @@ green for blue, blue for red); its pictures are judged with the colours changed 
 """
 
 
-def page(rows: list[dict], sizes, adapter: str, made: str) -> str:
-    from comfyui_agd.benchmarks.report import table
+def _columns_for(rows: list[dict]) -> list[Column]:
+    measured = [figure for figure in _FIGURES if any(row.get(figure.key) is not None for row in rows)]
+    return [Column("setting", lambda row: row["setting"]), *columns_of(measured)]
 
-    parts = []
-    for section in dict.fromkeys(row["section"] for row in rows):
-        own = [row for row in rows if row["section"] == section]
-        columns = [column for column in _COLUMNS if any(row.get(column[1]) is not None for row in own)]
-        parts.append(f"## {section}\n\n{table(own, columns, {'setting': lambda row: row['setting']})}")
+
+def page(rows: list[dict], sizes, adapter: str, made: str) -> str:
     levels = next((row["by_sigma"] for row in rows if row["setting"] == "omega 3"), [])
     along = ", ".join(f"{sigma:.2f}: {closed:.2f}" for sigma, closed in levels)
-    text = "\n\n".join(parts)
     return f"""# Where it was not trained
 
 `python benchmarks/extrapolation.py`, {made}. Written by the command.
@@ -264,37 +274,38 @@ The adapter is `{adapter}` of [quality.md](quality.md), trained on the toy with 
 pixels, 15 to 25 steps of the schedulers normal and karras, and the base's own weights. Gaps are on {sizes.gap_captions}
 held-out captions, accuracy and Fréchet distance on {sizes.pictures} pictures, at omega 3 and 20 steps where nothing
 else is said; errors are over captions and noise.
-{_of_sibling(rows)}
+{_about_sibling(rows)}
 Gap closed by noise level at omega 3, on an eighth of the captions: {along or "not measured"}.
 
-{text}
+{tables_by_section(rows, _columns_for)}
 """
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = benchmark_parser(__doc__, quick="few pictures, an adapter hardly trained")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="these sections")
     parser.add_argument("--adapter", default="ours_longer", help="a method of quality.py")
-    parser.add_argument("--quick", action="store_true", help="few pictures, an adapter hardly trained")
-    parser.add_argument("--work", type=Path, help="quality.py's; default: build/quality, or build/quality-quick")
-    parser.add_argument("--results", type=Path, help="for extrapolation.md and .json; default: results, unless quick")
-    parser.add_argument("--json", type=Path, help="write the rows here, too")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = parser.parse_args(argv)
+    add_work(parser, "quality", what="quality.py's")
+    add_results(parser, "extrapolation.md and .json")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     use_comfyui(cpu=args.device == "cpu")
-    from comfyui_agd.benchmarks import lab
+    from comfyui_agd.benchmarks.experiment import QUICK_SIZES, Sizes, ToyExperiment
     from comfyui_agd.benchmarks.methods import METHODS
+    from comfyui_agd.benchmarks.work_folder import WorkFolder
 
     if args.adapter not in METHODS:
         sys.exit(f"There is no method {args.adapter}; benchmarks/quality.py --list says which there are.")
-    sizes = lab.QUICK if args.quick else lab.Sizes()
-    work = lab.Work(args.work or Path("build") / ("quality-quick" if args.quick else "quality"))
-    bench = Bench(lab.Lab(work, sizes), args.adapter, sibling_steps=2 if args.quick else SIBLING_STEPS)
-    kept = lab.Work(work.folder / f"extrapolation-{args.adapter}")
+    sizes, work = QUICK_SIZES if args.quick else Sizes(), WorkFolder(work_path(args, "quality"))
+    study = AdapterStudy(ToyExperiment(work, sizes), args.adapter, sibling_steps=2 if args.quick else SIBLING_STEPS)
+    kept = WorkFolder(work.folder / f"extrapolation-{args.adapter}")
     for section in args.only:
-        bench.rows = []
-        SECTIONS[section](bench)
-        kept.save_rows(section, bench.rows)
+        study.rows = []
+        SECTIONS[section](study)
+        kept.save_rows(section, study.rows)
     rows = kept.rows(SECTIONS)
     publish(args, "extrapolation", page(rows, sizes, args.adapter, made_on(args.device)), rows)
 

@@ -2,68 +2,95 @@
 
     python benchmarks/flops.py [--quick] [--json FILE]
 
-Nothing is computed: the models are on the meta device. A step's time has more in it, on a GPU above all what launching
-many small operations costs (`inference.py` measures that). What is needed once per sampling, the keys and values of the
-negative prompt, is listed apart.
+Nothing is computed, whatever the `--device`: the models are on the meta device. A step's time has more in it, on a GPU
+above all what launching many small operations costs (`inference.py` measures that). What is needed once per sampling,
+the keys and values of the negative prompt, is listed apart.
 """
 
-import argparse
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
+from comfyui_agd.benchmarks.command_line import benchmark_parser
 from comfyui_agd.benchmarks.inference import ADAPTERS
 from comfyui_agd.benchmarks.output import write_rows
+from comfyui_agd.examples.toy.tables import Column, console_table
 
-CASES = (("SD 1.5", 512), ("SDXL", 1024))
+MODELS = (("SD 1.5", 512), ("SDXL", 1024))
 _TOKENS = 77
+_COLUMNS = (
+    Column("model", lambda row: row["model"], -8),
+    Column("size", lambda row: row["size"], 11),
+    Column("  method", lambda row: f"  {row['method']}", -16),
+    Column("parameters", lambda row: f"{row['parameters']:,}", 12),
+    Column("per step", lambda row: f"{row['added_per_step']:+.2%}", 10),
+    Column("per sampling", lambda row: f"{row['added_per_sampling']:+.2%}", 14),
+)
+
+
+@dataclass
+class MetaModel:
+    """A model on the meta device, and the FLOPs of its evaluations at a size."""
+
+    name: str
+    pixels: int
+
+    def __post_init__(self):
+        import comfy.model_patcher
+
+        from comfyui_agd.agd_core.comfyui.backbones import describe_base
+        from comfyui_agd.agd_core.comfyui.model.host import options_of
+        from comfyui_agd.tests.support.checkpoints import on_meta
+
+        self.model, meta = on_meta(self.name), torch.device("meta")
+        patcher = comfy.model_patcher.ModelPatcher(self.model, load_device=meta, offload_device=meta)
+        self.base, self.options = describe_base(self.model), options_of(patcher)
+        sizes = self.model.model_config.unet_config
+        pooled = sizes.get("adm_in_channels")
+        self.pooled = {"y": torch.zeros(1, pooled)} if pooled else {}
+        self.context = torch.zeros(1, _TOKENS, sizes["context_dim"])
+
+    def flops(self, config, steps: int) -> int:
+        """Of so many steps of one sampling with an adapter of this config, or without one."""
+        from comfyui_agd.agd_core.comfyui.model import tracing
+        from comfyui_agd.agd_core.comfyui.model.host import at_sigma
+
+        def evaluate(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            own = at_sigma(self.options, sigma)
+            own = own if config is None else self._with_adapter(own, config)
+            how = {"c_crossattn": self.context, "transformer_options": own, **self.pooled}
+            for _ in range(steps):
+                out = self.model.apply_model(x, sigma, **how)
+            return out
+
+        shape = (4, self.pixels // 8, self.pixels // 8)
+        return tracing.teacher(self.model, evaluate, shape, 1).flops
+
+    def _with_adapter(self, options: dict, config) -> dict:
+        from comfyui_agd.agd_core.adapter import Adapter
+        from comfyui_agd.agd_core.comfyui.sampling.negatives import Negative, WeightedNegative
+        from comfyui_agd.agd_core.comfyui.step import ActiveAdapter, GuidedStep, with_step
+        from comfyui_agd.agd_core.mixed_precision import MixedPrecision
+
+        adapter = Adapter(config, MixedPrecision)
+        negatives = (WeightedNegative(Negative(self.context)),) if adapter.uses_negative else ()
+        omega, strength = torch.full((1,), 7.0), torch.ones(1)
+        active = ActiveAdapter(adapter, omega, strength, negatives, merged=config.kind.merges)
+        return with_step(options, GuidedStep((active,)))
 
 
 def count(name: str, pixels: int) -> list[dict]:
     """A row per adapter."""
-    import comfy.model_patcher
-
     from comfyui_agd.agd_core.adapter import Adapter
-    from comfyui_agd.agd_core.comfyui.backbones import describe_base
-    from comfyui_agd.agd_core.comfyui.model import tracing
-    from comfyui_agd.agd_core.comfyui.model.host import at_sigma, options_of
-    from comfyui_agd.agd_core.comfyui.sampling.negatives import Negative, WeightedNegative
-    from comfyui_agd.agd_core.comfyui.step import ActiveAdapter, GuidedStep, with_step
     from comfyui_agd.agd_core.config import AdapterConfig
     from comfyui_agd.agd_core.kinds import kind_config
-    from comfyui_agd.agd_core.mixed_precision import MixedPrecision
-    from comfyui_agd.tests.support.checkpoints import on_meta
 
-    model, meta = on_meta(name), torch.device("meta")
-    patcher = comfy.model_patcher.ModelPatcher(model, load_device=meta, offload_device=meta)
-    base, options = describe_base(model), options_of(patcher)
-    sizes, shape = model.model_config.unet_config, (4, pixels // 8, pixels // 8)
-    pooled = {"y": torch.zeros(1, sizes["adm_in_channels"])} if sizes.get("adm_in_channels") else {}
-    context = torch.zeros(1, _TOKENS, sizes["context_dim"])
-
-    def flops(config: AdapterConfig | None, steps: int) -> int:
-        """Of so many steps of one sampling."""
-
-        def evaluate(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            own = at_sigma(options, sigma)
-            if config is not None:
-                adapter = Adapter(config, MixedPrecision)
-                negatives = (WeightedNegative(Negative(context)),) if adapter.uses_negative else ()
-                active = ActiveAdapter(
-                    adapter, torch.full((1,), 7.0), torch.ones(1), negatives, merged=config.kind.merges
-                )
-                own = with_step(own, GuidedStep((active,)))
-            for _ in range(steps):
-                out = model.apply_model(x, sigma, c_crossattn=context, transformer_options=own, **pooled)
-            return out
-
-        return tracing.teacher(model, evaluate, shape, 1).flops
-
-    unguided, rows = flops(None, 1), []
+    model = MetaModel(name, pixels)
+    unguided, rows = model.flops(None, 1), []
     for method, settings in ADAPTERS.items():
-        config = AdapterConfig(base.layers, kind_config(**settings))
-        one, two = flops(config, 1), flops(config, 2)
+        config = AdapterConfig(model.base.layers, kind_config(**settings))
+        one, two = model.flops(config, 1), model.flops(config, 2)
         with torch.device("meta"):
             parameters = Adapter(config).parameter_count()
         row = {"model": name, "size": f"{pixels}x{pixels}", "method": method, "parameters": parameters}
@@ -73,18 +100,10 @@ def count(name: str, pixels: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="SD 1.5 only")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    args = parser.parse_args()
+    args = benchmark_parser(__doc__, quick="SD 1.5 only").parse_args()
     use_comfyui(cpu=True)
-    rows = [row for case in (CASES[:1] if args.quick else CASES) for row in count(*case)]
-    print(f"{'model':<8}{'size':>11}  {'method':<14}{'parameters':>12}{'per step':>10}{'per sampling':>14}")
-    for row in rows:
-        print(
-            f"{row['model']:<8}{row['size']:>11}  {row['method']:<14}{row['parameters']:>12,}"
-            f"{row['added_per_step']:>+10.2%}{row['added_per_sampling']:>+14.2%}"
-        )
+    rows = [row for model in (MODELS[:1] if args.quick else MODELS) for row in count(*model)]
+    print(*console_table(_COLUMNS, rows), sep="\n")
     if args.json:
         write_rows(args.json, rows)
 

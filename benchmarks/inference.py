@@ -10,17 +10,12 @@ quartiles of the ratio to the unguided step of the same round beside them.
 Two figures besides, for adapters whose cost drowns in the noise of a step. `inside`: the share of the step that is
 spent in the adapter, timed at its calls in further steps (on a GPU by the device's own clock); the attention to the
 negative prompt is the base's own and not inside. `floor`: what must be spent, counted: the FLOPs beyond the unguided
-step's, that attention's among them, and the bytes that the adapter moves at least (its weights once; each site's input,
-attention output, sum, and delta).
+step's, that attention's among them, and the bytes that the adapter moves at least (its weights once; each adapted
+layer's input, attention output, sum, and delta).
 """
 
 import argparse
-import ctypes
-import gc
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,12 +25,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
+from comfyui_agd.benchmarks.command_line import add_base, benchmark_parser
+from comfyui_agd.benchmarks.machine import device_name, release_memory
+from comfyui_agd.benchmarks.output import write_rows
+from comfyui_agd.examples.toy.tables import Column, console_table
 
 # Our re-implementation of the paper's adapter, which differs from the authors' own in size and form (docs/method.md).
 PAPER = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
 ADAPTERS = {
-    "agd": {"rank": 4},
-    "agd-modulated": {"rank": 4, "modulated": True},  # what it costs where low-rank changes can't be in the weights
+    "agd": {"kind": "delta", "rank": 4},
+    # What it costs where low-rank changes can't be in the weights.
+    "agd-modulated": {"kind": "delta", "rank": 4, "modulated": True},
     "paper-128": {**PAPER, "hidden": 128},
     "paper-320": {**PAPER, "hidden": 320},
 }
@@ -45,8 +45,8 @@ STEPS_INSIDE = 2
 
 
 @dataclass(frozen=True)
-class Case:
-    """A model at a picture size, how many rounds are measured, and whether people sample at larger sizes."""
+class ModelAtSize:
+    """A model, the size of its pictures, how many rounds are measured, and whether people sample at larger sizes."""
 
     model: str
     pixels: int
@@ -55,10 +55,10 @@ class Case:
     reduced: bool = False
 
 
-FULL = {"cpu": [Case("SD 1.5", 512, 6), Case("SDXL", 256, 6, 1280, reduced=True)]}
-FULL["cuda"] = [Case("SD 1.5", 512, 40), Case("SDXL", 1024, 40, 1280)]
-QUICK = {"cpu": [Case("SD 1.5", 256, 5, reduced=True)]}
-QUICK["cuda"] = [Case("SD 1.5", 512, 10), Case("SDXL", 1024, 10, 1280)]
+FULL = {"cpu": [ModelAtSize("SD 1.5", 512, 6), ModelAtSize("SDXL", 256, 6, 1280, reduced=True)]}
+FULL["cuda"] = [ModelAtSize("SD 1.5", 512, 40), ModelAtSize("SDXL", 1024, 40, 1280)]
+QUICK = {"cpu": [ModelAtSize("SD 1.5", 256, 5, reduced=True)]}
+QUICK["cuda"] = [ModelAtSize("SD 1.5", 512, 10), ModelAtSize("SDXL", 1024, 10, 1280)]
 
 
 @dataclass
@@ -111,7 +111,7 @@ def timed_sampler(clock: Clock, seconds: list[float]):
     return Timed()
 
 
-def sampling_of(model, cfg: float, case: Case, clock: Clock) -> Callable[[int], list[float]]:
+def sampling_of(model, cfg: float, at: ModelAtSize, clock: Clock) -> Callable[[int], list[float]]:
     """A function that takes so many steps and returns the seconds of each."""
     import comfy.samplers
 
@@ -119,11 +119,11 @@ def sampling_of(model, cfg: float, case: Case, clock: Clock) -> Callable[[int], 
     generator = torch.Generator().manual_seed(1)
 
     def prompt() -> list:
-        pooled = {"pooled_output": torch.randn(1, case.pooled, generator=generator)}
+        pooled = {"pooled_output": torch.randn(1, at.pooled, generator=generator)}
         return [[torch.randn(1, 77, width, generator=generator), pooled]]
 
     positive, negative = prompt(), prompt()
-    noise = torch.randn(1, 4, case.pixels // 8, case.pixels // 8, generator=generator)
+    noise = torch.randn(1, 4, at.pixels // 8, at.pixels // 8, generator=generator)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 20)
 
     @torch.inference_mode()
@@ -139,7 +139,9 @@ def sampling_of(model, cfg: float, case: Case, clock: Clock) -> Callable[[int], 
     return run
 
 
-def make_methods(case: Case, dtype: torch.dtype, device: torch.device, compiled: bool, clock: Clock) -> list[Method]:
+def make_methods(
+    at: ModelAtSize, dtype: torch.dtype, device: torch.device, compiled: bool, clock: Clock
+) -> list[Method]:
     import comfy.model_patcher
 
     from comfyui_agd.agd_core.adapter import Adapter
@@ -151,7 +153,7 @@ def make_methods(case: Case, dtype: torch.dtype, device: torch.device, compiled:
     from comfyui_agd.tests.support.small import info_for, randomised
 
     base = comfy.model_patcher.ModelPatcher(
-        random_model(case.model, dtype, device), load_device=device, offload_device=torch.device("cpu")
+        random_model(at.model, device, dtype), load_device=device, offload_device=torch.device("cpu")
     )
 
     def whole(model):
@@ -163,22 +165,16 @@ def make_methods(case: Case, dtype: torch.dtype, device: torch.device, compiled:
 
     def method(name: str, model, cfg: float, adapter: torch.nn.Module | None = None) -> Method:
         model, counter = (model, None) if compiled else counted(model)
-        return Method(name, sampling_of(whole(model), cfg, case, clock), counter, adapter)
+        return Method(name, sampling_of(whole(model), cfg, at, clock), counter, adapter)
 
     methods = [method("unguided", base, 1.0), method("cfg", base, OMEGA)]
     for name, config in ADAPTERS.items():
         info = info_for(describe_base(base.model), **config)
-        state = randomised(Adapter(info.config)).state_dict()
-        model = apply_adapter(base, info, state, source=name, notify=lambda message: None)
+        weights = randomised(Adapter(info.config)).state_dict()
+        model = apply_adapter(base, info, weights, source=name, notify=lambda message: None)
         (patcher,) = model.get_additional_models_with_key(KEY)
         methods.append(method(name, model, OMEGA, patcher.model))
     return methods
-
-
-def release_memory() -> None:
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_bytes(method: Method, device: torch.device) -> int | None:
@@ -188,31 +184,32 @@ def peak_bytes(method: Method, device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         method.sampling(1)
         return torch.cuda.max_memory_allocated(device)
-    status, forget = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not forget.exists():
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
         return None
-    forget.write_text("5")  # the peak starts again from what is used now
+    clear.write_text("5")  # the peak starts again from what is used now
     method.sampling(1)
     (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 
-class Doors:
-    """Wraps what the hooks call of an adapter, and its layers, for some steps: seconds inside, bytes moved there."""
+class AdapterTimer:
+    """Wraps what a model calls of an adapter, and the adapter's layers, for some steps.
 
-    _MOVED = {
-        "add_after_attention": 3,
-        "add_inside_attention": 4,
-        "add_at_linear": 3,
-    }  # tensors of the result's size that come or go
+    Counts the seconds inside, and the bytes moved at the layers that it adapts.
+    """
+
+    _ENTRY = "adapter"
+    # Tensors of the result's size that come or go.
+    _MOVED = {"add_after_attention": 3, "add_inside_attention": 4, "add_at_linear": 3}
 
     def __init__(self, adapter: torch.nn.Module, clock: Clock):
         self.clock, self.moved = clock, 0
         parts = {"encoder": adapter.encoders, **dict(adapter.kind.named_children())}
         groups = {name: [m for m in part.modules() if not list(m.children())] for name, part in parts.items()}
-        self.calls = [(adapter, method, "doors") for method in ("prepare", *self._MOVED)]
+        self.calls = [(adapter, method, self._ENTRY) for method in ("prepare", *self._MOVED)]
         self.calls += [(layer, "forward", name) for name, layers in groups.items() for layer in layers]
-        self.moments: dict[str, list] = {name: [] for name in ("doors", *groups)}
+        self.moments: dict[str, list] = {name: [] for name in (self._ENTRY, *groups)}
 
     def __enter__(self):
         for owner, method, name in self.calls:
@@ -235,37 +232,50 @@ class Doors:
         return timed
 
     def seconds(self) -> float:
-        return self._total("doors")
+        return self._total(self._ENTRY)
 
     def shares(self) -> dict[str, float]:
         """Of the seconds inside: by layer, and what is left for reshaping, adding up, and attention of its own."""
-        shares = {name: self._total(name) / self.seconds() for name in self.moments if name != "doors"}
+        shares = {name: self._total(name) / self.seconds() for name in self.moments if name != self._ENTRY}
         return shares | {"the rest": 1 - sum(shares.values())}
 
     def _total(self, name: str) -> float:
         return sum(self.clock.between(*pair) for pair in self.moments[name])
 
 
-def look_inside(methods: list[Method], device: torch.device, clock: Clock, compiled: bool) -> None:
+def counted_per_step(method: Method) -> tuple[int, int]:
+    """(evaluations, FLOPs) of a step that is not a sampling's first."""
+    counts = []
+    for steps in (1, 2):
+        method.rows.clear()
+        with FlopCounterMode(display=False) as flops:
+            method.sampling(steps)
+        counts.append((method.rows.total, flops.get_total_flops()))
+    evaluations, flops = (b - a for a, b in zip(*counts, strict=True))
+    return evaluations, flops
+
+
+def measure_adapter(method: Method, clock: Clock) -> dict:
+    """The time inside the adapter, and the bytes that it moves at least."""
+    with AdapterTimer(method.adapter, clock) as timer:
+        spent = sum(method.sampling(STEPS_INSIDE))
+    weights = sum(parameter.nbytes for parameter in method.adapter.parameters())
+    return {
+        "inside": timer.seconds() / spent,
+        "inside_shares": timer.shares(),
+        "floor_bytes": weights + timer.moved // STEPS_INSIDE,
+    }
+
+
+def measure_besides(methods: list[Method], device: torch.device, clock: Clock, compiled: bool) -> None:
     """All that is measured or counted besides the seconds of a step."""
     for method in methods:
-        found = method.found
-        found["peak_bytes"] = peak_bytes(method, device)
+        method.found["peak_bytes"] = peak_bytes(method, device)
         if compiled:
-            continue  # compiled code has no doors, and its rows and FLOPs are those of the other runs
-        counted = []
-        for steps in (1, 2):
-            method.rows.clear()
-            with FlopCounterMode(display=False) as flops:
-                method.sampling(steps)
-            counted.append((method.rows.total, flops.get_total_flops()))
-        found["evaluations_per_step"], found["flops_per_step"] = (b - a for a, b in zip(*counted, strict=True))
+            continue  # an adapter's calls are compiled away, and rows and FLOPs are those of the other runs
+        method.found["evaluations_per_step"], method.found["flops_per_step"] = counted_per_step(method)
         if method.adapter is not None:
-            with Doors(method.adapter, clock) as doors:
-                spent = sum(method.sampling(STEPS_INSIDE))
-            weights = sum(parameter.nbytes for parameter in method.adapter.parameters())
-            found |= {"inside": doors.seconds() / spent, "inside_shares": doors.shares()}
-            found["floor_bytes"] = weights + doors.moved // STEPS_INSIDE
+            method.found |= measure_adapter(method, clock)
 
 
 def measure(methods: list[Method], rounds: int) -> None:
@@ -278,7 +288,7 @@ def measure(methods: list[Method], rounds: int) -> None:
         print(f"  round {done + 1} of {rounds}", flush=True)
 
 
-def rows_of(case: Case, dtype: str, device: str, compiled: bool, methods: list[Method]) -> list[dict]:
+def rows_of(at: ModelAtSize, dtype: str, device: str, compiled: bool, methods: list[Method]) -> list[dict]:
     of = {method.name: method for method in methods}
     unguided, cfg = of["unguided"], of["cfg"]
     rows = []
@@ -287,9 +297,9 @@ def rows_of(case: Case, dtype: str, device: str, compiled: bool, methods: list[M
         ratios = [a / b for a, b in zip(method.seconds, unguided.seconds, strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
         row = {
-            "model": case.model,
-            "size": f"{case.pixels}x{case.pixels}",
-            "reduced": case.reduced,
+            "model": at.model,
+            "size": f"{at.pixels}x{at.pixels}",
+            "reduced": at.reduced,
             "device": device,
             "dtype": dtype,
             "compiled": compiled,
@@ -307,18 +317,27 @@ def rows_of(case: Case, dtype: str, device: str, compiled: bool, methods: list[M
     return rows
 
 
-def print_table(rows: list[dict]) -> None:
-    print(f"{'method':<14} {'rows':>4} {'s/step':>8} {'/unguided':>9} {'quartiles':>13} {'/cfg':>6} {'peak GB':>8} "
-          f"{'inside':>7} {'floor':>7} {'floor MB':>8}")  # fmt: skip
-    for row in rows:
-        low, high = row["ratio_quartiles"]
-        inside = f"{row['inside']:7.2%}" if "inside" in row else " " * 7
-        floor = f"{row['floor_flops']:7.2%}" if "inside" in row else " " * 7
-        moved = f"{row['floor_bytes'] / 1e6:8.0f}" if "floor_bytes" in row else ""
-        peak = f"{row['peak_bytes'] / 1e9:8.2f}" if row["peak_bytes"] else " " * 8
-        print(f"{row['method']:<14} {row.get('evaluations_per_step', ''):>4} {row['seconds_per_step']:8.4f} "
-              f"{row['ratio_to_unguided']:9.3f} {low:6.3f}-{high:6.3f} {row['ratio_to_cfg']:6.3f} {peak} "
-              f"{inside} {floor} {moved}")  # fmt: skip
+def _quartiles(row: dict) -> str:
+    low, high = row["ratio_quartiles"]
+    return f"{low:.3f}-{high:6.3f}"
+
+
+def _of_adapter(key: str, form: str, factor: float = 1) -> Callable[[dict], str]:
+    return lambda row: format(row[key] * factor, form) if "inside" in row else ""
+
+
+_COLUMNS = (
+    Column("method", lambda row: row["method"], -14),
+    Column("rows", lambda row: str(row.get("evaluations_per_step", "")), 5),
+    Column("s/step", lambda row: f"{row['seconds_per_step']:.4f}", 9),
+    Column("/unguided", lambda row: f"{row['ratio_to_unguided']:.3f}", 10),
+    Column("quartiles", _quartiles, 14),
+    Column("/cfg", lambda row: f"{row['ratio_to_cfg']:.3f}", 7),
+    Column("peak GB", lambda row: f"{row['peak_bytes'] / 1e9:.2f}" if row["peak_bytes"] else "", 9),
+    Column("inside", _of_adapter("inside", ".2%"), 8),
+    Column("floor", _of_adapter("floor_flops", ".2%"), 8),
+    Column("floor MB", _of_adapter("floor_bytes", ".0f", 1e-6), 9),
+)
 
 
 def print_shares(rows: list[dict]) -> None:
@@ -336,37 +355,43 @@ def default_dtypes(device: torch.device) -> list[str]:
     return ["bf16" if computes_bf16(device) else "fp32"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+def parse() -> argparse.Namespace:
+    parser = benchmark_parser(__doc__, quick="under five minutes on two CPU cores")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: what the device computes fast")
-    parser.add_argument("--model", choices=("SD 1.5", "SDXL"), help="only this one")
-    parser.add_argument("--rounds", type=int, help="instead of each case's own number")
+    parser.add_argument("--rounds", type=int, help="instead of each model's own number")
     parser.add_argument("--compile", action="store_true", help="through ComfyUI's TorchCompileModel")
-    parser.add_argument("--quick", action="store_true", help="under five minutes on two CPU cores")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder, if it is not found by itself")
-    args = parser.parse_args()
+    add_base(parser)
+    return parser.parse_args()
+
+
+def measure_model(at: ModelAtSize, dtype: str, args: argparse.Namespace) -> list[dict]:
+    """A row per method, printed too."""
+    notes = [device_name(args.device), f"{torch.get_num_threads()} threads", dtype]
+    notes += ["smaller than people sample at"] * at.reduced + ["compiled"] * args.compile
+    print(f"\n{at.model} at {at.pixels}x{at.pixels} ({', '.join(notes)})", flush=True)
+    device = torch.device(args.device)
+    clock = Clock(device)
+    methods = make_methods(at, DTYPES[dtype], device, args.compile, clock)
+    measure(methods, args.rounds or at.rounds)
+    measure_besides(methods, device, clock, args.compile)
+    rows = rows_of(at, dtype, args.device, args.compile, methods)
+    print(*console_table(_COLUMNS, rows), sep="\n")
+    print_shares(rows)
+    return rows
+
+
+def main() -> None:
+    args = parse()
     use_comfyui(args.comfyui, cpu=args.device == "cpu")
-    device, clock, rows = torch.device(args.device), Clock(torch.device(args.device)), []
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
-    for case in (QUICK if args.quick else FULL)[args.device]:
-        if args.model not in (None, case.model):
+    rows = []
+    for at in (QUICK if args.quick else FULL)[args.device]:
+        if args.model not in (None, at.model):
             continue
-        for dtype in args.dtype or default_dtypes(device):
-            notes = [name, f"{torch.get_num_threads()} threads", dtype]
-            notes += ["smaller than people sample at"] * case.reduced + ["compiled"] * args.compile
-            print(f"\n{case.model} at {case.pixels}x{case.pixels} ({', '.join(notes)})", flush=True)
-            methods = make_methods(case, DTYPES[dtype], device, args.compile, clock)
-            measure(methods, args.rounds or case.rounds)
-            look_inside(methods, device, clock, args.compile)
-            rows += rows_of(case, dtype, args.device, args.compile, methods)
-            print_table(rows[-len(methods) :])
-            print_shares(rows[-len(methods) :])
-            del methods
+        for dtype in args.dtype or default_dtypes(torch.device(args.device)):
+            rows += measure_model(at, dtype, args)
             release_memory()
             if args.json:
-                args.json.write_text(json.dumps(rows, indent=1) + "\n")
+                write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

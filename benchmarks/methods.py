@@ -1,4 +1,4 @@
-"""The methods that `quality.py` compares: what each is in a line, and how to get it ready. Adding one is one entry."""
+"""The methods that `quality.py` compares: what each is in a line, and how to prepare it. Adding one is one entry."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,8 @@ from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import baselines
-from comfyui_agd.benchmarks.lab import CFG, Lab, Prompts, Ready
+from comfyui_agd.benchmarks.experiment import CFG, KEPT_STEPS, PreparedMethod, ToyExperiment, TrainingPrompts
+from comfyui_agd.examples.toy.gap import CaptionTrajectories, teacher_states
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.evaluate import Evaluation, State, evaluate, omegas_of
 from comfyui_agd.training.trainer import Callbacks, train
@@ -44,121 +45,149 @@ PAPER_SETTINGS = {
 }
 
 
+Prepare = Callable[[ToyExperiment, str], PreparedMethod]  # of an experiment and the method's name
+
+
 @dataclass(frozen=True)
 class Method:
-    """`make(lab, name)` trains it unless the work folder has it. `omegas`: None is those of the run."""
+    """`prepare` trains it unless the work folder has it. `omegas`: None is those of the run."""
 
     what: str
-    make: Callable[[Lab, str], Ready]
+    prepare: Prepare
     omegas: tuple[float, ...] | None = None
 
 
-def sampled(
+@dataclass(frozen=True)
+class TrainingTask:
+    """A training with this config on these prompts; its files have the `name`.
+
+    `captions`: held out, to measure the gap on for a choice between several trainings; `width`: of the only layers that
+    an adapter is for.
+    """
+
+    name: str
+    config: TrainConfig
+    prompts: TrainingPrompts
+    captions: list[str]
+    width: int | None = None
+
+    @property
+    def identity(self) -> dict:
+        """As JSON has it: a result with another identity is of another training."""
+        identity = {"config": self.config.result_settings(), **self.prompts._asdict()}
+        return json.loads(json.dumps(identity | ({"width": self.width} if self.width else {})))
+
+
+# Trains to a file. Returns the gap closed on the task's captions, or None where the training diverged.
+TrainTo = Callable[[ToyExperiment, TrainingTask, Path], float | None]
+
+
+def base_sampled(
     patch: Callable[[comfy.model_patcher.ModelPatcher], comfy.model_patcher.ModelPatcher], **settings
-) -> Callable[[Lab, str], Ready]:
+) -> Prepare:
     """The base itself, sampled in another way. `settings`: what another value of gives other pictures."""
-    return lambda lab, name: Ready(patch(lab.parts.model), {"sampling": settings})
+    return lambda experiment, name: PreparedMethod(patch(experiment.parts.model), {"sampling": settings})
 
 
-def ruled(patch: Callable, rule: GuidanceRule) -> Callable[[Lab, str], Ready]:
+def base_guided(patch: Callable, rule: GuidanceRule) -> Prepare:
     """The base, with both passes combined by a teacher's rule."""
-    return sampled(lambda model: patch(model, rule), way=patch.__name__, rule=dataclasses.asdict(rule))
+    return base_sampled(lambda model: patch(model, rule), way=patch.__name__, rule=dataclasses.asdict(rule))
 
 
 def adapter(
     settings: dict,
     *,
-    hears_negative: bool,
+    uses_negative: bool,
     partial: bool = False,
     percent: float = BUDGET,
     learning_rates: tuple[float, ...] = (2e-3,),
-) -> Callable[[Lab, str], Ready]:
+) -> Prepare:
     """An adapter trained with these settings; of several learning rates the best one's.
 
-    `hears_negative`: whether to learn from random negative prompts too. Those that ignore them learn from empty
+    `uses_negative`: whether to learn from random negative prompts too. Those that ignore them learn from empty
     ones only: what differs by something unseen could only blur what they learn. `partial`: whether from captions
     that leave something open, too.
     """
 
-    def make(lab: Lab, name: str) -> Ready:
-        hidden = widest(lab, settings, percent)
-        configs = [lab.train_config(**settings, hidden=hidden, learning_rate=rate) for rate in learning_rates]
-        prompts = lab.prompts(negatives=hears_negative, partial=partial)
-        config, file = _best(lab, name, configs, prompts, train_adapter)
-        info, state = adapter_file.load_state(file)
-        model = apply_adapter(lab.parts.model, info, state, source=file.name)
-        ready = measured(lab, model, info, state, {"weights": checksum(file)}, config.rule)
-        return dataclasses.replace(ready, file=file)
+    def prepare(experiment: ToyExperiment, name: str) -> PreparedMethod:
+        hidden = widest(experiment, settings, percent)
+        configs = [experiment.train_config(**settings, hidden=hidden, learning_rate=rate) for rate in learning_rates]
+        prompts = experiment.prompts(negatives=uses_negative, partial=partial)
+        config, file = best_trained(experiment, name, configs, prompts, train_adapter)
+        info, weights = adapter_file.load_state(file)
+        model = apply_adapter(experiment.parts.model, info, weights, source=file.name)
+        identity = {"weights": checksum(file)}
+        return dataclasses.replace(prepared(experiment, model, info, weights, identity), rule=config.rule, file=file)
 
-    return make
+    return prepare
 
 
-def untrained(lab: Lab, name: str) -> Ready:
+def untrained(experiment: ToyExperiment, name: str) -> PreparedMethod:
     """The adapter that AGD Adapter Loader has without a file."""
-    info, state = attention_guidance(lab.host().base)
-    model = apply_adapter(lab.parts.model, info, state, source=name)
-    return measured(lab, model, info, state, {"attention-guidance": _sum_of(state)})
+    info, weights = attention_guidance(experiment.host().base)
+    model = apply_adapter(experiment.parts.model, info, weights, source=name)
+    return prepared(experiment, model, info, weights, {"attention-guidance": _sum_of(weights)})
 
 
-def nag(lab: Lab, name: str) -> Ready:
-    patched = baselines.normalised(lab.parts.model, lab.host().base)
-    return Ready(patched, {"nag": [baselines.NAG_TAU, baselines.NAG_ALPHA]})
+def nag(experiment: ToyExperiment, name: str) -> PreparedMethod:
+    patched = baselines.normalised(experiment.parts.model, experiment.host().base)
+    return PreparedMethod(patched, {"nag": [baselines.NAG_TAU, baselines.NAG_ALPHA]})
 
 
-def measured(lab: Lab, model, info, state: dict, identity: dict, rule: GuidanceRule = CFG) -> Ready:
-    adapter, host = Adapter(info.config).eval().requires_grad_(False), lab.host()
-    adapter.load_state_dict(state)
+def prepared(experiment: ToyExperiment, model, info, weights: dict, identity: dict) -> PreparedMethod:
+    """An adapter, its `info` and `weights`, that `model` is patched with."""
+    adapter, host = Adapter(info.config).eval().requires_grad_(False), experiment.host()
+    adapter.load_state_dict(weights)
     adapter.to(host.device)
 
     def at(states: Sequence[State]) -> Evaluation:
         with host.session():
             return evaluate(host, adapter, states)
 
-    return Ready(model, identity, adapter.parameter_count(), at, rule)
+    return PreparedMethod(model, identity, adapter.parameter_count(), at)
 
 
-def _sum_of(state: dict[str, torch.Tensor]) -> float:
-    return sum(value.double().sum().item() for value in state.values())
+def _sum_of(weights: dict[str, torch.Tensor]) -> float:
+    return sum(value.double().sum().item() for value in weights.values())
 
 
-def meng(lab: Lab, name: str) -> Ready:
+def meng(experiment: ToyExperiment, name: str) -> PreparedMethod:
     """Full-model guidance distillation."""
-    configs = [lab.train_config(learning_rate=rate) for rate in (5e-4, 1e-4)]
-    _, file = _best(lab, name, configs, lab.prompts(negatives=False), _train_model)
-    student = baselines.GuidedModel.of_base(lab.host().device)
+    configs = [experiment.train_config(learning_rate=rate) for rate in (5e-4, 1e-4)]
+    _, file = best_trained(experiment, name, configs, experiment.prompts(negatives=False), _train_model)
+    student = baselines.GuidedModel.of_base(experiment.host().device)
     student.unet.load_state_dict(load_file(file))
     student.unet.requires_grad_(False)
     count = sum(parameter.numel() for parameter in student.unet.parameters())
     identity = {"weights": checksum(file)}
-    return Ready(student.patcher(), identity, count, lambda states: evaluate(student, None, states))
+    return PreparedMethod(student.patcher(), identity, count, lambda states: evaluate(student, None, states))
 
 
-def widest(lab: Lab, settings: dict, percent: float, width: int | None = None) -> int:
+def widest(experiment: ToyExperiment, settings: dict, percent: float, width: int | None = None) -> int:
     """The `hidden` with which an adapter of layers of that `width` just stays within that share of the base's."""
-    base, fits = lab.host(width).base, 0
+    base, largest = experiment.host(width).base, 0
     step = 4 if settings["kind"] == "cross_attention" else 1  # its heads share the width
     for hidden in range(step, 513, step):
-        config = lab.train_config(**settings, hidden=hidden).adapter_config(base, prompt_tokens=1)
+        config = experiment.train_config(**settings, hidden=hidden).adapter_config(base, prompt_tokens=1)
         with torch.device("meta"):
-            if Adapter(config).parameter_count() > percent / 100 * lab.base_parameters:
+            if Adapter(config).parameter_count() > percent / 100 * experiment.base_parameters:
                 break
-        fits = hidden
-    if not fits:
+        largest = hidden
+    if not largest:
         raise ValueError(f"No width of {settings} has as few parameters as {percent:g} % of the base's.")
-    return fits
+    return largest
 
 
-def _best(lab: Lab, name: str, configs: list[TrainConfig], prompts: Prompts, train_to: Callable) -> tuple:
-    """(config, file) of the one that closes most of the gap on captions kept for this choice; trains what is missing.
-
-    `train_to(lab, config, prompts, file, captions)` writes the file and returns the gap closed on those captions, or
-    None where the training diverged.
-    """
+def best_trained(
+    experiment: ToyExperiment, name: str, configs: list[TrainConfig], prompts: TrainingPrompts, train_to: TrainTo
+) -> tuple[TrainConfig, Path]:
+    """(config, file) of what closes most of the gap on captions kept for this choice; trains what is missing."""
     found = []
-    configs = configs if lab.sizes.tuned else configs[-1:]
-    captions = lab.choice_captions if len(configs) > 1 else []
+    configs = configs if experiment.sizes.tuned else configs[-1:]
+    captions = experiment.choice_captions if len(configs) > 1 else []
     for config in configs:
-        gap, file = trained(lab, f"{name}-lr{config.learning_rate:g}", config, prompts, captions, train_to)
+        task = TrainingTask(f"{name}-lr{config.learning_rate:g}", config, prompts, captions)
+        gap, file = trained(experiment, task, train_to)
         if gap is not None:
             found.append((gap, config, file))
     if not found:
@@ -166,38 +195,25 @@ def _best(lab: Lab, name: str, configs: list[TrainConfig], prompts: Prompts, tra
     return max(found, key=lambda each: each[0])[1:]
 
 
-def trained(
-    lab: Lab,
-    stem: str,
-    config: TrainConfig,
-    prompts: Prompts,
-    captions: list[str],
-    train_to: Callable,
-    **settings,
-) -> tuple[float | None, Path]:
-    """(gap closed on `captions`, file) of what `train_to` trains, unless the work folder has it; `settings` are its."""
-    file, note = (lab.work.path("models", stem + suffix) for suffix in (".safetensors", ".json"))
-    told = {"config": config.result_settings(), **prompts._asdict()} | settings
-    identity = json.loads(json.dumps(told))
-    with lab.work.alone("models", stem):
+def trained(experiment: ToyExperiment, task: TrainingTask, train_to: TrainTo) -> tuple[float | None, Path]:
+    """What `train_to` returns, and the file that it writes, unless the work folder has both."""
+    file, note = (experiment.work.path("models", task.name + suffix) for suffix in (".safetensors", ".json"))
+    with experiment.work.locked("models", task.name):
         known = json.loads(note.read_text()) if note.exists() else {}
-        if known.get("identity") != identity or not (file.exists() or known["gap_closed"] is None):
-            gap = train_to(lab, config, prompts, file, captions, **settings)
-            known = {"identity": identity, "gap_closed": gap}
+        if known.get("identity") != task.identity or not (file.exists() or known["gap_closed"] is None):
+            known = {"identity": task.identity, "gap_closed": train_to(experiment, task, file)}
             with replacing(note) as temporary:
                 Path(temporary).write_text(json.dumps(known))
     return known["gap_closed"], file
 
 
-def train_adapter(
-    lab: Lab, config: TrainConfig, prompts: Prompts, file: Path, captions: list[str], width: int | None = None
-) -> float | None:
-    """The gap closed on `captions`, or None where the training diverged. `width`: of the only layers to adapt."""
+def train_adapter(experiment: ToyExperiment, task: TrainingTask, file: Path) -> float | None:
+    """A `TrainTo`. A training that was stopped goes on from its run folder."""
+    config, prompts = task.config, task.prompts
     # Trajectories that the student moves on can't be recorded.
-    recording, texts = (None, prompts.captions) if config.on_policy else lab.recording(config, prompts)
-    # A run that was stopped goes on from its folder.
+    recording, texts = (None, prompts.captions) if config.on_policy else experiment.recording(config, prompts)
     known = recording.checksum() if recording else None
-    named = json.dumps([config.result_settings(), prompts.negatives, captions, known])
+    named = json.dumps([config.result_settings(), prompts.negatives, task.captions, known])
     run = file.with_name(f"{file.stem}-{hashlib.sha256(named.encode()).hexdigest()[:12]}.run")
     with tqdm(desc=f"training {file.stem}", total=config.iterations, leave=False) as bar:
 
@@ -205,19 +221,21 @@ def train_adapter(
             if progress.phase == "train":
                 bar.update(progress.step - bar.n)
 
-        how = {"negative": prompts.negatives, "held_out": captions, "folder": run, "recording": recording}
+        how = {"negative": prompts.negatives, "held_out": task.captions, "folder": run, "recording": recording}
         try:
-            found = train(lab.host(width), texts, config, Callbacks(show), **how)
+            found = train(experiment.host(task.width), texts, config, Callbacks(show), **how)
         except FloatingPointError as error:
             tqdm.write(f"{file.stem}: {error}")
             return None
     adapter_file.save(file, found.adapter, found.info)
     shutil.rmtree(run)
-    return found.evaluation.score if captions else 0.0
+    return found.evaluation.score if task.captions else 0.0
 
 
-def _train_model(lab: Lab, config: TrainConfig, prompts: Prompts, file: Path, captions: list[str]) -> float | None:
-    (recording, texts), host = lab.recording(config, prompts), lab.host()
+def _train_model(experiment: ToyExperiment, task: TrainingTask, file: Path) -> float | None:
+    """A `TrainTo`, of a copy of the base."""
+    config, host = task.config, experiment.host()
+    recording, texts = experiment.recording(config, task.prompts)
     torch.manual_seed(config.seed)
     student, encoded = baselines.GuidedModel.of_base(host.device), host.encode(texts)
     with tqdm(desc=f"training {file.stem}", total=config.iterations, leave=False) as bar:
@@ -225,10 +243,10 @@ def _train_model(lab: Lab, config: TrainConfig, prompts: Prompts, file: Path, ca
         baselines.distil_model(student, encoded, batches, config, lambda step: bar.update())
     with replacing(file) as temporary:
         save_file({key: value.contiguous() for key, value in student.unet.state_dict().items()}, temporary)
-    if not captions:
+    if not task.captions:
         return 0.0
-    states = lab.follow(captions, omegas_of(config), config.rule, seed=1)
-    return evaluate(student, None, states).score
+    wanted = CaptionTrajectories(task.captions, omegas_of(config), rule=config.rule, keep=KEPT_STEPS)
+    return evaluate(student, None, teacher_states(experiment.host(), wanted)).score
 
 
 def checksum(file: Path) -> str:
@@ -236,41 +254,41 @@ def checksum(file: Path) -> str:
 
 
 METHODS: dict[str, Method] = {
-    "unguided": Method("the base without guidance", sampled(lambda model: model), omegas=(1.0,)),
-    "cfg": Method("classifier-free guidance, two evaluations per step", sampled(lambda model: model)),
+    "unguided": Method("the base without guidance", base_sampled(lambda model: model), omegas=(1.0,)),
+    "cfg": Method("classifier-free guidance, two evaluations per step", base_sampled(lambda model: model)),
     "cfg_interval": Method(
         f"CFG at {CFG.sigma_min} < sigma <= {CFG.sigma_max}, one evaluation elsewhere (Kynkäänniemi et al. 2024)",
-        ruled(baselines.limited_interval, CFG),
+        base_guided(baselines.limited_interval, CFG),
     ),
     "adaptive": Method(
         "Adaptive Guidance: no second evaluation once the cosine of both noise predictions is above "
         f"{baselines.AGREEMENT} (Castillo et al. 2023)",
-        sampled(baselines.adaptive, agreement=baselines.AGREEMENT),
+        base_sampled(baselines.adaptive, agreement=baselines.AGREEMENT),
     ),
     **{
         f"teacher_{rule}": Method(
             f"the teacher of `delta_{rule}`, two evaluations per step",
-            ruled(baselines.guided_by, GuidanceRule(rule)),
+            base_guided(baselines.guided_by, GuidanceRule(rule)),
         )
         for rule in ("rescale", "apg", "cfg_zero")
     },
     "meng": Method("a copy of the whole base, fine-tuned with an embedding of omega (Meng et al. 2023)", meng),
     "static_lora": Method(
         "a LoRA on all linear layers of the blocks, of strength omega - 1",
-        adapter({"kind": "low_rank", "modulated": False}, hears_negative=False, learning_rates=(2e-3, 5e-4)),
+        adapter({"kind": "low_rank", "modulated": False}, uses_negative=False, learning_rates=(2e-3, 5e-4)),
     ),
     **{
         f"paper_{kind}": Method(
             f"our re-implementation of the paper's {kind.replace('_', '-')} adapter (arXiv 2503.07274), which differs "
             "from the authors' own in size and form",
-            adapter({"kind": kind, **PAPER_SETTINGS}, hears_negative=False, learning_rates=(1e-4, 2e-3)),
+            adapter({"kind": kind, **PAPER_SETTINGS}, uses_negative=False, learning_rates=(1e-4, 2e-3)),
         )
         for kind in ("cross_attention", "offset")
     },
     "training_free": Method(
         "prompt and negative take turns, and CFG combines what was evaluated with what the steps around it tell of the "
         "other; nothing trained",
-        sampled(apply_training_free, way="alternating", near=NEAR, agrees=AGREES),
+        base_sampled(apply_training_free, way="alternating", near=NEAR, agrees=AGREES),
     ),
     "attention_guidance": Method("guidance in the attention with constants, nothing trained", untrained),
     "nag": Method(
@@ -280,46 +298,46 @@ METHODS: dict[str, Method] = {
     ),
     "calibrated": Method(
         "`attention_guidance` with a few numbers per channel, fitted in 150 iterations",
-        adapter({"kind": "scale", "iterations": 150}, hears_negative=True, learning_rates=(2e-2,)),
+        adapter({"kind": "scale", "iterations": 150}, uses_negative=True, learning_rates=(2e-2,)),
     ),
-    "ours": Method(f"the default adapter, at most {BUDGET:g} % of the base", adapter(OURS, hears_negative=True)),
+    "ours": Method(f"the default adapter, at most {BUDGET:g} % of the base", adapter(OURS, uses_negative=True)),
     "ours_third": Method(
         "`ours` with a third of the iterations and teacher evaluations",
-        adapter({**OURS, "iterations": 400}, hears_negative=True),
+        adapter({**OURS, "iterations": 400}, uses_negative=True),
     ),
     "ours_longer": Method(
         "`ours` with three times the iterations and teacher evaluations",
-        adapter({**OURS, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),
+        adapter({**OURS, "iterations": 3600}, uses_negative=True, learning_rates=(3e-3,)),
     ),
     **{
         f"ours_{percent}pct": Method(
             f"`ours`, at most {percent} %, with rank {_SMALL_RANKS[percent]}",
             adapter(
-                {**OURS, "encoder_width": width, "rank": _SMALL_RANKS[percent]}, hears_negative=True, percent=percent
+                {**OURS, "encoder_width": width, "rank": _SMALL_RANKS[percent]}, uses_negative=True, percent=percent
             ),
         )
         for percent, width in SMALL_ENCODERS.items()
     },
     "ours_open": Method(
         "`ours` with a quarter of the captions leaving something open",
-        adapter(OURS, hears_negative=True, partial=True),
+        adapter(OURS, uses_negative=True, partial=True),
     ),
     "modulated": Method(
         "`ours` with its low-rank part modulated by t and omega",
-        adapter({**OURS, "modulated": True}, hears_negative=True),
+        adapter({**OURS, "modulated": True}, uses_negative=True),
     ),
     "modulated_longer": Method(
         "`ours_longer` with its low-rank part modulated by t and omega",
-        adapter({**OURS, "modulated": True, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),
+        adapter({**OURS, "modulated": True, "iterations": 3600}, uses_negative=True, learning_rates=(3e-3,)),
     ),
-    "delta": Method("`ours`, wider, without its low-rank part", adapter(DELTA, hears_negative=True)),
+    "delta": Method("`ours`, wider, without its low-rank part", adapter(DELTA, uses_negative=True)),
     "delta_longer": Method(
         "`ours_longer`, wider, without its low-rank part",
-        adapter({**DELTA, "iterations": 3600}, hears_negative=True, learning_rates=(3e-3,)),
+        adapter({**DELTA, "iterations": 3600}, uses_negative=True, learning_rates=(3e-3,)),
     ),
     **{
         f"delta_{rule}": Method(
-            f"`delta`, learnt from the teacher `{rule}`", adapter({**DELTA, "teacher": rule}, hears_negative=True)
+            f"`delta`, learnt from the teacher `{rule}`", adapter({**DELTA, "teacher": rule}, uses_negative=True)
         )
         for rule in ("interval", "rescale", "apg", "cfg_zero")
     },

@@ -1,38 +1,15 @@
-"""How good a set of pictures is, from their features, and how sure of that one may be. Torch only."""
+"""How good a set of pictures is, from their features, with standard errors. Torch only."""
 
 import functools
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from comfyui_agd.examples.toy.judge import frechet_distance
+from comfyui_agd.examples.toy.standard_errors import jackknife, mean_and_error
 
-BLOCKS = 16  # that the jackknife leaves out in turn
 NEIGHBOURS = 3
-
-
-def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """The mean of independent values (n,) and its standard error; of yes and no (0, 1) that is the binomial one.
-
-    A single value has none: nan.
-    """
-    values = values.double()
-    error = values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return values.mean().item(), error
-
-
-def jackknife(statistic: Callable[[torch.Tensor], float], count: int) -> tuple[float, float]:
-    """`statistic` of all of `count` samples, and its standard error from leaving out a block of them at a time.
-
-    `statistic` is given the indices (n,) of the samples it may use. Blocks are consecutive samples: of other prompts
-    and, where noise is drawn batch by batch, of other seeds.
-    """
-    everything = torch.arange(count)
-    blocks = everything.tensor_split(min(BLOCKS, count))
-    found = torch.tensor([statistic(everything[~torch.isin(everything, block)]) for block in blocks])
-    error = ((len(blocks) - 1) / len(blocks) * (found - found.mean()).square().sum()).sqrt()
-    return statistic(everything), error.item()
 
 
 def frechet(features: torch.Tensor, reference: torch.Tensor, *, paired: bool = False) -> tuple[float, float]:
@@ -58,6 +35,13 @@ def frechet_above(features: torch.Tensor, other: torch.Tensor, reference: torch.
     return jackknife(difference, len(features))
 
 
+class Reference(NamedTuple):
+    """Features (m, d) of real pictures, and the `radii` (m,) around them."""
+
+    features: torch.Tensor
+    radii: torch.Tensor
+
+
 def radii(features: torch.Tensor, neighbours: int = NEIGHBOURS) -> torch.Tensor:
     """The distance of each feature (n, d) to its k-th nearest other one: (n,)."""
     return torch.cdist(features, features).kthvalue(min(neighbours + 1, len(features)), dim=1).values  # 1st: itself
@@ -68,12 +52,9 @@ def covered(features: torch.Tensor, others: torch.Tensor, radius: torch.Tensor) 
     return (torch.cdist(features, others) <= radius).any(1)
 
 
-def precision(features: torch.Tensor, reference: torch.Tensor, radius: torch.Tensor) -> tuple[float, float]:
-    """Improved precision (Kynkäänniemi et al. 2019, arXiv 1904.06991): the share of samples (n, d) that look real.
-
-    `radius`: the reference's `radii` (m,), the same for every set of samples.
-    """
-    return mean_and_error(covered(features, reference, radius))
+def precision(features: torch.Tensor, reference: Reference) -> tuple[float, float]:
+    """Improved precision (Kynkäänniemi et al. 2019, arXiv 1904.06991): the share of samples (n, d) that look real."""
+    return mean_and_error(covered(features, reference.features, reference.radii))
 
 
 def recall(features: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
@@ -85,18 +66,25 @@ def _recall(features: torch.Tensor, reference: torch.Tensor, own: torch.Tensor) 
     return covered(reference, features[own], radii(features[own])).float().mean().item()
 
 
-def share_of_reduction(own: dict[str, torch.Tensor], cfg: dict[str, torch.Tensor]) -> tuple[float, float]:
+class UnwantedSeen(NamedTuple):
+    """Whether something unwanted is seen without and with the negative prompt that names it: bool (n,) each."""
+
+    without: torch.Tensor
+    with_negative: torch.Tensor
+
+
+def share_of_reduction(own: UnwantedSeen, cfg: UnwantedSeen) -> tuple[float, float]:
     """The share by which something becomes rarer by naming it in the negative prompt, over the share that CFG achieves
-    for the same prompts and noise, and the standard error. Both: whether it is seen `without` and `with` the negative,
-    bool (n,) each. A share, for without the negative the methods don't draw it equally often.
+    for the same prompts and noise, and the standard error. A share, for without the negative prompt the methods don't
+    draw it equally often.
     """
 
-    def reduction(seen: dict[str, torch.Tensor], kept: torch.Tensor) -> float:
-        before = seen["without"][kept].float().mean()
-        return (1 - seen["with"][kept].float().mean() / before).item() if before else math.nan
+    def reduction(seen: UnwantedSeen, kept: torch.Tensor) -> float:
+        before = seen.without[kept].float().mean()
+        return (1 - seen.with_negative[kept].float().mean() / before).item() if before else math.nan
 
     def share(kept: torch.Tensor) -> float:
         of_cfg = reduction(cfg, kept)
         return reduction(own, kept) / of_cfg if of_cfg else math.nan
 
-    return jackknife(share, len(own["with"]))
+    return jackknife(share, len(own.without))

@@ -1,20 +1,47 @@
-"""What the quality commands have in common in what they write."""
+"""What benchmarks write: rows of measured values with their errors, as JSON and in Markdown pages."""
 
-import datetime
+import argparse
 import json
 import math
-import platform
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
+from comfyui_agd.examples.toy.tables import Column, markdown_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def made_on(device: str) -> str:
-    """When and on what, in general words."""
-    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-    return f"{datetime.date.today():%d %B %Y}, on {torch.cuda.get_device_name() if device == 'cuda' else machine}"
+class Figure(NamedTuple):
+    """A measured value in a table: its heading, the row's key, a factor, and the digits after the point."""
+
+    heading: str
+    key: str
+    factor: float = 1
+    digits: int = 3
+
+    def text(self, row: dict) -> str:
+        """The value, and its standard error where there is one."""
+        value, error = row.get(self.key), row.get(f"{self.key}_se")
+        if value is None:
+            return "–"
+        text = f"{round(value * self.factor, self.digits) + 0.0:.{self.digits}f}"  # no "-0.0"
+        return text if error is None else f"{text} ± {error * self.factor:.{self.digits}f}"
+
+
+def columns_of(figures: Iterable[Figure]) -> list[Column]:
+    return [Column(figure.heading, figure.text) for figure in figures]
+
+
+def tables_by_section(
+    rows: list[dict], columns_for: Callable[[list[dict]], Sequence[Column]], title: Callable[[str], str] = str
+) -> str:
+    """Markdown: a heading and a table for each section of the rows. `columns_for` chooses them for a section's rows."""
+    sections: dict[str, list[dict]] = {}
+    for row in rows:
+        sections.setdefault(row["section"], []).append(row)
+    parts = [f"## {title(name)}\n\n{markdown_table(columns_for(own), own)}" for name, own in sections.items()]
+    return "\n\n".join(parts)
 
 
 def number(value: float | None) -> float | None:
@@ -30,19 +57,23 @@ def with_errors(measured: dict[str, tuple[float | None, float | None]]) -> dict[
     return row
 
 
-def write(folder: Path, name: str, page: str, rows: list[dict]) -> None:
-    """`name`.md and `name`.json in a folder of results."""
+def results_folder(args: argparse.Namespace) -> Path | None:
+    """Where a page is to be written: --results, or `RESULTS`, or with --quick nowhere."""
+    return args.results or (None if args.quick else RESULTS)
+
+
+def write_page(folder: Path, name: str, page: str, rows: list[dict]) -> None:
+    """`name`.md and `name`.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(page)
     write_rows(folder / f"{name}.json", rows)
 
 
-def publish(args, name: str, page: str, rows: list[dict]) -> None:
-    """Show the page, and write what a command's `results`, `quick` and `json` ask for."""
+def publish(args: argparse.Namespace, name: str, page: str, rows: list[dict]) -> None:
+    """Print the page, and write what a command's `results`, `quick` and `json` ask for."""
     print(page)
-    results = args.results or (None if args.quick else RESULTS)
-    if results:
-        write(results, name, page, rows)
+    if folder := results_folder(args):
+        write_page(folder, name, page, rows)
     if args.json:
         write_rows(args.json, rows)
 

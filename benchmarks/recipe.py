@@ -24,6 +24,9 @@ from pathlib import Path
 import torch
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
+from comfyui_agd.benchmarks.command_line import benchmark_parser
+from comfyui_agd.benchmarks.output import write_rows
+from comfyui_agd.examples.toy.tables import Column, console_table
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.plot import Diagram
 
@@ -88,7 +91,7 @@ def _every(config: TrainConfig) -> int:
     return max(1, config.iterations // MEASUREMENTS // config.reuse) * config.reuse
 
 
-class Recorded:
+class RecordedTrajectories:
     """Whole trajectories of the training schedule, all of one caption each, recorded before training begins.
 
     Stands in for `training.recording`, which records what online training visits: here every state of a trajectory is
@@ -122,7 +125,7 @@ class Recorded:
     def checksum(self) -> str:
         return f"{self.evaluations} evaluations"
 
-    def source(self, config: TrainConfig, lanes: range) -> "Recorded":
+    def source(self, config: TrainConfig, rows: range) -> "RecordedTrajectories":
         self.order = torch.randperm(self.x.shape[0] * self.x.shape[1], generator=torch.Generator().manual_seed(12))
         return self
 
@@ -149,11 +152,13 @@ class Recorded:
         return {}, {}
 
 
-def measure(host, recipe: Recipe, captions: list[str], held_out: list[str], recorded: Recorded | None) -> list[dict]:
+def measure(
+    host, recipe: Recipe, captions: list[str], held_out: list[str], recorded: RecordedTrajectories | None
+) -> list[dict]:
     """A row per measurement."""
     from comfyui_agd.training.trainer import Callbacks, train
 
-    start, bar = time.perf_counter(), Line(f"{recipe.recipe}, {recipe.variant}")
+    start, bar = time.perf_counter(), ProgressLine(f"{recipe.recipe}, {recipe.variant}")
     trained = train(host, captions, recipe.config, Callbacks(bar), held_out=held_out, recording=recorded)
     seconds, spent = time.perf_counter() - start, trained.info.training["teacher_evaluations"]
     rows = []
@@ -175,8 +180,8 @@ def measure(host, recipe: Recipe, captions: list[str], held_out: list[str], reco
     return rows
 
 
-class Line:
-    """One line on standard error that says how far a recipe is."""
+class ProgressLine:
+    """One line on standard error: how far a recipe is."""
 
     def __init__(self, name: str):
         self.name = name
@@ -189,13 +194,18 @@ class Line:
                 print(file=sys.stderr)
 
 
+_COLUMNS = (
+    Column("recipe", lambda row: row["recipe"], -8),
+    Column("variant", lambda row: row["variant"], -32),
+    Column("iterations", lambda row: f"{row['iteration']:,}", 11),
+    Column("teacher evals", lambda row: f"{row['teacher_evaluations']:,}", 15),
+    Column("gap closed", lambda row: f"{row['gap_closed']:.3f}", 12),
+    Column("seconds", lambda row: str(row["training_seconds"]), 9),
+)
+
+
 def print_table(rows: list[dict]) -> None:
-    print(f"{'recipe':<8}{'variant':<32}{'iterations':>11}{'teacher evals':>15}{'gap closed':>12}{'seconds':>9}")
-    for last in _last(rows):
-        print(
-            f"{last['recipe']:<8}{last['variant']:<32}{last['iteration']:>11,}{last['teacher_evaluations']:>15,}"
-            f"{last['gap_closed']:>12.3f}{last['training_seconds']:>9}"
-        )
+    print(*console_table(_COLUMNS, _last(rows)), sep="\n")
     paper = max(row["gap_closed"] for row in _last(rows) if row["recipe"] == "paper")
     spent = max(row["teacher_evaluations"] for row in rows if row["recipe"] == "paper")
     reached = [r for r in rows if r["recipe"] == "ours" and r["gap_closed"] >= paper]
@@ -230,38 +240,46 @@ def plot(rows: list[dict], file: Path) -> None:
     diagram.image.save(file)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the rows there")
+def parse() -> argparse.Namespace:
+    parser = benchmark_parser(__doc__, quick="a thirtieth of the size: shows that it runs")
     parser.add_argument("--plot", type=Path, help="draw the curves there (PNG)")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these; the others' rows stay as in --json's file")
-    parser.add_argument("--quick", action="store_true", help="a thirtieth of the size: shows that it runs")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = parser.parse_args()
-    use_comfyui(cpu=args.device == "cpu")
-    from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
-    from comfyui_agd.examples.toy.sampling import Toy, captions_of, held_out_captions
-    from comfyui_agd.examples.toy.scenes import draw_scenes
+    return parser.parse_args()
 
-    toy, rows = Toy.load(), []
-    share, captions = (1 / 32 if args.quick else 1.0), captions_of(draw_scenes(2000, 3, held=False))
-    held_out = held_out_captions(HELD_OUT, 29)[1][: 4 if args.quick else HELD_OUT]
+
+def main() -> None:
+    args = parse()
+    use_comfyui(cpu=args.device == "cpu")
+    rows: list[dict] = []
+    share = 1 / 32 if args.quick else 1.0
     chosen = [recipe for recipe in recipes(share) if not args.only or recipe.variant in args.only]
     if args.only and args.json and args.json.exists():
         rows = [row for row in json.loads(args.json.read_text()) if row["variant"] not in args.only]
-    few, recorded = captions[: round(share * CAPTIONS)], None
-    if any(recipe.recipe == "paper" for recipe in chosen):
-        start = time.perf_counter()
-        recorded = Recorded(ComfyHost(toy.model, toy.clip), few)
-        print(f"Recorded {recorded.evaluations:,} evaluations in {time.perf_counter() - start:.0f} s.", file=sys.stderr)
-    for recipe in chosen:
-        host, paper = ComfyHost(toy.model, toy.clip), recipe.recipe == "paper"
-        rows += measure(host, recipe, few if paper else captions, held_out, recorded if paper else None)
+    rows += measure_all(chosen, few=round(share * CAPTIONS), held_out=4 if args.quick else HELD_OUT)
     print_table(rows)
     if args.plot:
         plot(rows, args.plot)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(args.json, rows)
+
+
+def measure_all(chosen: list[Recipe], few: int, held_out: int) -> list[dict]:
+    """`few`: how many captions the paper's recipe is given; `held_out`: how many the gap is measured on."""
+    from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+    from comfyui_agd.examples.toy.sampling import Toy, captions_of, held_out_captions
+    from comfyui_agd.examples.toy.scenes import draw_scenes
+
+    toy, captions = Toy.load(), captions_of(draw_scenes(2000, 3, held=False))
+    measured_on, recorded, rows = held_out_captions(HELD_OUT, 29)[1][:held_out], None, []
+    if any(recipe.recipe == "paper" for recipe in chosen):
+        start = time.perf_counter()
+        recorded = RecordedTrajectories(ComfyHost(toy.model, toy.clip), captions[:few])
+        print(f"Recorded {recorded.evaluations:,} evaluations in {time.perf_counter() - start:.0f} s.", file=sys.stderr)
+    for recipe in chosen:
+        host, paper = ComfyHost(toy.model, toy.clip), recipe.recipe == "paper"
+        texts = captions[:few] if paper else captions
+        rows += measure(host, recipe, texts, measured_on, recorded if paper else None)
+    return rows
 
 
 if __name__ == "__main__":

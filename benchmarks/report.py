@@ -2,42 +2,46 @@
 
 import colorsys
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 
 from PIL import Image, ImageDraw, ImageFont
 
-from comfyui_agd.benchmarks import lab, metrics
+from comfyui_agd.benchmarks import metrics
+from comfyui_agd.benchmarks.experiment import BLOCKS, BUDGETS, REUSE, TRAINING_BATCH, Sizes
 from comfyui_agd.benchmarks.methods import BUDGET, METHODS
+from comfyui_agd.benchmarks.output import Figure, columns_of
 from comfyui_agd.examples.toy.measure import omega_star
 from comfyui_agd.examples.toy.sampling import SAMPLER, SCHEDULER, STEPS
 from comfyui_agd.examples.toy.scenes import HELD_OUT_UNWANTED
-from comfyui_agd.training.plot import Diagram
+from comfyui_agd.examples.toy.standard_errors import BLOCKS as JACKKNIFE_BLOCKS
+from comfyui_agd.examples.toy.tables import Column, console_table, markdown_table
+from comfyui_agd.training.plot import Diagram, stacked
 
-# Heading, key of the row, factor, digits after the point.
-_COLUMNS = (
-    ("parameters, %", "parameters_percent", 1, 1),
-    ("evaluations per step", "evaluations_per_step", 1, 2),
-    ("ms per picture", "seconds_per_image", 1000, 0),
-    ("prompt accuracy, %", "prompt_accuracy", 100, 1),
-    ("above CFG's, points", "prompt_accuracy_above_cfg", 100, 1),
-    ("Fréchet to real", "frechet_to_real", 1, 1),
-    ("above CFG's", "frechet_above_cfg", 1, 1),
-    ("Fréchet to CFG", "frechet_to_cfg", 1, 1),
-    ("precision", "precision", 1, 3),
-    ("recall", "recall", 1, 3),
-    ("gap closed", "gap_closed", 1, 3),
-    ("cosine", "direction_cosine", 1, 3),
-    ("unwanted without, %", "unwanted_without", 100, 1),
-    ("unwanted with negative, %", "unwanted_with", 100, 1),
-    ("of CFG's reduction", "negative_reduction", 1, 2),
+_FIGURES = (
+    Figure("parameters, %", "parameters_percent", 1, 1),
+    Figure("evaluations per step", "evaluations_per_step", 1, 2),
+    Figure("ms per picture", "seconds_per_image", 1000, 0),
+    Figure("prompt accuracy, %", "prompt_accuracy", 100, 1),
+    Figure("above CFG's, points", "prompt_accuracy_above_cfg", 100, 1),
+    Figure("Fréchet to real", "frechet_to_real", 1, 1),
+    Figure("above CFG's", "frechet_above_cfg", 1, 1),
+    Figure("Fréchet to CFG", "frechet_to_cfg", 1, 1),
+    Figure("precision", "precision", 1, 3),
+    Figure("recall", "recall", 1, 3),
+    Figure("gap closed", "gap_closed", 1, 3),
+    Figure("cosine", "direction_cosine", 1, 3),
+    Figure("unwanted without, %", "unwanted_without", 100, 1),
+    Figure("unwanted with negative, %", "unwanted_with", 100, 1),
+    Figure("of CFG's reduction", "negative_reduction", 1, 2),
 )
 _ONLY_AT_EQUAL_STEPS = ("gap_closed", "direction_cosine", "unwanted_without", "unwanted_with", "negative_reduction")
-_COMPARED = [column for column in _COLUMNS if column[1] in ("prompt_accuracy", "frechet_to_real")]
+_AT_FEWER_STEPS = [figure for figure in _FIGURES if figure.key not in ("parameters_percent", *_ONLY_AT_EQUAL_STEPS)]
+_COMPARED = [figure for figure in _FIGURES if figure.key in ("prompt_accuracy", "frechet_to_real")]
 _PLOTS = (
     ("Prompt accuracy, %", "prompt_accuracy", 100),
     ("Frechet distance to real pictures", "frechet_to_real", 1),  # PIL's font lacks the accent
 )
-# As many as can be told apart.
+# As many as can be distinguished.
 _PLOTTED = (
     *("unguided", "cfg", "cfg_interval", "adaptive", "meng", "static_lora", "paper_cross_attention", "paper_offset"),
     *("training_free", "attention_guidance", "nag", "calibrated", "ours", "ours_longer"),
@@ -53,14 +57,6 @@ def in_order(rows: list[dict]) -> list[dict]:
     return sorted(known, key=lambda row: (places[row["method"]], row["omega"], -row["steps"]))
 
 
-def _cell(row: dict, key: str, factor: float, digits: int) -> str:
-    value, error = row.get(key), row.get(f"{key}_se")
-    if value is None:
-        return "–"
-    text = f"{round(value * factor, digits) + 0.0:.{digits}f}"  # no "-0.0"
-    return text if error is None else f"{text} ± {error * factor:.{digits}f}"
-
-
 def _evaluations(row: dict) -> float:
     return row["evaluations_per_step"] * row["steps"]
 
@@ -71,16 +67,12 @@ def _at_equal_steps(rows: list[dict]) -> list[dict]:
 
 def _with_gaps(rows: list[dict]) -> list[dict]:
     """A row of each method that has a gap to measure; it is measured at all omegas at once."""
-    return list({row["method"]: row for row in rows if _gap_columns([row])}.values())
+    return list({row["method"]: row for row in rows if _gap_figures([row])}.values())
 
 
-def _gap_columns(rows: list[dict]) -> list[tuple]:
+def _gap_figures(rows: list[dict]) -> list[Figure]:
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith("gap_closed_at_"))
-    return [(f"at omega {key.rsplit('_', 1)[1]}", key, 1, 3) for key in keys if not key.endswith("_se")]
-
-
-def _parameters(row: dict) -> str:
-    return f"{row['parameters_percent']:.1f}"
+    return [Figure(f"at omega {key.rsplit('_', 1)[1]}", key) for key in keys if not key.endswith("_se")]
 
 
 def _at_equal_time(rows: list[dict], budget: int) -> list[dict]:
@@ -88,9 +80,9 @@ def _at_equal_time(rows: list[dict], budget: int) -> list[dict]:
     return [row for row in rows if 0.85 * budget <= _evaluations(row) <= 1.05 * budget]
 
 
-def surely_better(row: dict, other: dict) -> bool:
-    """Whether `row` takes no more evaluations than the other and is surely better in accuracy or Fréchet distance, by
-    two standard errors of their difference to CFG, and surely worse in neither."""
+def significantly_better(row: dict, other: dict) -> bool:
+    """Whether `row` takes no more evaluations than the other and is better in accuracy or Fréchet distance, by two
+    standard errors of their difference to CFG, and worse in neither by as much."""
     if _evaluations(row) > 1.02 * _evaluations(other):
         return False
     gains = []
@@ -106,49 +98,58 @@ def _dominance(rows: list[dict]) -> list[dict]:
     named = {id(row): f"`{row['method']}` at {row['steps']} steps" for row in own}
     found = []
     for row in own:
-        by = [named[id(other)] for other in own if surely_better(other, row)]
+        by = [named[id(other)] for other in own if significantly_better(other, row)]
         more = [f"{len(by) - _NAMED} more"] if len(by) > _NAMED else []
         found.append(row | {"by": ", ".join(by[:_NAMED] + more) or "none"})
     return found
 
 
-def plain(rows: list[dict]) -> str:
+def _shown(row: dict, key: str) -> str:
+    return "" if row[key] is None else f"{row[key]:.3f}"
+
+
+_CONSOLE = (
+    Column("method", lambda row: row["method"], -24),
+    Column("omega", lambda row: f"{row['omega']:g}", 6),
+    Column("steps", lambda row: str(row["steps"]), 6),
+    Column("evals", lambda row: f"{_evaluations(row):.1f}", 7),
+    Column("accuracy", lambda row: f"{row['prompt_accuracy']:.4f}", 10),
+    Column("Fréchet", lambda row: f"{row['frechet_to_real']:.2f}", 9),
+    Column("gap", lambda row: _shown(row, "gap_closed"), 7),
+    Column("negative", lambda row: _shown(row, "negative_reduction"), 10),
+)
+
+
+def plain(rows: list[dict]) -> Iterator[str]:
     """For a terminal."""
-    lines = [
-        f"{'method':<24}{'omega':>6}{'steps':>6}{'evals':>7}{'accuracy':>10}{'Fréchet':>9}{'gap':>7}{'negative':>10}"
-    ]
-    for row in rows:
-        closed, heard = ("" if row[key] is None else f"{row[key]:.3f}" for key in ("gap_closed", "negative_reduction"))
-        lines.append(
-            f"{row['method']:<24}{row['omega']:>6g}{row['steps']:>6}{_evaluations(row):>7.1f}"
-            f"{row['prompt_accuracy']:>10.4f}{row['frechet_to_real']:>9.2f}{closed:>7}{heard:>10}"
-        )
-    return "\n".join(lines)
+    return console_table(_CONSOLE, rows)
 
 
-def table(rows: list[dict], columns: Iterable[tuple], first: dict[str, Callable[[dict], str]]) -> str:
-    headings = [*first, *(heading for heading, *_ in columns)]
-    lines = [headings, ["---"] * len(headings)]
-    lines += [[*(cell(row) for cell in first.values()), *(_cell(row, *how) for _, *how in columns)] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+_METHOD = Column("method", lambda row: f"`{row['method']}`")
+_PARAMETERS = Column("parameters, %", lambda row: f"{row['parameters_percent']:.1f}")
+_SETTING = (_METHOD, Column("omega", lambda row: f"{row['omega']:g}"))
+_SETTING_IN_TIME = (
+    *_SETTING,
+    Column("steps", lambda row: str(row["steps"])),
+    Column("evaluations per picture", lambda row: f"{_evaluations(row):.1f}"),
+)
+_DOMINATED = (*_SETTING_IN_TIME, Column("surely better for no more evaluations", lambda row: row["by"]))
 
 
-def page(rows: list[dict], real: dict, sizes: lab.Sizes, made: str) -> str:
+def _table(first: Iterable[Column], figures: Iterable[Figure], rows: list[dict]) -> str:
+    return markdown_table([*first, *columns_of(figures)], rows)
+
+
+def _budgets(rows: list[dict]) -> str:
+    parts = []
+    for budget in BUDGETS:
+        table = _table(_SETTING_IN_TIME, _AT_FEWER_STEPS, _at_equal_time(rows, budget))
+        parts.append(f"### {budget} evaluations per picture\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def page(rows: list[dict], real: dict, sizes: Sizes, made: str) -> str:
     """quality.md. `real`: the row of real pictures; `made`: when and on what."""
-    first = {"method": lambda row: f"`{row['method']}`", "omega": lambda row: f"{row['omega']:g}"}
-    short = [column for column in _COLUMNS if column[1] not in ("parameters_percent", *_ONLY_AT_EQUAL_STEPS)]
-    in_time = first | {
-        "steps": lambda row: str(row["steps"]),
-        "evaluations per picture": lambda row: f"{_evaluations(row):.1f}",
-    }
-    budgets = "\n\n".join(
-        f"### {budget} evaluations per picture\n\n{table(_at_equal_time(rows, budget), short, in_time)}"
-        for budget in lab.BUDGETS
-    )
-    dominated = in_time | {"surely better for no more evaluations": lambda row: row["by"]}
-    there = dict.fromkeys(row["method"] for row in rows)
-    said = "\n".join(f"- `{name}`: {METHODS[name].what}." for name in there)
-    batches = -(-sizes.iterations // lab.REUSE)
     pictures = "/".join(map(str, sorted({row["pictures"] for row in rows})))
     return f"""# How good guidance in one pass is
 
@@ -159,17 +160,17 @@ Written by the command; each value with its standard error.
 
 {STEPS} steps of {SAMPLER}/{SCHEDULER}.
 
-{table([real, *_at_equal_steps(rows)], _COLUMNS, first)}
+{_table(_SETTING, _FIGURES, [real, *_at_equal_steps(rows)])}
 
 ## Gap closed by omega
 
-{table(_with_gaps(rows), _gap_columns(rows), {"method": first["method"], "parameters, %": _parameters})}
+{_table((_METHOD, _PARAMETERS), _gap_figures(rows), _with_gaps(rows))}
 
 ## At equal time
 
 With as many steps as so many evaluations per picture allow.
 
-{budgets}
+{_budgets(rows)}
 
 ### Which are dominated
 
@@ -177,17 +178,25 @@ A row is, where another takes no more evaluations and is better in prompt accura
 standard errors, and worse in neither. Both are compared through their difference to CFG with the same captions and
 noise.
 
-{table(_dominance(rows), _COMPARED, dominated)}
+{_table(_DOMINATED, _COMPARED, _dominance(rows))}
 
 ![prompt accuracy and Fréchet distance against evaluations per picture](quality.png)
 
-## The methods
+{_about_methods(rows, sizes)}
+{_about_measurements(sizes)}"""
+
+
+def _about_methods(rows: list[dict], sizes: Sizes) -> str:
+    there = dict.fromkeys(row["method"] for row in rows)
+    listed = "\n".join(f"- `{name}`: {METHODS[name].what}." for name in there)
+    batches = -(-sizes.iterations // REUSE)
+    return f"""## The methods
 
 - `real`: real pictures of the same captions, once through the autoencoder; no sampler can draw better ones.
-{said}
+{listed}
 
-Trained methods have, unless their line says otherwise, {sizes.iterations} iterations of batch {lab.TRAINING_BATCH}, on
-{batches} recorded batches of the teacher's two predictions ({sizes.captions} captions; each state {lab.REUSE} times,
+Trained methods have, unless their line says otherwise, {sizes.iterations} iterations of batch {TRAINING_BATCH}, on
+{batches} recorded batches of the teacher's two predictions ({sizes.captions} captions; each state {REUSE} times,
 with other omegas up to 6), AdamW with 10 % warm-up and a cosine, clipping at 1 and a moving average of 0.99. Two
 learning rates are tried for the paper's re-implemented adapters (1e-4 and 2e-3), `meng` (1e-4 and 5e-4) and
 `static_lora` (5e-4 and 2e-3): the one counts that closes more of the gap on captions kept for this choice; `ours` has
@@ -195,8 +204,12 @@ learning rates are tried for the paper's re-implemented adapters (1e-4 and 2e-3)
 ignore it learn from as many batches with empty ones only. Adapters have the largest width within {BUDGET:g} % of the
 base's parameters, unless their line says otherwise. How the re-implementations differ from the authors' own adapters:
 [method.md](../../docs/method.md#the-papers-adapters-re-implemented).
+"""
 
-## What is measured
+
+def _about_measurements(sizes: Sizes) -> str:
+    left_out = ", ".join(f'"{word}"' for word in HELD_OUT_UNWANTED)
+    return f"""## What is measured
 
 - **Evaluations** are counted: rows that reach the UNet. Seconds are those inside KSampler and depend on what else the
   machine did.
@@ -209,17 +222,13 @@ base's parameters, unless their line says otherwise. How the re-implementations 
   {sizes.gap_captions} held-out captions, with an empty negative prompt.
 - **Negative prompts**: captions that leave attributes open, such as "a small shape on a blue background". For each, an
   attribute or a combination is unwanted that the base draws there unguided: one that is no negative prompt of the
-  training, where {_listed(HELD_OUT_UNWANTED)} and a tenth of all combinations are left out. The share of pictures that
+  training, where {left_out} and a tenth of all combinations are left out. The share of pictures that
   show it, without and with the negative prompt, from the same noise; the last column is by which share it became rarer,
   over that of CFG.
-- **Standard errors**: binomial for shares, over batches for seconds, over {lab.BLOCKS} blocks of captions for the gap,
-  and a jackknife over {metrics.BLOCKS} blocks of captions and seeds for the rest. They are about other captions and
+- **Standard errors**: binomial for shares, over batches for seconds, over {BLOCKS} blocks of captions for the gap,
+  and a jackknife over {JACKKNIFE_BLOCKS} blocks of captions and seeds for the rest. They are about other captions and
   other noise; of each method one adapter was trained.
 """
-
-
-def _listed(words: tuple[str, ...]) -> str:
-    return ", ".join(f'"{word}"' for word in words)
 
 
 def plot(rows: list[dict]) -> Image.Image:
@@ -227,15 +236,14 @@ def plot(rows: list[dict]) -> Image.Image:
     rows = [row for row in rows if row["method"] in _PLOTTED and row["omega"] in (1.0, omega_star())]
     names = list(dict.fromkeys(row["method"] for row in rows))
     colours = {name: _colour(i, len(names)) for i, name in enumerate(names)}
-    diagrams = [_diagram(rows, colours, plot) for plot in _PLOTS]
-    width, height = diagrams[0].size
+    diagrams = stacked([_diagram(rows, colours, plot) for plot in _PLOTS], sideways=True)
+    width, height = diagrams.size
     font, columns = ImageFont.load_default(size=14), 5
-    image = Image.new("RGB", (2 * width, height + 24 * (-(-len(names) // columns) + 1)), "white")
-    for i, diagram in enumerate(diagrams):
-        image.paste(diagram, (i * width, 0))
+    image = Image.new("RGB", (width, height + 24 * (-(-len(names) // columns) + 1)), "white")
+    image.paste(diagrams, (0, 0))
     draw = ImageDraw.Draw(image)
     for i, (name, colour) in enumerate(colours.items()):
-        x, y = 80 + i % columns * (2 * width - 100) // columns, height + 12 + 24 * (i // columns)
+        x, y = 80 + i % columns * (width - 100) // columns, height + 12 + 24 * (i // columns)
         draw.rectangle([x, y, x + _SHORT_LINE, y + _SHORT_LINE], fill=colour)
         draw.text((x + 2 * _SHORT_LINE, y + _SHORT_LINE / 2), name, fill="#222222", font=font, anchor="lm")
     return image

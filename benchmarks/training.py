@@ -5,27 +5,25 @@
 Random weights: time and memory do not depend on their values. A step is the trainer's own: the pool's next states, the
 teacher, the student forward and backward in the parts that the plan chose, the optimiser, the moving average.
 
-`peak_bytes` on a GPU is the allocator's. On a CPU, whose allocator tells nothing, it is the sum of the storages that
+`peak_bytes` on a GPU is the allocator's. On a CPU, whose allocator does not count, it is the sum of the storages that
 were alive in the step that was computed (`peak_by`: "counter"). A row without seconds was traced only: nothing of it
 was computed or allocated, and its estimate is for a GPU.
 """
 
 import argparse
-import ctypes
 import functools
-import gc
-import json
-import platform
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
+from comfyui_agd.benchmarks.command_line import add_base, benchmark_parser
+from comfyui_agd.benchmarks.machine import device_name, release_memory
+from comfyui_agd.benchmarks.output import write_rows
+from comfyui_agd.examples.toy.tables import Column, console_table
 
 # How weights are stored, and what they are cast to for computing.
 DTYPES = {
@@ -38,8 +36,8 @@ PARTS = ("rollout", "teacher", "student", "backward", "optimiser")
 
 
 @dataclass(frozen=True)
-class Case:
-    """A training to look at. `steps` is how many are timed; without any it is only traced."""
+class MeasuredTraining:
+    """`steps` is how many are timed; without any the training is only traced."""
 
     model: str
     pixels: int
@@ -50,24 +48,28 @@ class Case:
 
 
 TRACED = [
-    Case("SDXL", 1024, dtype, batch, checkpointing=checkpointing)
+    MeasuredTraining("SDXL", 1024, dtype, batch, checkpointing=checkpointing)
     for dtype in ("bf16", "fp8")
     for batch in (1, 4)
     for checkpointing in ("off", "on")
 ]
 CASES = {
-    "cpu": [Case("SD 1.5", 256, "fp32", 1, steps=3), Case("SD 1.5", 256, "fp32", 1, 1, "on"), *TRACED],
+    "cpu": [
+        MeasuredTraining("SD 1.5", 256, "fp32", 1, steps=3),
+        MeasuredTraining("SD 1.5", 256, "fp32", 1, 1, "on"),
+        *TRACED,
+    ],
     "cuda": [
-        Case("SD 1.5", 512, "bf16", 4, steps=20),
-        Case("SDXL", 1024, "bf16", 1, steps=20),
-        Case("SDXL", 1024, "bf16", 1, 20, "on"),
-        Case("SDXL", 1024, "bf16", 4, steps=10),
-        Case("SDXL", 1024, "fp8", 1, steps=10),
+        MeasuredTraining("SD 1.5", 512, "bf16", 4, steps=20),
+        MeasuredTraining("SDXL", 1024, "bf16", 1, steps=20),
+        MeasuredTraining("SDXL", 1024, "bf16", 1, 20, "on"),
+        MeasuredTraining("SDXL", 1024, "bf16", 4, steps=10),
+        MeasuredTraining("SDXL", 1024, "fp8", 1, steps=10),
     ],
 }
 QUICK = {
-    "cpu": [Case("SD 1.5", 256, "fp32", 1, steps=1), *TRACED[:4]],
-    "cuda": [Case("SD 1.5", 512, "bf16", 4, steps=5), Case("SDXL", 1024, "bf16", 1, steps=5)],
+    "cpu": [MeasuredTraining("SD 1.5", 256, "fp32", 1, steps=1), *TRACED[:4]],
+    "cuda": [MeasuredTraining("SD 1.5", 512, "bf16", 4, steps=5), MeasuredTraining("SDXL", 1024, "bf16", 1, steps=5)],
 }
 
 
@@ -96,35 +98,27 @@ def make_host(model, device: torch.device):
     return host
 
 
-def model_of(name: str, dtype: str, device: str):
-    """The model in its true size: with random weights, or on the meta device, where they take no memory."""
-    from comfyui_agd.tests.support.checkpoints import _UNET, RandomWeights, detect, names_and_shapes
+def model_on_meta(name: str, dtype: str):
+    """The model in its true size, which takes no memory."""
+    from comfyui_agd.tests.support.checkpoints import on_meta
 
-    state, weights = names_and_shapes(name), RandomWeights(0)
-    config = detect(state)
-    config.set_inference_dtype(*DTYPES[dtype])
-    model = config.get_model(state, _UNET, device=device)
-    if device == "meta":
-        for layer in (model.diffusion_model.input_blocks[0][0], model.diffusion_model.out[-1]):
-            # The host takes the base's fingerprint of these.
-            layer.weight = nn.Parameter(torch.zeros_like(layer.weight, device="cpu"), requires_grad=False)
-        return model
-    for key, parameter in model.diffusion_model.named_parameters():
-        pieces = weights.pieces(key, parameter.shape, parameter.dtype)
-        parameter.data = torch.cat(list(pieces)).view(parameter.shape)
+    model = on_meta(name, *DTYPES[dtype])
+    for layer in (model.diffusion_model.input_blocks[0][0], model.diffusion_model.out[-1]):
+        # The host takes the base's fingerprint of these.
+        layer.weight = nn.Parameter(torch.zeros_like(layer.weight, device="cpu"), requires_grad=False)
     return model
 
 
 @functools.cache
 def traced_host(name: str, dtype: str):
     """A host that traces each cost once. It is on no device, so that what it computes a second is unknown."""
-    host = make_host(model_of(name, dtype, "meta"), torch.device("cpu"))
+    host = make_host(model_on_meta(name, dtype), torch.device("cpu"))
     host.trace_student, host.trace_teacher = functools.cache(host.trace_student), functools.cache(host.trace_teacher)
     host.matmul_rate = lambda: 0.0
     return host
 
 
-def config_of(case: Case):
+def config_of(case: MeasuredTraining):
     """Short trajectories, so that filling the pool takes as long as a few steps."""
     from comfyui_agd.training.config import TrainConfig
 
@@ -140,7 +134,7 @@ def config_of(case: Case):
 
 
 @dataclass
-class Watch:
+class PartTimer:
     """Seconds by name. A part that runs inside another is taken out of it."""
 
     device: torch.device
@@ -194,12 +188,12 @@ def optimise(run) -> None:
     run.update_average()
 
 
-def make_step(run, watch: Watch) -> Callable[[], None]:
+def make_step(run, timer: PartTimer) -> Callable[[], None]:
     """A function that takes a step of training, as the trainer's loop does, and times its parts."""
     host = run.host
-    host.denoise, host.student = watch.timed("teacher", host.denoise), watch.timed("student", host.student)
-    following, learn = watch.timed("rollout", run.source.next), watch.timed("backward", run.learn)
-    advance, optimiser = watch.timed("rollout", run.source.advance), watch.timed("optimiser", optimise)
+    host.denoise, host.student = timer.timed("teacher", host.denoise), timer.timed("student", host.student)
+    following, learn = timer.timed("rollout", run.source.next), timer.timed("backward", run.learn)
+    advance, optimiser = timer.timed("rollout", run.source.advance), timer.timed("optimiser", optimise)
 
     def step() -> None:
         batch = following(run.step)
@@ -227,20 +221,20 @@ def peak_of(step: Callable[[], None], host, parameters: int) -> int:
 
 def take_steps(host, config, plan, count: int) -> tuple[int, dict[str, float]]:
     """(peak bytes, seconds of a step by part)."""
-    watch = Watch(host.device)
+    timer = PartTimer(host.device)
     with host.session(checkpointing=plan.checkpointing, memory=plan.reserve):
         run = make_run(host, config, plan)
         run.source.fill()
-        step = make_step(run, watch)
+        step = make_step(run, timer)
         step()  # autotuning, and the optimiser's state
-        watch.clear()
+        timer.clear()
         for _ in range(count):
             step()
-        seconds = {name: spent / count for name, spent in watch.seconds.items()}
+        seconds = {name: spent / count for name, spent in timer.seconds.items()}
         return peak_of(step, host, plan.adapter_parameters), seconds
 
 
-def row_of(case: Case, device: torch.device, plan, peak: int | None, parts: dict[str, float]) -> dict:
+def row_of(case: MeasuredTraining, device: torch.device, plan, peak: int | None, parts: dict[str, float]) -> dict:
     seconds = sum(parts.values()) / case.batch if parts else None
     return {
         "model": case.model,
@@ -263,44 +257,55 @@ def row_of(case: Case, device: torch.device, plan, peak: int | None, parts: dict
     }
 
 
-def look_at(case: Case, device: torch.device, memory: int | None) -> dict:
+def measure(case: MeasuredTraining, device: torch.device, memory: int | None) -> dict:
+    from comfyui_agd.tests.support.checkpoints import random_model
     from comfyui_agd.training.plan import plan as plan_of
 
     config = config_of(case)
     if not case.steps:
         return row_of(case, device, plan_of(traced_host(case.model, case.dtype), config, memory), None, {})
-    host = make_host(model_of(case.model, case.dtype, "cpu"), device)
+    host = make_host(random_model(case.model, torch.device("cpu"), *DTYPES[case.dtype]), device)
     plan = plan_of(host, config, memory)
     peak, parts = take_steps(host, config, plan, case.steps)
     return row_of(case, device, plan, peak, parts)
 
 
-def print_row(row: dict) -> None:
-    def gigabytes(count: int | None) -> str:
-        return f"{count / 1e9:6.2f}" if count else " " * 6
+def _gigabytes(key: str) -> Callable[[dict], str]:
+    return lambda row: f"{row[key] / 1e9:.2f}" if row[key] else ""
 
-    seconds = f"{row['seconds_per_sample']:9.3f} {row['samples_per_hour']:8.0f}" if row["seconds_per_sample"] else ""
+
+def _if_timed(key: str, form: str) -> Callable[[dict], str]:
+    return lambda row: format(row[key], form) if row[key] else ""
+
+
+_COLUMNS = (
+    Column("model", lambda row: row["model"], -8),
+    Column("size", lambda row: row["size"], -11),
+    Column("dtype", lambda row: row["dtype"], -5),
+    Column("batch", lambda row: str(row["batch"]), 6),
+    Column("micro", lambda row: str(row["micro_batch"]), 6),
+    Column("checkpointing", lambda row: "yes" if row["checkpointing"] else "no", 14),
+    Column("peak", _gigabytes("peak_bytes"), 7),
+    Column("est.", _gigabytes("estimated_peak_bytes"), 7),
+    Column("s/sample", _if_timed("seconds_per_sample", ".3f"), 12),
+    Column("samples/h", _if_timed("samples_per_hour", ".0f"), 11),
+)
+
+
+def print_parts(row: dict) -> None:
     parts = row["seconds_of_a_step"] or {}
     whole = sum(parts.values())
-    split = ", ".join(f"{name} {spent:.2f} s ({spent / whole:.0%})" for name, spent in parts.items())
-    print(
-        f"{row['model']:<7} {row['size']:<10} {row['dtype']:<5} {row['batch']:>5} {row['micro_batch']:>5} "
-        f"{'yes' if row['checkpointing'] else 'no':>10} {gigabytes(row['peak_bytes'])} "
-        f"{gigabytes(row['estimated_peak_bytes'])}    {seconds}",
-        flush=True,
-    )
-    if split:
+    if parts:
+        split = ", ".join(f"{name} {spent:.2f} s ({spent / whole:.0%})" for name, spent in parts.items())
         print(f"        {split}", flush=True)
 
 
-def release_memory() -> None:
+def unload_models() -> None:
     import comfy.model_management
 
     comfy.model_management.unload_all_models()
-    gc.collect()
+    release_memory()
     comfy.model_management.soft_empty_cache()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_of(device: torch.device, limit: float | None) -> int | None:
@@ -313,28 +318,37 @@ def memory_of(device: torch.device, limit: float | None) -> int | None:
     return min(free, int(limit * 1e9)) if limit else free
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=tuple(CASES))
-    parser.add_argument("--memory-limit", type=float, metavar="GB", help="train as if the device had no more")
-    parser.add_argument("--model", choices=("SD 1.5", "SDXL"), help="only this one")
-    parser.add_argument("--quick", action="store_true", help="under five minutes on two CPU cores")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder, if it is not found by itself")
-    args = parser.parse_args()
-    use_comfyui(args.comfyui, cpu=args.device == "cpu")
-    device, rows = torch.device(args.device), []
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
-    print(f"{name}, {torch.get_num_threads()} threads; GB at the peak, measured and estimated")
-    print("model   size       dtype batch micro checkpoint   peak    est.    s/sample  samples/h")
+def measured(args: argparse.Namespace) -> Iterator[dict]:
+    """A row per training, each as soon as it is measured."""
+    device = torch.device(args.device)
     memory = memory_of(device, args.memory_limit)
     for case in (QUICK if args.quick else CASES)[args.device]:
         if args.model in (None, case.model):
-            rows.append(look_at(case, device, memory))
-            print_row(rows[-1])
-            release_memory()
+            yield measure(case, device, memory)
+            unload_models()
+
+
+def main() -> None:
+    parser = benchmark_parser(__doc__, quick="under five minutes on two CPU cores")
+    parser.add_argument("--memory-limit", type=float, metavar="GB", help="train as if the device had no more")
+    add_base(parser)
+    args = parser.parse_args()
+    use_comfyui(args.comfyui, cpu=args.device == "cpu")
+    threads = torch.get_num_threads()
+    print(f"{device_name(args.device)}, {threads} threads; GB at the peak, measured and estimated")
+    rows: list[dict] = []
+
+    def kept() -> Iterator[dict]:
+        for row in measured(args):
+            rows.append(row)
+            yield row
+
+    for line in console_table(_COLUMNS, kept()):
+        print(line, flush=True)
+        if rows:
+            print_parts(rows[-1])
             if args.json:
-                args.json.write_text(json.dumps(rows, indent=1) + "\n")
+                write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,16 @@ every form that the work folder has rows of.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.output import made_on, publish, with_errors
+from comfyui_agd.benchmarks.command_line import add_results, add_work, benchmark_parser, selected, work_path
+from comfyui_agd.benchmarks.machine import made_on
+from comfyui_agd.benchmarks.output import Figure, columns_of, publish, tables_by_section, with_errors
+from comfyui_agd.examples.toy.tables import Column
 
 # s at the `KNOTS` of kinds/scale.py, from the least noise to the most.
 Knots = tuple[float, float, float, float]
@@ -91,87 +92,87 @@ IN_TURN = (
 
 
 @dataclass(frozen=True)
-class Case:
-    """`make()` gives the MODEL; `how`: another sampler and scheduler than the usual ones."""
+class Form:
+    """A form of guidance: `make()` gives the MODEL, `at` (a `SampledAt`) is how it is sampled."""
 
+    section: str
+    name: str
     make: Callable
-    omega: float
-    steps: int
-    how: dict[str, str] = field(default_factory=dict)
+    at: object
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"form": self.name, "section": self.section}
 
 
-def patched(lab, form: Scales | Normalised):
+def patched(experiment, form: Scales | Normalised):
     """The toy's MODEL, guided in that form."""
     from comfyui_agd.agd_core.attention_guidance import attention_guidance
     from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
     from comfyui_agd.benchmarks import baselines
 
-    model, base = lab.parts.model, lab.host().base
+    model, base = experiment.parts.model, experiment.host().base
     if isinstance(form, Normalised):
         return baselines.normalised(model, base, form.tau, form.alpha)
-    info, state = attention_guidance(base)
+    info, weights = attention_guidance(base)
     scales = [torch.tensor(form.of(layer)).expand(layer.width, -1) for layer in base.layers]
-    return apply_adapter(model, info, state | {"kind.to_scale.weight": torch.cat(scales)}, source="a form of it")
+    return apply_adapter(model, info, weights | {"kind.to_scale.weight": torch.cat(scales)}, source="a form of it")
 
 
-def cases_of(lab) -> dict[tuple[str, str], Case]:
-    """By section and name."""
-    from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free
+def forms_of(experiment) -> list[Form]:
+    """In the order of the tables."""
+    from comfyui_agd.benchmarks.experiment import SampledAt
     from comfyui_agd.examples.toy.measure import omega_star
-    from comfyui_agd.examples.toy.sampling import STEPS
 
-    base, best, plain = lab.parts.model, omega_star(), "Without and with a second pass"
-    cases = {(plain, "unguided"): Case(lambda: base, 1.0, STEPS), (plain, "CFG"): Case(lambda: base, best, STEPS)}
+    base, best, plain = experiment.parts.model, SampledAt(omega_star()), "Without and with a second pass"
+    found = [Form(plain, "unguided", lambda: base, SampledAt(1.0)), Form(plain, "CFG", lambda: base, best)]
     for section, forms in FORMS.items():
-        cases |= {
-            (section, name): Case(lambda form=form: patched(lab, form), best, STEPS) for name, form in forms.items()
-        }
+        for name, form in forms.items():
+            found.append(Form(section, name, lambda form=form: patched(experiment, form), best))
+    return found + forms_in_turn(base)
+
+
+def forms_in_turn(base) -> list[Form]:
+    from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free
+    from comfyui_agd.benchmarks.experiment import SampledAt
+    from comfyui_agd.examples.toy.measure import omega_star
+
+    found = []
     for sampler, scheduler, steps in IN_TURN:
-        how = {"sampler": sampler, "scheduler": scheduler}
+        at = SampledAt(omega_star(), steps, sampler, scheduler)
         for name, make in (("in turn", lambda: apply_training_free(base)), ("CFG", lambda: base)):
-            named = f"{sampler}, {scheduler}, {steps} steps: {name}"
-            cases["Prompt and negative in turn", named] = Case(make, best, steps, how)
-    return cases
+            full_name = f"{sampler}, {scheduler}, {steps} steps: {name}"
+            found.append(Form("Prompt and negative in turn", full_name, make, at))
+    return found
 
 
-def measure(lab, name: str, case: Case, identity: dict) -> dict:
+def measure(experiment, name: str, form: Form) -> dict:
     """Accuracy and Fréchet distance, and the accuracy above the base's without guidance as a share of CFG's lead."""
     from comfyui_agd.benchmarks import metrics
-    from comfyui_agd.benchmarks.lab import Ready
+    from comfyui_agd.benchmarks.experiment import PreparedMethod, SampledAt
     from comfyui_agd.benchmarks.methods import METHODS
     from comfyui_agd.examples.toy.measure import omega_star
-    from comfyui_agd.examples.toy.sampling import STEPS
 
-    made = lab.pictures(name, Ready(case.make(), identity), case.omega, case.steps, **case.how)
+    made = experiment.samples(name, PreparedMethod(form.make(), form.identity), form.at)
     unguided, cfg = (
-        lab.pictures(each, METHODS[each].make(lab, each), scale, STEPS)
-        for each, scale in (("unguided", 1.0), ("cfg", omega_star()))
+        experiment.samples(each, METHODS[each].prepare(experiment, each), SampledAt(omega)).correct.double()
+        for each, omega in (("unguided", 1.0), ("cfg", omega_star()))
     )
-    lead = (cfg["correct"].double() - unguided["correct"].double()).mean()
-    measured = {
-        "prompt_accuracy": metrics.mean_and_error(made["correct"]),
-        "share_of_lead": metrics.mean_and_error((made["correct"].double() - unguided["correct"].double()) / lead),
-        "frechet_to_real": metrics.frechet(made["features"], lab.reference["features"]),
-    }
-    evaluations = made["evaluations"].item() / len(made["correct"]) / case.steps
-    row = {"evaluations_per_step": round(evaluations, 2), "omega": case.omega, "steps": case.steps}
-    return row | with_errors(measured)
+    share = (made.correct.double() - unguided) / (cfg - unguided).mean()
+    row = {"evaluations_per_step": round(made.evaluations_per_step(form.at.steps), 2)}
+    row |= {"omega": form.at.omega, "steps": form.at.steps}
+    measured = experiment.accuracy_and_distance(made) | {"share_of_lead": metrics.mean_and_error(share)}
+    return {"model": "toy", **form.identity} | row | with_errors(measured)
 
 
 def page(rows: list[dict], pictures: int, made: str) -> str:
-    from comfyui_agd.benchmarks.report import table
-
-    columns = [
-        ("evaluations per step", "evaluations_per_step", 1, 2),
-        ("prompt accuracy, %", "prompt_accuracy", 100, 1),
-        ("share of CFG's lead", "share_of_lead", 1, 2),
-        ("Fréchet to real", "frechet_to_real", 1, 1),
-    ]
-    parts = []
-    for section in dict.fromkeys(row["section"] for row in rows):
-        own = [row for row in rows if row["section"] == section]
-        parts.append(f"## {section}\n\n{table(own, columns, {'form': lambda row: row['form']})}")
-    text = "\n\n".join(parts)
+    figures = (
+        Figure("evaluations per step", "evaluations_per_step", 1, 2),
+        Figure("prompt accuracy, %", "prompt_accuracy", 100, 1),
+        Figure("share of CFG's lead", "share_of_lead", 1, 2),
+        Figure("Fréchet to real", "frechet_to_real", 1, 1),
+    )
+    columns = [Column("form", lambda row: row["form"]), *columns_of(figures)]
     return f"""# Training-free guidance: which form
 
 `python benchmarks/training_free.py`, {made}. Written by the command.
@@ -183,38 +184,34 @@ captions; each value with its standard error. CFG's lead is that of its 20 Euler
 `training-free` is the last section: what ComfyUI's samplers do with prompt and negative in turn. At equal evaluations
 compare its 20 steps with CFG's 10; more of that is in quality.md. All of this is of one base, the toy.
 
-{text}
+{tables_by_section(rows, lambda own: columns)}
 """
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = benchmark_parser(__doc__, quick="a few forms, few pictures: shows that it runs")
     parser.add_argument("--only", nargs="+", metavar="FORM", help="those whose section or name have one of these")
-    parser.add_argument("--quick", action="store_true", help="a few forms, few pictures: shows that it runs")
-    parser.add_argument("--work", type=Path, help="quality.py's; default: build/quality, or build/quality-quick")
-    parser.add_argument("--results", type=Path, help="for training_free.md and .json; default: results, unless quick")
-    parser.add_argument("--json", type=Path, help="write the rows here, too")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = parser.parse_args(argv)
-    use_comfyui(cpu=args.device == "cpu")
-    from comfyui_agd.benchmarks import lab
+    add_work(parser, "quality", what="quality.py's")
+    add_results(parser, "training_free.md and .json")
+    return parser.parse_args(argv)
 
-    sizes = lab.QUICK if args.quick else lab.Sizes()
-    own = lab.Lab(lab.Work(args.work or Path("build") / ("quality-quick" if args.quick else "quality")), sizes)
-    kept = lab.Work(own.work.folder / "training-free")
-    cases = cases_of(own)
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    use_comfyui(cpu=args.device == "cpu")
+    from comfyui_agd.benchmarks.experiment import QUICK_SIZES, Sizes, ToyExperiment
+    from comfyui_agd.benchmarks.work_folder import WorkFolder
+
+    experiment = ToyExperiment(WorkFolder(work_path(args, "quality")), QUICK_SIZES if args.quick else Sizes())
+    kept = WorkFolder(experiment.work.folder / "training-free")
+    forms = forms_of(experiment)
     asked = args.only or (["second pass", "NAG", "euler, normal, 20"] if args.quick else [""])
-    chosen = [case for case in cases if any(each.lower() in " ".join(case).lower() for each in asked)]
-    if not chosen:
-        sys.exit(f"No form has {' or '.join(asked)} in its name or section.")
-    file_of = {case: f"{i:02d}" for i, case in enumerate(cases)}
-    for section, name in chosen:
-        stem, identity = f"training-free-{file_of[section, name]}", {"form": name, "section": section}
-        row = {"model": "toy", **identity} | measure(own, stem, cases[section, name], identity)
-        kept.save_rows(file_of[section, name], [row])
-        print(f"{section}: {name}: {row['prompt_accuracy']:.4f}", flush=True)
+    for i in selected([f"{form.section} {form.name}" for form in forms], asked, "form"):
+        row = measure(experiment, f"training-free-{i:02d}", forms[i])
+        kept.save_rows(f"{i:02d}", [row])
+        print(f"{forms[i].section}: {forms[i].name}: {row['prompt_accuracy']:.4f}", flush=True)
     rows = kept.rows()
-    publish(args, "training_free", page(rows, sizes.pictures, made_on(args.device)), rows)
+    publish(args, "training_free", page(rows, experiment.sizes.pictures, made_on(args.device)), rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Pictures of a training with PIL alone, which ComfyUI has: curves, and previews side by side."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -54,7 +55,7 @@ class Diagram:
             self.draw.text(at, name, fill=colour, font=self.font, anchor="rd")
 
     def legend(self, names: Sequence[str]) -> None:
-        x = _BOX[2]
+        x: float = _BOX[2]
         for name, colour in reversed(list(zip(names, _LINES, strict=False))):
             self.draw.text((x, 12), name, fill=colour, font=self.font, anchor="ra")
             x -= self.draw.textlength(name, font=self.font) + 16
@@ -85,23 +86,57 @@ def gap_plot(history: Sequence[dict], last: int) -> Image.Image:
 def training_plot(losses: Sequence[float], history: Sequence[dict]) -> Image.Image:
     """Loss, and below it gap closed, where that was measured."""
     measured = [entry for entry in history if entry.get("gap_closed")]
-    plots = [loss_plot(losses), *([gap_plot(measured, len(losses))] if measured else [])]
-    image = Image.new("RGB", (_SIZE, _HEIGHT * len(plots)), "white")
-    for i, plot in enumerate(plots):
-        image.paste(plot, (0, i * _HEIGHT))
-    return image
+    return stacked([loss_plot(losses), *([gap_plot(measured, len(losses))] if measured else [])])
+
+
+def stacked(images: Sequence[Image.Image], *, sideways: bool = False) -> Image.Image:
+    """Images of one size in one, below each other or beside each other."""
+    width, height = images[0].size
+    across, down = (len(images), 1) if sideways else (1, len(images))
+    whole = Image.new("RGB", (width * across, height * down), "white")
+    for i, image in enumerate(images):
+        whole.paste(image, (i * width, 0) if sideways else (0, i * height))
+    return whole
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where pictures of one size go on a sheet, in pixels: the space at its left and top, above each row, between
+    columns, and at its right and bottom."""
+
+    width: int
+    height: int
+    left: int = 0
+    top: int = 0
+    above: int = 28
+    between: int = 8
+    right: int = 0
+    bottom: int = 0
+
+    def corner(self, row: int, column: int) -> tuple[int, int]:
+        """Of a picture: the left and upper one."""
+        x = self.left + column * (self.width + self.between)
+        return x, self.top + row * (self.height + self.above) + self.above
+
+    def sheet(self, rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+        """A white sheet with these pictures."""
+        x, y = self.corner(len(rows), len(rows[0]))
+        sheet = Image.new("RGB", (x - self.between + self.right, y - self.above + self.bottom), "white")
+        for j, pictures in enumerate(rows):
+            for i, picture in enumerate(pictures):
+                sheet.paste(picture, self.corner(j, i))
+        return sheet
 
 
 def preview(pictures: dict[str, Image.Image]) -> Image.Image:
     """Pictures of one size side by side under their names, each at least 256 pixels high."""
     scale = max(1, -(-256 // next(iter(pictures.values())).height))
     sized = [picture.resize((picture.width * scale, picture.height * scale)) for picture in pictures.values()]
-    width, height = sized[0].size
-    image = Image.new("RGB", (len(sized) * (width + 8) - 8, height + 28), "white")
+    grid = Grid(*sized[0].size)
+    image = grid.sheet([sized])
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
-    for i, (name, picture) in enumerate(zip(pictures, sized, strict=True)):
-        draw.text((i * (width + 8) + 4, 6), name, fill=_INK, font=font)
-        image.paste(picture, (i * (width + 8), 28))
+    for i, name in enumerate(pictures):
+        draw.text((grid.corner(0, i)[0] + 4, 6), name, fill=_INK, font=font)
     return image
 
 
@@ -112,16 +147,14 @@ def contact_sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Ima
     """
     width, height = rows[0][1][0].size
     scale = 512 / height if height > 512 else max(1, -(-256 // height))
-    width, height = round(width * scale), round(height * scale)
-    sheet = Image.new("RGB", (len(columns) * (width + 8) - 8, 28 + len(rows) * (height + 28)), "white")
+    grid = Grid(round(width * scale), round(height * scale), top=28)
+    sheet = grid.sheet([[picture.resize((grid.width, grid.height)) for picture in pictures] for _, pictures in rows])
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
     for i, name in enumerate(columns):
-        draw.text((i * (width + 8) + 4, 6), name, fill=_LINES[0], font=font)
-    for j, (text, pictures) in enumerate(rows):
-        top = 28 + j * (height + 28)
-        draw.text((4, top + 6), _shortened(text, sheet.width - 8, draw, font), fill=_INK, font=font)
-        for i, picture in enumerate(pictures):
-            sheet.paste(picture.resize((width, height)), (i * (width + 8), top + 28))
+        draw.text((grid.corner(0, i)[0] + 4, 6), name, fill=_LINES[0], font=font)
+    for j, (text, _) in enumerate(rows):
+        at = (4, grid.corner(j, 0)[1] - grid.above + 6)
+        draw.text(at, _shortened(text, sheet.width - 8, draw, font), fill=_INK, font=font)
     return sheet
 
 

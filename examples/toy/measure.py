@@ -7,8 +7,10 @@ import argparse
 import json
 
 from . import model as toy
-from .picture import contact_sheet
-from .sampling import SAMPLER, SCHEDULER, STEPS, Jury, Toy, encode, held_out_captions, sample
+from .picture import comparison
+from .sampling import SAMPLER, SCHEDULER, STEPS, SamplerSettings, Toy, encode, held_out_captions, sample
+from .scoring import Scorer
+from .tables import Column, markdown_table
 
 OMEGAS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
 MEASURED = toy.WEIGHTS / "measured.json"
@@ -21,20 +23,24 @@ def omega_star() -> float:
     return json.loads(MEASURED.read_text())["omega_star"]
 
 
+_FILES = (
+    Column("file", lambda path: path.name),
+    Column("size", lambda path: f"{path.stat().st_size / 1e6:.2f} MB"),
+)
+_CURVE = (
+    Column("omega", lambda point: point[0]),
+    Column("prompt accuracy", lambda point: f"{100 * point[1]['prompt_accuracy']:.1f} %"),
+    Column("Fréchet distance", lambda point: f"{point[1]['frechet_to_real']:.2f}"),
+)
+
+
+def _losses(stage: dict) -> str:
+    return ", ".join(f"{step}: {value}" for step, value in list(stage["loss"].items())[::2])
+
+
 def _card(measured: dict, training: dict) -> str:
-    rows = "\n".join(
-        f"| {omega} | {100 * values['prompt_accuracy']:.1f} % | {values['frechet_to_real']:.2f} |"
-        for omega, values in measured["curve"].items()
-    )
-    sizes = "\n".join(
-        f"| {path.name} | {path.stat().st_size / 1e6:.2f} MB |" for path in sorted(toy.WEIGHTS.glob("*.safetensors"))
-    )
     judge = training["judge"]
     each = ", ".join(f"{name} {100 * value:.1f} %" for name, value in judge["held_out_accuracy_each"].items())
-    loss, cooldown = (
-        ", ".join(f"{step}: {value}" for step, value in list(training[stage]["loss"].items())[::2])
-        for stage in ("base", "cooldown")
-    )
     return f"""# Model card: the AGD toy
 
 A text-to-image model of coloured shapes on 64x64 pixels, made by this repository's own code from drawings that code
@@ -42,16 +48,14 @@ makes (`scenes.py`). It is the embedded default of the demo and the tests. This 
 What is found on this base is about this base: a second one bears out some of it, not all
 ([quality.md](../../docs/quality.md#on-a-second-base)).
 
-| file | size |
-| --- | --- |
-{sizes}
+{markdown_table(_FILES, sorted(toy.WEIGHTS.glob("*.safetensors")))}
 
 - **Diffusion model**: ComfyUI's `UNetModel`, 64/128 channels, cross-attention with linear projections at every level
-  (7 sites), SD's noise schedule, eps-prediction, 8x8x{toy.LATENT_CHANNELS} latents. {training["base"]["steps"]} steps
+  (7 layers), SD's noise schedule, eps-prediction, 8x8x{toy.LATENT_CHANNELS} latents. {training["base"]["steps"]} steps
   of batch 64, AdamW 1e-3 with warm-up and half a cosine (trained to its end it would hardly need guidance), EMA
   0.9995, 12 % of the captions dropped, bf16 autocast, seed 2503, {training["base"]["seconds"]} s; then
   {training["cooldown"]["steps"]} steps from 3e-4 to 0, EMA 0.99, {training["cooldown"]["seconds"]} s.
-  Loss by step: {loss}; cooldown: {cooldown}.
+  Loss by step: {_losses(training["base"])}; cooldown: {_losses(training["cooldown"])}.
 - **Text encoder**: CLIP's text model, 2 layers of 128 channels over {len(toy.VOCABULARY)} words, trained with the
   diffusion model. Unknown words are an error.
 - **Autoencoder**: {training["vae"]["steps"]} steps of batch 32, {training["vae"]["seconds"]} s; PSNR on held-out
@@ -66,9 +70,7 @@ Classifier-free guidance over {measured["captions"]} held-out captions, {SAMPLER
 ComfyUI's KSampler. Prompt accuracy counts a picture only if every attribute of its caption is right. Fréchet distance
 is to {measured["reference_images"]} real held-out pictures in the judge's features.
 
-| omega | prompt accuracy | Fréchet distance |
-| --- | --- | --- |
-{rows}
+{markdown_table(_CURVE, measured["curve"].items())}
 
 **omega* = {measured["omega_star"]:g}**: {100 * measured["lead"]:.1f} points above unguided (omega 1).
 """
@@ -79,12 +81,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--captions", type=int, default=512)
     parser.add_argument("--sheet", help="also write a contact sheet of the first captions to this file")
     args = parser.parse_args(argv)
-    parts, jury, curve, rows = Toy.load(), Jury(), {}, []
+    parts, scorer, curve, rows = Toy.load(), Scorer(), {}, []
     scenes, captions = held_out_captions(args.captions, _CAPTIONS_SEED)
     prompts = encode(parts.clip, captions)
     for omega in OMEGAS:
-        images, _ = sample(parts, parts.model, prompts, cfg=omega, seed=_NOISE_SEED)
-        accuracy, distance = jury.accuracy(images, scenes), jury.frechet(images)
+        images = sample(parts, parts.model, prompts, SamplerSettings(omega, _NOISE_SEED)).images
+        accuracy, distance = scorer.accuracy(images, scenes), scorer.frechet(images)
         curve[f"{omega:g}"] = {"prompt_accuracy": round(accuracy, 4), "frechet_to_real": round(distance, 3)}
         rows.append((f"omega {omega:g}", images[:10]))
         print(f"omega {omega:4g}: prompt accuracy {accuracy:.4f}, Fréchet distance {distance:.3f}", flush=True)
@@ -93,11 +95,11 @@ def main(argv: list[str]) -> None:
         "omega_star": float(best),
         "lead": round(curve[best]["prompt_accuracy"] - curve["1"]["prompt_accuracy"], 4),
         "captions": args.captions,
-        "reference_images": len(jury.reference),
+        "reference_images": len(scorer.reference),
         "curve": curve,
     }
     MEASURED.write_text(json.dumps(measured, indent=2) + "\n")
     CARD.write_text(_card(measured, json.loads((toy.WEIGHTS / "training_log.json").read_text())))
     if args.sheet:
-        contact_sheet(rows).save(args.sheet)
+        comparison(rows).save(args.sheet)
     print(f"omega* = {best}; wrote {CARD.name} and {MEASURED.name}")

@@ -1,6 +1,6 @@
-"""Sampling the toy through ComfyUI's own nodes, and judging what comes out."""
+"""Sampling the toy through ComfyUI's own nodes."""
 
-import functools
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,11 @@ import torch
 from tqdm import tqdm
 
 from . import model as toy
-from .judge import Judge, frechet_distance, prompt_accuracy
-from .scenes import IMAGE_SIZE, Scene, caption, draw_scenes, render
+from .scenes import IMAGE_SIZE, Scene, caption, draw_scenes
 
 BATCH = 64
 STEPS = 20
 SAMPLER, SCHEDULER = "euler", "normal"
-REFERENCE_IMAGES = 4096
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,25 @@ class Toy:
         return cls(toy.load_unet(), toy.load_clip(), toy.load_vae())
 
 
+@dataclass(frozen=True)
+class SamplerSettings:
+    """KSampler's own."""
+
+    cfg: float
+    seed: int
+    steps: int = STEPS
+    sampler: str = SAMPLER
+    scheduler: str = SCHEDULER
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """(n, 3, 64, 64) in [0, 1], and the seconds that each batch of them spent inside KSampler."""
+
+    images: torch.Tensor
+    seconds: list[float]
+
+
 @torch.inference_mode()
 def encode(clip, prompts: list[str]) -> list[list]:
     """CONDITIONING for batches of `BATCH` prompts, one prompt per row, from one CLIPTextEncode each."""
@@ -46,68 +63,46 @@ def encode(clip, prompts: list[str]) -> list[list]:
 
 
 @torch.inference_mode()
+def sample_latents(
+    model, positive: list, negative: list, settings: SamplerSettings, noise: Sequence[int] | None = None
+) -> dict:
+    """A LATENT with a row per prompt of `positive`, through EmptyLatentImage and KSampler.
+
+    `noise`: which of the seed's noises the rows get, by default the first ones.
+    """
+    latent = nodes.EmptyLatentImage().generate(IMAGE_SIZE, IMAGE_SIZE, len(positive[0][0]))[0]
+    latent |= {"batch_index": list(noise)} if noise else {}
+    how = (settings.seed, settings.steps, settings.cfg, settings.sampler, settings.scheduler)
+    return nodes.KSampler().sample(model, *how, positive, negative, latent, denoise=1.0)[0]
+
+
+@torch.inference_mode()
 def sample(
     parts: Toy,
     model,
     prompts: list[list],
+    settings: SamplerSettings,
     *,
-    cfg: float,
-    seed: int,
-    steps: int = STEPS,
     negative: list[list] | None = None,
     noise: Sequence[Sequence[int]] | None = None,
-    sampler: str = SAMPLER,
-    scheduler: str = SCHEDULER,
-) -> tuple[torch.Tensor, float]:
-    """One picture per encoded prompt through EmptyLatentImage, KSampler and VAEDecode.
+) -> Pictures:
+    """One picture per encoded prompt, each batch with the next seed.
 
-    `negative`: batches like those of `prompts`, empty prompts by default. `noise`: for each batch which of its seed's
-    noises the rows get; by default the first ones. Returns the pictures (n, 3, 64, 64) and the seconds spent inside
-    KSampler.
+    `negative` and `noise`: for each batch, as `sample_latents` takes them; without `negative` prompts are empty.
     """
     comfy.utils.PROGRESS_BAR_ENABLED = False  # ours counts batches, not the steps of one
-    empty, images, seconds = encode(parts.clip, [""])[0], [], 0.0
-    for i, positive in enumerate(tqdm(prompts, desc=f"sampling at cfg {cfg:g}", leave=False)):
-        latent = nodes.EmptyLatentImage().generate(IMAGE_SIZE, IMAGE_SIZE, len(positive[0][0]))[0]
-        latent |= {"batch_index": list(noise[i])} if noise else {}
-        unwanted = negative[i] if negative else empty
+    empty, images, seconds = encode(parts.clip, [""])[0], [], []
+    for i, positive in enumerate(tqdm(prompts, desc=f"sampling at cfg {settings.cfg:g}", leave=False)):
+        own, unwanted = dataclasses.replace(settings, seed=settings.seed + i), negative[i] if negative else empty
         start = time.perf_counter()
-        latent = nodes.KSampler().sample(
-            model, seed + i, steps, cfg, sampler, scheduler, positive, unwanted, latent, denoise=1.0
-        )[0]
-        seconds += time.perf_counter() - start
+        latent = sample_latents(model, positive, unwanted, own, noise[i] if noise else None)
+        seconds.append(time.perf_counter() - start)
         images.append(nodes.VAEDecode().decode(parts.vae, latent)[0].movedim(-1, 1).clamp(0, 1))
-    return torch.cat(images).clone(), seconds
-
-
-class Jury:
-    """The judge with the features of real, held-out pictures."""
-
-    def __init__(self):
-        self.judge = Judge().eval().requires_grad_(False)
-        self.judge.load_state_dict(comfy.utils.load_torch_file(str(toy.WEIGHTS / "judge.safetensors")))
-        self.judge.float()
-
-    @functools.cached_property
-    def reference(self) -> torch.Tensor:
-        """(REFERENCE_IMAGES, 128)."""
-        return self.features(render(draw_scenes(REFERENCE_IMAGES, 17, held=True), 17))
-
-    @torch.no_grad()
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """(n, 3, 64, 64) in [0, 1] -> (n, 128)."""
-        return torch.cat([self.judge.features(part) for part in images.split(256)])
-
-    def accuracy(self, images: torch.Tensor, scenes: list[Scene]) -> float:
-        return prompt_accuracy(self.judge, images, scenes)
-
-    def frechet(self, images: torch.Tensor) -> float:
-        """To real pictures, in the judge's feature space."""
-        return frechet_distance(self.features(images), self.reference)
+    return Pictures(torch.cat(images).clone(), seconds)
 
 
 def captions_of(scenes: list[Scene]) -> list[str]:
-    """Their full captions; every other pair is told the other way round."""
+    """Their full captions; in every other pair the second thing is named first."""
     return [caption(scene, swapped=i % 2 == 1) for i, scene in enumerate(scenes)]
 
 

@@ -1,7 +1,7 @@
-"""The toy world: scenes, their captions, and anti-aliased pictures of them, all made by code.
+"""What the toy draws: scenes, their captions, and anti-aliased pictures of them, all made by code.
 
-A scene has a background colour and one or two objects. One object stands in one of five places; two objects
-stand side by side or one above the other. A caption may name everything (`caption`) or only a part
+A scene has a background colour and one or two objects. One object is in one of five places; two objects
+are side by side or one above the other. A caption may name everything (`caption`) or only a part
 (`partial_caption`), so that the text encoder also learns fragments such as "blue background" or "a star".
 """
 
@@ -47,22 +47,22 @@ class Thing:
 
 @dataclass(frozen=True)
 class Description:
-    """What is said of a thing; None leaves an attribute open."""
+    """Attributes of a thing, as words; None leaves one open."""
 
     size: str | None = None
     colour: str | None = None
     shape: str | None = None
 
-    def said(self) -> dict[str, str]:
-        """The attributes that are not open."""
+    def attributes(self) -> dict[str, str]:
+        """Those that are not open."""
         return {name: word for name, word in vars(self).items() if word is not None}
 
     def text(self) -> str:
         words = (self.size, self.colour, self.shape or "shape")
         return _with_articles(" ".join(["a", *filter(None, words)]))
 
-    def fits(self, thing: Thing) -> bool:
-        return all(getattr(thing, name) == word for name, word in self.said().items())
+    def describes(self, thing: Thing) -> bool:
+        return all(getattr(thing, name) == word for name, word in self.attributes().items())
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _with_articles(text: str) -> str:
 
 
 def caption(scene: Scene, *, swapped: bool = False) -> str:
-    """The caption that names every attribute; `swapped` tells a pair the other way round."""
+    """The caption that names every attribute; `swapped` names a pair's second thing first."""
     if scene.layout in PLACES:
         text = f"{_name(scene.things[0])} in the {scene.layout} of a {scene.background} background"
         return _with_articles(text)
@@ -147,7 +147,7 @@ def training_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def _held_out_unwanted(unwanted: Description) -> bool:
-    words = unwanted.said().values()
+    words = unwanted.attributes().values()
     in_tenth = hashlib.sha256(repr(unwanted).encode()).digest()[0] < 26
     return not set(words).isdisjoint(HELD_OUT_UNWANTED) or (len(words) > 1 and in_tenth)
 
@@ -158,7 +158,7 @@ def all_unwanted(*, held: bool) -> list[Description]:
     Held out, for no training, are all that name a word of `HELD_OUT_UNWANTED`, and a tenth of the other combinations.
     """
     every = itertools.product((None, *SIZES), (None, *COLOURS), (None, *SHAPES))
-    return [d for d in itertools.starmap(Description, every) if d.said() and _held_out_unwanted(d) == held]
+    return [d for d in itertools.starmap(Description, every) if d.attributes() and _held_out_unwanted(d) == held]
 
 
 def training_negatives() -> list[str]:
@@ -171,9 +171,9 @@ def open_caption(rng: random.Random) -> tuple[str, Description]:
     """A caption of one thing that leaves at least one of its attributes open, and what it says of the thing."""
     thing = Thing(rng.choice(SIZES), rng.choice(tuple(COLOURS)), rng.choice(SHAPES))
     kept = rng.choice([(), (), ("size",), ("colour",), ("shape",), ("size", "colour"), ("size", "shape")])
-    said = Description(**{name: getattr(thing, name) for name in kept})
-    background = rng.choice([colour for colour in COLOURS if colour != said.colour])
-    return _with_articles(f"{said.text()} on a {background} background"), said
+    described = Description(**{name: getattr(thing, name) for name in kept})
+    background = rng.choice([colour for colour in COLOURS if colour != described.colour])
+    return _with_articles(f"{described.text()} on a {background} background"), described
 
 
 def _distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

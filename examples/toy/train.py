@@ -11,6 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.ops
@@ -27,7 +28,7 @@ from comfyui_agd.agd_core.comfyui.model.host import computes_bf16
 from . import model as toy
 from .autoencoder import Autoencoder
 from .judge import HEADS, IGNORE, Judge, answers, correct, prompt_accuracy
-from .scenes import draw_scenes, render, training_caption
+from .scenes import Scene, draw_scenes, render, training_caption
 
 SEED = 2503
 POOL, DROPOUT = 40_000, 0.12
@@ -43,29 +44,44 @@ def initialise(module: nn.Module) -> nn.Module:
     return module
 
 
+class MovingAverage:
+    """An exponential moving average of a module's weights, which is `module` in the end.
+
+    Early on it would be mostly the start; there it may follow faster than with `decay`.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.module, self.decay, self.updates = copy.deepcopy(module).requires_grad_(False), decay, 0
+
+    def update(self, module: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for mean, live in zip(self.module.parameters(), module.parameters(), strict=True):
+            mean.lerp_(live.detach(), 1 - decay)
+
+
 class Training:
-    """AdamW with linear warm-up and cosine decay, gradient clipping at 1, and an EMA of the weights."""
+    """AdamW with linear warm-up and cosine decay, gradient clipping at 1, and a moving average of the weights."""
 
     def __init__(self, modules: list[nn.Module], steps: int, lr: float, decay: float):
-        self.live = nn.ModuleList(modules)
-        self.ema = copy.deepcopy(self.live).requires_grad_(False)
-        self.decay = decay
-        self.optimiser = torch.optim.AdamW(self.live.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+        self.modules = nn.ModuleList(modules)
+        self.average = MovingAverage(self.modules, decay)
+        self.optimiser = torch.optim.AdamW(self.modules.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimiser, lambda i: min(1, (i + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * min(1, i / steps)))
         )
-        self.step_number = 0
+
+    def averaged(self, index: int = 0) -> nn.Module:
+        """The moving average of the module with this index."""
+        return self.average.module[index]
 
     def step(self, loss: torch.Tensor) -> None:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.live.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         self.optimiser.step()
         self.schedule.step()
-        self.step_number += 1
-        decay = min(self.decay, (1 + self.step_number) / (10 + self.step_number))
-        for ema, live in zip(self.ema.parameters(), self.live.parameters(), strict=True):
-            ema.lerp_(live.detach(), 1 - decay)
+        self.average.update(self.modules)
 
 
 def save(state: dict[str, torch.Tensor], path: Path) -> None:
@@ -99,7 +115,7 @@ def train_vae(folder: Path, steps: int) -> None:
             # A little noise keeps the latent space smooth, which the diffusion model's own errors need.
             out = vae.decode(z + 0.05 * z.detach().std() * torch.randn_like(z)).float()
         training.step(2 * (out - x).square().mean() + (out - x).abs().mean())
-    vae = training.ema[0]
+    vae = training.averaged()
     with torch.no_grad():
         vae.normalise(vae.encode(render(draw_scenes(1000, 5, held=False), 5) * 2 - 1))
         images = render(draw_scenes(500, 7, held=True), 7)
@@ -116,7 +132,7 @@ def load_vae(folder: Path) -> nn.Module:
 
 @torch.no_grad()
 @torch.autocast(**AUTOCAST)
-def through(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def through_autoencoder(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return (vae.decode(vae.encode(images * 2 - 1)).float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -126,17 +142,17 @@ def train_judge(folder: Path, steps: int) -> None:
     judge = Judge()
     training = Training([judge], steps, lr=2e-3, decay=0.995)
     for scenes, images in batches(steps, 64, SEED + 1):
-        images = torch.cat([through(vae, images[:16]), images[16:]])
+        images = torch.cat([through_autoencoder(vae, images[:16]), images[16:]])
         images = (images + torch.randn_like(images) * torch.rand(len(images), 1, 1, 1) * 0.04).clamp(0, 1)
         wanted = answers(scenes)
         with torch.autocast(**AUTOCAST):
             logits = judge(images)
         loss = sum(F.cross_entropy(logits[name].float(), wanted[name], ignore_index=IGNORE) for name in HEADS)
         training.step(loss)
-    judge = training.ema[0]
+    judge = training.averaged()
     scenes = draw_scenes(4000, 11, held=True)
     images = render(scenes, 11)
-    rebuilt = torch.cat([through(vae, part) for part in images.split(250)])
+    rebuilt = torch.cat([through_autoencoder(vae, part) for part in images.split(250)])
     each = {name: round(right.float().mean().item(), 4) for name, right in correct(judge, images, scenes).items()}
     save(judge.state_dict(), folder / "judge.safetensors")
     figures = {
@@ -164,45 +180,54 @@ def token_ids(captions: list[str]) -> torch.Tensor:
     return torch.tensor([[token for token, _ in tokenizer.tokenize_with_weights(c)["toy"][0]] for c in captions])
 
 
-def fit_diffusion(
-    stage: str,
-    folder: Path,
-    model,
-    text: nn.Module,
-    training: "Training",
-    steps: int,
-    batch: int = 64,
-    pool: int = POOL,
-    redraw: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
-) -> None:
-    """Noise prediction on latents of drawings, with one caption in eight dropped for the unconditional.
+@dataclass(frozen=True)
+class DiffusionStage:
+    """A training of the diffusion model under `name`, on `pool` drawings.
 
-    `pool`: how many drawings; `redraw` makes other pictures of them, (n, 3, h, w) in [0, 1].
+    `redraw` makes other pictures of them, (n, 3, h, w) in [0, 1].
     """
-    start, vae = time.time(), load_vae(folder)
-    scenes = draw_scenes(pool, SEED + 2, held=False)
+
+    name: str
+    steps: int
+    batch: int = 64
+    pool: int = POOL
+    redraw: Callable[[torch.Tensor], torch.Tensor] = lambda images: images
+
+
+def latents_of(vae: nn.Module, scenes: list[Scene], redraw: Callable) -> torch.Tensor:
+    """Drawings of the scenes, encoded: (n, c, h, w)."""
     with torch.no_grad(), torch.autocast(**AUTOCAST):
-        parts = [vae.encode(redraw(render(scenes[i : i + 50], i)) * 2 - 1).float() for i in trange(0, pool, 50)]
-    latents, unet = torch.cat(parts), model.diffusion_model
-    sigmas, rng, losses, curve = model.model_sampling.sigmas, random.Random(SEED), [], {}
-    for i in trange(steps, mininterval=30):
-        chosen = torch.randint(0, pool, (batch,))
+        firsts = trange(0, len(scenes), 50)
+        return torch.cat([vae.encode(redraw(render(scenes[i : i + 50], i)) * 2 - 1).float() for i in firsts])
+
+
+def noise_prediction_loss(model, text: nn.Module, latents: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    """Of a batch of latents (b, c, h, w) and their captions, each at a noise level of its own."""
+    t = torch.randint(0, 1000, (len(latents),))
+    sigma = model.model_sampling.sigmas[t][:, None, None, None]
+    eps = torch.randn(latents.shape)
+    x = (latents + sigma * eps) / (sigma**2 + 1).sqrt()
+    with torch.autocast(**AUTOCAST):
+        predicted = model.diffusion_model(x, t.float(), context=encode_text(text, token_ids(captions)))
+    return (predicted.float() - eps).square().mean()
+
+
+def fit_diffusion(stage: DiffusionStage, folder: Path, model, text: nn.Module, training: Training) -> None:
+    """Noise prediction on latents of drawings, with one caption in eight dropped for the unconditional."""
+    start, scenes = time.time(), draw_scenes(stage.pool, SEED + 2, held=False)
+    latents = latents_of(load_vae(folder), scenes, stage.redraw)
+    rng, losses, curve = random.Random(SEED), [], {}
+    for i in trange(stage.steps, mininterval=30):
+        chosen = torch.randint(0, stage.pool, (stage.batch,))
         captions = [training_caption(scenes[j], rng) if rng.random() > DROPOUT else "" for j in chosen.tolist()]
-        t = torch.randint(0, 1000, (batch,))
-        sigma = sigmas[t][:, None, None, None]
-        eps = torch.randn(batch, *latents.shape[1:])
-        x = (latents[chosen] + sigma * eps) / (sigma**2 + 1).sqrt()
-        with torch.autocast(**AUTOCAST):
-            context = encode_text(text, token_ids(captions))
-            predicted = unet(x, t.float(), context=context)
-        loss = (predicted.float() - eps).square().mean()
+        loss = noise_prediction_loss(model, text, latents[chosen], captions)
         training.step(loss)
         losses.append(loss.item())
         if (i + 1) % 100 == 0:
             curve[i + 1] = round(sum(losses[-100:]) / 100, 4)
-            save(training.ema[0].state_dict(), folder / "unet.safetensors")
-            save(training.ema[1].state_dict(), folder / "text_encoder.safetensors")
-            log(folder, stage, {"loss": curve, "steps": i + 1, "seconds": round(time.time() - start)})
+            save(training.averaged(0).state_dict(), folder / "unet.safetensors")
+            save(training.averaged(1).state_dict(), folder / "text_encoder.safetensors")
+            log(folder, stage.name, {"loss": curve, "steps": i + 1, "seconds": round(time.time() - start)})
 
 
 def new_text_model() -> nn.Module:
@@ -212,7 +237,7 @@ def new_text_model() -> nn.Module:
 
 
 def train_base(folder: Path, steps: int) -> None:
-    """Stopped in the middle of its schedule, on purpose: a base that is trained to the end on so small a world gets
+    """Stopped in the middle of its schedule, on purpose: a base that is trained to the end on so few scenes gets
     96 % of the prompts right without guidance (after 9000 steps), and a toy that needs no guidance is too easy."""
     model, text = toy.build_model(), initialise(new_text_model())
     unet = initialise(model.diffusion_model).requires_grad_(True)
@@ -221,7 +246,7 @@ def train_base(folder: Path, steps: int) -> None:
             if last is not None:
                 nn.init.zeros_(last.weight)
     training = Training([unet, text], 2 * steps, lr=1e-3, decay=0.9995)
-    fit_diffusion("base", folder, model, text, training, steps)
+    fit_diffusion(DiffusionStage("base", steps), folder, model, text, training)
 
 
 def cool_down(folder: Path, steps: int) -> None:
@@ -230,7 +255,8 @@ def cool_down(folder: Path, steps: int) -> None:
     model.load_model_weights(comfy.utils.load_torch_file(str(folder / "unet.safetensors")))
     text.load_state_dict(comfy.utils.load_torch_file(str(folder / "text_encoder.safetensors")))
     unet = model.diffusion_model.requires_grad_(True)
-    fit_diffusion("cooldown", folder, model, text, Training([unet, text], steps, lr=3e-4, decay=0.99), steps)
+    training = Training([unet, text], steps, lr=3e-4, decay=0.99)
+    fit_diffusion(DiffusionStage("cooldown", steps), folder, model, text, training)
 
 
 STAGES = {

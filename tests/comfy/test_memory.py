@@ -20,10 +20,10 @@ from comfy.patcher_extension import WrappersMP
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter, Prepared
-from comfyui_agd.agd_core.comfyui import patch
 from comfyui_agd.agd_core.comfyui.sampling.applied_adapter import AppliedAdapter
 from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import GuidedSampling
 from comfyui_agd.agd_core.comfyui.sampling.outer_sample import AdapterGuidance
+from comfyui_agd.agd_core.comfyui.step import ActiveAdapter, GuidedStep
 from comfyui_agd.tests.support.requeue import Session, Setting, from_scratch, write_adapter
 from comfyui_agd.tests.support.runtime import (
     CFG,
@@ -201,7 +201,7 @@ def test_it_is_loaded_and_unloaded_by_parts_between_samplings(base, tmp_path, pr
 
 
 OF_A_MODEL = (Adapter, AdapterGuidance, AppliedAdapter)
-OF_A_SAMPLING = (Prepared, GuidedSampling, patch.Step, patch.Active)
+OF_A_SAMPLING = (Prepared, GuidedSampling, GuidedStep, ActiveAdapter)
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ class Architecture:
 
 
 _NOTHING = torch.tensor([])
-# What ComfyUI tells SD 2.x with v-prediction by: the values of this bias spread more there.
+# By this ComfyUI recognises SD 2.x with v-prediction: the values of this bias spread more there.
 _SD2_BIAS = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SD2_EPS, _SD2_V = ({_SD2_BIAS: torch.linspace(-spread, spread, 320)} for spread in (0.1, 0.2))
 _ZERO123 = {"cc_projection.weight": torch.zeros(768, 772), "cc_projection.bias": torch.zeros(768)}
@@ -122,7 +122,7 @@ ARCHITECTURES = {
 
 
 def names_and_shapes(name: str) -> dict[str, torch.Tensor]:
-    """The diffusion model of a checkpoint file: tensors on the meta device, but for those that tell what it is."""
+    """The diffusion model of a checkpoint file: tensors on the meta device, but for those that show what it is."""
     architecture = ARCHITECTURES[name]
     unet = UNetModel(**architecture.unet, device="meta", operations=comfy.ops.disable_weight_init)
     state = {f"{_UNET}{key}": value for key, value in unet.state_dict().items()}
@@ -137,11 +137,22 @@ def detect(state: dict[str, torch.Tensor]) -> comfy.supported_models_base.BASE:
     return config
 
 
-def on_meta(name: str) -> comfy.model_base.BaseModel:
+def on_meta(
+    name: str, stored: torch.dtype = torch.bfloat16, computed: torch.dtype | None = None
+) -> comfy.model_base.BaseModel:
     """The model that ComfyUI makes of such a checkpoint, on the meta device."""
+    return _new_model(name, torch.device("meta"), stored, computed)
+
+
+def _new_model(
+    name: str, device: torch.device, stored: torch.dtype, computed: torch.dtype | None
+) -> comfy.model_base.BaseModel:
+    """With weights `stored` in one dtype, which are cast to another one to compute with, if it is given."""
     state = names_and_shapes(name)
+    config = detect(state)
+    config.set_inference_dtype(stored, computed)
     with torch.no_grad():  # Stable Zero123 fills a layer in place
-        return detect(state).get_model(state, _UNET, device="meta")
+        return config.get_model(state, _UNET, device=device)
 
 
 def _whole(name: str) -> dict[str, torch.Tensor]:
@@ -186,15 +197,14 @@ class RandomWeights:
             self.start = (self.start + len(piece)) % len(block)
 
 
-def random_model(name: str, dtype: torch.dtype, device: torch.device) -> comfy.model_base.BaseModel:
+def random_model(
+    name: str, device: torch.device, stored: torch.dtype, computed: torch.dtype | None = None
+) -> comfy.model_base.BaseModel:
     """The model that ComfyUI would make of such a checkpoint with random weights, without the file."""
-    state, weights = names_and_shapes(name), RandomWeights(0)
-    config = detect(state)
-    config.set_inference_dtype(dtype, None)
-    model = config.get_model(state, _UNET, device=device)
+    model, weights = _new_model(name, device, stored, computed), RandomWeights(0)
     for key, parameter in model.diffusion_model.named_parameters():
         flat = parameter.data.view(-1)
-        for piece in weights.pieces(key, parameter.shape, dtype):
+        for piece in weights.pieces(key, parameter.shape, parameter.dtype):
             flat[: len(piece)] = piece.to(device)
             flat = flat[len(piece) :]
     return model

@@ -55,7 +55,7 @@ def compile_it(model):
     return TorchCompileModel.execute(model, backend).args[0]
 
 
-class Watch:
+class EvaluationCounter:
     """Rows of the evaluations, counted outside of the compiled graph, against pictures."""
 
     def __init__(self):
@@ -72,8 +72,8 @@ class Watch:
             return predicted
 
         clone = model.clone()
-        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watch", apply_model)
-        clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "watch", predict_noise)
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "evaluation_counter", apply_model)
+        clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "evaluation_counter", predict_noise)
         return clone
 
 
@@ -106,12 +106,12 @@ def main() -> None:
     for name, compiled, model, cfg in cases:
         if chosen and name not in chosen:
             continue
-        watch = Watch()
-        sampled = ksampler(watch(compiled), PROMPTS, cfg=cfg)
+        counter = EvaluationCounter()
+        sampled = ksampler(counter(compiled), PROMPTS, cfg=cfg)
         report[name] = {
             "error": distance(sampled, ksampler(model, PROMPTS, cfg=cfg)),
             "from_base": distance(sampled, ksampler(BASE, PROMPTS, cfg=cfg)),
-            "evaluations": watch.rows / watch.pictures,
+            "evaluations": counter.rows / counter.pictures,
         }
     print(json.dumps({"cases": report, "said": said}))
 

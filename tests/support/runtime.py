@@ -34,7 +34,7 @@ def is_from(version: str) -> bool:
 
 
 def since(version: str) -> None:
-    """Skip the test on an older ComfyUI, of which it says nothing."""
+    """Skip the test on an older ComfyUI."""
     if not is_from(version):
         pytest.skip(f"ComfyUI {comfyui_version.__version__} has no such thing, {version} has")
 
@@ -124,7 +124,7 @@ def ksampler(model, prompts: Prompts, *, cfg: float = CFG, sampler: str = "euler
 
 @torch.inference_mode()
 def ksampler_advanced(model, prompts: Prompts, at: dict, start: int = 0, end: int = STEPS, **options):
-    """Steps `start` to `end` of STEPS. The first part adds the noise and the last one leaves none, unless told so."""
+    """Steps `start` to `end` of STEPS. By default the first part adds the noise and the last one leaves none."""
     settings = {"add_noise": start == 0, "leftover": end < STEPS, "cfg": CFG, **options}
     add_noise, leftover = ("enable" if settings[key] else "disable" for key in ("add_noise", "leftover"))
     return nodes.KSamplerAdvanced().sample(

@@ -1,6 +1,6 @@
 """The rows of docs/compatibility.md, each as the workflow that it names, run through ComfyUI's own nodes.
 
-A workflow is `run(agd, base, variant)`: it puts `agd` where the loader would stand and returns the sampled latent.
+A workflow is `run(agd, base, variant)`: it puts `agd` in the loader's place and returns the sampled latent.
 """
 
 import functools
@@ -55,7 +55,7 @@ TWICE = (
 )  # fmt: skip
 TWICE = tuple(name for name in TWICE if name in comfy.samplers.SAMPLER_NAMES)
 SAMPLERS = tuple(name for name in comfy.samplers.SAMPLER_NAMES if name not in CFG_PP + TWICE)
-AROUND = ("before", "after")  # the other node stands before or after the loader
+AROUND = ("before", "after")  # the other node is before or after the loader
 LORA, OTHER_LORA = "tiny.safetensors", "other.safetensors"  # in a folder that the tests make
 PROMPTS = random_prompts()
 LONG = random_prompts(lengths=(48, 16))
@@ -67,11 +67,11 @@ class Row:
     """`without`, `with_agd`: evaluations per prediction that the sampler asks for, and per picture.
 
     `training_free`: the same of guidance that needs no adapter; None is half of `without`, 0 that it is refused.
-    `aside`: what needs both predictions, as the message names it; `no_part`: what evaluates in its own way, likewise;
-    `as_base`: the result is the base's own; `since`: the oldest tested ComfyUI that has it, and has it so;
-    `says`: whether training-free guidance has something to say about it, `within`: how exactly it keeps its number
-    whatever the variant. Without `run` the row is tested in
-    compatibility/test_compile.py, which needs processes of its own.
+    `needs_both`: what needs both predictions, as the message names it; `own_evaluation`: what evaluates the prompts
+    in its own way, likewise; `as_base`: the result is the base's own; `since`: the oldest tested ComfyUI that has it,
+    and has it so; `warns`: whether training-free guidance has a message about it, `within`: how exactly it keeps its
+    number whatever the variant. Without `run` the row is tested in compatibility/test_compile.py, which needs processes
+    of its own.
     """
 
     what: str
@@ -79,12 +79,12 @@ class Row:
     with_agd: float
     run: Callable | None
     variants: tuple[str, ...] = ("",)
-    aside: str | None = None
-    no_part: str | None = None
+    needs_both: str | None = None
+    own_evaluation: str | None = None
     as_base: bool = False
     since: str | None = None
     training_free: float | None = None
-    says: bool = False
+    warns: bool = False
     within: float = 0.005
 
     @property
@@ -92,22 +92,22 @@ class Row:
         return self.without / 2 if self.training_free is None else self.training_free
 
     @property
-    def training_free_says(self) -> bool:
-        return self.says or self.with_training_free == self.without
+    def training_free_warns(self) -> bool:
+        return self.warns or self.with_training_free == self.without
 
 
 ROWS: list[Row] = []
 
 
 def row(what: str, without: float, with_agd: float, variants=("",), **kind):
-    def keep(run):
+    def register(run):
         ROWS.append(Row(what, without, with_agd, run, tuple(variants), **kind))
         return run
 
-    return keep
+    return register
 
 
-class Watch:
+class EvaluationCounter:
     """Counts rows of the diffusion model against the pictures that predictions were asked for."""
 
     def __init__(self):
@@ -138,12 +138,12 @@ class Watch:
             (WrappersMP.DIFFUSION_MODEL, diffusion_model),
             (WrappersMP.PREDICT_NOISE, predict_noise),
         ):
-            clone.remove_wrappers_with_key(kind, "watch")
-            clone.add_wrapper_with_key(kind, "watch", wrapper)
+            clone.remove_wrappers_with_key(kind, "evaluation_counter")
+            clone.add_wrapper_with_key(kind, "evaluation_counter", wrapper)
         return clone
 
 
-def around(where: str, agd, node, base):
+def placed(where: str, agd, node, base):
     return agd(node(base)) if where == "before" else node(agd(base))
 
 
@@ -165,12 +165,12 @@ def sampler(agd, base, name):
     return ksampler(agd(base), PROMPTS, sampler=name, steps=3, denoise=denoise)
 
 
-@row("Samplers that ask twice, or go back up", 2, 1, TWICE, training_free=1.4, within=0.1, says=True)
+@row("Samplers that ask twice, or go back up", 2, 1, TWICE, training_free=1.4, within=0.1, warns=True)
 def sampler_that_asks_twice(agd, base, name):
     return ksampler(agd(base), PROMPTS, sampler=name, steps=12)
 
 
-@row("The `*_cfg_pp` samplers", 2, 2, CFG_PP, aside="the sampler {}", training_free=2)
+@row("The `*_cfg_pp` samplers", 2, 2, CFG_PP, needs_both="the sampler {}", training_free=2)
 def cfg_pp(agd, base, name):
     return ksampler(agd(base), PROMPTS, sampler=name, steps=3)
 
@@ -233,7 +233,7 @@ def predict_from(model, prompts: Prompts, noise: torch.Tensor):
     return comfy.sample.sample_custom(model, noise, CFG, euler, sigmas, prompts.positive, prompts.negative, zeros)
 
 
-@row("DualCFGGuider", 3, 3, ("regular", "nested"), no_part="the guider Guider_DualCFG", training_free=3)
+@row("DualCFGGuider", 3, 3, ("regular", "nested"), own_evaluation="the guider Guider_DualCFG", training_free=3)
 def dual_cfg_guider(agd, base, style):
     node, other = custom.DualCFGGuider, random_prompts(lengths=(32, 32))
     model = agd(base)
@@ -242,13 +242,13 @@ def dual_cfg_guider(agd, base, style):
     )
 
 
-@row("DualModelGuider", 2, 2, no_part="the guider Guider_DualModel", since="0.26.0", training_free=2)
+@row("DualModelGuider", 2, 2, own_evaluation="the guider Guider_DualModel", since="0.26.0", training_free=2)
 def dual_model_guider(agd, base, _):
     node = custom.DualModelGuider
     return sample_custom(node.execute(agd(base), PROMPTS.positive, CFG, other_model(), PROMPTS.negative).args[0])
 
 
-@row("PerpNegGuider", 3, 3, no_part="the guider Guider_PerpNeg", training_free=3)
+@row("PerpNegGuider", 3, 3, own_evaluation="the guider Guider_PerpNeg", training_free=3)
 def perp_neg_guider(agd, base, _):
     node, empty = nodes_perpneg.PerpNegGuider, random_prompts(lengths=(32, 32)).negative
     return sample_custom(node.execute(agd(base), PROMPTS.positive, PROMPTS.negative, empty, CFG, 1.0).args[0])
@@ -392,7 +392,7 @@ def load_lora(model, name: str = LORA):
 
 @row("LoRA, before or after the loader", 2, 1, AROUND)
 def lora(agd, base, where):
-    return ksampler(around(where, agd, load_lora, base), PROMPTS, steps=2)
+    return ksampler(placed(where, agd, load_lora, base), PROMPTS, steps=2)
 
 
 @functools.cache
@@ -405,7 +405,7 @@ def merging(agd, base, where):
     def merge(model):
         return nodes_model_merging.ModelMergeSimple().merge(model, other_model(), 0.6)[0]
 
-    return ksampler(around(where, agd, merge, base), PROMPTS, steps=1)
+    return ksampler(placed(where, agd, merge, base), PROMPTS, steps=1)
 
 
 NODES = {
@@ -443,10 +443,10 @@ STEPS_BESIDE = 2
 def beside(name: str):
     """The workflow with the node `name` before or after the loader."""
     at = latent(1, 16, 16)
-    return lambda agd, base, where: ksampler(around(where, agd, NODES[name], base), PROMPTS, at=at, steps=STEPS_BESIDE)
+    return lambda agd, base, where: ksampler(placed(where, agd, NODES[name], base), PROMPTS, at=at, steps=STEPS_BESIDE)
 
 
-for what, without, with_agd, name, aside in (
+for what, without, with_agd, name, needs_both in (
     ("FreeU", 2, 1, "FreeU", None),
     ("FreeU_V2", 2, 1, "FreeU_V2", None),
     ("HyperTile", 2, 1, "HyperTile", None),
@@ -471,8 +471,8 @@ for what, without, with_agd, name, aside in (
     new = what in ("CFGOverride", "CFGNorm with `pre_cfg`")
     # With an evaluation of their own, or both in one; those that combine predictions have both from the first step.
     own = {"PAG": 2.5, "PerpNeg": 3, "SelfAttentionGuidance": 3, "NAGuidance": 2, "Mahiro": 2, "CFGZeroStar": 2}
-    own = {**own, "CFGNorm": 1}.get(name, 1.17 if aside else None)
-    kind = {"aside": aside, "since": "0.26.0" if new else None, "training_free": own, "says": name == "PAG"}
+    own = {**own, "CFGNorm": 1}.get(name, 1.17 if needs_both else None)
+    kind = {"needs_both": needs_both, "since": "0.26.0" if new else None, "training_free": own, "warns": name == "PAG"}
     row(what, without, with_agd, AROUND, **kind)(beside(name))
 
 

@@ -41,15 +41,14 @@ def test_the_demo_writes_what_it_promises_and_no_figure_of_too_few_pictures(tmp_
 
 
 def test_the_table_shows_errors_and_how_many_pictures_there_were(capsys):
-    values = {"seconds_per_image": 0.05, "evaluations_per_step": 1.0, "frechet_to_real": 170.0}
-    values |= {"prompt_accuracy": 0.97, "prompt_accuracy_se": 0.011}
+    result = demo.MethodResult("agd", 3.0, 0.05, 1.0, 0.97, 0.011, frechet_to_real=170.0)
     gap = type("Gap", (), {"gap_closed": {3.0: 0.7}, "direction_cosine": {3.0: 0.8}})
     report = {"pictures": 256, "adapter": {"parameters": 1000, "percent_of_base": 2.0}, "training_seconds": 200.0}
     report |= {"teacher_evaluations": 500, "speedup": 1.8, "speedup_se": 0.02}
-    demo.print_table({("agd", 3.0): values}, gap, report)
+    demo.print_table([result], gap, report)
     table = capsys.readouterr().out
     assert "0.970 (0.011)" in table
     assert "256 pictures per line" in table
     assert "AGD is 1.80 (0.02) times as fast as CFG." in table
-    demo.print_table({("agd", 3.0): values}, gap, report | {"speedup": None, "speedup_se": None})
+    demo.print_table([result], gap, report | {"speedup": None, "speedup_se": None})
     assert "can't be told: the machine was too busy" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The laboratory of benchmarks/quality.py: other ways to sample, negative prompts that are new, and one small run."""
+"""The benchmarks on the toy: other ways to sample, negative prompts that are new, and a small run of each."""
 
 import dataclasses
 import json
@@ -14,10 +14,11 @@ from comfyui_agd.agd_core.comfyui.backbones import describe_base
 from comfyui_agd.agd_core.comfyui.counting import counted
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.guidance import GuidanceRule
-from comfyui_agd.benchmarks import ablation, baselines, extrapolation, lab, quality, report, training_free
-from comfyui_agd.benchmarks.methods import METHODS
+from comfyui_agd.benchmarks import ablation, baselines, experiment, extrapolation, quality, report, training_free
+from comfyui_agd.benchmarks.experiment import QUICK_SIZES, ToyExperiment
+from comfyui_agd.benchmarks.work_folder import WorkFolder
 from comfyui_agd.examples.toy.judge import recognised
-from comfyui_agd.examples.toy.sampling import Jury, Toy, encode, held_out_captions, sample
+from comfyui_agd.examples.toy.sampling import SamplerSettings, Toy, encode, held_out_captions, sample
 from comfyui_agd.examples.toy.scenes import (
     HELD_OUT_UNWANTED,
     Description,
@@ -27,6 +28,7 @@ from comfyui_agd.examples.toy.scenes import (
     open_caption,
     render,
 )
+from comfyui_agd.examples.toy.scoring import Scorer
 
 STEPS, ROWS = 6, 3
 ROW_KEYS = (
@@ -44,41 +46,42 @@ def parts() -> Toy:
 def draw(parts):
     """Samples with a model and returns the pictures and the rows that the UNet was given."""
 
-    def run(model, cfg: float = 3.0, **how) -> tuple[torch.Tensor, list[int]]:
+    def run(model, cfg: float = 3.0, **batches) -> tuple[torch.Tensor, list[int]]:
         model, counter = counted(model)
-        images, _ = sample(parts, model, encode(parts.clip, held_out_captions(ROWS, 5)[1]), cfg=cfg, seed=1, **how)
-        return images, counter.rows
+        prompts = encode(parts.clip, held_out_captions(ROWS, 5)[1])
+        pictures = sample(parts, model, prompts, SamplerSettings(cfg, 1, steps=STEPS), **batches)
+        return pictures.images, counter.rows
 
-    return lambda model, **how: run(model, **({"steps": STEPS} | how))
+    return run
 
 
 def test_unwanted_words_and_combinations_of_training_and_measurement_are_disjoint():
     trained, measured = all_unwanted(held=False), all_unwanted(held=True)
     assert not {u.text() for u in trained} & {u.text() for u in measured}
     assert not any(word in u.text().split() for u in trained for word in HELD_OUT_UNWANTED)
-    alone = {word for u in measured if len(u.said()) == 1 for word in u.said().values()}
+    alone = {word for u in measured if len(u.attributes()) == 1 for word in u.attributes().values()}
     assert alone == set(HELD_OUT_UNWANTED)
     assert any(set(u.text().split()).isdisjoint(HELD_OUT_UNWANTED) for u in measured)  # new as a combination only
 
 
-def test_a_description_fits_what_has_all_its_attributes():
+def test_a_description_describes_what_has_all_its_attributes():
     thing = Thing("small", "orange", "ring")
-    assert Description(colour="orange").fits(thing)
-    assert not Description(size="large", colour="orange").fits(thing)
+    assert Description(colour="orange").describes(thing)
+    assert not Description(size="large", colour="orange").describes(thing)
     assert Description(colour="orange").text() == "an orange shape"
 
 
 def test_open_captions_leave_something_open_and_never_name_the_background_twice():
     rng = random.Random(0)
     for _ in range(200):
-        text, said = open_caption(rng)
-        assert len(said.said()) < 3
-        assert said.colour is None or text.count(said.colour) == 1
+        text, described = open_caption(rng)
+        assert len(described.attributes()) < 3
+        assert described.colour is None or text.count(described.colour) == 1
 
 
 def test_the_judge_recognises_scenes():
     scenes = draw_scenes(64, 51, held=True)
-    seen = recognised(Jury().judge, render(scenes, 51))
+    seen = recognised(Scorer().judge, render(scenes, 51))
     assert sum(a == b for a, b in zip(seen, scenes, strict=True)) >= 60
 
 
@@ -87,6 +90,14 @@ def test_noise_can_be_chosen_row_by_row(parts, draw):
     turned, _ = draw(parts.model, cfg=1.0, noise=[[6, 5, 4]])
     torch.testing.assert_close(turned[1], three[1])
     assert not torch.allclose(turned[0], three[0], atol=1e-2)
+
+
+def test_each_batch_is_drawn_with_the_next_seed(parts):
+    first, second = (encode(parts.clip, [text])[0] for text in ("a red star", "a blue ring"))
+    both = sample(parts, parts.model, [first, second], SamplerSettings(3.0, seed=5, steps=2))
+    alone = sample(parts, parts.model, [second], SamplerSettings(3.0, seed=6, steps=2))
+    assert torch.equal(both.images[1:], alone.images)
+    assert len(both.seconds) == 2
 
 
 def test_negative_prompts_can_be_one_per_row(parts, draw):
@@ -154,7 +165,7 @@ def test_every_sampling_of_adaptive_guidance_begins_with_guidance(parts, draw):
     assert rows == again
 
 
-def test_normalised_attention_guidance_is_one_pass_that_hears_the_negative(parts, draw):
+def test_normalised_attention_guidance_is_one_pass_that_uses_the_negative(parts, draw):
     model = baselines.normalised(parts.model, describe_base(parts.model.model))
     images, rows = draw(model)
     assert rows == [ROWS] * STEPS
@@ -165,7 +176,8 @@ def test_normalised_attention_guidance_is_one_pass_that_hears_the_negative(parts
 
 def test_normalised_attention_never_grows_beyond_its_limit():
     out, delta, gain = torch.ones(1, 2, 4), torch.ones(1, 2, 4), torch.full((1, 1, 1), 9.0)
-    found = baselines._normalised("site", out, delta, None, SimpleNamespace(gain=gain), tau=2.5, alpha=0.5)
+    guide = baselines.NormalisedGuide(tau=2.5, alpha=0.5)
+    found = guide("layer", out, delta, None, SimpleNamespace(gain=gain))
     torch.testing.assert_close(found, torch.full_like(out, 1.75))  # half of 1, half of 2.5
 
 
@@ -181,11 +193,11 @@ def test_the_whole_model_starts_as_the_base_and_takes_omega_from_cfg(parts, draw
 
 
 def test_a_recording_goes_with_its_prompts(tmp_path):
-    laboratory = lab.Lab(lab.Work(tmp_path), dataclasses.replace(lab.QUICK, iterations=2))
-    config, told = laboratory.train_config(), laboratory.prompts(negatives=True)
-    recording, prompts = laboratory.recording(config, told)
-    batch, host = recording.source(config, range(config.batch)).next(0), laboratory.host()
-    positive, negative = host.encode(prompts), host.encode(told.negatives, "negative")
+    small = ToyExperiment(WorkFolder(tmp_path), dataclasses.replace(QUICK_SIZES, iterations=2))
+    config, given = small.train_config(), small.prompts(negatives=True)
+    recording, prompts = small.recording(config, given)
+    batch, host = recording.source(config, range(config.batch)).next(0), small.host()
+    positive, negative = host.encode(prompts), host.encode(given.negatives, "negative")
     with host.session():
         cond = host.denoise(batch.x, batch.sigma, [positive[i] for i in batch.positive.tolist()])
         uncond = host.denoise(batch.x, batch.sigma, [negative[i] for i in batch.negative.tolist()])
@@ -195,7 +207,7 @@ def test_a_recording_goes_with_its_prompts(tmp_path):
 
 @pytest.mark.slow
 def test_one_command_makes_the_table_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr("comfyui_agd.examples.toy.sampling.REFERENCE_IMAGES", 256)
+    monkeypatch.setattr("comfyui_agd.examples.toy.scoring.REFERENCE_IMAGES", 256)
     few = ["--quick", "--pictures", "6", "--pairs", "2", "--iterations", "2", "--work", str(tmp_path / "work")]
     few += ["--results", str(tmp_path / "results"), "--json", str(tmp_path / "rows.json")]
     quality.main([*few, "--only", "cfg", "adaptive", "meng", "paper_offset"])
@@ -218,10 +230,15 @@ def test_one_command_makes_the_table_and_goes_on_where_it_was(tmp_path, monkeypa
 
     # Again, with one more method: nothing else is trained or sampled anew.
     drawn = []
-    monkeypatch.setattr(METHODS["meng"].make.__globals__["baselines"], "distil_model", None)
-    monkeypatch.setattr("comfyui_agd.benchmarks.lab.sample", lambda *a, **how: drawn.append(how) or sample(*a, **how))
+    monkeypatch.setattr(baselines, "distil_model", None)
+
+    def sampled(parts, model, prompts, settings, **batches):
+        drawn.append(settings.cfg)
+        return sample(parts, model, prompts, settings, **batches)
+
+    monkeypatch.setattr(experiment, "sample", sampled)
     quality.main([*few, "--only", "cfg", "meng", "unguided"])
-    assert {how["cfg"] for how in drawn} == {1.0}
+    assert set(drawn) == {1.0}
     assert len(json.loads((tmp_path / "rows.json").read_text())) == len(rows) + 3
 
 
@@ -230,19 +247,19 @@ def test_an_unknown_method_is_an_error_that_says_where_to_look(tmp_path):
         quality.main(["--only", "nonsense", "--work", str(tmp_path)])
 
 
-def test_a_row_is_dominated_by_what_is_surely_better_for_no_more_evaluations():
+def test_a_row_is_dominated_by_what_is_significantly_better_for_no_more_evaluations():
     def row(accuracy: float, frechet: float, evaluations: float = 1.0, error: float = 0.01) -> dict:
         values = {"steps": 20, "evaluations_per_step": evaluations, "prompt_accuracy_above_cfg": accuracy}
         values |= {"frechet_above_cfg": frechet, "frechet_above_cfg_se": 1.0}
         return values | {"prompt_accuracy_above_cfg_se": error}
 
     better, usual = row(-0.01, 1.0), row(-0.06, 1.0)
-    assert report.surely_better(better, usual)
-    assert not report.surely_better(usual, better)
-    assert not report.surely_better(row(-0.01, 1.0, evaluations=2.0), usual)
-    assert not report.surely_better(row(-0.01, 1.0, error=0.1), usual)
-    assert not report.surely_better(row(-0.01, 9.0), usual)  # worse in the other
-    assert not report.surely_better(usual, usual)
+    assert report.significantly_better(better, usual)
+    assert not report.significantly_better(usual, better)
+    assert not report.significantly_better(row(-0.01, 1.0, evaluations=2.0), usual)
+    assert not report.significantly_better(row(-0.01, 1.0, error=0.1), usual)
+    assert not report.significantly_better(row(-0.01, 9.0), usual)  # worse in the other
+    assert not report.significantly_better(usual, usual)
 
 
 @pytest.mark.slow
@@ -261,8 +278,8 @@ def test_the_ablation_trains_and_measures_what_is_asked_for(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_extrapolation_takes_an_adapter_to_where_it_was_not_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr("comfyui_agd.examples.toy.sampling.REFERENCE_IMAGES", 256)
-    monkeypatch.setattr(lab, "QUICK", dataclasses.replace(lab.QUICK, pictures=8))
+    monkeypatch.setattr("comfyui_agd.examples.toy.scoring.REFERENCE_IMAGES", 256)
+    monkeypatch.setattr(experiment, "QUICK_SIZES", dataclasses.replace(QUICK_SIZES, pictures=8))
     how = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "rows.json")]
     extrapolation.main([*how, "--adapter", "calibrated", "--only", "sizes", "sibling"])
     rows = {row["setting"]: row for row in json.loads((tmp_path / "rows.json").read_text())}

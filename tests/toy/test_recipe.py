@@ -17,6 +17,6 @@ def test_the_papers_recipe_learns_from_whole_trajectories_recorded_before(monkey
     host = ComfyHost(toy.model, toy.clip)
     paper = next(each for each in recipe.recipes(1.0) if each.recipe == "paper")
     paper = replace(paper, config=replace(paper.config, iterations=3, batch=4, hidden=8, evaluate_every=0))
-    recorded = recipe.Recorded(host, captions[:2])
+    recorded = recipe.RecordedTrajectories(host, captions[:2])
     (row,) = recipe.measure(host, paper, captions[:2], captions[2:], recorded)
     assert (row["iteration"], row["teacher_evaluations"]) == (3, 2 * 8 * 2)

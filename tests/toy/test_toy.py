@@ -1,4 +1,4 @@
-"""The embedded default: its world, its committed weights, and that ComfyUI's core nodes work on it."""
+"""The embedded default: its scenes, its committed weights, and that ComfyUI's core nodes work on it."""
 
 import random
 
@@ -9,7 +9,7 @@ from comfy_extras.nodes_train import LoraModelLoader
 
 from comfyui_agd.examples.toy import model as toy_model
 from comfyui_agd.examples.toy.measure import CARD, MEASURED, omega_star
-from comfyui_agd.examples.toy.sampling import Jury, Toy, encode, held_out_captions, sample
+from comfyui_agd.examples.toy.sampling import SamplerSettings, Toy, encode, held_out_captions, sample
 from comfyui_agd.examples.toy.scenes import (
     COLOURS,
     SHAPES,
@@ -20,6 +20,7 @@ from comfyui_agd.examples.toy.scenes import (
     render,
     training_caption,
 )
+from comfyui_agd.examples.toy.scoring import Scorer
 from comfyui_agd.examples.toy.train import encode_text, token_ids
 
 LIMIT = 12_000_000
@@ -32,11 +33,11 @@ def parts() -> Toy:
 
 
 @pytest.fixture(scope="module")
-def jury() -> Jury:
-    return Jury()
+def scorer() -> Scorer:
+    return Scorer()
 
 
-def test_the_world_is_rich_enough():
+def test_there_are_shapes_and_colours_enough():
     assert len(SHAPES) >= 6
     assert len(COLOURS) >= 8
 
@@ -47,7 +48,7 @@ def test_held_out_scenes_are_never_trained():
     assert all(held_out(scene) for scene in held)
 
 
-def test_every_caption_uses_known_words_and_fits():
+def test_every_caption_uses_known_words_and_is_short_enough():
     rng = random.Random(0)
     scenes = draw_scenes(1000, 1, held=False)
     captions = [training_caption(scene, rng) for scene in scenes] + [caption(scene, swapped=True) for scene in scenes]
@@ -92,19 +93,19 @@ def test_the_autoencoder_keeps_pictures(parts):
     assert -10 * error.log10() > 28
 
 
-def test_the_judge_is_right_on_held_out_pictures(jury):
+def test_the_judge_is_right_on_held_out_pictures(scorer):
     scenes = draw_scenes(1000, 41, held=True)
-    assert jury.accuracy(render(scenes, 41), scenes) >= 0.97
+    assert scorer.accuracy(render(scenes, 41), scenes) >= 0.97
 
 
-def test_the_judge_notices_wrong_pictures(jury):
+def test_the_judge_notices_wrong_pictures(scorer):
     scenes = draw_scenes(200, 43, held=True)
-    assert jury.accuracy(render(scenes[1:] + scenes[:1], 43), scenes) < 0.05
+    assert scorer.accuracy(render(scenes[1:] + scenes[:1], 43), scenes) < 0.05
 
 
-def test_frechet_distance_tells_real_from_noise(jury):
-    real = jury.frechet(render(draw_scenes(1000, 45, held=True), 45))
-    noise = jury.frechet(torch.rand(1000, 3, 64, 64))
+def test_the_frechet_distance_of_real_pictures_is_far_smaller_than_that_of_noise(scorer):
+    real = scorer.frechet(render(draw_scenes(1000, 45, held=True), 45))
+    noise = scorer.frechet(torch.rand(1000, 3, 64, 64))
     assert real < noise / 20
 
 
@@ -118,11 +119,13 @@ def test_guidance_matters_as_the_model_card_says():
 
 
 @pytest.mark.slow
-def test_guidance_matters_when_sampled(parts, jury):
+def test_guidance_matters_when_sampled(parts, scorer):
     scenes, captions = held_out_captions(96, 47)
     prompts = encode(parts.clip, captions)
-    unguided, guided = (sample(parts, parts.model, prompts, cfg=cfg, seed=1)[0] for cfg in (1.0, omega_star()))
-    assert jury.accuracy(guided, scenes) >= jury.accuracy(unguided, scenes) + 0.05
+    unguided, guided = (
+        sample(parts, parts.model, prompts, SamplerSettings(cfg, 1)).images for cfg in (1.0, omega_star())
+    )
+    assert scorer.accuracy(guided, scenes) >= scorer.accuracy(unguided, scenes) + 0.05
 
 
 @torch.inference_mode()
@@ -132,7 +135,7 @@ def test_core_lora_works(parts):
     patched = LoraModelLoader.execute(parts.model, lora, 1.0).args[0]
     prompt = encode(parts.clip, [PROMPT])
     models = (parts.model, patched, parts.model)
-    before, changed, after = (sample(parts, model, prompt, cfg=2.0, seed=1, steps=2)[0] for model in models)
+    before, changed, after = (sample(parts, model, prompt, SamplerSettings(2.0, 1, steps=2)).images for model in models)
     assert not torch.equal(before, changed)
     assert torch.equal(before, after)
 

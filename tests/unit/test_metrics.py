@@ -1,9 +1,11 @@
-"""The metrics of benchmarks/quality.py on sets whose answers are known."""
+"""Metrics and standard errors of sets whose answers are known."""
 
 import pytest
 import torch
 
 from comfyui_agd.benchmarks import metrics
+from comfyui_agd.benchmarks.metrics import UnwantedSeen
+from comfyui_agd.examples.toy.standard_errors import jackknife, mean_and_error
 
 
 def normal(rows: int, seed: int, width: int = 4) -> torch.Tensor:
@@ -32,20 +34,20 @@ def test_a_difference_of_distances_is_surer_than_either():
 
 def test_the_jackknife_of_a_mean_is_its_usual_standard_error():
     values = normal(1600, 2, 1)[:, 0]
-    mean, error = metrics.jackknife(lambda own: values[own].mean().item(), len(values))
+    mean, error = jackknife(lambda own: values[own].mean().item(), len(values))
     assert mean == pytest.approx(values.mean().item())
     assert error == pytest.approx(1 / 40, rel=0.5)
-    assert metrics.mean_and_error(values)[1] == pytest.approx(1 / 40, rel=0.05)
+    assert mean_and_error(values)[1] == pytest.approx(1 / 40, rel=0.05)
 
 
 def test_the_error_of_a_share_is_the_binomial_one():
-    share, error = metrics.mean_and_error(torch.arange(100) < 20)
+    share, error = mean_and_error(torch.arange(100) < 20)
     assert share == pytest.approx(0.2)
     assert error == pytest.approx((0.2 * 0.8 / 99) ** 0.5)
 
 
 def precision_and_recall(samples: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
-    precision = metrics.precision(samples, reference, metrics.radii(reference))[0]
+    precision = metrics.precision(samples, metrics.Reference(reference, metrics.radii(reference)))[0]
     return precision, metrics.recall(samples, reference)[0]
 
 
@@ -71,8 +73,8 @@ def test_the_radius_is_the_distance_to_the_third_neighbour():
 
 def test_the_share_of_a_reduction_is_relative_to_cfg():
     often, seldom, never = torch.arange(100) < 80, torch.arange(100) < 30, torch.zeros(100, dtype=torch.bool)
-    share, error = metrics.share_of_reduction({"without": often, "with": seldom}, {"without": often, "with": never})
+    share, error = metrics.share_of_reduction(UnwantedSeen(often, seldom), UnwantedSeen(often, never))
     assert share == pytest.approx(50 / 80)
     assert error > 0
-    rarer = {"without": torch.arange(100) < 40, "with": torch.arange(100) < 20}  # drawn half as often, and halved
-    assert metrics.share_of_reduction(rarer, {"without": often, "with": torch.arange(100) < 40})[0] == pytest.approx(1)
+    rarer = UnwantedSeen(torch.arange(100) < 40, torch.arange(100) < 20)  # drawn half as often, and halved
+    assert metrics.share_of_reduction(rarer, UnwantedSeen(often, torch.arange(100) < 40))[0] == pytest.approx(1)

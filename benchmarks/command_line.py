@@ -1,0 +1,42 @@
+"""The options that benchmarks share, and what follows from them."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def benchmark_parser(description: str, quick: str) -> argparse.ArgumentParser:
+    """With the options of every benchmark. `quick`: what --quick does."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser
+
+
+def add_results(parser: argparse.ArgumentParser, files: str) -> None:
+    """The folder of the page that a benchmark writes."""
+    parser.add_argument("--results", type=Path, help=f"where to write {files}; default: results, unless quick")
+
+
+def add_work(parser: argparse.ArgumentParser, name: str, what: str = "what is kept") -> None:
+    parser.add_argument("--work", type=Path, help=f"{what}; default: build/{name}, or build/{name}-quick")
+
+
+def work_path(args: argparse.Namespace, name: str) -> Path:
+    return args.work or Path("build") / (f"{name}-quick" if args.quick else name)
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Which base to measure on, and which ComfyUI with."""
+    parser.add_argument("--model", choices=("SD 1.5", "SDXL"), help="only this one")
+    parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder, if it is not found by itself")
+
+
+def selected(names: Sequence[str], asked: Sequence[str], what: str) -> list[int]:
+    """The indices of the names that have one of the texts `asked` in them; an error where there are none."""
+    found = [i for i, name in enumerate(names) if any(text.lower() in name.lower() for text in asked)]
+    if not found:
+        sys.exit(f"No {what} has {' or '.join(asked)} in its name or section.")
+    return found
