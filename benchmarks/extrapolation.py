@@ -63,16 +63,16 @@ class Bench:
 
     def gap(self, captions: list[str], omega: float, size=(64, 64), model=None, **how) -> dict:
         """Gap closed and cosine, over blocks of captions. `how`: of the teacher's trajectories."""
-        from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+        from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
         from comfyui_agd.benchmarks import metrics
         from comfyui_agd.benchmarks.lab import CFG, in_blocks
         from comfyui_agd.training.evaluate import evaluate
 
-        host, found = ComfyHost(model or self.lab.parts.model, self.lab.parts.clip), []
+        own, found = ComfyModel(model or self.lab.parts.model, self.lab.parts.clip), []
         for i, block in enumerate(in_blocks(captions)):
-            states = self.lab.follow(block, [omega], CFG, _SEED + i, host=host, size=size, **how)
-            with host.session():
-                found.append(evaluate(host, self.adapter.to(host.device), states))
+            states = self.lab.follow(block, [omega], CFG, _SEED + i, model=own, size=size, **how)
+            with own.denoiser.session():
+                found.append(evaluate(own.denoiser, self.adapter.to(own.denoiser.device), states))
         measured = {
             key: metrics.mean_and_error(torch.tensor([getattr(each, key)[omega] for each in found]))
             for key in ("gap_closed", "direction_cosine")

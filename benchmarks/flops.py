@@ -27,7 +27,7 @@ def count(name: str, pixels: int) -> list[dict]:
     from comfyui_agd.agd_core.adapter import Adapter
     from comfyui_agd.agd_core.comfyui.backbones.unet import describe_base
     from comfyui_agd.agd_core.comfyui.model import tracing
-    from comfyui_agd.agd_core.comfyui.model.host import at_sigma, options_of
+    from comfyui_agd.agd_core.comfyui.model.denoiser import at_sigma, options_of
     from comfyui_agd.agd_core.comfyui.patch import Active, Step, take_part
     from comfyui_agd.agd_core.comfyui.sampling.negatives import Negative, Share
     from comfyui_agd.agd_core.config import AdapterConfig
@@ -55,7 +55,7 @@ def count(name: str, pixels: int) -> list[dict]:
                 out = model.apply_model(x, sigma, c_crossattn=context, transformer_options=own, **pooled)
             return out
 
-        return tracing.teacher(model, evaluate, shape, 1).flops
+        return tracing.base(model, evaluate, shape, 1).flops
 
     unguided, rows = flops(None, 1), []
     for method, settings in ADAPTERS.items():

@@ -22,7 +22,7 @@ from tqdm import tqdm, trange
 
 from comfyui_agd.agd_core.adapter_file import replacing
 from comfyui_agd.agd_core.comfyui.counting import counted
-from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import metrics
 from comfyui_agd.examples.toy.judge import recognised
@@ -39,10 +39,10 @@ from comfyui_agd.examples.toy.scenes import (
     training_negatives,
 )
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import Evaluation, State, follow_teacher
+from comfyui_agd.training.evaluate import Evaluation, Trajectories, TrajectoryState, follow_teacher
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.recording import Recording, identity_of
-from comfyui_agd.training.trainer import split_prompts
+from comfyui_agd.training.run_setup import split_prompts
 
 BATCH = 64  # pictures sampled at once, from one seed
 TRAINING_BATCH = 16
@@ -142,7 +142,7 @@ class Ready:
     model: comfy.model_patcher.ModelPatcher
     identity: dict
     parameters: int = 0
-    evaluate: Callable[[Sequence[State]], Evaluation] | None = None
+    evaluate: Callable[[Sequence[TrajectoryState]], Evaluation] | None = None
     rule: GuidanceRule = CFG
     file: Path | None = None
 
@@ -184,14 +184,14 @@ class Lab:
         self.work, self.sizes = work, sizes
         self.parts, self.jury = Toy.load(), Jury()
         self.base_parameters = sum(p.numel() for p in self.parts.model.model.diffusion_model.parameters())
-        self._states: dict[tuple[GuidanceRule, bool], list[list[State]]] = {}
+        self._states: dict[tuple[GuidanceRule, bool], list[list[TrajectoryState]]] = {}
 
-    def host(self, width: int | None = None) -> ComfyHost:
+    def host(self, width: int | None = None) -> ComfyModel:
         """`width`: adapters are for the sites of so many channels only."""
-        host = ComfyHost(self.parts.model, self.parts.clip)
-        sites = tuple(site for site in host.base.sites if width in (None, site.width))
-        host.base = dataclasses.replace(host.base, sites=sites)
-        return host
+        model = ComfyModel(self.parts.model, self.parts.clip)
+        sites = tuple(site for site in model.base.sites if width in (None, site.width))
+        model.base = dataclasses.replace(model.base, sites=sites)
+        return model
 
     # Training: what all trained methods have in common.
 
@@ -249,22 +249,23 @@ class Lab:
         seed: int,
         negatives: Sequence[str] = (),
         *,
-        host: ComfyHost | None = None,
+        model: ComfyModel | None = None,
         size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE),
         **how,
-    ) -> list[State]:
+    ) -> list[TrajectoryState]:
         """States on the teacher's trajectories away from a negative prompt each, by default the empty one.
 
-        `host`: of another base; `size`: width and height in pixels; `how`: of the trajectories.
+        `model`: of another base; `size`: width and height in pixels; `how`: of the trajectories.
         """
-        host = host or self.host()
-        positive, negative = host.encode(captions), host.encode(list(negatives) or [""] * len(captions), "negative")
-        shape, rows = host.latent_shape(*size), len(captions)
-        how = {"steps": STEPS, "keep": KEPT_STEPS, "seed": seed, "batch": rows, "rule": rule} | how
-        with host.session():
-            return follow_teacher(host, positive, negative, shape, omegas, **how)
+        model = model or self.host()
+        denoiser, encode_with = model.denoiser, model.text_encoder.encode
+        positive, negative = encode_with(captions), encode_with(list(negatives) or [""] * len(captions), "negative")
+        how = {"steps": STEPS, "keep": KEPT_STEPS, "seed": seed, "rule": rule} | how
+        trajectories = Trajectories(denoiser.latent_shape(*size), omegas, **how)
+        with denoiser.session():
+            return follow_teacher(denoiser, positive, negative, trajectories, batch=len(captions))
 
-    def states(self, rule: GuidanceRule, negatives: bool = False) -> list[list[State]]:
+    def states(self, rule: GuidanceRule, negatives: bool = False) -> list[list[TrajectoryState]]:
         """Blocks of held-out captions, each with a seed of its own; negative prompts are empty, or held-out ones."""
         if (rule, negatives) not in self._states:
             captions = held_out_captions(self.sizes.gap_captions, _GAP_SEED)[1]

@@ -24,7 +24,9 @@ from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import baselines
 from comfyui_agd.benchmarks.lab import CFG, Lab, Prompts, Ready
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import Evaluation, State, evaluate, omegas_of
+from comfyui_agd.training.evaluate import Evaluation, TrajectoryState, evaluate, omegas_of
+from comfyui_agd.training.model import EncodedPrompts
+from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import Callbacks, train
 
 # Adapters whose width can be chosen have at most this share of the base's parameters, in percent.
@@ -106,13 +108,13 @@ def nag(lab: Lab, name: str) -> Ready:
 
 
 def measured(lab: Lab, model, info, state: dict, identity: dict, rule: GuidanceRule = CFG) -> Ready:
-    adapter, host = Adapter(info.config).eval().requires_grad_(False), lab.host()
+    adapter, denoiser = Adapter(info.config).eval().requires_grad_(False), lab.host().denoiser
     adapter.load_state_dict(state)
-    adapter.to(host.device)
+    adapter.to(denoiser.device)
 
-    def at(states: Sequence[State]) -> Evaluation:
-        with host.session():
-            return evaluate(host, adapter, states)
+    def at(states: Sequence[TrajectoryState]) -> Evaluation:
+        with denoiser.session():
+            return evaluate(denoiser, adapter, states)
 
     return Ready(model, identity, adapter.parameter_count(), at, rule)
 
@@ -125,7 +127,7 @@ def meng(lab: Lab, name: str) -> Ready:
     """Full-model guidance distillation."""
     configs = [lab.train_config(learning_rate=rate) for rate in (5e-4, 1e-4)]
     _, file = _best(lab, name, configs, lab.prompts(negatives=False), _train_model)
-    student = baselines.GuidedModel.of_base(lab.host().device)
+    student = baselines.GuidedModel.of_base(lab.host().denoiser.device)
     student.unet.load_state_dict(load_file(file))
     student.unet.requires_grad_(False)
     count = sum(parameter.numel() for parameter in student.unet.parameters())
@@ -207,7 +209,7 @@ def train_adapter(
 
         how = {"negative": prompts.negatives, "held_out": captions, "folder": run, "recording": recording}
         try:
-            found = train(lab.host(width), texts, config, Callbacks(show), **how)
+            found = train(lab.host(width), texts, config, Callbacks(show), options=RunOptions(**how))
         except FloatingPointError as error:
             tqdm.write(f"{file.stem}: {error}")
             return None
@@ -217,12 +219,17 @@ def train_adapter(
 
 
 def _train_model(lab: Lab, config: TrainConfig, prompts: Prompts, file: Path, captions: list[str]) -> float | None:
-    (recording, texts), host = lab.recording(config, prompts), lab.host()
+    (recording, texts), base = lab.recording(config, prompts), lab.host()
     torch.manual_seed(config.seed)
-    student, encoded = baselines.GuidedModel.of_base(host.device), host.encode(texts)
+    student, encoder = baselines.GuidedModel.of_base(base.denoiser.device), base.text_encoder
+    encoded = EncodedPrompts(encoder.encode(texts), encoder.encode(prompts.negatives, "negative"))
     with tqdm(desc=f"training {file.stem}", total=config.iterations, leave=False) as bar:
         batches = recording.source(config, range(config.batch))
-        baselines.distil_model(student, encoded, batches, config, lambda step: bar.update())
+        try:
+            baselines.distil_model(student, base.memory, encoded, batches, config, lambda step: bar.update())
+        except FloatingPointError as error:
+            tqdm.write(f"{file.stem}: {error}")
+            return None
     with replacing(file) as temporary:
         save_file({key: value.contiguous() for key, value in student.unet.state_dict().items()}, temporary)
     if not captions:

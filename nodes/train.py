@@ -10,7 +10,7 @@ from comfy_api.v0_0_2 import io
 from PIL import Image
 
 from ..agd_core.comfyui import folders
-from ..agd_core.comfyui.model.host import ComfyHost
+from ..agd_core.comfyui.model.comfy_model import ComfyModel
 from ..training import prompts as prompt_sources
 from ..training.config import KINDS, PRECISIONS, RULES, TrainConfig
 from ..training.job import Job
@@ -316,12 +316,12 @@ class AGDTrain(io.ComfyNode):
         suited = ("iterations", "batch", "width", "height", "learning_rate", "reuse")
         chosen = {key: value for key, value in settings.items() if value or key not in suited}
         chosen |= {"seed": seed, "memory": CARDS.get(card, 0.0)}
-        host = ComfyHost(model, clip, autocast=TrainConfig(**chosen).autocast, vae=vae)
+        trainable = ComfyModel(model, clip, autocast=TrainConfig(**chosen).autocast, vae=vae)
         chosen |= {"aspect_ratios": COMMON_RATIOS} if aspect_ratios and "width" in chosen else {}
         chosen |= {} if aspect_ratios else {"aspect_ratios": ()}
-        config = settings_for(host.base, chosen)
+        config = settings_for(trainable.base, chosen)
         begin = folders.adapter_path(start) if start != _NEW else None
-        job = Job(host, _prompts(prompts, prompt_count, seed), config, path, _lines(negative), start=begin)
+        job = Job(trainable, _prompts(prompts, prompt_count, seed), config, path, _lines(negative), start=begin)
         show_on_node(node_id, "Counting what a step takes")
         plan = job.plan()
         trained = job.run(_Display(node_id, plan).callbacks(), plan, {})

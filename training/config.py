@@ -101,11 +101,15 @@ class TrainConfig:
         return wrong + [f"{name} is empty" for name in ("schedulers", "solvers") if not getattr(self, name)]
 
     def _wrong_numbers(self) -> list[str]:
-        positive = ("iterations", "batch", "learning_rate", "clip", "width", "height", "pool", "reuse", "steps_min")
-        positive += ("reuse_from", "keep_states")
-        counts = ("held_out", "evaluate_every", "patience", "save_every", "preview_every", "micro_batch", "memory")
-        counts += ("interval_sigma_min", "apg_threshold")
-        shares = ("warmup", "on_policy", "on_policy_from", "ema", "rescale_phi", "apg_eta")
+        positive = [
+            *("iterations", "batch", "learning_rate", "clip", "width", "height", "pool", "reuse", "steps_min"),
+            *("reuse_from", "keep_states"),
+        ]
+        counts = [
+            *("held_out", "evaluate_every", "patience", "save_every", "preview_every", "micro_batch", "memory"),
+            *("interval_sigma_min", "apg_threshold"),
+        ]
+        shares = ["warmup", "on_policy", "on_policy_from", "ema", "rescale_phi", "apg_eta"]
         values = {name: getattr(self, name) for name in positive + counts + shares}
         wrong = [f"{name} is {values[name]}, but must be above 0" for name in positive if not values[name] > 0]
         wrong += [f"{name} is {values[name]}, but must not be negative" for name in counts if not values[name] >= 0]
@@ -138,7 +142,8 @@ class TrainConfig:
         for ratio in self.aspect_ratios:
             across, down = map(int, ratio.split(":"))
             width = math.sqrt(area * across / down)
-            found.append(tuple(max(unit, round(side / unit) * unit) for side in (width, area / width)))
+            wide, high = (max(unit, round(side / unit) * unit) for side in (width, area / width))
+            found.append((wide, high))
         return list(dict.fromkeys(found))
 
     def result_settings(self) -> dict:

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.comfyui.counting import RowCounter, counted
-from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 from comfyui_agd.training.cli import ProgressBar
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import Evaluation, evaluate, follow_teacher
+from comfyui_agd.training.evaluate import Evaluation, Trajectories, evaluate, follow_teacher
+from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import Callbacks, Trained, train
 
 from .measure import omega_star
@@ -76,21 +77,22 @@ def sampling_pace(begun: float, pictures: int | None, clock: Callable[[], float]
 def distil(parts: Toy, config: TrainConfig, omegas: list[float], pace: Pace) -> tuple[Trained, Evaluation, float]:
     """The adapter, its gap on held-out captions, and the seconds of the training alone."""
     prompts = captions_of(draw_scenes(PROMPTS, _PROMPTS_SEED, held=False))
-    host = ComfyHost(parts.model, parts.clip, autocast=config.autocast)
+    model = ComfyModel(parts.model, parts.clip, autocast=config.autocast)
     bar, start = ProgressBar(), time.monotonic()
     callbacks = Callbacks(bar, iterations=lambda done, planned: pace.steps(done))
     try:
-        trained = train(host, prompts, config, callbacks, negative=training_negatives())
+        trained = train(model, prompts, config, callbacks, RunOptions(negative=training_negatives()))
     finally:
         bar.close()
     seconds = time.monotonic() - start
-    exact = ComfyHost(parts.model, parts.clip)  # measured in the base's own precision
-    shape = exact.latent_shape(config.width, config.height)
-    positive = exact.encode(held_out_captions(HELD_OUT, _GAP_SEED)[1])
-    negative = exact.encode([""], "negative") * HELD_OUT
-    with exact.session():
-        states = follow_teacher(exact, positive, negative, shape, omegas, steps=STEPS, batch=HELD_OUT)
-        gap = evaluate(exact, trained.adapter, states)
+    exact = ComfyModel(parts.model, parts.clip)  # measured in the base's own precision
+    denoiser, encode = exact.denoiser, exact.text_encoder.encode
+    positive = encode(held_out_captions(HELD_OUT, _GAP_SEED)[1])
+    negative = encode([""], "negative") * HELD_OUT
+    trajectories = Trajectories(denoiser.latent_shape(config.width, config.height), omegas, steps=STEPS)
+    with denoiser.session():
+        states = follow_teacher(denoiser, positive, negative, trajectories, batch=HELD_OUT)
+        gap = evaluate(denoiser, trained.adapter, states)
     return trained, gap, seconds
 
 

@@ -16,7 +16,7 @@ from comfyui_agd.agd_core import adapter_file, lora
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui import patch
 from comfyui_agd.agd_core.comfyui.backbones.unet import UnsupportedModel, describe_base, transformers
-from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.sampling import guided_sampling
 from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import apply_adapter
 from comfyui_agd.agd_core.kinds.low_rank import key_of, layers_of
@@ -259,7 +259,7 @@ def test_on_a_base_that_is_partly_in_system_memory(base, prompts, file, card):
 def test_it_learns(base, toy, how):
     config = replace(ANALYTIC, **{"kind": "low_rank", "iterations": 60, "held_out": 1, "evaluate_every": 0} | how)
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
-    trained = train(ComfyHost(base, toy.clip), PROMPTS, config)
+    trained = train(ComfyModel(base, toy.clip), PROMPTS, config)
     assert sum(trained.losses[-10:]) / 10 < 0.8
     assert all(value > 0 for value in trained.evaluation.gap_closed.values())
     assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
@@ -267,8 +267,8 @@ def test_it_learns(base, toy, how):
 
 
 def test_under_autocast_it_leaves_the_dtype_of_the_layers(base, toy, monkeypatch):
-    host, seen = ComfyHost(base, toy.clip), set()
-    monkeypatch.setattr(host, "_autocast", torch.bfloat16)
+    model, seen = ComfyModel(base, toy.clip), set()
+    monkeypatch.setattr(model.denoiser, "_autocast", torch.bfloat16)
     adapt = patch.adapt_linear
 
     def watch(layer, inputs, out, **rest):
@@ -277,11 +277,11 @@ def test_under_autocast_it_leaves_the_dtype_of_the_layers(base, toy, monkeypatch
         return changed
 
     monkeypatch.setattr(patch, "adapt_linear", watch)
-    config = replace(ANALYTIC, kind="low_rank").adapter_config(host.base, 16)
-    prompt, omega = host.encode(PROMPTS[:1]), torch.tensor([4.0])
-    with host.session():
+    config = replace(ANALYTIC, kind="low_rank").adapter_config(model.base, 16)
+    prompt, omega = model.text_encoder.encode(PROMPTS[:1]), torch.tensor([4.0])
+    with model.denoiser.session():
         x = torch.randn(1, 12, 8, 8)
-        host.student(randomised(Adapter(config)), x, torch.ones(1), prompt, prompt, omega).sum().backward()
+        model.denoiser.student(randomised(Adapter(config)), x, torch.ones(1), prompt, prompt, omega).sum().backward()
     assert seen == {(torch.bfloat16, torch.bfloat16)}
 
 

@@ -11,7 +11,7 @@ from comfyui_agd.examples.toy import demo
 from comfyui_agd.examples.toy.demo import Column, sampling_pace, share_error, speedup, training_pace
 from comfyui_agd.examples.toy.pace import Pace
 from comfyui_agd.examples.toy.sampling import BATCH
-from comfyui_agd.training.trainer import learning_rate
+from comfyui_agd.training.step import learning_rate
 
 Machine = Callable[[int, float], float]  # the seconds that a step takes, by its number and the time
 

@@ -185,10 +185,10 @@ def test_a_recording_goes_with_its_prompts(tmp_path):
     config, told = laboratory.train_config(), laboratory.prompts(negatives=True)
     recording, prompts = laboratory.recording(config, told)
     batch, host = recording.source(config, range(config.batch)).next(0), laboratory.host()
-    positive, negative = host.encode(prompts), host.encode(told.negatives, "negative")
-    with host.session():
-        cond = host.denoise(batch.x, batch.sigma, [positive[i] for i in batch.positive.tolist()])
-        uncond = host.denoise(batch.x, batch.sigma, [negative[i] for i in batch.negative.tolist()])
+    positive, negative = host.text_encoder.encode(prompts), host.text_encoder.encode(told.negatives, "negative")
+    with host.denoiser.session():
+        cond = host.denoiser.denoise(batch.x, batch.sigma, [positive[i] for i in batch.positive.tolist()])
+        uncond = host.denoiser.denoise(batch.x, batch.sigma, [negative[i] for i in batch.negative.tolist()])
     torch.testing.assert_close(cond, batch.cond, atol=2e-2, rtol=0)
     torch.testing.assert_close(uncond, batch.uncond, atol=2e-2, rtol=0)
 

@@ -1,9 +1,11 @@
-"""Gradient checkpointing of a ComfyUI UNet: less memory for a training step, at the price of a second forward pass."""
+"""Activation checkpointing of a ComfyUI UNet (Chen et al. 2016, arXiv 1604.06174): less memory for a training step, at
+the price of a second forward pass."""
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import comfy.ops
 import torch
@@ -12,11 +14,10 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..backbones.unet import site_name
-from ..patch import PREPARED, adapted_linears
+from ..patch import PREPARED, adapt_linear
 
 
-def _as_of_now(kwargs: dict) -> dict:
+def _as_of_now(kwargs: dict[str, Any]) -> dict[str, Any]:
     """A block's keyword arguments, with `transformer_options` that stay as they are while the model goes on.
 
     UNetModel writes the place of each block into them, and `Adapter.add` may put another prompt into a `Prepared`.
@@ -30,12 +31,25 @@ def _as_of_now(kwargs: dict) -> dict:
     return {**kwargs, "transformer_options": options}
 
 
-def _adapted(block: nn.Module, transformer_options: dict) -> AbstractContextManager[None]:
-    """What adapters hang onto a block for an evaluation, which is over when the block is computed again."""
-    if PREPARED not in transformer_options:
-        return nullcontext()
-    name = site_name(transformer_options["block"], transformer_options["block_index"])
-    return adapted_linears({name: block}, transformer_options[PREPARED][1])
+def _adapter_hooks(block: nn.Module) -> list[tuple[nn.Module, Callable]]:
+    """The forward hooks by which adapters change layers inside `block` in the evaluation that goes on."""
+    layers = [module for module in block.modules() if module is not block]
+    return [(layer, hook) for layer in layers for hook in layer._forward_hooks.values() if _is_adapters(hook)]
+
+
+def _is_adapters(hook: Callable) -> bool:
+    return isinstance(hook, partial) and hook.func is adapt_linear
+
+
+@contextmanager
+def _hooked(hooks: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Inside, those hooks are on their layers again: the evaluation that had them is over by then."""
+    handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _checkpointed(module: nn.Module, when: Callable[..., bool] = lambda *args: True) -> Callable:
@@ -45,15 +59,14 @@ def _checkpointed(module: nn.Module, when: Callable[..., bool] = lambda *args: T
     def run(*args, **kwargs):
         if not torch.is_grad_enabled() or not when(*args):
             return forward(*args, **kwargs)
-        first, later = iter([kwargs]), _as_of_now(kwargs)
+        first, later, hooks = iter([kwargs]), _as_of_now(kwargs), _adapter_hooks(module)
 
         def compute(*args):
             now = next(first, None)
             if now is not None:
                 return forward(*args, **now)
-            again = _as_of_now(later)
-            with _adapted(module, again.get("transformer_options", {})):
-                return forward(*args, **again)
+            with _hooked(hooks):
+                return forward(*args, **_as_of_now(later))
 
         # Nothing in a frozen UNet is random, so there is no generator's state to preserve.
         return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
