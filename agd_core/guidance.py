@@ -8,6 +8,7 @@ omega 1, for what an adapter adds carries a factor (omega - 1).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -117,41 +118,74 @@ def square_norm(x: torch.Tensor) -> torch.Tensor:
     return x.float().flatten(1).square().sum(1)
 
 
-def gaps(cond: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """||eps of the target - eps of cond||^2 of each row: (b,). sigma: (b,)."""
-    return square_norm((target - cond) / per_row(sigma, target))
+def gaps(cond: torch.Tensor, target: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """||target - cond||^2 of each row, of what the base predicts: (b,).
+
+    unit: (b,), the error of the denoised prediction that an error of 1 in what the base predicts makes; of eps: sigma.
+    """
+    return square_norm((target - cond) / per_row(unit, target))
 
 
 def balanced_weights(gap: torch.Tensor, mean_gap: torch.Tensor) -> torch.Tensor:
     """The weights (b,) with which every row's error counts about alike, for rows with those `gaps` (b,).
 
-    Plain MSE grows with (omega - 1)^2 and, of denoised predictions, with sigma^2. Here errors are those of eps, and
-    each row is divided by its own gap. Rows whose gap is far below the batch's mean, those of omega near 1, count
-    less: there the rounding errors of a bf16 base are larger than the gap. Rows without any gap, which the teacher
-    doesn't guide, count like a mean row: what a student adds there is as wrong as it is large. A batch of only such
-    rows has no measure of large; it doesn't count.
+    Plain MSE grows with (omega - 1)^2 and, of denoised predictions, with sigma^2. Here errors are those of what the
+    base predicts, and each row is divided by its own gap. Rows whose gap is far below the batch's mean, those of omega
+    near 1, count less: there the rounding errors of a bf16 base are larger than the gap. Rows without any gap, which
+    the teacher doesn't guide, count like a mean row: what a student adds there is as wrong as it is large. A batch of
+    only such rows has no measure of large; it doesn't count.
     """
     weights = 1 / (torch.where(gap == 0, mean_gap, gap) + _SMALL_GAP * mean_gap + 1e-12)
     return torch.where(mean_gap == 0, 0.0, weights)
 
 
 def weighted_error(
-    student: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor, weights: torch.Tensor
+    student: torch.Tensor, target: torch.Tensor, unit: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The sum over rows of weight times ||eps error||^2: a loss that parts of a batch add up to. weights: (b,)."""
-    return (weights * square_norm((student - target) / per_row(sigma, target))).sum()
+    """The sum over rows of weight times ||error of what the base predicts||^2: a loss that parts of a batch add up to.
+
+    unit: (b,), as for `gaps`; weights: (b,).
+    """
+    return (weights * square_norm((student - target) / per_row(unit, target))).sum()
+
+
+class GapErrors(NamedTuple):
+    """How far a student is from its teacher, by row: (b,) each, fp32.
+
+    `remaining`: ||student - target||^2; `total`: ||cond - target||^2, the gap without an adapter; `cosine`: between
+    what the student adds to `cond` and what guidance does, NaN where that is nothing.
+    """
+
+    remaining: torch.Tensor
+    total: torch.Tensor
+    cosine: torch.Tensor
+
+
+def gap_errors(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor) -> GapErrors:
+    added, wanted = student - cond, target - cond
+    total = square_norm(wanted)
+    cosine = torch.cosine_similarity(added.float().flatten(1), wanted.float().flatten(1), dim=1)
+    return GapErrors(square_norm(student - target), total, cosine.where(total > 0, torch.nan))
+
+
+def share_closed(errors: GapErrors) -> float:
+    """1 - sum ||student - target||^2 / sum ||cond - target||^2: 0 is no guidance, 1 exactly the target."""
+    total = errors.total.sum()
+    if total == 0:
+        raise ValueError("The gap between the unguided and the guided prediction is zero, so no share of it exists.")
+    return 1 - (errors.remaining.sum() / total).item()
+
+
+def mean_cosine(errors: GapErrors) -> float:
+    """Over the rows that are guided."""
+    return errors.cosine[errors.total > 0].mean().item()
 
 
 def gap_closed(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor) -> float:
-    """1 - sum ||student - target||^2 / sum ||cond - target||^2: 0 is no guidance, 1 exactly the target."""
-    open_now, open_before = square_norm(student - target).sum(), square_norm(cond - target).sum()
-    if open_before == 0:
-        raise ValueError("The gap between the unguided and the guided prediction is zero, so no share of it exists.")
-    return 1 - (open_now / open_before).item()
+    """`share_closed` of these predictions."""
+    return share_closed(gap_errors(student, cond, target))
 
 
 def direction_cosine(student: torch.Tensor, cond: torch.Tensor, target: torch.Tensor) -> float:
     """Mean cosine between what the student adds, student - cond, and what guidance does, target - cond, if it does."""
-    guided = square_norm(target - cond) > 0
-    added, wanted = ((each - cond)[guided].float().flatten(1) for each in (student, target))
-    return torch.cosine_similarity(added, wanted, dim=1).mean().item()
+    return mean_cosine(gap_errors(student, cond, target))

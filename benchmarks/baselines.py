@@ -14,19 +14,21 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
-from comfyui_agd.agd_core.comfyui.model.host import EncodedPrompt
+from comfyui_agd.agd_core.comfyui.model.text_encoder import EncodedPrompt
 from comfyui_agd.agd_core.comfyui.model.tracing import FUSED_ATTENTION
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.comfyui.sampling.guider import with_cfg
 from comfyui_agd.agd_core.comfyui.step import KEY as AGD
 from comfyui_agd.agd_core.config import BaseInfo
-from comfyui_agd.agd_core.guidance import GuidanceRule, balanced_weights, gaps, weighted_error
+from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.agd_core.layers import sinusoidal, zero_init
 from comfyui_agd.examples.toy import model as toy
-from comfyui_agd.examples.toy.train import MovingAverage
 from comfyui_agd.training.config import TrainConfig
+from comfyui_agd.training.distributed import Ranks
+from comfyui_agd.training.model import DeviceMemory, EncodedPrompts
 from comfyui_agd.training.recording import RecordedBatches
-from comfyui_agd.training.trainer import learning_rate
+from comfyui_agd.training.run_state import RunState
+from comfyui_agd.training.step import TrainingStep
 
 _KEY = "agd_baseline"
 # Castillo et al. have 0.991 for a latent model of 512x512 pixels. Here both branches agree by 0.998 from the first
@@ -181,16 +183,19 @@ class GuidedModel:
     def unet(self) -> nn.Module:
         return self.model.diffusion_model
 
+    def prediction_unit(self, sigma: torch.Tensor) -> torch.Tensor:
+        return sigma
+
     def student(
         self,
-        adapter: None,
+        adapter: object,
         x: torch.Tensor,
         sigma: torch.Tensor,
         prompts: Sequence[EncodedPrompt],
         negative: Sequence[EncodedPrompt],
         omega: torch.Tensor,
     ) -> torch.Tensor:
-        """As a host's `student`, so that `evaluate` can measure it; without an adapter, and without negatives."""
+        """As a denoiser's `student`, to train and measure it; without an adapter, and without negatives."""
         context = torch.cat([prompt.cond["cross_attn"] for prompt in prompts])
         x, sigma, context, omega = (v.to(self.device) for v in (x, sigma, context, omega))
         self.unet.time_embed.omega = omega
@@ -212,30 +217,18 @@ class GuidedModel:
 
 def distil_model(
     student: GuidedModel,
-    prompts: Sequence[EncodedPrompt],
+    memory: DeviceMemory,
+    prompts: EncodedPrompts,
     batches: RecordedBatches,
     config: TrainConfig,
     progress: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Train all of the student's weights from recorded batches, as `train` trains an adapter: the same loss, schedule,
-    clipping and moving average, whose weights the student has in the end.
+    """Train all of the student's weights from recorded batches, by the steps that `train` trains an adapter by: the
+    student has their moving average in the end.
     """
-    unet = student.unet.requires_grad_(True)
-    average = MovingAverage(unet, config.ema)
-    optimiser = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    for step in range(config.iterations):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, config)
-        batch = batches.next(step)
-        gap = gaps(batch.cond, batch.target, batch.sigma)
-        weights = balanced_weights(gap, gap.mean())
-        weights = (weights / (weights * gap).sum()).to(student.device)
-        chosen = [prompts[i] for i in batch.positive.tolist()]
-        denoised = student.student(None, batch.x, batch.sigma, chosen, [], batch.omega)
-        optimiser.zero_grad(set_to_none=True)
-        weighted_error(denoised, batch.target.to(denoised), batch.sigma.to(denoised), weights).backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), config.clip)
-        optimiser.step()
-        average.update(unet)
-        progress(step + 1)
-    unet.requires_grad_(False).load_state_dict(average.module.state_dict())
+    state = RunState.begin(student.unet.requires_grad_(True), batches, config.learning_rate)
+    step = TrainingStep(student, memory, prompts, config, Ranks(), micro_batch=config.batch)
+    while state.step < config.iterations:
+        step(state, config.iterations)
+        progress(state.step)
+    student.unet.requires_grad_(False).load_state_dict(state.average.state_dict())

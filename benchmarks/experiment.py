@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm, trange
 
 from comfyui_agd.agd_core.comfyui.counting import counted
-from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import metrics
 from comfyui_agd.benchmarks.work_folder import WorkFolder
@@ -47,10 +47,10 @@ from comfyui_agd.examples.toy.scenes import (
 )
 from comfyui_agd.examples.toy.scoring import Scorer
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import Evaluation, State
+from comfyui_agd.training.evaluate import Evaluation, TrajectoryState
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.recording import Recording, identity_of
-from comfyui_agd.training.trainer import split_prompts
+from comfyui_agd.training.run_setup import split_prompts
 
 TRAINING_BATCH = 16
 REUSE = 4  # optimiser steps per recorded batch, each with other guidance scales
@@ -105,7 +105,7 @@ class PreparedMethod:
     model: comfy.model_patcher.ModelPatcher
     identity: dict
     parameters: int = 0
-    evaluate: Callable[[Sequence[State]], Evaluation] | None = None
+    evaluate: Callable[[Sequence[TrajectoryState]], Evaluation] | None = None
     rule: GuidanceRule = CFG
     file: Path | None = None
 
@@ -182,14 +182,14 @@ class ToyExperiment:
         self.work, self.sizes = work, sizes
         self.parts, self.scorer = Toy.load(), Scorer()
         self.base_parameters = sum(p.numel() for p in self.parts.model.model.diffusion_model.parameters())
-        self._states: dict[tuple[GuidanceRule, bool], list[list[State]]] = {}
+        self._states: dict[tuple[GuidanceRule, bool], list[list[TrajectoryState]]] = {}
 
-    def host(self, width: int | None = None) -> ComfyHost:
+    def model(self, width: int | None = None) -> ComfyModel:
         """`width`: adapters are for the layers of so many channels only."""
-        host = ComfyHost(self.parts.model, self.parts.clip)
-        layers = tuple(layer for layer in host.base.layers if width in (None, layer.width))
-        host.base = dataclasses.replace(host.base, layers=layers)
-        return host
+        model = ComfyModel(self.parts.model, self.parts.clip)
+        layers = tuple(layer for layer in model.base.layers if width in (None, layer.width))
+        model.base = dataclasses.replace(model.base, layers=layers)
+        return model
 
     # Training: what all trained methods have in common.
 
@@ -230,16 +230,16 @@ class ToyExperiment:
         """The teacher's trajectories for this config, and the captions in the order in which it counts them: the same
         captions, seeds and number of evaluations for all."""
         batches = -(-config.iterations // config.reuse)
-        identity = identity_of(config, *prompts, self.host().base.fingerprint)
+        identity = identity_of(config, *prompts, self.model().base.fingerprint)
         name = f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}-{batches}"
-        job = Job(self.host(), prompts.captions, config, self.work.path("recordings", name), prompts.negatives)
+        job = Job(self.model(), prompts.captions, config, self.work.path("recordings", name), prompts.negatives)
         with self.work.locked("recordings", name), tqdm(total=batches, desc="recording", leave=False) as bar:
             recording = job.record(batches, lambda done, total: bar.update(done - bar.n))
         return recording, split_prompts(prompts.captions, config)[0]
 
     # Gap closed and direction cosine.
 
-    def held_out_states(self, rule: GuidanceRule, negatives: bool = False) -> list[list[State]]:
+    def held_out_states(self, rule: GuidanceRule, negatives: bool = False) -> list[list[TrajectoryState]]:
         """Blocks of held-out captions, each with a seed of its own; negative prompts are empty, or held-out ones."""
         if (rule, negatives) not in self._states:
             captions = held_out_captions(self.sizes.gap_captions, _GAP_SEED)[1]
@@ -251,7 +251,7 @@ class ToyExperiment:
                 wanted = CaptionTrajectories(
                     texts, self.sizes.gap_omegas, 100 + i, unwanted_texts, rule, keep=KEPT_STEPS
                 )
-                self._states[rule, negatives].append(teacher_states(self.host(), wanted))
+                self._states[rule, negatives].append(teacher_states(self.model(), wanted))
         return self._states[rule, negatives]
 
     def gap(self, name: str, method: PreparedMethod, negatives: bool = False) -> dict[str, torch.Tensor]:

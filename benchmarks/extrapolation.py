@@ -84,17 +84,17 @@ class AdapterStudy:
 
     def gap(self, wanted, model=None) -> dict:
         """Gap closed and cosine, over blocks of the captions of these trajectories; `model`: another base."""
-        from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+        from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
         from comfyui_agd.benchmarks import metrics
         from comfyui_agd.benchmarks.experiment import in_blocks
         from comfyui_agd.examples.toy.gap import teacher_states
         from comfyui_agd.training.evaluate import evaluate
 
-        host, found = ComfyHost(model or self.base, self.experiment.parts.clip), []
+        own, found = ComfyModel(model or self.base, self.experiment.parts.clip), []
         for i, block in enumerate(in_blocks(wanted.captions)):
-            states = teacher_states(host, dataclasses.replace(wanted, captions=block, seed=wanted.seed + i))
-            with host.session():
-                found.append(evaluate(host, self.adapter.to(host.device), states))
+            states = teacher_states(own, dataclasses.replace(wanted, captions=block, seed=wanted.seed + i))
+            with own.denoiser.session():
+                found.append(evaluate(own.denoiser, self.adapter.to(own.denoiser.device), states))
         (omega,) = wanted.omegas
         measured = {
             key: metrics.mean_and_error(torch.tensor([getattr(each, key)[omega] for each in found]))

@@ -40,7 +40,7 @@ class MetaModel:
         import comfy.model_patcher
 
         from comfyui_agd.agd_core.comfyui.backbones import describe_base
-        from comfyui_agd.agd_core.comfyui.model.host import options_of
+        from comfyui_agd.agd_core.comfyui.model.denoiser import options_of
         from comfyui_agd.tests.support.checkpoints import on_meta
 
         self.model, meta = on_meta(self.name), torch.device("meta")
@@ -54,7 +54,7 @@ class MetaModel:
     def flops(self, config, steps: int) -> int:
         """Of so many steps of one sampling with an adapter of this config, or without one."""
         from comfyui_agd.agd_core.comfyui.model import tracing
-        from comfyui_agd.agd_core.comfyui.model.host import at_sigma
+        from comfyui_agd.agd_core.comfyui.model.denoiser import at_sigma
 
         def evaluate(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             own = at_sigma(self.options, sigma)
@@ -65,7 +65,7 @@ class MetaModel:
             return out
 
         shape = (4, self.pixels // 8, self.pixels // 8)
-        return tracing.teacher(self.model, evaluate, shape, 1).flops
+        return tracing.base(self.model, evaluate, shape, 1).flops
 
     def _with_adapter(self, options: dict, config) -> dict:
         from comfyui_agd.agd_core.adapter import Adapter

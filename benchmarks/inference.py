@@ -348,7 +348,7 @@ def print_shares(rows: list[dict]) -> None:
 
 
 def default_dtypes(device: torch.device) -> list[str]:
-    from comfyui_agd.agd_core.comfyui.model.host import computes_bf16
+    from comfyui_agd.agd_core.comfyui.model.denoiser import computes_bf16
 
     if device.type == "cuda":
         return ["fp16", "bf16"]

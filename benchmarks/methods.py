@@ -25,7 +25,9 @@ from comfyui_agd.benchmarks import baselines
 from comfyui_agd.benchmarks.experiment import CFG, KEPT_STEPS, PreparedMethod, ToyExperiment, TrainingPrompts
 from comfyui_agd.examples.toy.gap import CaptionTrajectories, teacher_states
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import Evaluation, State, evaluate, omegas_of
+from comfyui_agd.training.evaluate import Evaluation, TrajectoryState, evaluate, omegas_of
+from comfyui_agd.training.model import EncodedPrompts
+from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import Callbacks, train
 
 # Adapters whose width can be chosen have at most this share of the base's parameters, in percent.
@@ -124,25 +126,25 @@ def adapter(
 
 def untrained(experiment: ToyExperiment, name: str) -> PreparedMethod:
     """The adapter that AGD Adapter Loader has without a file."""
-    info, weights = attention_guidance(experiment.host().base)
+    info, weights = attention_guidance(experiment.model().base)
     model = apply_adapter(experiment.parts.model, info, weights, source=name)
     return prepared(experiment, model, info, weights, {"attention-guidance": _sum_of(weights)})
 
 
 def nag(experiment: ToyExperiment, name: str) -> PreparedMethod:
-    patched = baselines.normalised(experiment.parts.model, experiment.host().base)
+    patched = baselines.normalised(experiment.parts.model, experiment.model().base)
     return PreparedMethod(patched, {"nag": [baselines.NAG_TAU, baselines.NAG_ALPHA]})
 
 
 def prepared(experiment: ToyExperiment, model, info, weights: dict, identity: dict) -> PreparedMethod:
     """An adapter, its `info` and `weights`, that `model` is patched with."""
-    adapter, host = Adapter(info.config).eval().requires_grad_(False), experiment.host()
+    adapter, denoiser = Adapter(info.config).eval().requires_grad_(False), experiment.model().denoiser
     adapter.load_state_dict(weights)
-    adapter.to(host.device)
+    adapter.to(denoiser.device)
 
-    def at(states: Sequence[State]) -> Evaluation:
-        with host.session():
-            return evaluate(host, adapter, states)
+    def at(states: Sequence[TrajectoryState]) -> Evaluation:
+        with denoiser.session():
+            return evaluate(denoiser, adapter, states)
 
     return PreparedMethod(model, identity, adapter.parameter_count(), at)
 
@@ -155,7 +157,7 @@ def meng(experiment: ToyExperiment, name: str) -> PreparedMethod:
     """Full-model guidance distillation."""
     configs = [experiment.train_config(learning_rate=rate) for rate in (5e-4, 1e-4)]
     _, file = best_trained(experiment, name, configs, experiment.prompts(negatives=False), _train_model)
-    student = baselines.GuidedModel.of_base(experiment.host().device)
+    student = baselines.GuidedModel.of_base(experiment.model().denoiser.device)
     student.unet.load_state_dict(load_file(file))
     student.unet.requires_grad_(False)
     count = sum(parameter.numel() for parameter in student.unet.parameters())
@@ -165,7 +167,7 @@ def meng(experiment: ToyExperiment, name: str) -> PreparedMethod:
 
 def widest(experiment: ToyExperiment, settings: dict, percent: float, width: int | None = None) -> int:
     """The `hidden` with which an adapter of layers of that `width` just stays within that share of the base's."""
-    base, largest = experiment.host(width).base, 0
+    base, largest = experiment.model(width).base, 0
     step = 4 if settings["kind"] == "cross_attention" else 1  # its heads share the width
     for hidden in range(step, 513, step):
         config = experiment.train_config(**settings, hidden=hidden).adapter_config(base, prompt_tokens=1)
@@ -221,9 +223,9 @@ def train_adapter(experiment: ToyExperiment, task: TrainingTask, file: Path) -> 
             if progress.phase == "train":
                 bar.update(progress.step - bar.n)
 
-        how = {"negative": prompts.negatives, "held_out": task.captions, "folder": run, "recording": recording}
+        options = RunOptions(prompts.negatives, task.captions, run, recording)
         try:
-            found = train(experiment.host(task.width), texts, config, Callbacks(show), **how)
+            found = train(experiment.model(task.width), texts, config, Callbacks(show), options)
         except FloatingPointError as error:
             tqdm.write(f"{file.stem}: {error}")
             return None
@@ -234,19 +236,24 @@ def train_adapter(experiment: ToyExperiment, task: TrainingTask, file: Path) -> 
 
 def _train_model(experiment: ToyExperiment, task: TrainingTask, file: Path) -> float | None:
     """A `TrainTo`, of a copy of the base."""
-    config, host = task.config, experiment.host()
+    config, base = task.config, experiment.model()
     recording, texts = experiment.recording(config, task.prompts)
     torch.manual_seed(config.seed)
-    student, encoded = baselines.GuidedModel.of_base(host.device), host.encode(texts)
+    student, encoder = baselines.GuidedModel.of_base(base.denoiser.device), base.text_encoder
+    encoded = EncodedPrompts(encoder.encode(texts), encoder.encode(task.prompts.negatives, "negative"))
     with tqdm(desc=f"training {file.stem}", total=config.iterations, leave=False) as bar:
         batches = recording.source(config, range(config.batch))
-        baselines.distil_model(student, encoded, batches, config, lambda step: bar.update())
+        try:
+            baselines.distil_model(student, base.memory, encoded, batches, config, lambda step: bar.update())
+        except FloatingPointError as error:
+            tqdm.write(f"{file.stem}: {error}")
+            return None
     with replacing(file) as temporary:
         save_file({key: value.contiguous() for key, value in student.unet.state_dict().items()}, temporary)
     if not task.captions:
         return 0.0
     wanted = CaptionTrajectories(task.captions, omegas_of(config), rule=config.rule, keep=KEPT_STEPS)
-    return evaluate(student, None, teacher_states(experiment.host(), wanted)).score
+    return evaluate(student, None, teacher_states(experiment.model(), wanted)).score
 
 
 def checksum(file: Path) -> str:

@@ -98,23 +98,25 @@ class RecordedTrajectories:
     kept, in half precision as the authors do, and drawn without replacement.
     """
 
-    def __init__(self, host, captions: list[str]):
+    def __init__(self, model, captions: list[str]):
+        from comfyui_agd.agd_core.guidance import cfg
         from comfyui_agd.training.solvers import solver_step
 
-        rows, shape = len(captions), host.latent_shape(64, 64)
+        denoiser, encode = model.denoiser, model.text_encoder.encode
+        rows, shape = len(captions), denoiser.latent_shape(64, 64)
         generator = torch.Generator().manual_seed(11)
         self.omega = 1 + (OMEGA_MAX - 1) * torch.rand(rows, generator=generator)
-        sigmas = host.sigmas("normal", STEPS)
-        positive, negative = host.encode(captions), host.encode([""], "negative") * rows
+        sigmas = denoiser.sigmas("normal", STEPS)
+        positive, negative = encode(captions), encode([""], "negative") * rows
         self.x, self.cond, self.uncond = torch.zeros(3, STEPS, rows, *shape, dtype=torch.float16).unbind()
         self.sigma = sigmas[:-1]
-        with host.session():
-            x = host.start(torch.randn(rows, *shape, generator=generator), sigmas[:1].expand(rows))
+        with denoiser.session():
+            x = denoiser.start(torch.randn(rows, *shape, generator=generator), sigmas[:1].expand(rows))
             for i in range(STEPS):
                 sigma, sigma_next = sigmas[i].expand(rows), sigmas[i + 1].expand(rows)
-                cond, uncond = host.denoise(x, sigma, positive), host.denoise(x, sigma, negative)
+                cond, uncond = denoiser.denoise(x, sigma, positive), denoiser.denoise(x, sigma, negative)
                 self.x[i], self.cond[i], self.uncond[i] = x, cond, uncond
-                target = uncond + self.omega.reshape(-1, 1, 1, 1) * (cond - uncond)
+                target = cfg(cond, uncond, self.omega)
                 x = solver_step(x, target, sigma, sigma_next)
         self.evaluations = 2 * STEPS * rows
         self.identity = {"prompts": captions}
@@ -142,10 +144,10 @@ class RecordedTrajectories:
             **states, sigma=self.sigma[at], omega=self.omega[row], positive=row, negative=torch.zeros_like(row)
         )
 
-    def undo(self) -> None:
+    def restore_generators(self) -> None:
         pass
 
-    def advance(self, batch, student, share) -> int:
+    def advance(self, batch, student, progress) -> int:
         return 0
 
     def state_dict(self) -> tuple[dict, dict]:
@@ -153,27 +155,29 @@ class RecordedTrajectories:
 
 
 def measure(
-    host, recipe: Recipe, captions: list[str], held_out: list[str], recorded: RecordedTrajectories | None
+    model, recipe: Recipe, captions: list[str], held_out: list[str], recorded: RecordedTrajectories | None
 ) -> list[dict]:
     """A row per measurement."""
+    from comfyui_agd.training.run_setup import RunOptions
     from comfyui_agd.training.trainer import Callbacks, train
 
     start, bar = time.perf_counter(), ProgressLine(f"{recipe.recipe}, {recipe.variant}")
-    trained = train(host, captions, recipe.config, Callbacks(bar), held_out=held_out, recording=recorded)
+    options = RunOptions(held_out=held_out, recording=recorded)
+    trained = train(model, captions, recipe.config, Callbacks(bar), options)
     seconds, spent = time.perf_counter() - start, trained.info.training["teacher_evaluations"]
     rows = []
     for entry in trained.history:
         # Online, evaluations are spent along the way, after what filling the pool took.
         steps = recipe.config.iterations // recipe.config.reuse
-        left = 0 if recorded else 2 * BATCH * (steps - entry["step"] // recipe.config.reuse)
+        left = 0 if recorded else 2 * BATCH * (steps - entry.step // recipe.config.reuse)
         rows.append(
             {
                 "recipe": recipe.recipe,
                 "variant": recipe.variant,
-                "iteration": entry["step"],
+                "iteration": entry.step,
                 "teacher_evaluations": spent - left,
-                "gap_closed": round(entry["score"], 4),
-                "gap_closed_by_omega": entry["gap_closed"],
+                "gap_closed": round(entry.score, 4),
+                "gap_closed_by_omega": entry.gap_closed,
                 "training_seconds": round(seconds),
             }
         )
@@ -265,7 +269,7 @@ def main() -> None:
 
 def measure_all(chosen: list[Recipe], few: int, held_out: int) -> list[dict]:
     """`few`: how many captions the paper's recipe is given; `held_out`: how many the gap is measured on."""
-    from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+    from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
     from comfyui_agd.examples.toy.sampling import Toy, captions_of, held_out_captions
     from comfyui_agd.examples.toy.scenes import draw_scenes
 
@@ -273,12 +277,12 @@ def measure_all(chosen: list[Recipe], few: int, held_out: int) -> list[dict]:
     measured_on, recorded, rows = held_out_captions(HELD_OUT, 29)[1][:held_out], None, []
     if any(recipe.recipe == "paper" for recipe in chosen):
         start = time.perf_counter()
-        recorded = RecordedTrajectories(ComfyHost(toy.model, toy.clip), captions[:few])
+        recorded = RecordedTrajectories(ComfyModel(toy.model, toy.clip), captions[:few])
         print(f"Recorded {recorded.evaluations:,} evaluations in {time.perf_counter() - start:.0f} s.", file=sys.stderr)
     for recipe in chosen:
-        host, paper = ComfyHost(toy.model, toy.clip), recipe.recipe == "paper"
+        model, paper = ComfyModel(toy.model, toy.clip), recipe.recipe == "paper"
         texts = captions[:few] if paper else captions
-        rows += measure(host, recipe, texts, measured_on, recorded if paper else None)
+        rows += measure(model, recipe, texts, measured_on, recorded if paper else None)
     return rows
 
 

@@ -87,15 +87,15 @@ class RandomEncoder:
         return [[torch.randn(1, 77, self.width, generator=self.generator), {"pooled_output": pooled}]]
 
 
-def make_host(model, device: torch.device):
+def make_model(model, device: torch.device):
     import comfy.model_patcher
 
-    from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+    from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
-    host = ComfyHost(patcher, RandomEncoder(model.model_config.unet_config["context_dim"]))
-    host.encode(["a prompt"])
-    return host
+    trainable = ComfyModel(patcher, RandomEncoder(model.model_config.unet_config["context_dim"]))
+    trainable.text_encoder.encode(["a prompt"])
+    return trainable
 
 
 def model_on_meta(name: str, dtype: str):
@@ -104,18 +104,19 @@ def model_on_meta(name: str, dtype: str):
 
     model = on_meta(name, *DTYPES[dtype])
     for layer in (model.diffusion_model.input_blocks[0][0], model.diffusion_model.out[-1]):
-        # The host takes the base's fingerprint of these.
+        # The base's fingerprint is made of these.
         layer.weight = nn.Parameter(torch.zeros_like(layer.weight, device="cpu"), requires_grad=False)
     return model
 
 
 @functools.cache
-def traced_host(name: str, dtype: str):
-    """A host that traces each cost once. It is on no device, so that what it computes a second is unknown."""
-    host = make_host(model_on_meta(name, dtype), torch.device("cpu"))
-    host.trace_student, host.trace_teacher = functools.cache(host.trace_student), functools.cache(host.trace_teacher)
-    host.matmul_rate = lambda: 0.0
-    return host
+def traced_model(name: str, dtype: str):
+    """One that traces each cost once. It is on no device, so that what it computes a second is unknown."""
+    model = make_model(model_on_meta(name, dtype), torch.device("cpu"))
+    memory = model.memory
+    memory.trace_student, memory.trace_base = functools.cache(memory.trace_student), functools.cache(memory.trace_base)
+    memory.matmul_rate = lambda: 0.0
+    return model
 
 
 def config_of(case: MeasuredTraining):
@@ -162,76 +163,65 @@ class PartTimer:
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
 
-def make_run(host, config, plan):
+def new_training(model, config, plan):
+    """What `train` makes for these settings: (the step, the state that it changes)."""
     from comfyui_agd.training.distributed import Ranks
-    from comfyui_agd.training.fitting import Teacher
+    from comfyui_agd.training.memory import BothPredictions
+    from comfyui_agd.training.model import EncodedPrompts
     from comfyui_agd.training.pool import TrajectoryPool
-    from comfyui_agd.training.run import Run
+    from comfyui_agd.training.run_setup import new_adapter
+    from comfyui_agd.training.run_state import RunState
+    from comfyui_agd.training.step import TrainingStep
 
-    prompts = {"positive": host.encode(["a prompt"] * 4), "negative": host.encode([""], "negative")}
-    run = Run(
-        host,
-        config,
-        config.adapter_config(host.base, prompt_tokens=77),
-        prompts,
-        Ranks(),
-        micro_batch=plan.micro_batch,
-        teacher=Teacher(host, plan.teacher_rows),
-    )
-    run.source = TrajectoryPool(host, *prompts.values(), config, range(config.batch), run.teacher)
-    return run
+    denoiser, encoder, memory = model.denoiser, model.text_encoder, model.memory
+    prompts = EncodedPrompts(encoder.encode(["a prompt"] * 4), encoder.encode([""], "negative"))
+    both = BothPredictions(denoiser, memory, plan.teacher_rows)
+    pool = TrajectoryPool(denoiser, prompts, config, range(config.batch), both)
+    adapter_config = config.adapter_config(model.base, prompt_tokens=77)
+    adapter = new_adapter(adapter_config, config.seed, encoder.context(prompts.negative[0]), denoiser.device)
+    step = TrainingStep(denoiser, memory, prompts, config, Ranks(), plan.micro_batch)
+    return step, RunState.begin(adapter, pool, config.learning_rate)
 
 
-def optimise(run) -> None:
-    nn.utils.clip_grad_norm_(run.adapter.parameters(), run.config.clip)
-    run.optimiser.step()
-    run.update_average()
+def timed_step(step, state, timer: PartTimer) -> Callable[[], None]:
+    """A function that takes a step of training, and times its parts."""
+    denoiser, pool = step.denoiser, state.source
+    denoiser.denoise = timer.timed("teacher", denoiser.denoise)
+    denoiser.student = timer.timed("student", denoiser.student)
+    pool.next, pool.advance = timer.timed("rollout", pool.next), timer.timed("rollout", pool.advance)
+    step.gradients = timer.timed("backward", step.gradients)
+    step.optimise = timer.timed("optimiser", step.optimise)
+    step.update_average = timer.timed("optimiser", step.update_average)
+    return lambda: step(state, step.config.iterations)
 
 
-def make_step(run, timer: PartTimer) -> Callable[[], None]:
-    """A function that takes a step of training, as the trainer's loop does, and times its parts."""
-    host = run.host
-    host.denoise, host.student = timer.timed("teacher", host.denoise), timer.timed("student", host.student)
-    following, learn = timer.timed("rollout", run.source.next), timer.timed("backward", run.learn)
-    advance, optimiser = timer.timed("rollout", run.source.advance), timer.timed("optimiser", optimise)
-
-    def step() -> None:
-        batch = following(run.step)
-        student, _, _ = learn(batch)
-        optimiser(run)
-        advance(batch, student, 0.0)
-        run.step += 1
-
-    return step
-
-
-def peak_of(step: Callable[[], None], host, parameters: int) -> int:
+def peak_of(step: Callable[[], None], memory, parameters: int) -> int:
     """The most memory during a step: the allocator's on a GPU, counted on a CPU."""
-    if host.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(host.device)
+    if memory.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(memory.device)
         step()
-        return torch.cuda.max_memory_allocated(host.device)
+        return torch.cuda.max_memory_allocated(memory.device)
     from comfyui_agd.agd_core.comfyui.model.tracing import Counter
 
     with Counter() as counter:
         step()
     # Parameters, the optimiser's moments and the average exist before a step, like the base; gradients are made in it.
-    return host.base_bytes() + 4 * 4 * parameters + counter.peak_bytes
+    return memory.base_bytes() + 4 * 4 * parameters + counter.peak_bytes
 
 
-def take_steps(host, config, plan, count: int) -> tuple[int, dict[str, float]]:
+def take_steps(model, config, plan, count: int) -> tuple[int, dict[str, float]]:
     """(peak bytes, seconds of a step by part)."""
-    timer = PartTimer(host.device)
-    with host.session(checkpointing=plan.checkpointing, memory=plan.reserve):
-        run = make_run(host, config, plan)
-        run.source.fill()
-        step = make_step(run, timer)
+    timer = PartTimer(model.denoiser.device)
+    with model.denoiser.session(checkpointing=plan.checkpointing, memory=plan.reserve):
+        training_step, state = new_training(model, config, plan)
+        state.source.fill()
+        step = timed_step(training_step, state, timer)
         step()  # autotuning, and the optimiser's state
         timer.clear()
         for _ in range(count):
             step()
         seconds = {name: spent / count for name, spent in timer.seconds.items()}
-        return peak_of(step, host, plan.adapter_parameters), seconds
+        return peak_of(step, model.memory, plan.adapter_parameters), seconds
 
 
 def row_of(case: MeasuredTraining, device: torch.device, plan, peak: int | None, parts: dict[str, float]) -> dict:
@@ -263,10 +253,10 @@ def measure(case: MeasuredTraining, device: torch.device, memory: int | None) ->
 
     config = config_of(case)
     if not case.steps:
-        return row_of(case, device, plan_of(traced_host(case.model, case.dtype), config, memory), None, {})
-    host = make_host(random_model(case.model, torch.device("cpu"), *DTYPES[case.dtype]), device)
-    plan = plan_of(host, config, memory)
-    peak, parts = take_steps(host, config, plan, case.steps)
+        return row_of(case, device, plan_of(traced_model(case.model, case.dtype), config, memory), None, {})
+    model = make_model(random_model(case.model, torch.device("cpu"), *DTYPES[case.dtype]), device)
+    plan = plan_of(model, config, memory)
+    peak, parts = take_steps(model, config, plan, case.steps)
     return row_of(case, device, plan, peak, parts)
 
 

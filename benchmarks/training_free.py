@@ -111,7 +111,7 @@ def patched(experiment, form: Scales | Normalised):
     from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
     from comfyui_agd.benchmarks import baselines
 
-    model, base = experiment.parts.model, experiment.host().base
+    model, base = experiment.parts.model, experiment.model().base
     if isinstance(form, Normalised):
         return baselines.normalised(model, base, form.tau, form.alpha)
     info, weights = attention_guidance(base)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..agd_core.comfyui.model.host import ComfyHost
+from ..agd_core.comfyui.model.comfy_model import ComfyModel
 from ..agd_core.comfyui.model.sampler import ComfySampler
 from ..training import prompts as prompt_sources
-from ..training.assess import AssessConfig, assess, rule_of
+from ..training.assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
 from ..training.trainer import Progress
 from .common import AdapterType, adapter_fingerprint, adapter_names, named_adapter, show_on_node
 
@@ -147,12 +147,12 @@ class AGDEvaluate(io.ComfyNode):
         config = AssessConfig((cfg,), steps=steps, count=count, seed=seed, width=width, height=height)
         texts = prompt_sources.expand(prompt_sources.prompts_of(prompts), count, seed)
         unwanted = prompt_sources.prompts_of(negative) or [""]
-        host = ComfyHost(model, clip, vae=vae)
-        info, state, source = adapter or named_adapter(adapter_name, model)
-        sampler = ComfySampler(model, info, state, source=source, rule=rule_of(info))
+        candidate = Candidate(*(adapter or named_adapter(adapter_name, model)))
+        info, weights, source = candidate.info, candidate.weights, candidate.source
+        sampler = ComfySampler(model, info, weights, source=source, rule=rule_of(info))
         display, node_id = _Display(cls.hidden.unique_id), cls.hidden.unique_id
-        what = host, sampler, info, state, texts, config
-        found = assess(*what, source=source, negative=unwanted, progress=display)
+        prompt_texts = PromptTexts(texts, unwanted)
+        found = assess(ComfyModel(model, clip, vae=vae), sampler, candidate, prompt_texts, config, display)
         show_on_node(node_id, found.report())
         picture = torch.from_numpy(np.asarray(found.picture, dtype=np.float32) / 255)[None]
         return io.NodeOutput(found.report(), picture, found.gap_closed)

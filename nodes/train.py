@@ -10,7 +10,7 @@ from comfy_api.v0_0_2 import io
 from PIL import Image
 
 from ..agd_core.comfyui import folders
-from ..agd_core.comfyui.model.host import ComfyHost
+from ..agd_core.comfyui.model.comfy_model import ComfyModel
 from ..training import prompts as prompt_sources
 from ..training.config import KINDS, PRECISIONS, RULES, TrainConfig
 from ..training.job import Job
@@ -41,38 +41,46 @@ class _Display:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if progress.phase == "train":
             self.bar = self.bar or comfy.utils.ProgressBar(progress.total, node_id=self.node_id)
-            self._update(progress.step, progress.total)
+            self._update(self.bar, progress.step, progress.total)
         now = time.monotonic()
         # A hundred messages a second would slow the browser down.
         if now - self.shown > 0.2 or progress.step == progress.total:
             self.shown = now
-            show_on_node(self.node_id, f"{_told(progress)}\n\n{self.plan.describe()}")
+            show_on_node(self.node_id, f"{_describe(progress)}\n\n{self.plan.describe()}")
 
     def show_preview(self, step: int, image: Image.Image) -> None:
         self.preview = image
         if self.bar is not None:
-            self._update(step, self.bar.total)
+            self._update(self.bar, step, self.bar.total)
 
-    def _update(self, step: int, total: int) -> None:
+    def _update(self, bar: comfy.utils.ProgressBar, step: int, total: int) -> None:
         # Without its picture a message would take an earlier one off the node.
         shown = ("PNG", self.preview, None) if self.preview is not None else None
-        self.bar.update_absolute(step, total, shown)
+        bar.update_absolute(step, total, shown)
 
 
-def _told(progress: Progress) -> str:
-    if progress.phase == "encode":
-        return f"Encoding prompts: {progress.step}/{progress.total}"
-    if progress.phase == "rollout":
-        return f"Rolling out the first trajectories: {progress.step}/{progress.total}"
-    if progress.phase == "measure":
-        return f"Measuring on held-out prompts: {progress.step}/{progress.total}"
-    gap = "" if progress.gap_closed is None else f"gap closed {progress.gap_closed:.0%}, "
-    left = f"{progress.seconds_left / 60:.0f} min" if progress.seconds_left > 90 else f"{progress.seconds_left:.0f} s"
-    # What matters most comes first: ComfyUI's classic canvas shows about 60 characters.
-    return (
-        f"{progress.step}/{progress.total}, {left} left, {gap}loss {progress.loss:.4f}, "
-        f"memory {progress.memory / 1e9:.1f} GB"
-    )
+_PHASES = {
+    "encode": "Encoding prompts",
+    "rollout": "Rolling out the first trajectories",
+    "measure": "Measuring on held-out prompts",
+}
+
+
+def _describe(progress: Progress) -> str:
+    """What matters most comes first: ComfyUI's classic canvas shows about 60 characters."""
+    parts = [f"{progress.step}/{progress.total}"]
+    if progress.phase in _PHASES:
+        return f"{_PHASES[progress.phase]}: {parts[0]}"
+    if progress.seconds_left is not None:
+        minutes = progress.seconds_left / 60
+        parts.append(f"{minutes:.0f} min left" if minutes > 1.5 else f"{progress.seconds_left:.0f} s left")
+    if progress.gap_closed is not None:
+        parts.append(f"gap closed {progress.gap_closed:.0%}")
+    if progress.loss is not None:
+        parts.append(f"loss {progress.loss:.4f}")
+    if progress.memory is not None:
+        parts.append(f"memory {progress.memory / 1e9:.1f} GB")
+    return ", ".join(parts)
 
 
 def _number(kind, name: str, high, tooltip: str, *, step=1, suited: bool = True, advanced: bool = True):
@@ -316,12 +324,12 @@ class AGDTrain(io.ComfyNode):
         suited = ("iterations", "batch", "width", "height", "learning_rate", "reuse")
         chosen = {key: value for key, value in settings.items() if value or key not in suited}
         chosen |= {"seed": seed, "memory": CARDS.get(card, 0.0)}
-        host = ComfyHost(model, clip, autocast=TrainConfig(**chosen).autocast, vae=vae)
+        trainable = ComfyModel(model, clip, autocast=TrainConfig(**chosen).autocast, vae=vae)
         chosen |= {"aspect_ratios": COMMON_RATIOS} if aspect_ratios and "width" in chosen else {}
         chosen |= {} if aspect_ratios else {"aspect_ratios": ()}
-        config = settings_for(host.base, chosen)
+        config = settings_for(trainable.base, chosen)
         begin = folders.adapter_path(start) if start != _NEW else None
-        job = Job(host, _prompts(prompts, prompt_count, seed), config, path, _lines(negative), start=begin)
+        job = Job(trainable, _prompts(prompts, prompt_count, seed), config, path, _lines(negative), start=begin)
         show_on_node(node_id, "Counting what a step takes")
         plan = job.plan()
         trained = job.run(_Display(node_id, plan).callbacks(), plan, {})

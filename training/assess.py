@@ -1,29 +1,29 @@
-"""How good an adapter is on the user's own model and prompts: what `agd evaluate` and AGD Evaluate tell."""
+"""How good an adapter is on the user's own model and prompts: what `agd evaluate` and AGD Evaluate report."""
 
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageChops
 
 from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo, check_base
-from ..agd_core.guidance import GuidanceRule, square_norm
+from ..agd_core.guidance import GapErrors, GuidanceRule, square_norm
 from ..agd_core.mixed_precision import MixedPrecision
 from .assessment import METHODS, Assessment, Closeness, Cost, Estimate, Level, Transfer
 from .config import TrainConfig, option
-from .evaluate import State, follow_teacher, omegas_of, predict
-from .fitting import as_fits
-from .host import Host, Prompt, encode
+from .evaluate import Trajectories, TrajectoryState, errors_by_omega, follow_teacher, omegas_of, predict
+from .memory import retry_on_oom
+from .model import Model, ProgressCallback, Prompt, Shape, encode
 from .plot import contact_sheet
 from .presets import settings_for
-from .trainer import Progress
+from .trainer import Callbacks, Progress
 
-_LEAST = {"steps": 1, "count": 1, "width": 64, "height": 64}
+_SMALLEST = {"steps": 1, "count": 1, "width": 64, "height": 64}
 _KEPT_STEPS = 8  # of the measured trajectories', as in training
 _ROWS = 4  # evaluated at once, if they fit
 _WARM_UP = 2  # steps by every method before any is timed
@@ -35,17 +35,18 @@ class Sampler(Protocol):
     """Whole samples. `agd_core.comfyui.model.sampler` is the one implementation.
 
     `method` is one of `METHODS`; noise (1, c, h, w) -> a latent of that shape, and the evaluations (rows) it took.
-    `progress` is called at every step. `notes`: what the adapter's user should know, known when all is sampled.
+    `prompts`: positive and negative; `progress` is called at every step. `notes`: what the adapter's user should know,
+    known when all is sampled.
     """
 
-    notes: Sequence[str]
+    @property
+    def notes(self) -> Sequence[str]: ...
 
     def __call__(
         self,
         method: str,
         noise: torch.Tensor,
-        prompt: Prompt,
-        negative: Prompt,
+        prompts: tuple[Prompt, Prompt],
         *,
         omega: float,
         steps: int,
@@ -65,9 +66,10 @@ class AssessConfig:
     height: int = option(0, "of the images, in pixels; 0: as the adapter was trained")
 
     def __post_init__(self):
-        values = {name: getattr(self, name) for name in _LEAST}
+        values = {name: getattr(self, name) for name in _SMALLEST}
         given = {name: value for name, value in values.items() if value or name in ("steps", "count")}
-        wrong = [f"{name} is {v}, but must be {_LEAST[name]} or more" for name, v in given.items() if v < _LEAST[name]]
+        small = {name: value for name, value in given.items() if value < _SMALLEST[name]}
+        wrong = [f"{name} is {value}, but must be {_SMALLEST[name]} or more" for name, value in small.items()]
         wrong += [f"cfg is {omega:g}, but guidance begins above 1" for omega in self.omegas if not omega > 1]
         if wrong:
             raise ValueError(f"This can't be evaluated: {'; '.join(wrong)}.")
@@ -79,82 +81,103 @@ def rule_of(info: AdapterInfo) -> GuidanceRule:
     return TrainConfig(**{name: settings[name] for name in _RULE if name in settings}).rule
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """The adapter to assess; `source` is its name in the report."""
+
+    info: AdapterInfo
+    weights: dict[str, torch.Tensor]
+    source: str
+
+    def adapter(self) -> Adapter:
+        adapter = Adapter(self.info.config, MixedPrecision)
+        adapter.load_state_dict(self.weights)
+        return adapter
+
+
+@dataclass(frozen=True)
+class PromptTexts:
+    """`positive` and `negative` take turns."""
+
+    positive: Sequence[str]
+    negative: Sequence[str] = ("",)
+
+    def pairs(self, count: int) -> list[tuple[str, str]]:
+        """Raises `ValueError` where there are no prompts."""
+        positive = [prompt.strip() for prompt in self.positive if prompt.strip()]
+        if not positive:
+            raise ValueError("There are no prompts to evaluate with; give at least one line of text.")
+        return [(positive[i % len(positive)], self.negative[i % len(self.negative)]) for i in range(count)]
+
+
 def assess(
-    host: Host,
+    model: Model,
     sampler: Sampler,
-    info: AdapterInfo,
-    state: dict[str, torch.Tensor],
-    prompts: Sequence[str],
+    candidate: Candidate,
+    prompts: PromptTexts,
     config: AssessConfig = AssessConfig(),
-    *,
-    source: str,
-    negative: Sequence[str] = ("",),
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Assessment:
-    """Measure an adapter, its `info` and `state`, on the host's base.
+    """Measure an adapter on the model's base.
 
-    `prompts` and `negative` take turns; `source` names the adapter. Raising from `progress`, which is called after
-    every evaluation, stops it. Raises `AdapterFileError` where the adapter is of another kind of base.
+    Raising from `progress`, which is called after every evaluation, stops it. Raises `AdapterFileError` where the
+    adapter is of another kind of base.
     """
-    check_base(info, host.base, source)
-    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
-    if not prompts:
-        raise ValueError("There are no prompts to evaluate with; give at least one line of text.")
-    shape, rule, omegas = _shape(host, info, config), rule_of(info), _omegas(info, config)
-    turns = [(prompts[i % len(prompts)], negative[i % len(negative)]) for i in range(config.count)]
-
-    def told(phase: str) -> Callable[[int, int], None]:
-        return lambda done, total: progress(Progress(phase, done, total))
-
-    encoded = [
-        encode(host, texts, kind, told("encode"))
-        for texts, kind in zip(zip(*turns, strict=True), ("positive", "negative"), strict=True)
-    ]
-    adapter = Adapter(info.config, MixedPrecision)
-    adapter.load_state_dict(state)
-
-    def measured(rows: int) -> tuple[list[State], list[torch.Tensor]]:
-        settings = {"rule": rule, "steps": config.steps, "keep": min(_KEPT_STEPS, config.steps), "seed": config.seed}
-        states = follow_teacher(host, *encoded, shape, omegas, **settings, batch=rows, progress=told("teacher"))
-        return states, predict(host, adapter.to(host.device), states, told("adapter"))
-
-    with host.session():
-        (states, students), _ = as_fits(host, "the evaluation", measured, min(_ROWS, config.count))
-    gaps, cosines, levels = _gaps(states, students)
-    costs, distances, shown = _sample(sampler, *encoded, shape, omegas, config, told("sample"))
-    teacher = rule.name.replace("_", " ").upper()
+    info, of_phase = candidate.info, Callbacks(on_progress=progress).of_phase
+    check_base(info, model.base, candidate.source)
+    texts = prompts.pairs(config.count)
+    trajectories = _trajectories(model, info, config)
+    positive = encode(model.text_encoder, [text for text, _ in texts], "positive", of_phase("encode"))
+    negative = encode(model.text_encoder, [text for _, text in texts], "negative", of_phase("encode"))
+    pairs = list(zip(positive, negative, strict=True))
+    measured = _measure_gaps(model, candidate.adapter(), pairs, trajectories, of_phase)
+    samples = _Samples(sampler, pairs, trajectories, of_phase("sample"))
+    samples.draw_all()
+    teacher = trajectories.rule.name.replace("_", " ").upper()
+    gaps = [found.gap_closed for found in measured.values()]
     return Assessment(
-        adapter=source,
-        base=host.base.describe(),
+        adapter=candidate.source,
+        base=model.base.describe(),
         teacher=teacher,
         images=config.count,
-        prompts=len({positive for positive, _ in turns}),
+        prompts=len({text for text, _ in texts}),
         steps=config.steps,
-        latent=shape[1:],
-        by_omega={omega: Closeness(gaps[omega], cosines[omega], levels[omega], distances[omega]) for omega in omegas},
-        costs=costs,
-        transfer=Transfer(_same_weights(host, info), _mean_of(gaps.values()), _reported(info, omegas)),
-        notes=[*_notes(host, info), *sampler.notes],
-        picture=_picture(host, [positive for positive, _ in turns], shown, teacher, _middle(omegas)),
+        latent=trajectories.shape[-2:],
+        by_omega={omega: found.with_distance(samples.distance(omega)) for omega, found in measured.items()},
+        costs=samples.costs(),
+        transfer=Transfer(_same_weights(model, info), _mean_of(gaps), _reported(info, trajectories.omegas)),
+        notes=[*_notes(model, info), *sampler.notes],
+        picture=_picture(model, [text for text, _ in texts], samples.shown, teacher, _middle(trajectories.omegas)),
     )
 
 
-def _shape(host: Host, info: AdapterInfo, config: AssessConfig) -> tuple[int, int, int]:
+def _trajectories(model: Model, info: AdapterInfo, config: AssessConfig) -> Trajectories:
+    return Trajectories(
+        _shape(model, info, config),
+        _omegas(info, config),
+        rule=rule_of(info),
+        steps=config.steps,
+        keep=min(_KEPT_STEPS, config.steps),
+        seed=config.seed,
+    )
+
+
+def _shape(model: Model, info: AdapterInfo, config: AssessConfig) -> Shape:
     """Of a latent: the size that was chosen, or else the first one of the training."""
-    suited = settings_for(host.base, {})
-    channels, height, width = host.latent_shape(config.width or suited.width, config.height or suited.height)
+    suited, latent_shape = settings_for(model.base, {}), model.denoiser.latent_shape
+    *channels, height, width = latent_shape(config.width or suited.width, config.height or suited.height)
     trained = info.resolutions[0] if info.resolutions else (height, width)
-    return channels, height if config.height else trained[0], width if config.width else trained[1]
+    return *channels, height if config.height else trained[0], width if config.width else trained[1]
 
 
-def _measured_then(info: AdapterInfo) -> dict[float, float]:
+def _gap_of_training(info: AdapterInfo) -> dict[float, float]:
     """Gap closed by omega, as the training reports it."""
     return {float(omega): value for omega, value in info.training.get("gap_closed", {}).items()}
 
 
 def _omegas(info: AdapterInfo, config: AssessConfig) -> list[float]:
     low, high = info.omega_range
-    usual = _measured_then(info) or omegas_of(TrainConfig(omega_min=low, omega_max=high))
+    usual = _gap_of_training(info) or omegas_of(TrainConfig(omega_min=low, omega_max=high))
     return sorted(set(config.omegas or usual))
 
 
@@ -185,100 +208,125 @@ def _mean_of(estimates: Iterable[Estimate]) -> Estimate:
     return Estimate(sum(values) / len(values), None if None in errors else sum(errors) / len(errors))
 
 
-def _gaps(
-    states: Sequence[State], students: Sequence[torch.Tensor]
-) -> tuple[dict[float, Estimate], dict[float, Estimate], dict[float, list[Level]]]:
-    """Gap closed, direction cosine, and both by noise level where the teacher guides, all by omega.
+@dataclass(frozen=True)
+class _Gap:
+    """What was measured at one omega on the teacher's trajectories; `by_sigma`: where the teacher guides."""
 
-    Raises `ValueError` where there is no guidance at all.
-    """
-    found: dict[float, dict[float, list]] = {}  # omega -> sigma -> errors of each batch
-    for state, student in zip(states, students, strict=True):
-        found.setdefault(state.omega, {}).setdefault(state.sigma, []).append(_errors(student, state))
-    gaps, cosines, levels = {}, {}, {}
-    for omega, at_sigma in found.items():
-        # now, before and cosine: (images, levels)
-        now, before, cosine = torch.stack([torch.cat(batches, dim=1) for batches in at_sigma.values()], dim=2)
-        if before.sum() == 0:
-            raise ValueError(
-                "Guidance changes nothing here, so it can't be measured: negative prompts equal the prompts."
-            )
-        gaps[omega], cosines[omega] = _of_sums(_closed, now.sum(1), before.sum(1)), _mean(cosine.nanmean(1))
-        levels[omega] = [
-            Level(sigma, _of_sums(_closed, now[:, i], before[:, i]), _mean(cosine[:, i]))
-            for i, sigma in enumerate(at_sigma)
-            if before[:, i].sum() > 0
-        ]
-    return gaps, cosines, levels
+    gap_closed: Estimate
+    direction_cosine: Estimate
+    by_sigma: list[Level]
+
+    def with_distance(self, distance: Estimate) -> Closeness:
+        return Closeness(self.gap_closed, self.direction_cosine, self.by_sigma, distance)
+
+
+def _measure_gaps(
+    model: Model,
+    adapter: Adapter,
+    prompts: list[tuple[Prompt, Prompt]],
+    trajectories: Trajectories,
+    of_phase: Callable[[str], ProgressCallback],
+) -> dict[float, _Gap]:
+    """By omega. `prompts`: positive and negative of each image."""
+    denoiser, rows = model.denoiser, min(_ROWS, len(prompts))
+    positive, negative = [each for each, _ in prompts], [each for _, each in prompts]
+
+    def measure(rows: int) -> tuple[list[TrajectoryState], list[torch.Tensor]]:
+        states = follow_teacher(denoiser, positive, negative, trajectories, rows, of_phase("teacher"))
+        return states, predict(denoiser, adapter.to(denoiser.device), states, of_phase("adapter"))
+
+    with denoiser.session():
+        (states, students), _ = retry_on_oom(model.memory, "the evaluation", measure, rows)
+    return {omega: _gap_of(levels) for omega, levels in errors_by_omega(states, students).items()}
+
+
+def _gap_of(levels: dict[float, GapErrors]) -> _Gap:
+    """`levels`: sigma -> the errors, (images,) each."""
+    # (images, levels) each
+    remaining, total, cosine = (torch.stack(parts, dim=1).double() for parts in zip(*levels.values(), strict=True))
+    by_sigma = [
+        Level(sigma, _of_sums(_closed, remaining[:, i], total[:, i]), _mean(cosine[:, i]))
+        for i, sigma in enumerate(levels)
+        if total[:, i].sum() > 0
+    ]
+    return _Gap(_of_sums(_closed, remaining.sum(1), total.sum(1)), _mean(cosine.nanmean(1)), by_sigma)
 
 
 def _closed(still_open: torch.Tensor) -> torch.Tensor:
     return 1 - still_open
 
 
-def _errors(student: torch.Tensor, state: State) -> torch.Tensor:
-    """(3, b): the squared gap now and without adapter, and the direction cosine, NaN where there is no gap."""
-    added, wanted = student - state.cond, state.target - state.cond
-    cosine = torch.cosine_similarity(added.float().flatten(1), wanted.float().flatten(1), dim=1)
-    now, before = square_norm(student - state.target), square_norm(wanted)
-    return torch.stack([now, before, cosine.where(before > 0, torch.nan)]).double()
+class _Samples:
+    """Whole samples by every method, from equal noise: how far apart they are and what they cost.
 
+    `shown`: latents by method, of the first images at the middle omega.
+    """
 
-def _sample(
-    sampler: Sampler,
-    positive: Sequence[Prompt],
-    negative: Sequence[Prompt],
-    shape: tuple[int, int, int],
-    omegas: Sequence[float],
-    config: AssessConfig,
-    progress: Callable[[int, int], None],
-) -> tuple[dict[str, Cost], dict[float, Estimate], list[dict[str, torch.Tensor]]]:
-    """The cost of each method, the distance to the teacher's samples by omega, and latents to show, by method."""
-    seconds, rows = ({method: [] for method in METHODS} for _ in range(2))
-    apart, shown = {omega: [] for omega in omegas}, []
-    total, done = len(METHODS) * _WARM_UP + config.count * config.steps * (1 + 2 * len(omegas)), 0
+    def __init__(
+        self,
+        sampler: Sampler,
+        prompts: list[tuple[Prompt, Prompt]],
+        trajectories: Trajectories,
+        progress: ProgressCallback,
+    ):
+        """`trajectories`: their shape, omegas, steps and seed are the samples'."""
+        self.sampler, self.prompts, self.trajectories, self.progress = sampler, prompts, trajectories, progress
+        self.shown: list[dict[str, torch.Tensor]] = []
+        self._seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+        self._rows: dict[str, list[int]] = {method: [] for method in METHODS}
+        # Squared distances to the teacher's sample by omega: of the adapter's and of the unguided one.
+        self._apart: dict[float, list[torch.Tensor]] = {omega: [] for omega in trajectories.omegas}
+        self._steps_done = 0
 
-    def stepped() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
+    def draw_all(self) -> None:
+        omegas, count = self.trajectories.omegas, len(self.prompts)
+        for method in METHODS:  # the first time everything takes longer
+            self._draw(method, 0, omegas[0], _WARM_UP)
+            self._seconds[method].clear()
+            self._rows[method].clear()
+        for image in range(count):
+            unguided = self._draw("unguided", image, omegas[0], self.trajectories.steps)
+            for omega in omegas:
+                guided, agd = (self._draw(each, image, omega, self.trajectories.steps) for each in ("guided", "agd"))
+                distances = square_norm(agd - guided), square_norm(unguided - guided)
+                self._apart[omega].append(torch.cat(distances).double())
+                if omega == _middle(omegas) and image < _SHOWN:
+                    self.shown.append({"unguided": unguided, "guided": guided, "agd": agd})
 
-    def run(method: str, image: int, omega: float, steps: int = config.steps) -> torch.Tensor:
-        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(config.seed + image))
-        what = method, noise, positive[image], negative[image]
-        start = time.perf_counter()
-        latent, evaluations = sampler(*what, omega=omega, steps=steps, progress=stepped)
-        seconds[method].append(time.perf_counter() - start)
-        rows[method].append(evaluations)
+    def _draw(self, method: str, image: int, omega: float, steps: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.trajectories.seed + image)
+        noise, start = torch.randn(1, *self.trajectories.shape, generator=generator), time.perf_counter()
+        latent, evaluations = self.sampler(
+            method, noise, self.prompts[image], omega=omega, steps=steps, progress=self._count_step
+        )
+        self._seconds[method].append(time.perf_counter() - start)
+        self._rows[method].append(evaluations)
         return latent
 
-    for method in METHODS:  # the first time everything takes longer
-        run(method, 0, omegas[0], _WARM_UP)
-        seconds[method].clear()
-        rows[method].clear()
-    for image in range(config.count):
-        unguided = run("unguided", image, omegas[0])
-        for omega in omegas:
-            guided, agd = run("guided", image, omega), run("agd", image, omega)
-            apart[omega].append(torch.cat([square_norm(agd - guided), square_norm(unguided - guided)]).double())
-            if omega == _middle(omegas) and image < _SHOWN:
-                shown.append({"unguided": unguided, "guided": guided, "agd": agd})
-    costs = {
-        method: Cost(_mean(torch.tensor(seconds[method])), sum(rows[method]) / len(rows[method]) / config.steps)
-        for method in METHODS
-    }
-    distances = {omega: _of_sums(torch.sqrt, *torch.stack(pairs, dim=1)) for omega, pairs in apart.items()}
-    return costs, distances, shown
+    def _count_step(self) -> None:
+        self._steps_done += 1
+        each = self.trajectories.steps * (1 + 2 * len(self.trajectories.omegas))
+        self.progress(self._steps_done, len(METHODS) * _WARM_UP + len(self.prompts) * each)
+
+    def costs(self) -> dict[str, Cost]:
+        return {
+            method: Cost(_mean(torch.tensor(self._seconds[method])), sum(rows) / len(rows) / self.trajectories.steps)
+            for method, rows in self._rows.items()
+        }
+
+    def distance(self, omega: float) -> Estimate:
+        """To the teacher's samples, over that of the unguided ones."""
+        return _of_sums(torch.sqrt, *torch.stack(self._apart[omega], dim=1))
 
 
-def _same_weights(host: Host, info: AdapterInfo) -> bool | None:
-    """None for an adapter that was trained on none, or doesn't tell."""
-    return info.base.fingerprint == host.base.fingerprint if info.base.fingerprint else None
+def _same_weights(model: Model, info: AdapterInfo) -> bool | None:
+    """None for an adapter that was trained on none, or doesn't say."""
+    return info.base.fingerprint == model.base.fingerprint if info.base.fingerprint else None
 
 
 def _reported(info: AdapterInfo, omegas: Sequence[float]) -> float | None:
     """The mean of what the training reports at these omegas; in between, linear in log omega."""
-    then = sorted(_measured_then(info).items())
+    then = sorted(_gap_of_training(info).items())
     if not then:
         return None
     return sum(_between(then, omega) for omega in omegas) / len(omegas)
@@ -292,18 +340,23 @@ def _between(points: Sequence[tuple[float, float]], omega: float) -> float:
     return points[0][1] if omega < points[0][0] else points[-1][1]
 
 
-def _notes(host: Host, info: AdapterInfo) -> list[str]:
-    then, now = (patches.get("patched_weights", 0) for patches in (info.training.get("teacher", {}), host.teacher))
+def _base_patches(info: AdapterInfo) -> dict[str, Any]:
+    """Those of the base that the adapter was trained on; earlier versions called them the teacher."""
+    return info.training.get("base_patches", info.training.get("teacher", {}))
+
+
+def _notes(model: Model, info: AdapterInfo) -> list[str]:
+    then, now = (patches.get("patched_weights", 0) for patches in (_base_patches(info), model.base_patches))
     if then == now:
         return []
     return [f"LoRAs and the like patch {now} weights of this model, but {then} of the one it was trained on."]
 
 
 def _picture(
-    host: Host, prompts: Sequence[str], shown: Sequence[dict[str, torch.Tensor]], teacher: str, omega: float
+    model: Model, prompts: Sequence[str], shown: Sequence[dict[str, torch.Tensor]], teacher: str, omega: float
 ) -> Image.Image:
     rows = []
     for prompt, latents in zip(prompts, shown, strict=False):
-        images = [host.picture(latents[method]) for method in METHODS]
+        images = [model.picture(latents[method]) for method in METHODS]
         rows.append((prompt, [*images, ImageChops.subtract(images[2], images[1], offset=128)]))
     return contact_sheet(("unguided", f"{teacher} {omega:g}", f"AGD {omega:g}", f"AGD - {teacher} (grey: equal)"), rows)

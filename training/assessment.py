@@ -1,6 +1,6 @@
 """What was measured of an adapter, and what it means to the user."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 
 from PIL import Image
 
@@ -106,7 +106,7 @@ class Assessment:
     images: int
     prompts: int
     steps: int
-    latent: tuple[int, int]
+    latent: tuple[int, ...]
     by_omega: dict[float, Closeness]
     costs: dict[str, Cost]
     transfer: Transfer
@@ -123,9 +123,10 @@ class Assessment:
         height, width = self.latent
         ratio = self.costs["guided"].seconds_per_image.value / self.costs["agd"].seconds_per_image.value
         known = {True: ", the checkpoint that it was trained on", False: ", other weights than those of its training"}
+        weights = "" if self.transfer.same_weights is None else known[self.transfer.same_weights]
         lines = [
             f"Gap closed {self.transfer.gap_closed}; {ratio:.2f} times as fast as {self.teacher}.",
-            f"Adapter {self.adapter} on {self.base}{known.get(self.transfer.same_weights, '')}.",
+            f"Adapter {self.adapter} on {self.base}{weights}.",
             f"{self.images} images of {self.prompts} prompts, latents of {width}x{height}, {self.steps} Euler steps; "
             "± is the standard error over images.",
             "",
@@ -146,11 +147,11 @@ class Assessment:
 
     def as_json(self) -> dict:
         """Everything but the picture."""
-        data = asdict(replace(self, picture=None))
-        del data["picture"]
-        data["by_omega"] = {f"{omega:g}": found for omega, found in data["by_omega"].items()}
         transfer = self.transfer
-        data["transfer"] |= {
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "picture"}
+        data["by_omega"] = {f"{omega:g}": asdict(found) for omega, found in self.by_omega.items()}
+        data["costs"] = {method: asdict(cost) for method, cost in self.costs.items()}
+        data["transfer"] = asdict(transfer) | {
             "kept": asdict(transfer.kept) if transfer.kept else None,
             "fits": transfer.fits,
             "verdict": transfer.verdict(),

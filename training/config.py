@@ -70,13 +70,13 @@ class TrainConfig:
     micro_batch: int = option(0, "states evaluated at once, on one GPU; 0 takes what fits", result=False)
     memory: float = option(0.0, "GB of the GPU's memory that may be used; 0 takes what is free", result=False)
     kind: str = option("delta", "the adapter; cross_attention and offset re-implement the paper's two", KINDS)
-    hidden: int = option(128, "width H inside the adapter of a site; of low_rank the rank: try 16")
+    hidden: int = option(128, "width H inside the adapter of a layer; of low_rank the rank: try 16")
     modulated: bool = option(False, "low_rank, delta's rank: scaled by t and omega, and so no LoRA any more")
     rank: int = option(4, "delta: rank of changes of the blocks' linear layers beside it; 0: none")
     encoder_width: int = option(128, "width inside the encoder of omega and t")
     gain: bool = option(True, "multiply the residual by (omega - 1); the paper: no")
     omega_embedding: str = option("log", "how omega is embedded; the paper: 'fourier'", OMEGA_EMBEDDINGS)
-    shared_encoder: bool = option(True, "one omega/t encoder for all sites; the paper: one per site")
+    shared_encoder: bool = option(True, "one omega/t encoder for all layers; the paper: one per layer")
 
     def __post_init__(self):
         wrong = [*self._wrong_choices(), *self._wrong_numbers()]
@@ -103,11 +103,15 @@ class TrainConfig:
         return wrong + [f"{name} is empty" for name in ("schedulers", "solvers") if not getattr(self, name)]
 
     def _wrong_numbers(self) -> list[str]:
-        positive = ("iterations", "batch", "learning_rate", "clip", "width", "height", "pool", "reuse", "steps_min")
-        positive += ("reuse_from", "keep_states")
-        counts = ("held_out", "evaluate_every", "patience", "save_every", "preview_every", "micro_batch", "memory")
-        counts += ("interval_sigma_min", "apg_threshold")
-        shares = ("warmup", "on_policy", "on_policy_from", "ema", "rescale_phi", "apg_eta")
+        positive = [
+            *("iterations", "batch", "learning_rate", "clip", "width", "height", "pool", "reuse", "steps_min"),
+            *("reuse_from", "keep_states"),
+        ]
+        counts = [
+            *("held_out", "evaluate_every", "patience", "save_every", "preview_every", "micro_batch", "memory"),
+            *("interval_sigma_min", "apg_threshold"),
+        ]
+        shares = ["warmup", "on_policy", "on_policy_from", "ema", "rescale_phi", "apg_eta"]
         values = {name: getattr(self, name) for name in positive + counts + shares}
         wrong = [f"{name} is {values[name]}, but must be above 0" for name in positive if not values[name] > 0]
         wrong += [f"{name} is {values[name]}, but must not be negative" for name in counts if not values[name] >= 0]
@@ -140,7 +144,8 @@ class TrainConfig:
         for ratio in self.aspect_ratios:
             across, down = map(int, ratio.split(":"))
             width = math.sqrt(area * across / down)
-            found.append(tuple(max(unit, round(side / unit) * unit) for side in (width, area / width)))
+            wide, high = (max(unit, round(side / unit) * unit) for side in (width, area / width))
+            found.append((wide, high))
         return list(dict.fromkeys(found))
 
     def result_settings(self) -> dict:

@@ -14,13 +14,13 @@ class Ranks:
     A context manager for whoever started the process: left, there is no group any more. A process that ends with one
     is now and then aborted by the group's own threads.
 
-    Rank r's lanes of a batch are a block of it, so that what a lane does never depends on how many ranks there are.
+    Rank r's rows of a batch are a block of it, so that what a row does never depends on how many ranks there are.
     """
 
     def __init__(self):
         self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         if self.count > 1 and not dist.is_initialized():
-            # Rank 0 measures and saves while the others wait; neither may take them for dead.
+            # Rank 0 measures and saves while the others wait; none of them may take the others for dead.
             cuda = torch.cuda.is_available()
             if cuda:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -29,10 +29,10 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that measures, saves and speaks."""
+        """Whether this is the rank that measures, saves and reports."""
         return self.rank == 0
 
-    def lanes(self, batch: int) -> range:
+    def rows(self, batch: int) -> range:
         """The rows of a batch of `batch` that are this rank's. Raises `ValueError` if they can't be shared alike."""
         if batch % self.count:
             raise ValueError(f"A batch of {batch} can't be shared by {self.count} processes; make it a multiple.")
@@ -58,7 +58,7 @@ class Ranks:
         return value if self.count == 1 else self.sum(torch.tensor(int(value))).item() > 0
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """All ranks' rows (CPU, the lanes first), in order, on the first rank; on the others their own."""
+        """All ranks' rows (CPU, a batch's rows first), in order, on the first rank; on the others their own."""
         if self.count == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.count)] if self.first else None

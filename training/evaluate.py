@@ -1,16 +1,136 @@
-"""How much of the gap an adapter closes, on prompts and noise that no training saw."""
+"""How much of the gap an adapter closes at given states: on prompts and noise that no training saw."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from ..agd_core.adapter import Adapter
-from ..agd_core.guidance import GuidanceRule, direction_cosine, gap_closed
+from ..agd_core.guidance import GapErrors, GuidanceRule, gap_errors, mean_cosine, share_closed
 from .config import TrainConfig
-from .host import Host, Prompt
+from .model import Denoiser, ProgressCallback, Prompt, Shape
 from .solvers import solver_step
+
+CFG = GuidanceRule()
+
+
+def _no_progress(done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class TrajectoryState:
+    """States on the teacher's trajectories: x, cond, target (b, c, h, w) on the CPU, all at one sigma and omega."""
+
+    x: torch.Tensor
+    cond: torch.Tensor
+    target: torch.Tensor
+    sigma: float
+    omega: float
+    positive: list[Prompt]
+    negative: list[Prompt]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Which of the teacher's trajectories are followed: by Euler's method, one for each prompt and omega.
+
+    `keep` of the steps, evenly spread, are kept (default: all).
+    """
+
+    shape: Shape
+    omegas: Sequence[float]
+    rule: GuidanceRule = CFG
+    steps: int = 20
+    keep: int | None = None
+    scheduler: str = "normal"
+    seed: int = 1
+
+    def kept_steps(self) -> set[int]:
+        return set(torch.linspace(0, self.steps - 1, self.keep or self.steps).round().int().tolist())
+
+    def noise(self, prompts: range) -> torch.Tensor:
+        """(b, c, h, w). A generator per prompt: it doesn't depend on how many rows are evaluated at once."""
+        generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in prompts]
+        return torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
+
+
+@torch.no_grad()
+def follow_teacher(
+    denoiser: Denoiser,
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+    trajectories: Trajectories,
+    batch: int = 8,
+    progress: ProgressCallback = _no_progress,
+) -> list[TrajectoryState]:
+    """The states on the teacher's own trajectories, to `evaluate` adapters at.
+
+    `negative`: a prompt each, in the order of `positive`; `batch`: trajectories at once.
+
+    Spends len(omegas) * len(positive) * steps * 2 evaluations (rows), once. Call it inside the denoiser's session.
+    """
+    states, done, total = [], 0, len(trajectories.omegas) * len(positive) * trajectories.steps
+    sigmas, kept = denoiser.sigmas(trajectories.scheduler, trajectories.steps), trajectories.kept_steps()
+    for omega in trajectories.omegas:
+        for first in range(0, len(positive), batch):
+            prompts, unwanted = list(positive[first : first + batch]), list(negative[first : first + batch])
+            rows = len(prompts)
+            x = denoiser.start(trajectories.noise(range(first, first + rows)), sigmas[:1].expand(rows))
+            for i in range(trajectories.steps):
+                sigma, sigma_next = sigmas[i].expand(rows), sigmas[i + 1].expand(rows)
+                cond = denoiser.denoise(x, sigma, prompts).cpu()
+                uncond = denoiser.denoise(x, sigma, unwanted).cpu()
+                target = trajectories.rule(x, sigma, cond, uncond, torch.full((rows,), float(omega)))
+                if i in kept:
+                    states.append(TrajectoryState(x, cond, target, sigmas[i].item(), omega, prompts, unwanted))
+                x = solver_step(x, target, sigma, sigma_next)
+                done += rows
+                progress(done, total)
+    return states
+
+
+@torch.no_grad()
+def predict(
+    denoiser: Denoiser,
+    adapter: Adapter,
+    states: Sequence[TrajectoryState],
+    progress: ProgressCallback = _no_progress,
+) -> list[torch.Tensor]:
+    """f_psi at each of those states, (b, c, h, w) on the CPU. Call it inside the denoiser's session."""
+    students = []
+    for i, state in enumerate(states, 1):
+        rows = len(state.positive)
+        sigma, omega = torch.full((rows,), state.sigma), torch.full((rows,), float(state.omega))
+        students.append(denoiser.student(adapter, state.x, sigma, state.positive, state.negative, omega).cpu())
+        progress(i, len(states))
+    return students
+
+
+def errors_by_omega(
+    states: Sequence[TrajectoryState], students: Sequence[torch.Tensor]
+) -> dict[float, dict[float, GapErrors]]:
+    """omega -> sigma -> the errors of the students' predictions, (images,) each.
+
+    Raises `ValueError` where there is no guidance at all.
+    """
+    found: dict[float, dict[float, list[GapErrors]]] = {}
+    for state, student in zip(states, students, strict=True):
+        at_sigma = found.setdefault(state.omega, {}).setdefault(state.sigma, [])
+        at_sigma.append(gap_errors(student, state.cond, state.target))
+    by_omega = {omega: {s: joined(batches) for s, batches in by_sigma.items()} for omega, by_sigma in found.items()}
+    for by_sigma in by_omega.values():
+        if joined(by_sigma.values()).total.sum() == 0:
+            raise ValueError(
+                "Guidance changes nothing here, so it can't be measured: negative prompts equal the prompts."
+            )
+    return by_omega
+
+
+def joined(errors: Iterable[GapErrors]) -> GapErrors:
+    """One after the other."""
+    return GapErrors(*(torch.cat(parts) for parts in zip(*errors, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -27,14 +147,14 @@ class Evaluation:
         """One number to compare adapters by: the mean gap closed over the omegas."""
         return sum(self.gap_closed.values()) / len(self.gap_closed)
 
-    def summary(self) -> dict:
+    def summary(self) -> dict[str, dict[str, float]]:
         """For the adapter file: keys are omegas as text, as JSON wants them."""
         return {
             "gap_closed": {f"{omega:g}": round(value, 4) for omega, value in self.gap_closed.items()},
             "direction_cosine": {f"{omega:g}": round(value, 4) for omega, value in self.direction_cosine.items()},
         }
 
-    def sigmas(self) -> dict:
+    def sigmas(self) -> dict[str, list[list[float]]]:
         """`by_sigma` as JSON data."""
         return {
             f"{omega:g}": [[round(sigma, 4), round(value, 4)] for sigma, value in pairs]
@@ -43,16 +163,31 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class State:
-    """A batch of states on the teacher's trajectories: x, cond, target (b, c, h, w) on the CPU, sigma and omega."""
+class Measurement:
+    """An evaluation while training, as the run's files and the adapter's have it: by omega as text.
 
-    x: torch.Tensor
-    cond: torch.Tensor
-    target: torch.Tensor
-    sigma: float
-    omega: float
-    positive: list[Prompt]
-    negative: list[Prompt]
+    Ranks that don't measure know the score alone.
+    """
+
+    step: int
+    score: float
+    gap_closed: dict[str, float] = field(default_factory=dict)
+    direction_cosine: dict[str, float] = field(default_factory=dict)
+
+
+def evaluate(
+    denoiser: Denoiser,
+    adapter: Adapter,
+    states: Sequence[TrajectoryState],
+    progress: ProgressCallback = _no_progress,
+) -> Evaluation:
+    """How the adapter does at those states: one evaluation (row) each. Call it inside the denoiser's session."""
+    gap, cosine, by_sigma = {}, {}, {}
+    for omega, levels in errors_by_omega(states, predict(denoiser, adapter, states, progress)).items():
+        together = joined(levels.values())
+        gap[omega], cosine[omega] = share_closed(together), mean_cosine(together)
+        by_sigma[omega] = [(sigma, share_closed(errors)) for sigma, errors in levels.items() if errors.total.sum() > 0]
+    return Evaluation(gap, cosine, by_sigma)
 
 
 def omegas_of(config: TrainConfig) -> list[float]:
@@ -61,113 +196,37 @@ def omegas_of(config: TrainConfig) -> list[float]:
     return sorted({round(math.exp(low + (high - low) * i / 3), 1) for i in (1, 2)} | {config.omega_max})
 
 
-@torch.no_grad()
-def follow_teacher(
-    host: Host,
-    positive: Sequence[Prompt],
-    negative: Sequence[Prompt],
-    shape: tuple[int, int, int],
-    omegas: Sequence[float],
-    *,
-    rule: GuidanceRule = GuidanceRule(),
-    steps: int = 20,
-    keep: int | None = None,
-    scheduler: str = "normal",
-    seed: int = 1,
-    batch: int = 8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[State]:
-    """The states on the teacher's own Euler trajectories, one per prompt and omega, to `evaluate` adapters at.
+@dataclass(frozen=True)
+class SampleSettings:
+    """Of one sample by Euler's method."""
 
-    `negative`: a prompt each, in the order of `positive`.
-
-    Spends len(omegas) * len(positive) * steps * 2 evaluations (rows), once; `keep` of the steps, evenly spread, are
-    kept (default: all). Call it inside the host's session.
-    """
-    sigmas, states, done = host.sigmas(scheduler, steps), [], 0
-    kept = set(torch.linspace(0, steps - 1, keep or steps).round().int().tolist())
-    for omega in omegas:
-        for first in range(0, len(positive), batch):
-            prompts, unwanted = (list(each[first : first + batch]) for each in (positive, negative))
-            rows = len(prompts)
-            # A generator per prompt: the states don't depend on how many rows are evaluated at once.
-            seeds = [seed * 1_000_003 + i for i in range(first, first + rows)]
-            noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-            x = host.start(torch.stack(noise), sigmas[:1].expand(rows))
-            for i in range(steps):
-                sigma, sigma_next = (s.expand(rows) for s in (sigmas[i], sigmas[i + 1]))
-                cond = host.denoise(x, sigma, prompts).cpu()
-                uncond = host.denoise(x, sigma, unwanted).cpu()
-                target = rule(x, sigma, cond, uncond, torch.full((rows,), float(omega)))
-                if i in kept:
-                    states.append(State(x, cond, target, sigmas[i].item(), omega, prompts, unwanted))
-                x = solver_step(x, target, sigma, sigma_next)
-                done += rows
-                progress(done, len(omegas) * len(positive) * steps)
-    return states
-
-
-@torch.no_grad()
-def predict(
-    host: Host,
-    adapter: Adapter,
-    states: Sequence[State],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[torch.Tensor]:
-    """f_psi at each of those states, (b, c, h, w) on the CPU. Call it inside the host's session."""
-    students = []
-    for i, state in enumerate(states, 1):
-        rows = len(state.positive)
-        sigma, omega = torch.full((rows,), state.sigma), torch.full((rows,), float(state.omega))
-        students.append(host.student(adapter, state.x, sigma, state.positive, state.negative, omega).cpu())
-        progress(i, len(states))
-    return students
-
-
-def evaluate(
-    host: Host,
-    adapter: Adapter,
-    states: Sequence[State],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Evaluation:
-    """How the adapter does at those states: one evaluation (row) each. Call it inside the host's session."""
-    found: dict[float, dict[float, list]] = {}  # omega -> sigma -> (student, cond, target) of each batch
-    for state, student in zip(states, predict(host, adapter, states, progress), strict=True):
-        found.setdefault(state.omega, {}).setdefault(state.sigma, []).append((student, state.cond, state.target))
-    gap, cosine, by_sigma = {}, {}, {}
-    for omega, at_sigma in found.items():
-        joined = {s: [torch.cat(part) for part in zip(*batches, strict=True)] for s, batches in at_sigma.items()}
-        everything = [torch.cat(part) for part in zip(*joined.values(), strict=True)]
-        gap[omega], cosine[omega] = gap_closed(*everything), direction_cosine(*everything)
-        guided = {sigma: parts for sigma, parts in joined.items() if not torch.equal(parts[1], parts[2])}
-        by_sigma[omega] = [(sigma, gap_closed(*parts)) for sigma, parts in guided.items()]
-    return Evaluation(gap, cosine, by_sigma)
+    shape: Shape
+    omega: float
+    rule: GuidanceRule = CFG
+    steps: int = 20
+    seed: int = 1
 
 
 @torch.no_grad()
 def sample(
-    host: Host,
+    denoiser: Denoiser,
     prompt: Prompt,
     negative: Prompt,
-    shape: tuple[int, int, int],
-    omega: float,
-    adapter: Adapter | None,
-    *,
-    rule: GuidanceRule = GuidanceRule(),
-    steps: int = 20,
-    seed: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    settings: SampleSettings,
+    adapter: Adapter | None = None,
+    progress: ProgressCallback = _no_progress,
 ) -> torch.Tensor:
-    """A latent (1, c, h, w) by Euler's method: with the adapter in one evaluation per step, or by the teacher."""
-    sigmas, scale = host.sigmas("normal", steps), torch.tensor([float(omega)])
-    x = host.start(torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)), sigmas[:1])
-    for i in range(steps):
+    """A latent (1, c, h, w): with the adapter in one evaluation per step, or by the teacher."""
+    sigmas, omega = denoiser.sigmas("normal", settings.steps), torch.tensor([float(settings.omega)])
+    noise = torch.randn(1, *settings.shape, generator=torch.Generator().manual_seed(settings.seed))
+    x = denoiser.start(noise, sigmas[:1])
+    for i in range(settings.steps):
         sigma = sigmas[i : i + 1]
         if adapter is not None:
-            denoised = host.student(adapter, x, sigma, [prompt], [negative], scale).cpu()
+            denoised = denoiser.student(adapter, x, sigma, [prompt], [negative], omega).cpu()
         else:
-            cond, uncond = (host.denoise(x, sigma, [which]).cpu() for which in (prompt, negative))
-            denoised = rule(x, sigma, cond, uncond, scale)
+            cond, uncond = (denoiser.denoise(x, sigma, [each]).cpu() for each in (prompt, negative))
+            denoised = settings.rule(x, sigma, cond, uncond, omega)
         x = solver_step(x, denoised, sigma, sigmas[i + 1 : i + 2])
-        progress(i + 1, steps)
+        progress(i + 1, settings.steps)
     return x

@@ -4,9 +4,10 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..agd_core import adapter_file
 from ..agd_core.adapter_name import SUFFIX, file_name
@@ -14,31 +15,32 @@ from ..agd_core.errors import AGDError
 from ..agd_core.kinds import KINDS
 from .config import TrainConfig
 from .distributed import Ranks
-from .fitting import Teacher
-from .host import Host
+from .memory import BothPredictions
+from .model import EncodedPrompts, Model, ProgressCallback
 from .plan import Plan, plan
 from .pool import TrajectoryPool
 from .prompts import fragments, generate_negatives
 from .recording import Recording, identity_of, record
 from .run_folder import RunFolder, folder_of
-from .trainer import Callbacks, Trained, split_prompts, train
+from .run_setup import RunOptions, split_prompts
+from .trainer import Callbacks, Trained, train
 
 _MOST_NEGATIVES = 256  # of either kind
 
 
 class JobError(AGDError, ValueError):
-    """A job that can't succeed, told before the long work."""
+    """A job that can't succeed, refused before the long work."""
 
 
 @dataclass(frozen=True)
 class Job:
     """`prompts`, `negative`: texts; `output`: the adapter file; its run's folder is beside it.
 
-    Without negatives, adapters that hear the negative prompt are trained with varied ones, the others with the empty
+    Without negatives, adapters that use the negative prompt are trained with varied ones, the others with the empty
     one. `start`: an adapter file to begin from.
     """
 
-    host: Host
+    model: Model
     prompts: Sequence[str]
     config: TrainConfig
     output: Path
@@ -52,7 +54,7 @@ class Job:
 
     @functools.cached_property
     def negatives(self) -> list[str]:
-        """The negative prompts to train with: half of them empty, if the adapter hears what the others say.
+        """The negative prompts to train with: half of them empty, if the adapter uses them.
 
         With a recording they are the recorded ones, whichever kind they were drawn for.
         """
@@ -63,25 +65,25 @@ class Job:
             count = min(_MOST_NEGATIVES, max(1, len(self.prompts) // 2))
             drawn = fragments(self.prompts, count, self.config.seed)
             usual = [text for text in generate_negatives(2 * count, self.config.seed) if text]
-            drawn += usual if self._encodes(usual) else []
+            drawn += usual if self._can_encode(usual) else []
         return [""] * max(1, len(drawn)) + drawn
 
-    def _encodes(self, texts: Sequence[str]) -> bool:
+    def _can_encode(self, texts: Sequence[str]) -> bool:
         """Whether the text encoder knows these words; those of small models may know few."""
         try:
-            self.host.encode(list(texts), "negative")
+            self.model.text_encoder.encode(list(texts), "negative")
         except ValueError:
             return False
         return True
 
     def plan(self) -> Plan:
-        """What the run costs and how it fits. Raises `DoesNotFit`, or `JobError` where the disk has too little room."""
-        self.host.encode([self.prompts[0] if self.prompts else ""])
-        memory = round(self.config.memory * 1e9) or self.host.memory_free()
-        found = plan(self.host, self.config, memory, ranks=Ranks().count)
+        """What the run costs. Raises `DoesNotFit`, or `JobError` where the disk has too little space."""
+        self.model.text_encoder.encode([self.prompts[0] if self.prompts else ""])
+        memory = round(self.config.memory * 1e9) or self.model.memory.available()
+        found = plan(self.model, self.config, memory, ranks=Ranks().count)
         if self.recording is not None:
             found = dataclasses.replace(found, teacher_evaluations=0, seconds=None)
-        check_room(self.folder, found.disk_bytes, "keep fewer states (keep_states)")
+        check_disk_space(self.folder, found.disk_bytes, "keep fewer states (keep_states)")
         return found
 
     def run(self, callbacks: Callbacks, planned: Plan | None, settings: dict) -> Trained:
@@ -90,17 +92,10 @@ class Job:
         `settings`: what the command line needs besides the trainer's settings, to repeat the run: the base and so on.
         """
         callbacks = dataclasses.replace(callbacks, on_start=lambda: self._write_config(settings))
-        trained = train(
-            self.host,
-            self.prompts,
-            self.config,
-            callbacks,
-            negative=self.negatives,
-            folder=self.folder,
-            recording=self.recording,
-            plan=planned,
-            start=self.start,
+        options = RunOptions(
+            negative=self.negatives, folder=self.folder, recording=self.recording, plan=planned, start=self.start
         )
+        trained = train(self.model, self.prompts, self.config, callbacks, options)
         if Ranks().first:
             adapter_file.save(self.output, trained.adapter, trained.info)
             files = RunFolder(self.folder)
@@ -108,16 +103,16 @@ class Job:
             files.clear()
         return trained
 
-    def record(self, batches: int, progress: Callable[[int, int], None]) -> Recording:
+    def record(self, batches: int, progress: ProgressCallback) -> Recording:
         """Record so many batches of what this job's training would visit, into the folder `output`."""
-        host, config = self.host, self.config
-        texts = {"positive": split_prompts(self.prompts, config)[0], "negative": self.negatives}
-        encoded = [host.encode(prompts, kind) for kind, prompts in texts.items()]
-        host.release_text_encoder()
-        identity = identity_of(config, self.prompts, self.negatives, host.base.fingerprint)
-        with host.session():
-            lanes, teacher = range(config.batch), Teacher(host, 2 * config.batch)
-            pool = TrajectoryPool(host, *encoded, config, lanes, teacher)
+        model, config, encoder = self.model, self.config, self.model.text_encoder
+        positive = encoder.encode(split_prompts(self.prompts, config)[0], "positive")
+        prompts = EncodedPrompts(positive, encoder.encode(self.negatives, "negative"))
+        encoder.release()
+        identity = identity_of(config, self.prompts, self.negatives, model.base.fingerprint)
+        with model.denoiser.session():
+            both = BothPredictions(model.denoiser, model.memory, 2 * config.batch)
+            pool = TrajectoryPool(model.denoiser, prompts, config, range(config.batch), both)
             return record(self.output, pool, identity, batches, progress)
 
     def _write_config(self, settings: dict) -> None:
@@ -140,8 +135,8 @@ class Job:
             f"{training['teacher_evaluations']:,} teacher evaluations, {training['seconds'] / 60:.1f} minutes; "
             f"final loss {training['final_loss']:.4f}.",
         ]
-        if self.host.teacher:
-            lines.append(f"Part of the teacher: {json.dumps(self.host.teacher)}.")
+        if self.model.base_patches:
+            lines.append(f"Patches of the base: {json.dumps(self.model.base_patches)}.")
         if "gap_closed" in training:
             closed = ", ".join(f"{value:.0%} at cfg {omega}" for omega, value in training["gap_closed"].items())
             lines.append(
@@ -159,7 +154,7 @@ class Job:
 def to_toml(settings: dict) -> str:
     """Flat settings as TOML: strings, numbers, booleans and lists of strings; None is left out."""
 
-    def value_of(value) -> str:
+    def value_of(value: Any) -> str:
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(map(value_of, value))}]"
         return json.dumps(value, ensure_ascii=False)  # of these types TOML writes JSON's way
@@ -167,7 +162,7 @@ def to_toml(settings: dict) -> str:
     return "".join(f"{key} = {value_of(value)}\n" for key, value in settings.items() if value is not None)
 
 
-def check_room(folder: Path, needed: int, otherwise: str) -> None:
+def check_disk_space(folder: Path, needed: int, otherwise: str) -> None:
     """Raises `JobError` where the disk of `folder` has less than `needed` bytes free."""
     place = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.is_dir())
     free = shutil.disk_usage(place).free

@@ -1,16 +1,17 @@
-"""What a run will cost, before it starts, and how a step is made to fit into the device's memory."""
+"""What a run will cost, before it starts, and how a step is laid out for the device's memory."""
 
 import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ..agd_core.adapter import Adapter
 from ..agd_core.errors import AGDError
 from .config import TrainConfig
-from .host import Costs, Host
+from .model import Cost, DeviceMemory, Model
 
 # What stays unused, for the allocator cuts memory into blocks, and kernels have a workspace that no one counts.
 SAFETY = 0.08
@@ -25,7 +26,7 @@ _UNIT = 64  # pixels: sizes of pictures that every UNet can halve three times
 
 
 class DoesNotFit(AGDError, ValueError):
-    """No way of training fits into the memory there is."""
+    """There is too little memory for any way of training."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-class _Cost:
+class _CostByRows:
     """What a part of a step costs by its rows. Bytes grow evenly with them: where several numbers of rows are weighed
     up, one and two are traced. With `once`, rows are only asked for one number, and that is traced.
     """
 
-    def __init__(self, trace: Callable[[int], Costs], once: bool):
+    def __init__(self, trace: Callable[[int], Cost], once: bool):
         self._trace, self._once = functools.cache(trace), once
 
     def peak_bytes(self, rows: int) -> int:
@@ -102,19 +103,21 @@ class _Cost:
 
 
 class _Costs:
-    """A config's costs on a host. Each is traced when it is first needed, for that takes seconds."""
+    """A config's costs on a model. Each is traced when it is first needed, for that takes seconds."""
 
-    def __init__(self, host: Host, config: TrainConfig, once: bool = False):
-        self.host, self.config = host, config
-        self.adapter = config.adapter_config(host.base, prompt_tokens=77)
-        self.shape = shape = host.latent_shape(*max(config.buckets(), key=math.prod))  # the largest
-        self.teacher = _Cost(lambda rows: host.trace_teacher(shape, rows), once)
-        self.kept, self.checkpointed = (
-            _Cost(lambda rows, on=on: host.trace_student(self.adapter, shape, rows, on), once) for on in (False, True)
-        )
+    def __init__(self, model: Model, config: TrainConfig, once: bool = False):
+        self.model, self.config = model, config
+        self.memory: DeviceMemory = model.memory
+        self.adapter = config.adapter_config(model.base, prompt_tokens=77)
+        self.shape = model.denoiser.latent_shape(*max(config.buckets(), key=math.prod))  # the largest
+        self.teacher = _CostByRows(functools.partial(self.memory.trace_base, self.shape), once)
+        self._students = {on: _CostByRows(functools.partial(self._trace_student, on), once) for on in (False, True)}
 
-    def student(self, checkpointing: bool) -> _Cost:
-        return self.checkpointed if checkpointing else self.kept
+    def _trace_student(self, checkpointing: bool, rows: int) -> Cost:
+        return self.memory.trace_student(self.adapter, self.shape, rows, checkpointing)
+
+    def student(self, checkpointing: bool) -> _CostByRows:
+        return self._students[checkpointing]
 
     @functools.cached_property
     def parameters(self) -> int:
@@ -140,7 +143,7 @@ def _halvings(count: int) -> Iterator[int]:
     yield 1
 
 
-def _ways(config: TrainConfig, batch: int) -> Iterator[tuple[int, bool]]:
+def _micro_batches(config: TrainConfig, batch: int) -> Iterator[tuple[int, bool]]:
     """(micro_batch, checkpointing), the preferred first: whole, then checkpointed, then checkpointed in ever smaller
     parts. What the config fixes stays."""
     parts = [min(config.micro_batch, batch)] if config.micro_batch else list(_halvings(batch))
@@ -153,32 +156,39 @@ def _ways(config: TrainConfig, batch: int) -> Iterator[tuple[int, bool]]:
 
 
 @dataclass(frozen=True)
-class _Way:
-    """One way to take a step, as it stands in `Plan`."""
+class StepLayout:
+    """How a step is evaluated: so many rows of the student and of the base at once, and as it stands in `Plan`."""
 
     micro_batch: int
     teacher_rows: int
     checkpointing: bool
-    base_bytes_on_device: int
-    reserve: int
-    peak_bytes: int
+    base_bytes_on_device: int = 0
+    reserve: int = 0
+    peak_bytes: int = 0
+
+    @classmethod
+    def of_config(cls, config: TrainConfig, rows: int) -> "StepLayout":
+        """Without a plan: so many rows at once, unless the config says otherwise."""
+        return cls(config.micro_batch or rows, 2 * rows, config.checkpointing == "on")
 
 
-def _whole(costs: _Costs, memory: int | None, batch: int, micro_batch: int, checkpointing: bool) -> _Way | None:
-    """This way with the base on the device as a whole, and as many of the teacher's rows at once as fit."""
-    base = costs.host.base_bytes()
+def _with_base_on_device(
+    costs: _Costs, memory: int | None, batch: int, micro_batch: int, checkpointing: bool
+) -> StepLayout | None:
+    """With all of the base on the device, and as many of the teacher's rows at once as there is memory for."""
+    base = costs.memory.base_bytes()
     for teacher_rows in _halvings(2 * batch):
         peak = base + costs.working_bytes(micro_batch, teacher_rows, checkpointing)
         if memory is None or peak <= memory * (1 - SAFETY):
-            return _Way(micro_batch, teacher_rows, checkpointing, base, 0, peak)
+            return StepLayout(micro_batch, teacher_rows, checkpointing, base, 0, peak)
     return None
 
 
-def _least(costs: _Costs, batch: int) -> tuple[int, bool, int]:
-    """The least demanding way: micro_batch, checkpointing and the bytes it needs on the device."""
-    micro_batch, checkpointing = list(_ways(costs.config, batch))[-1]
+def _smallest(costs: _Costs, batch: int) -> tuple[int, bool, int]:
+    """The layout that takes least: micro_batch, checkpointing and the bytes it needs on the device."""
+    micro_batch, checkpointing = list(_micro_batches(costs.config, batch))[-1]
     # Without checkpointing autograd keeps the weights that come from system memory, and the whole base ends up there.
-    base = costs.host.largest_block_bytes() if checkpointing else costs.host.base_bytes()
+    base = costs.memory.largest_block_bytes() if checkpointing else costs.memory.base_bytes()
     return (
         micro_batch,
         checkpointing,
@@ -186,22 +196,22 @@ def _least(costs: _Costs, batch: int) -> tuple[int, bool, int]:
     )
 
 
-def _offloaded(costs: _Costs, memory: int, batch: int) -> _Way | None:
-    """The least demanding way, with that part of the base on the device for which it leaves room."""
-    micro_batch, checkpointing, reserve = _least(costs, batch)
+def _offloaded(costs: _Costs, memory: int, batch: int) -> StepLayout | None:
+    """The smallest layout, with as much of the base on the device as it leaves memory for."""
+    micro_batch, checkpointing, reserve = _smallest(costs, batch)
     if not checkpointing or reserve > memory:
         return None
     # What stays unused is a share of the reserve: ComfyUI fills all the rest.
-    base, work = min(costs.host.base_bytes(), memory - reserve), math.ceil(reserve * (1 - SAFETY))
-    return _Way(micro_batch, 1, checkpointing, base, reserve, base + work)
+    base, work = min(costs.memory.base_bytes(), memory - reserve), math.ceil(reserve * (1 - SAFETY))
+    return StepLayout(micro_batch, 1, checkpointing, base, reserve, base + work)
 
 
-def _choose(costs: _Costs, memory: int | None, batch: int) -> _Way | None:
-    for micro_batch, checkpointing in _ways(costs.config, batch):
-        found = _whole(costs, memory, batch, micro_batch, checkpointing)
+def _choose(costs: _Costs, memory: int | None, batch: int) -> StepLayout | None:
+    for micro_batch, checkpointing in _micro_batches(costs.config, batch):
+        found = _with_base_on_device(costs, memory, batch, micro_batch, checkpointing)
         if found is not None:
             return found
-    return _offloaded(costs, memory, batch)
+    return None if memory is None else _offloaded(costs, memory, batch)
 
 
 def _visits(config: TrainConfig) -> int:
@@ -216,16 +226,16 @@ def _bytes_to_reuse(costs: _Costs) -> int:
     return batches * config.batch * 3 * math.prod(costs.shape) * 4
 
 
-def plan(host: Host, config: TrainConfig, memory: int | None, *, ranks: int = 1) -> Plan:
+def plan(model: Model, config: TrainConfig, memory: int | None, *, ranks: int = 1) -> Plan:
     """What the run of `config` costs, and how its steps fit into `memory` bytes on each of `ranks` devices.
 
     None is no limit. Preferred is the whole batch without checkpointing, then with it, then with it in parts, at last
     with a part of the base in system memory. Raises `DoesNotFit`, which names a setting that would.
     """
-    costs, batch = _Costs(host, config, once=memory is None), max(1, config.batch // ranks)
-    way = _choose(costs, memory, batch)
-    if way is None:
-        raise DoesNotFit(_refusal(costs, memory, batch))
+    costs, batch = _Costs(model, config, once=memory is None), max(1, config.batch // ranks)
+    layout = _choose(costs, memory, batch)
+    if layout is None:
+        raise DoesNotFit(_refusal(costs, memory or 0, batch))
     teacher, student = evaluations(config)
     parameters = costs.parameters
     state = parameters * _BYTES_IN_STATE + _bytes_to_reuse(costs)
@@ -234,10 +244,10 @@ def plan(host: Host, config: TrainConfig, memory: int | None, *, ranks: int = 1)
         teacher_evaluations=teacher,
         student_evaluations=student,
         disk_bytes=(config.keep_states + 1) * state + parameters * 2 * 4,  # one more state while it is written
-        base_bytes=host.base_bytes(),
+        base_bytes=model.memory.base_bytes(),
         memory=memory,
-        seconds=_seconds(costs, way, teacher / ranks, student / ranks),
-        **vars(way),
+        seconds=_seconds(costs, layout, teacher / ranks, student / ranks),
+        **vars(layout),
     )
 
 
@@ -250,18 +260,18 @@ def evaluations(config: TrainConfig) -> tuple[int, int]:
     return 2 * config.batch * _visits(config) + to_fill, config.batch * config.iterations
 
 
-def _seconds(costs: _Costs, way: _Way, teacher: float, student: float) -> float | None:
-    rate = costs.host.matmul_rate()
+def _seconds(costs: _Costs, layout: StepLayout, teacher: float, student: float) -> float | None:
+    rate = costs.memory.matmul_rate()
     if not rate > 0:
         return None
-    per_student = costs.student(way.checkpointing).flops_per_row(way.micro_batch)
-    return (teacher * costs.teacher.flops_per_row(way.teacher_rows) + student * per_student) / rate
+    per_student = costs.student(layout.checkpointing).flops_per_row(layout.micro_batch)
+    return (teacher * costs.teacher.flops_per_row(layout.teacher_rows) + student * per_student) / rate
 
 
 def _refusal(costs: _Costs, memory: int, batch: int) -> str:
-    config, needed = costs.config, _least(costs, batch)[-1]
-    fitting = (change for change in _easier(config) if _fits(costs.host, replace(config, **change), memory, batch))
-    found = ", ".join(f"{name} {value}" for name, value in next(fitting, {}).items())
+    config, needed = costs.config, _smallest(costs, batch)[-1]
+    smaller = (change for change in _smaller_settings(config) if _has_memory(costs, change, memory, batch))
+    found = ", ".join(f"{name} {value}" for name, value in next(smaller, {}).items())
     advice = f"it would fit with {found}" if found else "no smaller pictures or hidden would make it fit"
     return (
         f"Training at {config.width}x{config.height} with hidden {config.hidden} needs {_gigabytes(needed)} on the "
@@ -269,13 +279,14 @@ def _refusal(costs: _Costs, memory: int, batch: int) -> str:
     )
 
 
-def _fits(host: Host, config: TrainConfig, memory: int, batch: int) -> bool:
-    return _least(_Costs(host, config), batch)[-1] <= memory
+def _has_memory(costs: _Costs, change: dict[str, Any], memory: int, batch: int) -> bool:
+    """Whether the config would with that change."""
+    return _smallest(_Costs(costs.model, replace(costs.config, **change)), batch)[-1] <= memory
 
 
-def _easier(config: TrainConfig) -> Iterator[dict]:
-    """Changes that make a config less demanding, those that keep the most of it first."""
-    memory_only = {"checkpointing": "auto"} if config.checkpointing == "off" else {}
+def _smaller_settings(config: TrainConfig) -> Iterator[dict[str, Any]]:
+    """Changes that make a config take less memory, those that keep the most of it first."""
+    memory_only: dict[str, Any] = {"checkpointing": "auto"} if config.checkpointing == "off" else {}
     memory_only |= {"micro_batch": 1} if config.micro_batch > 1 else {}
     sizes = [
         {name: int(share * getattr(config, name) / _UNIT) * _UNIT for name in ("width", "height")} for share in _SMALLER

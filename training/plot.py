@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .evaluate import Measurement
+
 _SIZE, _HEIGHT = 800, 400  # of one diagram
 _BOX = (80, 40, 770, 340)  # left, top, right, bottom of its plotting area
 _INK, _GRID, _FAINT = "#222222", "#dddddd", "#b7cbe8"
@@ -72,20 +74,21 @@ def loss_plot(
     return diagram.image
 
 
-def gap_plot(history: Sequence[dict], last: int) -> Image.Image:
-    """Gap closed on held-out prompts by iteration, a curve per omega. `history`: the trainer's; `last`: iteration."""
-    omegas = list(history[0]["gap_closed"])
-    values = [value for entry in history for value in entry["gap_closed"].values()]
+def gap_plot(history: Sequence[Measurement], last: int) -> Image.Image:
+    """Gap closed on held-out prompts by iteration, a curve per omega. `last`: iteration."""
+    omegas = list(history[0].gap_closed)
+    values = [value for measured in history for value in measured.gap_closed.values()]
     diagram = Diagram("Gap closed on held-out prompts", 1, last, min(0.0, *values), max(0.1, *values) * 1.05)
     for omega, colour in zip(omegas, _LINES, strict=False):
-        diagram.curve([(entry["step"], entry["gap_closed"][omega]) for entry in history], colour, dots=True)
+        points = [(measured.step, measured.gap_closed[omega]) for measured in history]
+        diagram.curve(points, colour, dots=True)
     diagram.legend([f"omega {omega}" for omega in omegas])
     return diagram.image
 
 
-def training_plot(losses: Sequence[float], history: Sequence[dict]) -> Image.Image:
+def training_plot(losses: Sequence[float], history: Sequence[Measurement]) -> Image.Image:
     """Loss, and below it gap closed, where that was measured."""
-    measured = [entry for entry in history if entry.get("gap_closed")]
+    measured = [each for each in history if each.gap_closed]
     return stacked([loss_plot(losses), *([gap_plot(measured, len(losses))] if measured else [])])
 
 

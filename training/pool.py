@@ -2,30 +2,33 @@
 
 Each of the pool's places is one guided trajectory of the base under its own prompts, omega, schedule and solver, at its
 own phase; a share of them follows the student instead of the teacher ("on policy"). A training step takes a column of
-places, one per row ("lane") of the batch, asks the teacher for both branches there, which gives the target, and with it
-moves the trajectories on: one pair of teacher evaluations serves both, and as many further steps with other omegas as
-`reuse` says.
+places, one for each row of the batch, evaluates the conditional and the unconditional prediction there, which give the
+target, and with it moves the trajectories on: one pair of evaluations serves both, and as many further steps with other
+omegas as `reuse` says.
 
-Everything random of a lane comes from the lane's own generator, so that a run does not depend on how many processes
-share its batch.
+Everything random of a row comes from the row's own generator, so that a run does not depend on how many processes share
+its batch.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 
 from ..agd_core.guidance import GuidanceRule, per_row
 from .config import TrainConfig
-from .fitting import Teacher
-from .host import Host, Prompt
-from .solvers import solver_step
+from .model import Denoiser, EncodedPrompts, ProgressCallback, Prompt
+from .solvers import Ancestral, SecondOrder, solver_step
+
+# (x, sigma, positive, negative) -> the conditional and the unconditional prediction: `memory.BothPredictions`.
+Predict = Callable[[torch.Tensor, torch.Tensor, list[Prompt], list[Prompt]], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
 class Batch:
-    """States to learn from, with the teacher's word on them.
+    """States to learn from, with both predictions of the base, which give the teacher's.
 
     x, cond, uncond: (b, c, h, w) denoised by the base with either prompt, on the CPU; sigma, omega: (b,); `positive`,
     `negative`: (b,) indices into the prompts. `column` is the pool's, or None where the states were visited before.
@@ -42,6 +45,11 @@ class Batch:
     column: int | None = None
     rule: GuidanceRule = field(default_factory=GuidanceRule)
 
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Any], rule: GuidanceRule) -> "Batch":
+        """One that was visited before, from its tensors by name."""
+        return cls(**tensors, rule=rule)
+
     @functools.cached_property
     def target(self) -> torch.Tensor:
         """The teacher's guided prediction, (b, c, h, w)."""
@@ -57,107 +65,120 @@ def draw_omega(config: TrainConfig, generator: torch.Generator) -> torch.Tensor:
     return low + share * (high - low)
 
 
+class BatchSource(Protocol):
+    """Where a training step takes its batch from: `TrajectoryPool`, or `recording.RecordedBatches`."""
+
+    def fill(self, progress: ProgressCallback = ...) -> int:
+        """Get ready for the first batch. Returns the base's evaluations that were spent (rows)."""
+
+    def next(self, step: int) -> Batch:
+        """The batch of an optimiser step. Nothing but generators has changed until `advance`."""
+
+    def restore_generators(self) -> None:
+        """As if the last `next`, whose batch was not learnt from, had not been."""
+
+    def advance(self, batch: Batch, student: torch.Tensor, progress: float) -> int:
+        """Go on from the batch, given the student's predictions there. Returns the evaluations (rows) that it cost.
+
+        `progress`: how far training is, 0 to 1.
+        """
+
+    def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """(what all ranks have alike, what each has for its own rows, rows first)."""
+
+    def load_state_dict(self, shared: dict[str, torch.Tensor], per_row: dict[str, torch.Tensor]) -> None: ...
+
+
 class TrajectoryPool:
-    """Columns of trajectories, a row per lane. Online training takes its batches from here."""
+    """Columns of trajectories, one for each row of the batch. Online training takes its batches from here."""
 
     _NUMBERS = ("positive", "negative", "scheduler", "solver", "steps", "position")
 
-    def __init__(
-        self,
-        host: Host,
-        positive: Sequence[Prompt],
-        negative: Sequence[Prompt],
-        config: TrainConfig,
-        lanes: range,
-        teacher: Teacher,
-    ):
-        self.host, self.config, self.teacher = host, config, teacher
-        self.prompts = {"positive": positive, "negative": negative}
-        shapes = [host.latent_shape(width, height) for width, height in config.buckets()]
-        columns, rows = max(config.pool, len(shapes)), len(lanes)
+    def __init__(self, denoiser: Denoiser, prompts: EncodedPrompts, config: TrainConfig, rows: range, predict: Predict):
+        """`rows`: of the batch, those of this process."""
+        self.denoiser, self.prompts, self.config, self.predict = denoiser, prompts, config, predict
+        shapes = [denoiser.latent_shape(width, height) for width, height in config.buckets()]
+        columns, count = max(config.pool, len(shapes)), len(rows)
         self.shapes = [shapes[column % len(shapes)] for column in range(columns)]
         self.chooser = torch.Generator().manual_seed(config.seed)
-        self.generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + lane + 1) for lane in lanes]
+        self.generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + row + 1) for row in rows]
         self._sigmas = [
-            {steps: host.sigmas(name, steps) for steps in range(config.steps_min, config.steps_max + 1)}
+            {steps: denoiser.sigmas(name, steps) for steps in range(config.steps_min, config.steps_max + 1)}
             for name in config.schedulers
         ]
-        self.x = [torch.zeros(rows, *shape) for shape in self.shapes]
-        self.before = [torch.zeros(rows, *shape) for shape in self.shapes]  # the last denoised predictions
-        self.numbers = {name: torch.zeros(rows, columns, dtype=torch.long) for name in self._NUMBERS}
-        self.omega, self.policy = torch.ones(rows, columns), torch.ones(rows, columns)
-        self.seen: list[Batch] = []  # the last visits, for `reuse`
+        self.x = [torch.zeros(count, *shape) for shape in self.shapes]
+        self.before = [torch.zeros(count, *shape) for shape in self.shapes]  # the last denoised predictions
+        self.numbers = {name: torch.zeros(count, columns, dtype=torch.long) for name in self._NUMBERS}
+        self.omega, self.policy = torch.ones(count, columns), torch.ones(count, columns)
+        self.visited: list[Batch] = []  # the last batches, for `reuse`
 
-    def fill(self, progress=lambda done, total: None) -> int:
-        """Start every trajectory and bring it to a random phase. Returns the teacher evaluations spent (rows)."""
+    def fill(self, progress: ProgressCallback = lambda done, total: None) -> int:
+        """Start every trajectory and bring it to a random phase. Returns the base's evaluations spent (rows)."""
         spent, total = 0, len(self.shapes) * (self.config.steps_max - 1)
-        for column, shape in enumerate(self.shapes):
-            phases = torch.tensor([self._start(row, column, shape) for row in range(len(self.generators))])
+        for column in range(len(self.shapes)):
+            phases = torch.tensor([self._start(row, column) for row in range(len(self.generators))])
             for i in range(int(phases.max())):
                 rows = (phases > i).nonzero()[:, 0]
-                batch = self._ask(column, rows)
-                self._move(batch, rows, batch.target)
+                batch = self._evaluate(column, rows)
+                self._step(column, rows, batch, batch.target)
                 spent += 2 * len(rows)
                 progress(column * (self.config.steps_max - 1) + i + 1, total)
         progress(total, total)
         return spent
 
     def next(self, step: int) -> Batch:
-        """The batch of an optimiser step. Nothing but generators has changed until `advance`; `undo` restores them."""
         self._before = [generator.get_state() for generator in (self.chooser, *self.generators)]
         if step % self.config.reuse == 0:
-            return self._ask(self._choose(len(self.shapes)), torch.arange(len(self.generators)))
-        seen = self.seen[self._choose(len(self.seen))]
+            return self._evaluate(self._choose(len(self.shapes)), torch.arange(len(self.generators)))
+        visited = self.visited[self._choose(len(self.visited))]
         omega = torch.stack([draw_omega(self.config, generator) for generator in self.generators])
-        return replace(seen, omega=omega, column=None)
+        return replace(visited, omega=omega, column=None)
 
-    def undo(self) -> None:
-        """As if the last `next`, whose batch was not learnt from, had not been."""
+    def restore_generators(self) -> None:
         for generator, state in zip((self.chooser, *self.generators), self._before, strict=True):
             generator.set_state(state)
 
-    def advance(self, batch: Batch, student: torch.Tensor, share: float) -> int:
-        """Move the batch's trajectories on: along the teacher's guided prediction or, on policy, the student's.
-
-        `share`: how far training is, 0 to 1. Returns the teacher evaluations (rows) that the batch cost.
-        """
+    def advance(self, batch: Batch, student: torch.Tensor, progress: float) -> int:
+        """Move the batch's trajectories on: along the teacher's guided prediction or, on policy, the student's."""
         if batch.column is None:
             return 0
-        follows = self.policy[:, batch.column] < (self.config.on_policy if share >= self.config.on_policy_from else 0)
+        on_policy = self.config.on_policy if progress >= self.config.on_policy_from else 0
+        follows = self.policy[:, batch.column] < on_policy
         denoised = torch.where(per_row(follows, student).bool(), student, batch.target)
-        self._move(batch, torch.arange(len(self.generators)), denoised)
+        self._step(batch.column, torch.arange(len(self.generators)), batch, denoised)
         if self.config.reuse > 1:
             # More than are rolled out at a time: neighbours on a trajectory are learnt by heart, as one batch would be.
-            self.seen = [*self.seen, batch][-self.config.reuse_from :]
+            self.visited = [*self.visited, batch][-self.config.reuse_from :]
         return 2 * len(batch.x)
 
-    def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(what all ranks have alike, what each has for its own lanes, lanes first)."""
-        lanes = {**self.numbers, "omega": self.omega, "policy": self.policy}
-        lanes["generators"] = torch.stack([generator.get_state() for generator in self.generators])
-        lanes |= {f"x{i}": x for i, x in enumerate(self.x)} | {f"before{i}": x for i, x in enumerate(self.before)}
-        for i, batch in enumerate(self.seen):
-            lanes |= {f"seen{i}.{name}": getattr(batch, name) for name in _SEEN}
-        return {"chooser": self.chooser.get_state(), "seen": torch.tensor(len(self.seen))}, lanes
+    # Saved under the keys that earlier versions gave them, so that their runs and recordings go on.
 
-    def load_state_dict(self, common: dict[str, torch.Tensor], lanes: dict[str, torch.Tensor]) -> None:
-        self.chooser.set_state(common["chooser"])
-        for generator, state in zip(self.generators, lanes["generators"], strict=True):
+    def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        rows = {**self.numbers, "omega": self.omega, "policy": self.policy}
+        rows["generators"] = torch.stack([generator.get_state() for generator in self.generators])
+        rows |= {f"x{i}": x for i, x in enumerate(self.x)} | {f"before{i}": x for i, x in enumerate(self.before)}
+        for i, batch in enumerate(self.visited):
+            rows |= {f"seen{i}.{name}": getattr(batch, name) for name in _SAVED}
+        return {"chooser": self.chooser.get_state(), "seen": torch.tensor(len(self.visited))}, rows
+
+    def load_state_dict(self, shared: dict[str, torch.Tensor], per_row: dict[str, torch.Tensor]) -> None:
+        self.chooser.set_state(shared["chooser"])
+        for generator, state in zip(self.generators, per_row["generators"], strict=True):
             generator.set_state(state.clone())  # torch crashes on a view into a larger tensor
-        self.numbers = {name: lanes[name].clone() for name in self._NUMBERS}
-        self.omega, self.policy = lanes["omega"].clone(), lanes["policy"].clone()
-        self.x = [lanes[f"x{i}"].clone() for i in range(len(self.shapes))]
-        self.before = [lanes[f"before{i}"].clone() for i in range(len(self.shapes))]
-        seen = [{name: lanes[f"seen{i}.{name}"] for name in _SEEN} for i in range(int(common["seen"]))]
-        self.seen = [Batch(**tensors, rule=self.config.rule) for tensors in seen]
+        self.numbers = {name: per_row[name].clone() for name in self._NUMBERS}
+        self.omega, self.policy = per_row["omega"].clone(), per_row["policy"].clone()
+        self.x = [per_row[f"x{i}"].clone() for i in range(len(self.shapes))]
+        self.before = [per_row[f"before{i}"].clone() for i in range(len(self.shapes))]
+        visited = [{name: per_row[f"seen{i}.{name}"] for name in _SAVED} for i in range(int(shared["seen"]))]
+        self.visited = [Batch.from_tensors(tensors, self.config.rule) for tensors in visited]
 
     def _choose(self, count: int) -> int:
         return int(torch.randint(count, (), generator=self.chooser))
 
-    def _start(self, row: int, column: int, shape: tuple[int, int, int]) -> int:
+    def _start(self, row: int, column: int) -> int:
         """Begin a trajectory. Returns a random phase, to bring the first one of each place to."""
         config, generator = self.config, self.generators[row]
-        counts = {name: len(prompts) for name, prompts in self.prompts.items()}
+        counts = {"positive": len(self.prompts.positive), "negative": len(self.prompts.negative)}
         counts |= {"scheduler": len(config.schedulers), "solver": len(config.solvers)}
         for name, count in counts.items():
             self.numbers[name][row, column] = torch.randint(count, (), generator=generator)
@@ -165,9 +186,9 @@ class TrajectoryPool:
         self.numbers["steps"][row, column], self.numbers["position"][row, column] = steps, 0
         self.omega[row, column] = draw_omega(self.config, generator)
         self.policy[row, column] = torch.rand((), generator=generator)
-        noise = torch.randn(1, *shape, generator=generator)
-        rows = torch.tensor([row])
-        self.x[column][row] = self.host.start(noise, self._sigma(rows, column))[0].cpu()
+        noise = torch.randn(1, *self.shapes[column], generator=generator)
+        sigma = self._sigma(torch.tensor([row]), column)
+        self.x[column][row] = self.denoiser.start(noise, sigma)[0].cpu()
         return int(torch.randint(steps, (), generator=generator))
 
     def _sigma(self, rows: torch.Tensor, column: int, offset: int = 0) -> torch.Tensor:
@@ -176,36 +197,32 @@ class TrajectoryPool:
         chosen = zip(*at, strict=True)
         return torch.stack([self._sigmas[schedule][steps][max(0, i + offset)] for schedule, steps, i in chosen])
 
-    def _ask(self, column: int, rows: torch.Tensor) -> Batch:
-        """Those rows of a column, with the teacher's predictions."""
-        x, sigma = self.x[column][rows], self._sigma(rows, column)
-        drawn = {name: self.numbers[name][rows, column] for name in self.prompts}
-        chosen = [[self.prompts[name][i] for i in drawn[name].tolist()] for name in ("positive", "negative")]
-        cond, uncond = self.teacher(x, sigma, *chosen)
-        omega = self.omega[rows, column]
-        return Batch(x, sigma, omega, **drawn, cond=cond, uncond=uncond, column=column, rule=self.config.rule)
+    def _evaluate(self, column: int, rows: torch.Tensor) -> Batch:
+        """Those rows of a column, with both predictions of the base."""
+        x, sigma, omega = self.x[column][rows], self._sigma(rows, column), self.omega[rows, column]
+        positive, negative = (self.numbers[name][rows, column] for name in ("positive", "negative"))
+        cond, uncond = self.predict(x, sigma, *self.prompts.of_rows(positive, negative))
+        return Batch(x, sigma, omega, positive, negative, cond, uncond, column=column, rule=self.config.rule)
 
-    def _move(self, batch: Batch, rows: torch.Tensor, denoised: torch.Tensor) -> None:
+    def _step(self, column: int, rows: torch.Tensor, batch: Batch, denoised: torch.Tensor) -> None:
         """One solver step towards `denoised`, on the CPU; finished trajectories start anew."""
-        column, names = batch.column, self.config.solvers
-        shape, solver = self.shapes[column], [names[i] for i in self.numbers["solver"][rows, column].tolist()]
+        solvers = [self.config.solvers[i] for i in self.numbers["solver"][rows, column].tolist()]
+        shape = self.shapes[column]
         noise = torch.stack([torch.randn(shape, generator=self.generators[row]) for row in rows.tolist()])
-        sigma_next, started = self._sigma(rows, column, 1), self.numbers["position"][rows, column] > 0
+        second = torch.tensor([name == "dpmpp_2m" for name in solvers]) & (self.numbers["position"][rows, column] > 0)
+        sigma_next, sigma_before = self._sigma(rows, column, 1), self._sigma(rows, column, -1)
         self.x[column][rows] = solver_step(
             batch.x,
             denoised,
             batch.sigma,
             sigma_next,
-            ancestral=torch.tensor([name == "euler_ancestral" for name in solver]),
-            noise=noise,
-            second_order=torch.tensor([name == "dpmpp_2m" for name in solver]) & started,
-            before=self.before[column][rows],
-            sigma_before=self._sigma(rows, column, -1),
+            Ancestral(torch.tensor([name == "euler_ancestral" for name in solvers]), noise),
+            SecondOrder(second, self.before[column][rows], sigma_before),
         )
         self.before[column][rows] = denoised
         self.numbers["position"][rows, column] += 1
         for row in rows[sigma_next == 0].tolist():
-            self._start(row, column, shape)
+            self._start(row, column)
 
 
-_SEEN = ("x", "sigma", "omega", "positive", "negative", "cond", "uncond")
+_SAVED = ("x", "sigma", "omega", "positive", "negative", "cond", "uncond")

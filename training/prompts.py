@@ -89,7 +89,7 @@ class _Choice:
 def _parse(line: str, where: str) -> list:
     """A line, which errors call `where`, as a list of str, _List and _Choice. Raises PromptError on lone braces."""
     # One entry per open brace, and the line itself at the bottom: the alternatives so far, the last one growing.
-    stack = [[[]]]
+    stack: list[list[list]] = [[[]]]
     for token in filter(None, TOKEN.split(line)):
         if token == "{":
             stack.append([[]])
@@ -147,7 +147,7 @@ class _Lists:
     """The lists by name, each read and parsed once: the user's folder first, then the built-in ones."""
 
     def __init__(self, folder: str | Path | None):
-        self.folder = folder and Path(folder)
+        self.folder = Path(folder) if folder else None
         if self.folder and not self.folder.is_dir():
             raise PromptError(f"There is no folder {folder}; give the folder with the wildcard lists (*.txt), or none.")
         self.texts: dict[str, list[list]] = {}
@@ -183,8 +183,9 @@ class _Lists:
         )
 
     def _files(self) -> list[str]:
-        files = self.folder.rglob("*.txt") if self.folder else ()
-        return sorted(file.relative_to(self.folder).with_suffix("").as_posix() for file in files)
+        if self.folder is None:
+            return []
+        return sorted(file.relative_to(self.folder).with_suffix("").as_posix() for file in self.folder.rglob("*.txt"))
 
 
 def _some(names: list[str], most: int = 40) -> str:

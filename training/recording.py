@@ -6,9 +6,11 @@ state of the pool, from which an interrupted recording goes on.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,7 @@ from safetensors.torch import save_file
 from ..agd_core.adapter_file import replacing
 from ..agd_core.errors import AGDError
 from .config import TrainConfig
+from .model import Denoiser, ProgressCallback
 from .pool import Batch, TrajectoryPool, draw_omega
 
 _VERSION = 1
@@ -36,10 +39,10 @@ class RecordingError(AGDError, ValueError):
     """A folder that is no usable recording, or not the one that is asked for."""
 
 
-def size_in_bytes(host, config: TrainConfig, batches: int) -> int:
+def size_in_bytes(denoiser: Denoiser, config: TrainConfig, batches: int) -> int:
     """What a recording of so many batches will take on the disk, but for some kilobytes."""
-    shapes = [host.latent_shape(width, height) for width, height in config.buckets()]
-    values = sum(c * h * w for c, h, w in shapes) / len(shapes)
+    shapes = [denoiser.latent_shape(width, height) for width, height in config.buckets()]
+    values = sum(map(math.prod, shapes)) / len(shapes)
     of_pool = max(config.pool, len(shapes)) * config.batch * 2 * 4 * values  # x and the last prediction, in fp32
     return round(batches * config.batch * (len(_HALVES) * 2 * values + 4 * 2 + 8 * 2) + of_pool)
 
@@ -99,7 +102,9 @@ class Recording:
 
     def config(self, config: TrainConfig) -> TrainConfig:
         """`config` with the recording's own settings in place of its."""
-        own = {key: tuple(value) if isinstance(value, list) else value for key, value in self.identity.items()}
+        own: dict[str, Any] = {}
+        for key, value in self.identity.items():
+            own[key] = tuple(value) if isinstance(value, list) else value
         return replace(config, **{key: own[key] for key in SETTINGS})
 
     def check_texts(self, own: list[str], positive: list[str], negative: list[str]) -> None:
@@ -113,9 +118,9 @@ class Recording:
                 "train with the same, or record again."
             )
 
-    def source(self, config: TrainConfig, lanes: range) -> "RecordedBatches":
-        """What takes the pool's place in training."""
-        return RecordedBatches(self, config, lanes)
+    def source(self, config: TrainConfig, rows: range) -> "RecordedBatches":
+        """What takes the pool's place in training; `rows`: of the batch, those of this process."""
+        return RecordedBatches(self, config, rows)
 
     def check(self, index: int) -> None:
         """Raises `RecordingError` where a shard is not what was written."""
@@ -147,10 +152,8 @@ def identity_of(config: TrainConfig, prompts: Sequence[str], negative: Sequence[
     return _settings(config) | {"prompts": list(prompts), "negative": list(negative), "base": fingerprint}
 
 
-def record(
-    folder: Path, pool: TrajectoryPool, identity: dict, batches: int, progress: Callable[[int, int], None]
-) -> Recording:
-    """Roll out `batches` batches into `folder`, going on from what is there. Call it inside the host's session.
+def record(folder: Path, pool: TrajectoryPool, identity: dict, batches: int, progress: ProgressCallback) -> Recording:
+    """Roll out `batches` batches into `folder`, going on from what is there. Call it inside the denoiser's session.
 
     `progress(done, batches)` may raise to stop; whole shards are kept.
     """
@@ -175,17 +178,17 @@ def _resumed(folder: Path, pool: TrajectoryPool, identity: dict) -> Recording:
     if not (folder / _POOL).exists():
         return Recording(folder, identity, 0, [])
     try:
-        state = torch.load(folder / _POOL, weights_only=True)
+        saved = torch.load(folder / _POOL, weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch raise
         raise RecordingError(f"{folder / _POOL} is damaged; delete {folder} to record anew.") from error
-    if state["identity"] != identity:
-        changed = sorted(key for key in identity if state["identity"].get(key) != identity[key])
+    if saved["identity"] != identity:
+        changed = sorted(key for key in identity if saved["identity"].get(key) != identity[key])
         raise RecordingError(
             f"{folder} is a recording with other settings ({', '.join(changed)}); "
             "use the settings of then to go on with it, or another folder."
         )
-    pool.load_state_dict(state["common"], state["lanes"])
-    recording = Recording(folder, identity, state["evaluations"], state["shards"])
+    pool.load_state_dict(saved["common"], saved["lanes"])
+    recording = Recording(folder, identity, saved["evaluations"], saved["shards"])
     recording._save_index()  # killed between the two files, it would lack the last shard
     return recording
 
@@ -193,7 +196,7 @@ def _resumed(folder: Path, pool: TrajectoryPool, identity: dict) -> Recording:
 def _append(recording: Recording, rolled: list[Batch], pool: TrajectoryPool) -> None:
     """Write a shard, then the state that says so: killed in between, the shard is written again."""
     name = f"shard-{len(recording.shards):05d}.safetensors"
-    path, tensors = recording.folder / name, {}
+    path, tensors = recording.folder / name, dict[str, torch.Tensor]()
     for i, batch in enumerate(rolled):
         tensors |= {f"{i}.{key}": getattr(batch, key).half() for key in _HALVES}
         tensors |= {f"{i}.{key}": getattr(batch, key) for key in _EXACT}
@@ -206,24 +209,24 @@ def _append(recording: Recording, rolled: list[Batch], pool: TrajectoryPool) -> 
         ) from error
     size, checksum = path.stat().st_size, checksum_of(path)
     recording.shards.append({"file": name, "batches": len(rolled), "bytes": size, "sha256": checksum})
-    common, lanes = pool.state_dict()
-    state = {"common": common, "lanes": lanes, "identity": recording.identity}
-    state |= {"evaluations": recording.evaluations, "shards": recording.shards}
+    shared, per_row = pool.state_dict()
+    saved: dict[str, Any] = {"common": shared, "lanes": per_row, "identity": recording.identity}
+    saved |= {"evaluations": recording.evaluations, "shards": recording.shards}
     with replacing(recording.folder / _POOL) as temporary:
-        torch.save(state, temporary)
+        torch.save(saved, temporary)
     recording._save_index()
 
 
 class RecordedBatches:
-    """Stands in for the pool in training. The first pass gives what online training would have visited, in its order;
+    """Takes the pool's place in training. The first pass gives what online training would have visited, in its order;
     each further one comes shuffled, with other omegas. It keeps no state: a step's batch follows from its number."""
 
-    def __init__(self, recording: Recording, config: TrainConfig, lanes: range):
-        self.recording, self.config, self.lanes = recording, config, lanes
+    def __init__(self, recording: Recording, config: TrainConfig, rows: range):
+        self.recording, self.config, self.rows = recording, config, rows
         self._checked: set[int] = set()
         self._places = [(i, j) for i, shard in enumerate(recording.shards) for j in range(shard["batches"])]
 
-    def fill(self, progress=lambda done, total: None) -> int:
+    def fill(self, progress: ProgressCallback = lambda done, total: None) -> int:
         return self.recording.evaluations
 
     def next(self, step: int) -> Batch:
@@ -235,22 +238,22 @@ class RecordedBatches:
         if index not in self._checked:
             self.recording.check(index)
             self._checked.add(index)
-        rows = slice(self.lanes.start, self.lanes.stop)
-        values = {key: value[rows] for key, value in self.recording.load(index, place).items()}
+        own = slice(self.rows.start, self.rows.stop)
+        values = {key: value[own] for key, value in self.recording.load(index, place).items()}
         values |= {key: values[key].float() for key in _HALVES}
         if epoch > 0:
-            generators = [torch.Generator().manual_seed((step << 20) + lane) for lane in self.lanes]
+            generators = [torch.Generator().manual_seed((step << 20) + row) for row in self.rows]
             values["omega"] = torch.stack([draw_omega(self.config, generator) for generator in generators])
-        return Batch(**values, rule=self.config.rule)
+        return Batch.from_tensors(values, self.config.rule)
 
-    def undo(self) -> None:
+    def restore_generators(self) -> None:
         pass
 
-    def advance(self, batch: Batch, student: torch.Tensor, share: float) -> int:
+    def advance(self, batch: Batch, student: torch.Tensor, progress: float) -> int:
         return 0
 
-    def state_dict(self) -> tuple[dict, dict]:
+    def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         return {}, {}
 
-    def load_state_dict(self, common: dict, lanes: dict) -> None:
+    def load_state_dict(self, shared: dict[str, torch.Tensor], per_row: dict[str, torch.Tensor]) -> None:
         pass

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,7 +24,7 @@ from ..agd_core.errors import AGDError
 
 log = logging.getLogger(__name__)
 
-_STATE = re.compile(r"state-(\d+)\.pt")
+_RUN_STATE = re.compile(r"state-(\d+)\.pt")
 
 
 class RunFolderError(AGDError, ValueError):
@@ -40,7 +41,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._board = None
+        self._board: Any = None  # TensorBoard's writer, where it is installed
 
     def prepare(self) -> None:
         """Make the folder and try to write to it. Raises `RunFolderError`. Remains of a killed process are removed."""
@@ -57,40 +58,41 @@ class RunFolder:
                 f"The training's folder can't be written to: choose another output. Details: {self.path} ({error})."
             ) from error
 
-    def states(self) -> list[Path]:
-        """The saved states, the newest first."""
-        found = [path for path in self.path.glob("state-*.pt") if _STATE.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(_STATE.fullmatch(path.name)[1]), reverse=True)
+    def run_states(self) -> list[Path]:
+        """The saved ones, the newest first."""
+        found = {path: _RUN_STATE.fullmatch(path.name) for path in self.path.glob("state-*.pt")}
+        steps = {path: int(match[1]) for path, match in found.items() if match}
+        return sorted(steps, key=lambda path: steps[path], reverse=True)
 
-    def save_state(self, step: int, state: dict, keep: int) -> None:
+    def save_run_state(self, step: int, saved: dict, keep: int) -> None:
         """Raises `RunFolderError` where it can't be written; older states stay."""
         try:
             with replacing(self.path / f"state-{step:06d}.pt") as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:  # torch's writer tells of a full disk by a RuntimeError
+                torch.save(saved, temporary)
+        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError on a full disk
             raise RunFolderError(
                 f"The state of step {step} could not be saved in {self.path} ({str(error).splitlines()[0]}); make room "
                 "there, and the same command goes on from the last state that was."
             ) from error
-        for old in self.states()[keep:]:
+        for old in self.run_states()[keep:]:
             old.unlink()
 
-    def load_state(self) -> dict | None:
+    def load_run_state(self) -> dict | None:
         """The newest state that can be read, or None if there is none. Raises `RunFolderError` if all are damaged."""
-        states = self.states()
-        for path in states:
+        saved = self.run_states()
+        for path in saved:
             try:
                 with torch.inference_mode(False):  # in which nodes run: nothing could be trained on from there
                     return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # whatever a damaged file makes torch raise
                 log.warning("AGD: %s is damaged (%s); an older state is used.", path, type(error).__name__)
-        if states:
+        if saved:
             raise RunFolderError(f"No state in {self.path} can be read; delete the folder to start anew.")
         return None
 
     def clear(self) -> None:
         """Remove what only an unfinished run needs."""
-        for path in [*self.states(), self.path / "best.safetensors"]:
+        for path in [*self.run_states(), self.path / "best.safetensors"]:
             path.unlink(missing_ok=True)
 
     def start_metrics(self, step: int, measured: bool) -> None:
@@ -138,7 +140,7 @@ def _flat(values: dict, prefix: str = "") -> list[tuple[str, float]]:
     return found
 
 
-def _tensorboard(folder: Path, step: int):
+def _tensorboard(folder: Path, step: int) -> Any:
     """TensorBoard's writer, or None where it is not installed."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:

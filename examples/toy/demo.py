@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.comfyui.counting import RowCounter, counted
-from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.training.cli import ProgressBar
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.evaluate import Evaluation, evaluate
+from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import Callbacks, Trained, train
 
 from .gap import CaptionTrajectories, teacher_states
@@ -95,18 +96,18 @@ def distil(
 ) -> tuple[Trained, Evaluation, float]:
     """The adapter, its gap on held-out captions, and the seconds of the training alone."""
     prompts = captions_of(draw_scenes(PROMPTS, _PROMPTS_SEED, held=False))
-    host = ComfyHost(parts.model, parts.clip, autocast=config.autocast)
+    model = ComfyModel(parts.model, parts.clip, autocast=config.autocast)
     bar, start = ProgressBar(), time.monotonic()
     callbacks = Callbacks(bar, iterations=lambda done, planned: budget.steps(done))
     try:
-        trained = train(host, prompts, config, callbacks, negative=training_negatives())
+        trained = train(model, prompts, config, callbacks, RunOptions(negative=training_negatives()))
     finally:
         bar.close()
     seconds = time.monotonic() - start
-    exact = ComfyHost(parts.model, parts.clip)  # measured in the base's own precision
+    exact = ComfyModel(parts.model, parts.clip)  # measured in the base's own precision
     states = teacher_states(exact, CaptionTrajectories(held_out_captions(HELD_OUT, _GAP_SEED)[1], omegas))
-    with exact.session():
-        gap = evaluate(exact, trained.adapter, states)
+    with exact.denoiser.session():
+        gap = evaluate(exact.denoiser, trained.adapter, states)
     return trained, gap, seconds
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.guidance import GuidanceRule
-from comfyui_agd.training.evaluate import State, follow_teacher
+from comfyui_agd.training.evaluate import Trajectories, TrajectoryState, follow_teacher
 
 from .sampling import SCHEDULER, STEPS
 from .scenes import IMAGE_SIZE
@@ -31,21 +31,19 @@ class CaptionTrajectories:
     size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
 
 
-def teacher_states(host: ComfyHost, wanted: CaptionTrajectories) -> list[State]:
-    """All captions are evaluated at once. Call it outside the host's session."""
-    positive = host.encode(list(wanted.captions))
-    negative = host.encode(list(wanted.negatives) or [""] * len(positive), "negative")
-    with host.session():
-        return follow_teacher(
-            host,
-            positive,
-            negative,
-            host.latent_shape(*wanted.size),
-            wanted.omegas,
-            rule=wanted.rule,
-            steps=wanted.steps,
-            keep=wanted.keep,
-            scheduler=wanted.scheduler,
-            seed=wanted.seed,
-            batch=len(positive),
-        )
+def teacher_states(model: ComfyModel, wanted: CaptionTrajectories) -> list[TrajectoryState]:
+    """All captions are evaluated at once. Call it outside the denoiser's session."""
+    denoiser, encode = model.denoiser, model.text_encoder.encode
+    positive = encode(list(wanted.captions))
+    negative = encode(list(wanted.negatives) or [""] * len(positive), "negative")
+    trajectories = Trajectories(
+        denoiser.latent_shape(*wanted.size),
+        wanted.omegas,
+        wanted.rule,
+        wanted.steps,
+        wanted.keep,
+        wanted.scheduler,
+        wanted.seed,
+    )
+    with denoiser.session():
+        return follow_teacher(denoiser, positive, negative, trajectories, batch=len(positive))

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import trange
 
-from comfyui_agd.agd_core.comfyui.model.host import computes_bf16
+from comfyui_agd.agd_core.comfyui.model.denoiser import computes_bf16
 
 from . import model as toy
 from .autoencoder import Autoencoder

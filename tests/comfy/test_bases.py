@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.agd_core.mixed_precision import MixedPrecision
 from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
@@ -21,17 +21,17 @@ CONFIG = dataclasses.replace(ANALYTIC, iterations=8, batch=2, pool=2, held_out=0
 
 @pytest.fixture
 def gradients(toy):
-    """A function: the gradients of a fixed step of the student on a model, with the host's session options."""
+    """A function: the gradients of a fixed step of the student on a model, with the session's options."""
 
     def of(model, kind: str, **session) -> dict[str, torch.Tensor]:
-        host = ComfyHost(model, toy.clip)
-        prompts = host.encode(PROMPTS[:2])
+        trained = ComfyModel(model, toy.clip)
+        prompts = trained.text_encoder.encode(PROMPTS[:2])
         torch.manual_seed(0)
-        config = dataclasses.replace(CONFIG, kind=kind).adapter_config(host.base, 16)
+        config = dataclasses.replace(CONFIG, kind=kind).adapter_config(trained.base, 16)
         adapter = randomised(Adapter(config, MixedPrecision))
         x, sigma, omega = torch.randn(2, 12, 8, 8), torch.tensor([3.0, 1.0]), torch.tensor([4.0, 2.0])
-        with host.session(**session):
-            host.student(adapter, x, sigma, prompts, prompts[::-1], omega).square().mean().backward()
+        with trained.denoiser.session(**session):
+            trained.denoiser.student(adapter, x, sigma, prompts, prompts[::-1], omega).square().mean().backward()
         return {name: parameter.grad for name, parameter in adapter.named_parameters()}
 
     return of
@@ -45,7 +45,7 @@ def test_a_base_in_few_bits_trains_an_adapter_in_fp32_and_stays_as_it_is(toy, st
     base = in_dtype(tiny(TinyUNet()), TinyUNet, stored, computed)
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     config = dataclasses.replace(CONFIG, iterations=3, kind="low_rank")  # a new one adds nothing
-    trained = train(ComfyHost(base, toy.clip), PROMPTS, config)
+    trained = train(ComfyModel(base, toy.clip), PROMPTS, config)
     assert {value.dtype for value in trained.adapter.state_dict().values()} == {torch.float32}
     assert trained.losses[0] == pytest.approx(1.0, abs=0.02)
     after = base.model.state_dict()
@@ -63,9 +63,9 @@ def test_its_gradients_are_those_of_the_base_in_fp32_but_for_rounding(gradients,
 
 
 def test_a_scale_that_overflows_fp16_is_halved_until_it_fits(toy, monkeypatch):
-    monkeypatch.setattr("comfyui_agd.training.run._LOSS_SCALE", 2.0**40)
+    monkeypatch.setattr("comfyui_agd.training.step._LOSS_SCALE", 2.0**40)
     base = in_dtype(tiny(TinyUNet()), TinyUNet, torch.float16)
-    trained = train(ComfyHost(base, toy.clip), PROMPTS, dataclasses.replace(CONFIG, iterations=2))
+    trained = train(ComfyModel(base, toy.clip), PROMPTS, dataclasses.replace(CONFIG, iterations=2))
     assert all(value.isfinite().all() for value in trained.adapter.state_dict().values())
     assert any(layer.weight.any() for layer in trained.adapter.last())
 
@@ -91,12 +91,12 @@ def with_patch(base, strength: float = 0.5):
     return model
 
 
-def test_what_is_on_the_model_is_part_of_the_teacher_and_the_file_says_so(toy):
+def test_patches_of_the_base_are_part_of_what_is_learnt_and_the_file_says_so(toy):
     base = tiny(TinyUNet())
-    host, plain = ComfyHost(with_patch(base), toy.clip), ComfyHost(base, toy.clip)
-    trained, other = train(host, PROMPTS, CONFIG), train(plain, PROMPTS, CONFIG)
-    assert trained.info.training["teacher"] == {"patched_weights": 1}
-    assert "teacher" not in other.info.training
+    patched, plain = ComfyModel(with_patch(base), toy.clip), ComfyModel(base, toy.clip)
+    trained, other = train(patched, PROMPTS, CONFIG), train(plain, PROMPTS, CONFIG)
+    assert trained.info.training["base_patches"] == {"patched_weights": 1}
+    assert "base_patches" not in other.info.training
     assert trained.losses != other.losses
 
 
@@ -104,7 +104,7 @@ def test_a_patched_base_is_as_it_was_after_training(toy, toy_prompts):
     base = tiny(TinyUNet())
     patched = with_patch(base)
     before = [ksampler(model, toy_prompts) for model in (patched, base)]
-    train(ComfyHost(patched, toy.clip), PROMPTS, CONFIG)
+    train(ComfyModel(patched, toy.clip), PROMPTS, CONFIG)
     assert all(
         torch.equal(ksampler(model, toy_prompts), expected)
         for model, expected in zip((patched, base), before, strict=True)

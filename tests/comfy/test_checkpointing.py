@@ -1,4 +1,4 @@
-"""Gradient checkpointing changes what a training step keeps in memory, and nothing else."""
+"""Activation checkpointing changes what a training step keeps in memory, and nothing else."""
 
 from contextlib import nullcontext
 
@@ -8,10 +8,9 @@ import torch
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.backbones.unet import UNet
-from comfyui_agd.agd_core.comfyui.model import activation_checkpointing
-from comfyui_agd.agd_core.comfyui.model import host as host_module
+from comfyui_agd.agd_core.comfyui.model import activation_checkpointing, denoiser
 from comfyui_agd.agd_core.comfyui.model.activation_checkpointing import checkpointed
-from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.step import with_step
 from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.runtime import TinyUNet, TwoWidths, tiny
@@ -21,41 +20,43 @@ PROMPTS = ["a red circle", "a blue star"]
 
 
 @pytest.fixture(params=[TinyUNet, TwoWidths], ids=lambda config: config.__name__)
-def host(request, toy):
-    return ComfyHost(tiny(request.param()), toy.clip)
+def model(request, toy):
+    return ComfyModel(tiny(request.param()), toy.clip)
 
 
-def new_adapter(host, kind: str = "cross_attention") -> Adapter:
-    config = config_for(host.base.layers, kind, hidden=8, encoder_width=8, prompt_tokens=16)
+def new_adapter(model, kind: str = "cross_attention") -> Adapter:
+    config = config_for(model.base.layers, kind, hidden=8, encoder_width=8, prompt_tokens=16)
     torch.manual_seed(0)
     return randomised(Adapter(config))
 
 
-def step_of(host, adapter: Adapter) -> list[torch.Tensor]:
+def step_of(model, adapter: Adapter) -> list[torch.Tensor]:
     """The student's output and the gradient of every parameter."""
-    generator, prompts = torch.Generator().manual_seed(1), host.encode(PROMPTS)
-    x = torch.randn(2, *host.latent_shape(64, 64), generator=generator)
-    denoised = host.student(adapter, x, torch.tensor([5.0, 1.0]), prompts, prompts[::-1], torch.tensor([2.0, 7.0]))
+    generator, prompts = torch.Generator().manual_seed(1), model.text_encoder.encode(PROMPTS)
+    x = torch.randn(2, *model.denoiser.latent_shape(64, 64), generator=generator)
+    denoised = model.denoiser.student(
+        adapter, x, torch.tensor([5.0, 1.0]), prompts, prompts[::-1], torch.tensor([2.0, 7.0])
+    )
     denoised.square().mean().backward()
     return [denoised.detach(), *[parameter.grad for _, parameter in adapter.trained()]]
 
 
-def unet_of(host):
-    return host._model.model.diffusion_model
+def unet_of(model):
+    return model._model.model.diffusion_model
 
 
-def test_outputs_and_gradients_are_the_same_to_the_bit(host):
+def test_outputs_and_gradients_are_the_same_to_the_bit(model):
     for kind in KINDS:
-        with host.session():
-            expected = step_of(host, new_adapter(host, kind))
-            with checkpointed(UNet(unet_of(host))):
-                found = step_of(host, new_adapter(host, kind))
+        with model.denoiser.session():
+            expected = step_of(model, new_adapter(model, kind))
+            with checkpointed(UNet(unet_of(model))):
+                found = step_of(model, new_adapter(model, kind))
         assert all(gradient.abs().max() > 0 for gradient in expected)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-        assert not any(module._forward_hooks for module in unet_of(host).modules())
+        assert not any(module._forward_hooks for module in unet_of(model).modules())
 
 
-def with_other_prompt_from_the_second_site_on(host) -> None:
+def with_other_prompt_from_the_second_site_on(model) -> None:
     """As packs that bring an image as a prompt do; `Adapter.add` prepares its keys and values again there."""
     seen, other = [], torch.randn(2, 16, 128, generator=torch.Generator().manual_seed(2))
 
@@ -63,16 +64,16 @@ def with_other_prompt_from_the_second_site_on(host) -> None:
         seen.append(extra_options["block"])
         return (n, context, value) if extra_options["block"] == seen[0] else (n, other, other)
 
-    host._model.set_model_attn2_patch(replace_context)
+    model._model.set_model_attn2_patch(replace_context)
 
 
 def test_a_prompt_that_changes_on_the_way_is_the_same_in_the_recomputation(toy):
-    host = ComfyHost(tiny(TinyUNet()), toy.clip)
-    with_other_prompt_from_the_second_site_on(host)
-    with host.session():
-        expected = step_of(host, new_adapter(host))
-        with checkpointed(UNet(unet_of(host))):
-            found = step_of(host, new_adapter(host))
+    model = ComfyModel(tiny(TinyUNet()), toy.clip)
+    with_other_prompt_from_the_second_site_on(model)
+    with model.denoiser.session():
+        expected = step_of(model, new_adapter(model))
+        with checkpointed(UNet(unet_of(model))):
+            found = step_of(model, new_adapter(model))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -95,35 +96,35 @@ class OneBuffer:
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_layers_in_system_memory_find_their_own_weights_in_the_backward_pass(host, monkeypatch, on):
-    with host.session():
-        expected = step_of(host, new_adapter(host))
+def test_layers_in_system_memory_find_their_own_weights_in_the_backward_pass(model, monkeypatch, on):
+    with model.denoiser.session():
+        expected = step_of(model, new_adapter(model))
         monkeypatch.setattr(comfy.ops, "cast_bias_weight", OneBuffer())
         monkeypatch.setattr(activation_checkpointing, "_borrows_weights", lambda layer, x: on)
-        for layer in unet_of(host).modules():
+        for layer in unet_of(model).modules():
             if isinstance(layer, comfy.ops.CastWeightBiasOp):
                 layer.comfy_cast_weights = True
-        with checkpointed(UNet(unet_of(host))):
-            found = step_of(host, new_adapter(host))
+        with checkpointed(UNet(unet_of(model))):
+            found = step_of(model, new_adapter(model))
     assert torch.equal(found[0], expected[0])
     same = all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert same == on
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_left_in_the_model(host, fails):
-    unet, seen = unet_of(host), []
+def test_nothing_is_left_in_the_model(model, fails):
+    unet, seen = unet_of(model), []
     before = [dict(vars(module)) for module in unet.modules()]
     with pytest.raises(ZeroDivisionError) if fails else nullcontext(), checkpointed(UNet(unet)):
         seen = [module for module in unet.modules() if "forward" in vars(module)]
         if fails:
             raise ZeroDivisionError
-    assert len(seen) > len(host.base.layers)  # residual blocks and transformer blocks
+    assert len(seen) > len(model.base.layers)  # residual blocks and transformer blocks
     assert [dict(vars(module)) for module in unet.modules()] == before
 
 
-def test_a_forward_that_was_there_before_is_used_and_kept(host):
-    unet, calls = unet_of(host), []
+def test_a_forward_that_was_there_before_is_used_and_kept(model):
+    unet, calls = unet_of(model), []
     block = unet.middle_block[0]
     real = block.forward
 
@@ -133,31 +134,35 @@ def test_a_forward_that_was_there_before_is_used_and_kept(host):
 
     block.forward = forward
     try:
-        with host.session(), checkpointed(UNet(unet)):
-            step_of(host, new_adapter(host))
+        with model.denoiser.session(), checkpointed(unet):
+            step_of(model, new_adapter(model))
         assert len(calls) == 2  # forward, and again in the backward pass
         assert vars(block)["forward"] is forward
     finally:
         del block.forward
 
 
-def test_without_gradients_nothing_changes(host):
-    x, sigma, prompts = torch.randn(2, *host.latent_shape(64, 64)), torch.ones(2), host.encode(PROMPTS)
-    with host.session():
-        expected = host.denoise(x, sigma, prompts)
-        with checkpointed(UNet(unet_of(host))):
-            assert torch.equal(host.denoise(x, sigma, prompts), expected)
+def test_without_gradients_nothing_changes(model):
+    x, sigma, prompts = (
+        torch.randn(2, *model.denoiser.latent_shape(64, 64)),
+        torch.ones(2),
+        model.text_encoder.encode(PROMPTS),
+    )
+    with model.denoiser.session():
+        expected = model.denoiser.denoise(x, sigma, prompts)
+        with checkpointed(UNet(unet_of(model))):
+            assert torch.equal(model.denoiser.denoise(x, sigma, prompts), expected)
 
 
-def test_the_recomputation_visits_every_site_once_more(host, monkeypatch):
+def test_the_recomputation_visits_every_site_once_more(model, monkeypatch):
     steps = []
 
     def spy(options, step):
         steps.append(step)
         return with_step(options, step)
 
-    monkeypatch.setattr(host_module, "with_step", spy)
-    with host.session(), checkpointed(UNet(unet_of(host))):
-        step_of(host, new_adapter(host))
+    monkeypatch.setattr(denoiser, "with_step", spy)
+    with model.denoiser.session(), checkpointed(UNet(unet_of(model))):
+        step_of(model, new_adapter(model))
     (step,) = steps
     assert step.visited == step.layer_names() + step.layer_names()[::-1]

@@ -11,13 +11,13 @@ from comfyui_agd.agd_core.adapter_name import AdapterNameError
 from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel
 from comfyui_agd.agd_core.comfyui.runtime import ComfyUINotFound, ComfyUITooOld
 from comfyui_agd.agd_core.errors import AGDError
-from comfyui_agd.training.cli import UsageError
+from comfyui_agd.training.arguments import UsageError
 from comfyui_agd.training.job import JobError
 from comfyui_agd.training.plan import DoesNotFit
 from comfyui_agd.training.prompts import PromptError
 from comfyui_agd.training.recording import RecordingError
-from comfyui_agd.training.run import DifferentRun
 from comfyui_agd.training.run_folder import RunFolderError
+from comfyui_agd.training.run_state import DifferentRun
 
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = {

@@ -1,5 +1,6 @@
 """Whole samples for an evaluation: ComfyUI's own sampler gives what training's Euler gives, and its cost is counted."""
 
+from dataclasses import replace
 from functools import partial
 
 import comfy.model_management
@@ -8,11 +9,11 @@ import torch
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.comfyui.backbones import is_trained_on
-from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.model.sampler import ComfySampler
 from comfyui_agd.agd_core.guidance import GuidanceRule
-from comfyui_agd.training.assess import AssessConfig, assess
-from comfyui_agd.training.evaluate import sample
+from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, assess
+from comfyui_agd.training.evaluate import SampleSettings, sample
 
 STEPS, OMEGA, SHAPE = 5, 4.0, (12, 8, 8)
 
@@ -22,21 +23,22 @@ STEPS, OMEGA, SHAPE = 5, 4.0, (12, 8, 8)
 def test_samples_are_those_of_training(toy, save_adapter, kind, rule, monkeypatch):
     monkeypatch.setattr(toy.model.model.latent_format, "scale_factor", 0.3)  # as other models have one
     info, adapter = adapter_file.load(save_adapter(toy.model, kind=kind))
-    host = ComfyHost(toy.model, toy.clip)
-    prompt, negative = host.encode(["a red star"]) + host.encode(["a large blue ring"], "negative")
+    model = ComfyModel(toy.model, toy.clip)
+    encode = model.text_encoder.encode
+    prompt, negative = encode(["a red star"]) + encode(["a large blue ring"], "negative")
     sampler = ComfySampler(toy.model, info, adapter.state_dict(), source="a", rule=rule)
     ticks, found = [], {}
     for method in ("unguided", "guided", "agd"):
         noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(3))
-        what = method, noise, prompt, negative
+        what = method, noise, (prompt, negative)
         found[method], rows = sampler(*what, omega=OMEGA, steps=STEPS, progress=partial(ticks.append, method))
         assert rows == STEPS * {"unguided": 1, "guided": 2, "agd": 1}[method]
         assert ticks.count(method) == STEPS
-    what = host, prompt, negative, SHAPE
-    with host.session():
-        unguided = sample(*what, 1.0, None, steps=STEPS, seed=3)
-        guided = sample(*what, OMEGA, None, rule=rule, steps=STEPS, seed=3)
-        agd = sample(*what, OMEGA, adapter, steps=STEPS, seed=3)
+    what, settings = (model.denoiser, prompt, negative), SampleSettings(SHAPE, OMEGA, steps=STEPS, seed=3)
+    with model.denoiser.session():
+        unguided = sample(*what, replace(settings, omega=1.0))
+        guided = sample(*what, replace(settings, rule=rule))
+        agd = sample(*what, settings, adapter)
     for method, expected in (("unguided", unguided), ("guided", guided), ("agd", agd)):
         torch.testing.assert_close(found[method], expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(guided, unguided, atol=0.1)
@@ -46,10 +48,11 @@ def test_samples_are_those_of_training(toy, save_adapter, kind, rule, monkeypatc
 def test_the_model_is_left_as_it_was(toy, save_adapter):
     info, adapter = adapter_file.load(save_adapter(toy.model))
     before = {name: value.clone() for name, value in toy.model.model.state_dict().items()}
-    host = ComfyHost(toy.model, toy.clip, vae=toy.vae)
+    model = ComfyModel(toy.model, toy.clip, vae=toy.vae)
     sampler = ComfySampler(toy.model, info, adapter.state_dict(), source="a")
     config = AssessConfig(omegas=(3.0,), steps=2, count=2, width=64, height=64)
-    found = assess(host, sampler, info, adapter.state_dict(), ["a red star"], config, source="a")
+    candidate = Candidate(info, adapter.state_dict(), "a")
+    found = assess(model, sampler, candidate, PromptTexts(["a red star"]), config)
     assert found.costs["guided"].evaluations_per_step == 2
     assert all(torch.equal(value, before[name]) for name, value in toy.model.model.state_dict().items())
     assert not toy.model.wrappers
@@ -57,7 +60,7 @@ def test_the_model_is_left_as_it_was(toy, save_adapter):
 
 def test_an_interrupt_comes_through(toy, save_adapter):
     info, adapter = adapter_file.load(save_adapter(toy.model))
-    host = ComfyHost(toy.model, toy.clip)
+    model = ComfyModel(toy.model, toy.clip)
     sampler = ComfySampler(toy.model, info, adapter.state_dict(), source="a")
 
     def interrupt(progress):
@@ -65,12 +68,13 @@ def test_an_interrupt_comes_through(toy, save_adapter):
             raise comfy.model_management.InterruptProcessingException
 
     config = AssessConfig(omegas=(3.0,), steps=2, count=1, width=64, height=64)
+    candidate = Candidate(info, adapter.state_dict(), "a")
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        assess(host, sampler, info, adapter.state_dict(), ["a star"], config, source="a", progress=interrupt)
+        assess(model, sampler, candidate, PromptTexts(["a star"]), config, interrupt)
 
 
 def test_weights_are_told_apart(toy):
-    own = ComfyHost(toy.model, toy.clip).base
+    own = ComfyModel(toy.model, toy.clip).base
     model = toy.model.model
     assert is_trained_on(own, model)
     weight = model.diffusion_model.out[-1].weight

@@ -43,7 +43,7 @@ def steps(output: Path) -> list[int]:
 
 
 def saved_step(output: Path) -> int:
-    state = RunFolder(folder_of(output)).load_state()
+    state = RunFolder(folder_of(output)).load_run_state()
     return state["step"] if state else 0
 
 

@@ -17,7 +17,7 @@ from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel, describe_base
 from comfyui_agd.agd_core.comfyui.backbones.linears import LinearHook
 from comfyui_agd.agd_core.comfyui.backbones.unet import UNet
-from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.sampling import merging
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.kinds.low_rank import key_of
@@ -268,7 +268,7 @@ def test_on_a_base_that_is_partly_in_system_memory(base, prompts, file, card):
 def test_it_learns(base, toy, how):
     config = replace(ANALYTIC, **{"kind": "low_rank", "iterations": 60, "held_out": 1, "evaluate_every": 0} | how)
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
-    trained = train(ComfyHost(base, toy.clip), PROMPTS, config)
+    trained = train(ComfyModel(base, toy.clip), PROMPTS, config)
     assert sum(trained.losses[-10:]) / 10 < 0.8
     assert all(value > 0 for value in trained.evaluation.gap_closed.values())
     assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
@@ -276,8 +276,8 @@ def test_it_learns(base, toy, how):
 
 
 def test_under_autocast_it_leaves_the_dtype_of_the_layers(base, toy, monkeypatch):
-    host, seen = ComfyHost(base, toy.clip), set()
-    monkeypatch.setattr(host, "_autocast", torch.bfloat16)
+    model, seen = ComfyModel(base, toy.clip), set()
+    monkeypatch.setattr(model.denoiser, "_autocast", torch.bfloat16)
     call = LinearHook.__call__
 
     def watch(self, module, inputs, out):
@@ -286,11 +286,11 @@ def test_under_autocast_it_leaves_the_dtype_of_the_layers(base, toy, monkeypatch
         return changed
 
     monkeypatch.setattr(LinearHook, "__call__", watch)
-    config = replace(ANALYTIC, kind="low_rank").adapter_config(host.base, 16)
-    prompt, omega = host.encode(PROMPTS[:1]), torch.tensor([4.0])
-    with host.session():
+    config = replace(ANALYTIC, kind="low_rank").adapter_config(model.base, 16)
+    prompt, omega = model.text_encoder.encode(PROMPTS[:1]), torch.tensor([4.0])
+    with model.denoiser.session():
         x = torch.randn(1, 12, 8, 8)
-        host.student(randomised(Adapter(config)), x, torch.ones(1), prompt, prompt, omega).sum().backward()
+        model.denoiser.student(randomised(Adapter(config)), x, torch.ones(1), prompt, prompt, omega).sum().backward()
     assert seen == {(torch.bfloat16, torch.bfloat16)}
 
 

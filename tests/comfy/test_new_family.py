@@ -12,7 +12,7 @@ from comfyui_agd.agd_core import adapter_file, families, kinds
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel, backbone_of, describe_base
-from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.sampling import merging
 from comfyui_agd.agd_core.lora import lora
 from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS
@@ -95,11 +95,11 @@ def test_its_evaluations_are_counted_though_it_runs_no_hook_of_comfyui(base, pro
 
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 def test_a_training_closes_a_part_of_the_gap(family, base, toy, checkpointing):
-    host = ComfyHost(base, toy.clip)
+    model = ComfyModel(base, toy.clip)
     settings = dataclasses.asdict(CONFIG) | {"checkpointing": checkpointing, "learning_rate": 1e-3, "iterations": 30}
-    config = settings_for(host.base, {key: settings[key] for key in settings.keys() - family.settings.keys()})
+    config = settings_for(model.base, {key: settings[key] for key in settings.keys() - family.settings.keys()})
     assert config.kind == "low_rank"
-    trained = train(host, PROMPTS, config)
+    trained = train(model, PROMPTS, config)
     assert min(trained.evaluation.gap_closed.values()) > 0
     assert all(layer.weight.any() for layer in trained.adapter.last())
 
@@ -123,7 +123,7 @@ def test_a_new_kind_is_a_class_and_an_entry(monkeypatch, toy, toy_prompts, tmp_p
     monkeypatch.setitem(kinds.KINDS, new.Config.name, new)
     base = tiny(TinyUNet())
     config = dataclasses.replace(CONFIG, kind="bias", learning_rate=1e-2)
-    trained = train(ComfyHost(base, toy.clip), PROMPTS, config)
+    trained = train(ComfyModel(base, toy.clip), PROMPTS, config)
     file = adapter_file.save(tmp_path / "bias.safetensors", trained.adapter, trained.info)
     assert "bias, 224 parameters" in adapter_file.describe(adapter_file.read_info(file), file)
     assert rows_of(patched(base, file), ksampler, toy_prompts) == [1] * STEPS

@@ -18,14 +18,14 @@ def shown(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("phase", ["encode", "rollout", "measure"])
 def test_what_training_prepares_and_how_far_it_is_can_be_read(phase):
-    assert train._told(Progress(phase, 99_998, 99_999)).endswith(": 99998/99999")
-    assert len(train._told(Progress(phase, 99_998, 99_999))) <= SHOWN
+    assert train._describe(Progress(phase, 99_998, 99_999)).endswith(": 99998/99999")
+    assert len(train._describe(Progress(phase, 99_998, 99_999))) <= SHOWN
 
 
 def test_of_an_iteration_the_time_left_and_the_gap_closed_can_be_read():
     progress = Progress("train", 12_345, 20_000, 0.1234, 0.62, 12_300_000_000, 7200.0)
-    assert train._told(progress)[:SHOWN].startswith("12345/20000, 120 min left, gap closed 62%, loss 0.1234")
-    assert train._told(progress).endswith("memory 12.3 GB")
+    assert train._describe(progress)[:SHOWN].startswith("12345/20000, 120 min left, gap closed 62%, loss 0.1234")
+    assert train._describe(progress).endswith("memory 12.3 GB")
 
 
 @pytest.mark.parametrize("phase", evaluate._SHOWN)

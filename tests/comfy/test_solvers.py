@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comfyui_agd.agd_core.guidance import per_row
-from comfyui_agd.training.solvers import SOLVERS, solver_step
+from comfyui_agd.training.solvers import SOLVERS, Ancestral, SecondOrder, solver_step
 
 X, MEAN, *NOISES = torch.randn(22, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 SAMPLING = comfy.model_sampling.ModelSamplingDiscrete()
@@ -33,8 +33,8 @@ def ours(x: torch.Tensor, sigmas: torch.Tensor, solvers: list[str]) -> torch.Ten
     for i in range(len(sigmas) - 1):
         sigma_before, sigma, sigma_next = (sigmas[j].expand(rows) for j in (max(0, i - 1), i, i + 1))
         denoised = Gaussian()(x, sigma)
-        options = {"ancestral": ancestral, "noise": NOISES[i][:rows], "second_order": second & (i > 0)}
-        x = solver_step(x, denoised, sigma, sigma_next, **options, before=before, sigma_before=sigma_before)
+        extrapolated = SecondOrder(second & (i > 0), before, sigma_before)
+        x = solver_step(x, denoised, sigma, sigma_next, Ancestral(ancestral, NOISES[i][:rows]), extrapolated)
         before = denoised
     return x
 

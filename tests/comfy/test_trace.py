@@ -9,7 +9,9 @@ from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.backbones.unet import UNet
 from comfyui_agd.agd_core.comfyui.model import tracing
 from comfyui_agd.agd_core.comfyui.model.activation_checkpointing import checkpointed
-from comfyui_agd.agd_core.comfyui.model.host import ComfyHost, EncodedPrompt
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
+from comfyui_agd.agd_core.comfyui.model.denoiser import with_adapter
+from comfyui_agd.agd_core.comfyui.model.text_encoder import EncodedPrompt
 from comfyui_agd.agd_core.config import AdapterConfig
 from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.runtime import TinyUNet, TinyXL, TwoWidths, tiny
@@ -18,10 +20,10 @@ from comfyui_agd.tests.support.small import config_for, randomised
 SHAPE = 12, 32, 32
 
 
-def host_of(base, toy) -> ComfyHost:
-    host = ComfyHost(base, toy.clip)
-    host.encode(["a red circle"])
-    return host
+def model_of(base, toy) -> ComfyModel:
+    model = ComfyModel(base, toy.clip)
+    model.text_encoder.encode(["a red circle"])
+    return model
 
 
 @pytest.fixture
@@ -31,12 +33,12 @@ def base():
 
 
 @pytest.fixture
-def host(base, toy):
-    return host_of(base, toy)
+def model(base, toy):
+    return model_of(base, toy)
 
 
-def config_of(host, kind: str = "cross_attention") -> AdapterConfig:
-    return config_for(host.base.layers, kind, hidden=32, encoder_width=32, prompt_tokens=16)
+def config_of(model, kind: str = "cross_attention") -> AdapterConfig:
+    return config_for(model.base.layers, kind, hidden=32, encoder_width=32, prompt_tokens=16)
 
 
 def in_dtype(stored: torch.dtype, computed: torch.dtype | None = None):
@@ -47,20 +49,23 @@ def in_dtype(stored: torch.dtype, computed: torch.dtype | None = None):
     return comfy.model_patcher.CoreModelPatcher(config.get_model({}), load_device=cpu, offload_device=cpu)
 
 
-def student(host, rows: int = 2, checkpointing: bool = False, shape=SHAPE) -> tracing.Traced:
-    return host.trace_student(config_of(host), shape, rows, checkpointing)
+def student(model, rows: int = 2, checkpointing: bool = False, shape=SHAPE) -> tracing.Traced:
+    return model.memory.trace_student(config_of(model), shape, rows, checkpointing)
 
 
-def computed(host, rows: int, kind: str) -> tracing.Traced:
+def computed(model, rows: int, kind: str) -> tracing.Traced:
     """As `student`, but counted while it is really computed."""
-    adapter = randomised(Adapter(config_of(host, kind)))
+    adapter = randomised(Adapter(config_of(model, kind)))
     for parameter in adapter.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    x, conds = torch.randn(rows, *SHAPE), host._conditions([host._example] * rows, torch.Size([rows, *SHAPE]))
+    x, conds = (
+        torch.randn(rows, *SHAPE),
+        model.denoiser.conditions([model.text_encoder.last_encoded] * rows, torch.Size([rows, *SHAPE])),
+    )
     unwanted = conds if adapter.uses_negative else {}
-    options = host._with(adapter, torch.full((rows,), 4.0), unwanted, host._options)
+    options = with_adapter(model.denoiser._options, adapter, torch.full((rows,), 4.0), unwanted)
     with tracing.Counter() as counter:
-        (host._evaluate(x, torch.ones(rows), conds, options) - x).square().mean().backward()
+        (model.denoiser.evaluate(x, torch.ones(rows), conds, options) - x).square().mean().backward()
     return counter.traced()
 
 
@@ -68,47 +73,47 @@ def computed(host, rows: int, kind: str) -> tracing.Traced:
 @pytest.mark.parametrize("config", [TinyUNet, TwoWidths])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_student_costs_what_it_costs_when_it_is_computed(toy, config, checkpointing, kind):
-    host = host_of(tiny(config()), toy)
-    with host.session(checkpointing=checkpointing):
-        real = computed(host, 2, kind)
-    found = host.trace_student(config_of(host, kind), SHAPE, 2, checkpointing)
+    model = model_of(tiny(config()), toy)
+    with model.denoiser.session(checkpointing=checkpointing):
+        real = computed(model, 2, kind)
+    found = model.memory.trace_student(config_of(model, kind), SHAPE, 2, checkpointing)
     assert found.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
     assert found.flops == real.flops
 
 
-def test_the_teacher_costs_what_it_costs_when_it_is_computed(host):
-    prompts, x = [host._example] * 2, torch.randn(2, *SHAPE)
-    with host.session(), tracing.Counter() as counter:
-        host.denoise(x, torch.ones(2), prompts)
-    found = host.trace_teacher(SHAPE, 2)
+def test_the_teacher_costs_what_it_costs_when_it_is_computed(model):
+    prompts, x = [model.text_encoder.last_encoded] * 2, torch.randn(2, *SHAPE)
+    with model.denoiser.session(), tracing.Counter() as counter:
+        model.denoiser.denoise(x, torch.ones(2), prompts)
+    found = model.memory.trace_base(SHAPE, 2)
     assert found.peak_bytes == pytest.approx(counter.peak_bytes, rel=0.02)
     assert found.flops == counter.flops
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_costs_grow_evenly_with_the_rows(host, checkpointing):
-    one, two, four = (student(host, rows, checkpointing) for rows in (1, 2, 4))
+def test_costs_grow_evenly_with_the_rows(model, checkpointing):
+    one, two, four = (student(model, rows, checkpointing) for rows in (1, 2, 4))
     slope = two.peak_bytes - one.peak_bytes
     assert slope > 0
     assert four.peak_bytes == pytest.approx(one.peak_bytes + 3 * slope, rel=0.02)
     assert four.flops == pytest.approx(4 * one.flops, rel=0.02)
 
 
-def test_checkpointing_lowers_the_peak_for_another_forward_pass(host):
-    kept, again, forward = student(host), student(host, checkpointing=True), host.trace_teacher(SHAPE, 2)
+def test_checkpointing_lowers_the_peak_for_another_forward_pass(model):
+    kept, again, forward = student(model), student(model, checkpointing=True), model.memory.trace_base(SHAPE, 2)
     assert again.peak_bytes < 0.6 * kept.peak_bytes
     assert kept.flops < again.flops < kept.flops + 1.1 * forward.flops
     assert forward.peak_bytes < again.peak_bytes
 
 
-def test_fused_attention_is_linear_in_the_pixels(host):
-    small, large = (student(host, shape=(12, side, side)).peak_bytes for side in (32, 64))
+def test_fused_attention_is_linear_in_the_pixels(model):
+    small, large = (student(model, shape=(12, side, side)).peak_bytes for side in (32, 64))
     assert large < 4.2 * small
 
 
 def test_weights_that_are_cast_for_each_call_are_kept_without_checkpointing(toy, base):
     """An fp8 base that computes in fp32: its weights come on top in fp32, unless blocks are checkpointed."""
-    plain, lean = host_of(base, toy), host_of(in_dtype(torch.float8_e4m3fn, torch.float32), toy)
+    plain, lean = model_of(base, toy), model_of(in_dtype(torch.float8_e4m3fn, torch.float32), toy)
     whole = 4 * sum(parameter.numel() for parameter in base.model.diffusion_model.parameters())
     extra = {on: student(lean, 2, on).peak_bytes - student(plain, 2, on).peak_bytes for on in (False, True)}
     assert 0.6 * whole < extra[False] < whole  # those before the first adapter have no backward pass
@@ -116,62 +121,62 @@ def test_weights_that_are_cast_for_each_call_are_kept_without_checkpointing(toy,
 
 
 def test_a_base_in_half_precision_takes_half(toy, base):
-    full, half = student(host_of(base, toy)), student(host_of(in_dtype(torch.bfloat16), toy))
+    full, half = student(model_of(base, toy)), student(model_of(in_dtype(torch.bfloat16), toy))
     assert half.peak_bytes == pytest.approx(full.peak_bytes / 2, rel=0.1)
     assert half.flops == full.flops
 
 
 def test_a_model_with_pooled_conditions_is_traced(toy):
-    host = ComfyHost(tiny(TinyXL()), toy.clip)
-    host._example = EncodedPrompt(
+    model = ComfyModel(tiny(TinyXL()), toy.clip)
+    model.text_encoder.last_encoded = EncodedPrompt(
         {"cross_attn": torch.zeros(1, 77, 128), "pooled_output": torch.zeros(1, 1280), "model_conds": {}}, ""
     )
-    assert student(host, shape=(4, 32, 32)).peak_bytes > 0
+    assert student(model, shape=(4, 32, 32)).peak_bytes > 0
 
 
-def test_a_model_without_weights_costs_the_same(host):
-    real = student(host), host.trace_teacher(SHAPE, 2)
-    host._model.model.to("meta")
-    assert (student(host), host.trace_teacher(SHAPE, 2)) == real
+def test_a_model_without_weights_costs_the_same(model):
+    real = student(model), model.memory.trace_base(SHAPE, 2)
+    model._model.model.to("meta")
+    assert (student(model), model.memory.trace_base(SHAPE, 2)) == real
 
 
-def everything_in(model) -> list[tuple[str, int]]:
-    return [(name, id(value)) for name, value in [*model.named_parameters(), *model.named_buffers()]]
+def everything_in(unet) -> list[tuple[str, int]]:
+    return [(name, id(value)) for name, value in [*unet.named_parameters(), *unet.named_buffers()]]
 
 
-def test_the_model_is_left_as_it_was(host):
-    model = host._model.model
-    kept, values = everything_in(model), {key: value.clone() for key, value in model.state_dict().items()}
-    x, prompts = torch.randn(1, *SHAPE), [host._example]
-    with host.session():
-        before = host.denoise(x, torch.ones(1), prompts)
+def test_the_model_is_left_as_it_was(model):
+    unet = model._model.model
+    kept, values = everything_in(unet), {key: value.clone() for key, value in unet.state_dict().items()}
+    x, prompts = torch.randn(1, *SHAPE), [model.text_encoder.last_encoded]
+    with model.denoiser.session():
+        before = model.denoiser.denoise(x, torch.ones(1), prompts)
     for checkpointing in (False, True):
-        student(host, checkpointing=checkpointing)
-    host.trace_teacher(SHAPE, 1)
-    assert everything_in(model) == kept
-    assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
-    held = [value for module in model.modules() for value in vars(module).values()]
+        student(model, checkpointing=checkpointing)
+    model.memory.trace_base(SHAPE, 1)
+    assert everything_in(unet) == kept
+    assert all(torch.equal(value, values[key]) for key, value in unet.state_dict().items())
+    held = [value for module in unet.modules() for value in vars(module).values()]
     assert not any(isinstance(value, FakeTensor) for value in held)
-    with host.session():
-        assert torch.equal(host.denoise(x, torch.ones(1), prompts), before)
+    with model.denoiser.session():
+        assert torch.equal(model.denoiser.denoise(x, torch.ones(1), prompts), before)
 
 
-def test_the_model_is_left_as_it_was_by_an_error(host):
+def test_the_model_is_left_as_it_was_by_an_error(model):
     def fail(*_):
         raise ZeroDivisionError
 
-    model = host._model.model
-    kept = everything_in(model)
+    unet = model._model.model
+    kept = everything_in(unet)
     with pytest.raises(ZeroDivisionError):
-        tracing.student(model, fail, config_of(host), SHAPE, 1, checkpointing=True)
-    assert everything_in(model) == kept
-    assert not any("forward" in vars(module) for module in model.modules())
+        tracing.student(unet, fail, config_of(model), SHAPE, 1, checkpointing=True)
+    assert everything_in(unet) == kept
+    assert not any("forward" in vars(module) for module in unet.modules())
 
 
-def test_tracing_works_under_inference_mode_as_nodes_run(host):
-    expected = student(host, checkpointing=True)
+def test_tracing_works_under_inference_mode_as_nodes_run(model):
+    expected = student(model, checkpointing=True)
     with torch.inference_mode():
-        assert student(host, checkpointing=True) == expected
+        assert student(model, checkpointing=True) == expected
 
 
 def test_the_counter_counts_what_is_alive_and_what_is_multiplied():
@@ -188,8 +193,8 @@ def test_the_counter_counts_what_is_alive_and_what_is_multiplied():
     assert counter.flops == 2 * 4 * 4 * 8 + 2 * (2 * 2 * 3 * 5 * 5 * 16)
 
 
-def test_checkpointing_is_not_left_on(host):
-    with checkpointed(UNet(host._model.model.diffusion_model)):
-        on = student(host)
-    assert on == student(host, checkpointing=True)
-    assert student(host).peak_bytes > on.peak_bytes
+def test_checkpointing_is_not_left_on(model):
+    with checkpointed(UNet(model._model.model.diffusion_model)):
+        on = student(model)
+    assert on == student(model, checkpointing=True)
+    assert student(model).peak_bytes > on.peak_bytes

@@ -7,33 +7,34 @@ import torch
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.comfyui.model.host import ComfyHost
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
 from comfyui_agd.tests.support.analytic import PROMPTS, Stopped, assert_same, stop_after
 from comfyui_agd.tests.support.runtime import TinyUNet, ksampler, patched, tiny
-from comfyui_agd.training.evaluate import evaluate, follow_teacher
+from comfyui_agd.training.evaluate import Trajectories, evaluate, follow_teacher
+from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import Callbacks, train
 
 CONFIG = replace(ANALYTIC, iterations=8, held_out=0, save_every=4)
 
 
 @pytest.fixture(scope="module")
-def new_host(base, toy):
-    """A host of a run: it lets go of the text encoder."""
-    return lambda: ComfyHost(base, toy.clip)
+def new_model(base, toy):
+    """One for each run: a run releases the text encoder."""
+    return lambda: ComfyModel(base, toy.clip)
 
 
 @pytest.fixture
-def host(new_host):
-    return new_host()
+def model(new_model):
+    return new_model()
 
 
-def test_training_closes_part_of_the_gap_and_leaves_the_base_alone(base, host):
+def test_training_closes_part_of_the_gap_and_leaves_the_base_alone(base, model):
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     steps = []
     trained = train(
-        host, PROMPTS, replace(CONFIG, iterations=60, held_out=1, evaluate_every=0), Callbacks(steps.append)
+        model, PROMPTS, replace(CONFIG, iterations=60, held_out=1, evaluate_every=0), Callbacks(steps.append)
     )
     assert sum(trained.losses[-10:]) / 10 < 0.8
     assert [p.step for p in steps if p.phase == "train"] == list(range(1, 61))
@@ -45,12 +46,12 @@ def test_training_closes_part_of_the_gap_and_leaves_the_base_alone(base, host):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_of_the_adapter_moves(host, kind):
+def test_every_parameter_of_the_adapter_moves(model, kind):
     config = replace(CONFIG, kind=kind)
-    trained = train(host, PROMPTS, config)
+    trained = train(model, PROMPTS, config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        start = dict(Adapter(config.adapter_config(host.base, 16)).trained())
+        start = dict(Adapter(config.adapter_config(model.base, 16)).trained())
     still = [name for name, parameter in trained.adapter.trained() if torch.equal(parameter, start[name])]
     assert still == []
 
@@ -59,30 +60,30 @@ VARIED = replace(CONFIG, aspect_ratios=("1:1", "2:1"), reuse=2, on_policy=0.5, o
 
 
 @pytest.fixture(scope="module")
-def whole(new_host):
+def whole(new_model):
     """The uninterrupted run."""
-    return train(new_host(), PROMPTS, VARIED)
+    return train(new_model(), PROMPTS, VARIED)
 
 
-def test_the_same_seed_gives_the_same_adapter_to_the_bit(host, whole):
-    assert_same(train(host, PROMPTS, VARIED), whole)
+def test_the_same_seed_gives_the_same_adapter_to_the_bit(model, whole):
+    assert_same(train(model, PROMPTS, VARIED), whole)
 
 
-def test_another_seed_gives_another_adapter(host, whole):
-    assert train(host, PROMPTS, replace(VARIED, seed=1)).losses != whole.losses
+def test_another_seed_gives_another_adapter(model, whole):
+    assert train(model, PROMPTS, replace(VARIED, seed=1)).losses != whole.losses
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
-def test_a_stopped_run_goes_on_to_the_same_result(new_host, whole, tmp_path, stop):
+def test_a_stopped_run_goes_on_to_the_same_result(new_model, whole, tmp_path, stop):
     """tests/unit/test_trainer.py stops a run everywhere."""
     folder = tmp_path / "a.run"
     with pytest.raises(Stopped):
-        train(new_host(), PROMPTS, VARIED, stop_after(stop), folder=folder)
-    assert_same(train(new_host(), PROMPTS, VARIED, folder=folder), whole)
+        train(new_model(), PROMPTS, VARIED, stop_after(stop), options=RunOptions(folder=folder))
+    assert_same(train(new_model(), PROMPTS, VARIED, options=RunOptions(folder=folder)), whole)
 
 
 @pytest.mark.parametrize("at", [2, 10, 11])
-def test_a_run_stopped_inside_an_evaluation_goes_on_to_the_same_result(base, new_host, whole, tmp_path, at):
+def test_a_run_stopped_inside_an_evaluation_goes_on_to_the_same_result(base, new_model, whole, tmp_path, at):
     """ComfyUI's own layers raise when a user interrupts: here while the pool is filled, in the teacher, the student."""
     folder, calls = tmp_path / "a.run", []
 
@@ -94,36 +95,36 @@ def test_a_run_stopped_inside_an_evaluation_goes_on_to_the_same_result(base, new
     hook = base.model.diffusion_model.middle_block[0].register_forward_pre_hook(interrupt)
     try:
         with pytest.raises(Stopped):
-            train(new_host(), PROMPTS, VARIED, folder=folder)
+            train(new_model(), PROMPTS, VARIED, options=RunOptions(folder=folder))
     finally:
         hook.remove()
-    assert_same(train(new_host(), PROMPTS, VARIED, folder=folder), whole)
+    assert_same(train(new_model(), PROMPTS, VARIED, options=RunOptions(folder=folder)), whole)
 
 
 def test_training_works_under_inference_mode_as_nodes_run(toy):
     with torch.inference_mode():
         base = tiny(TinyUNet())
-        trained = train(ComfyHost(base, toy.clip), PROMPTS, CONFIG)
+        trained = train(ComfyModel(base, toy.clip), PROMPTS, CONFIG)
     assert len(trained.losses) == CONFIG.iterations
     assert not any(value.is_inference() for value in trained.adapter.state_dict().values())
 
 
-def test_the_base_samples_the_same_pictures_after_training(base, host, toy_prompts):
+def test_the_base_samples_the_same_pictures_after_training(base, model, toy_prompts):
     before = ksampler(base, toy_prompts)
-    train(host, PROMPTS, CONFIG)
+    train(model, PROMPTS, CONFIG)
     assert torch.equal(ksampler(base, toy_prompts), before)
 
 
-def test_sampling_with_the_file_gives_what_training_saw(base, new_host, toy_prompts, tmp_path):
+def test_sampling_with_the_file_gives_what_training_saw(base, new_model, toy_prompts, tmp_path):
     """One path: the student in training and the patched model in the sampler are the same function."""
-    trained, host = train(new_host(), PROMPTS, CONFIG), new_host()
+    trained, model = train(new_model(), PROMPTS, CONFIG), new_model()
     file = adapter_file.save(tmp_path / "a.safetensors", trained.adapter, trained.info)
     x, omega = torch.randn(1, 12, 8, 8), 4.0
-    sigma = host.sigmas("normal", 4)[:1]
+    sigma = model.denoiser.sigmas("normal", 4)[:1]
     prompt = "a small red circle left of a large green star on a white background"
-    with host.session(), torch.no_grad():
-        prompts = host.encode([prompt]), host.encode([""], "negative")
-        student = host.student(trained.adapter, x, sigma, *prompts, torch.tensor([omega]))
+    with model.denoiser.session(), torch.no_grad():
+        prompts = model.text_encoder.encode([prompt]), model.text_encoder.encode([""], "negative")
+        student = model.denoiser.student(trained.adapter, x, sigma, *prompts, torch.tensor([omega]))
 
     import comfy.samplers
 
@@ -142,10 +143,14 @@ def test_sampling_with_the_file_gives_what_training_saw(base, new_host, toy_prom
     torch.testing.assert_close(seen[0], student, atol=1e-4, rtol=1e-4)
 
 
-def test_the_gap_of_a_new_adapter_is_open(host):
-    positive, negative = host.encode(PROMPTS[:2]), host.encode(["", ""], "negative")
-    with host.session():
-        states = follow_teacher(host, positive, negative, host.latent_shape(64, 64), [3.0], steps=3)
-        result = evaluate(host, Adapter(replace(CONFIG, kind="low_rank").adapter_config(host.base, 16)), states)
+def test_the_gap_of_a_new_adapter_is_open(model):
+    positive, negative = model.text_encoder.encode(PROMPTS[:2]), model.text_encoder.encode(["", ""], "negative")
+    with model.denoiser.session():
+        states = follow_teacher(
+            model.denoiser, positive, negative, Trajectories(model.denoiser.latent_shape(64, 64), [3.0], steps=3)
+        )
+        result = evaluate(
+            model.denoiser, Adapter(replace(CONFIG, kind="low_rank").adapter_config(model.base, 16)), states
+        )
     assert result.gap_closed[3.0] == pytest.approx(0.0, abs=1e-4)
-    assert [sigma for sigma, _ in result.by_sigma[3.0]] == host.sigmas("normal", 3)[:3].tolist()
+    assert [sigma for sigma, _ in result.by_sigma[3.0]] == model.denoiser.sigmas("normal", 3)[:3].tolist()

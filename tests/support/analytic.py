@@ -3,7 +3,7 @@
 import contextlib
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import pytest
 import torch
@@ -44,11 +44,14 @@ def _fixed(*shape: int, seed: int) -> torch.Tensor:
 
 
 @dataclass
-class AnalyticHost:
-    """Implements `training.host.Host`. `fits`: rows of the student that memory is said to have room for."""
+class AnalyticModel:
+    """Implements `training.model.Model`, and is its own denoiser, text encoder and memory.
 
-    fits: int = 1000
-    teacher: dict = field(default_factory=dict)
+    `most_rows`: with more of the student's at once it is out of memory.
+    """
+
+    most_rows: int = 1000
+    base_patches: dict = field(default_factory=dict)
     base: BaseInfo = field(default_factory=lambda: BaseInfo("Analytic", "EPS", small_layers(), {}, "abc"))
     device, computes_in = torch.device("cpu"), torch.float32
 
@@ -57,9 +60,15 @@ class AnalyticHost:
         self.to_h = {site.name: _fixed(CHANNELS, site.width, seed=site.width) for site in self.base.layers}
         self.from_h = {site.name: _fixed(site.width, CHANNELS, seed=site.width + 1) for site in self.base.layers}
         self.student_rows: list[int] = []
-        self.teacher_rows: list[int] = []
+        self.base_rows: list[int] = []
 
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+    @property
+    def denoiser(self) -> "AnalyticModel":
+        return self
+
+    text_encoder = memory = denoiser
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         return CHANNELS, height // 8, width // 8
 
     def check_schedulers(self, names: Sequence[str]) -> None:
@@ -71,7 +80,7 @@ class AnalyticHost:
         """A prompt is its context: (m, d)."""
         return [_fixed(TOKENS, CONTEXT, seed=zlib.crc32(prompt.encode())) for prompt in prompts]
 
-    def release_text_encoder(self) -> None:
+    def release(self) -> None:
         pass
 
     def context(self, prompt: torch.Tensor) -> torch.Tensor:
@@ -88,20 +97,23 @@ class AnalyticHost:
     def start(self, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return noise * per_row(sigma, noise)
 
+    def prediction_unit(self, sigma: torch.Tensor) -> torch.Tensor:
+        return sigma
+
     def _pull(self, sigma: torch.Tensor) -> torch.Tensor:
         """How much of the denoised prediction is the prompt's mean: (b,)."""
         return sigma**2 / (sigma**2 + SPREAD**2)
 
     @torch.no_grad()
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-        self.teacher_rows.append(len(x))
+        self.base_rows.append(len(x))
         mean = (torch.stack(list(prompts)).mean(1) @ self.to_mean)[:, :, None, None]
         return x + per_row(self._pull(sigma), x) * (mean - x)
 
     def student(self, adapter: Adapter, x, sigma, prompts, negative, omega) -> torch.Tensor:
         """The base, moved by what the adapter adds at two layers that see x."""
         self.student_rows.append(len(x))
-        if len(x) > self.fits:
+        if len(x) > self.most_rows:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate everything.")
         context, h = torch.stack(list(prompts)), x.flatten(2).mT  # b n c
         difference = (context - torch.stack(list(negative))).mean(1, keepdim=True) @ self.to_mean  # b 1 c
@@ -119,13 +131,13 @@ class AnalyticHost:
     def picture(self, latent: torch.Tensor) -> Image.Image:
         return Image.new("RGB", (latent.shape[-1] * 8, latent.shape[-2] * 8))
 
-    def out_of_memory(self, error: BaseException) -> bool:
+    def is_out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, torch.cuda.OutOfMemoryError)
 
-    def free_unused_memory(self) -> None:
+    def free_unused(self) -> None:
         pass
 
-    def memory_used(self) -> int:
+    def used(self) -> int:
         return 0
 
 
@@ -145,15 +157,19 @@ def weights(trained: Trained) -> torch.Tensor:
     return torch.cat([value.flatten() for value in trained.adapter.state_dict().values()])
 
 
-def told(trained: Trained) -> dict:
-    """All that a run tells but its time."""
+def reported(trained: Trained) -> dict:
+    """All that a run reports but its time."""
     training = {key: value for key, value in trained.info.training.items() if key != "seconds"}
-    return {"losses": trained.losses, "history": trained.history, "training": training}
+    return {
+        "losses": trained.losses,
+        "history": [asdict(measured) for measured in trained.history],
+        "training": training,
+    }
 
 
 def assert_same(one: Trained, other: Trained) -> None:
     """Bit for bit."""
-    assert told(one) == told(other)
+    assert reported(one) == reported(other)
     assert torch.equal(weights(one), weights(other))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class Commands:
-    """One command at a time; what all of them say goes to `log`."""
+    """One command at a time; the output of all of them goes to `log`."""
 
     def __init__(self, log: Path):
         self.log, self.pid, pipe = log, 0, subprocess.PIPE
@@ -43,7 +43,7 @@ def _serve(log: Path) -> None:
 
     use_comfyui(cpu=True)
 
-    import comfyui_agd.agd_core.comfyui.model.host
+    import comfyui_agd.agd_core.comfyui.model.comfy_model
     import comfyui_agd.examples.toy.model  # noqa: F401
 
     # Planning takes longer than all of a small run.
@@ -51,9 +51,9 @@ def _serve(log: Path) -> None:
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            said = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
+            output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
             status = main(json.loads(line))
             sys.stdout.flush()
             os._exit(status)

@@ -13,10 +13,10 @@ import torch
 
 @dataclass
 class Finished:
-    """What a process of several left: its exit status, what it said, what it trained (None if it was stopped)."""
+    """What a process of several left: its exit status, its output, what it trained (None if it was stopped)."""
 
     status: int
-    said: str
+    output: str
     trained: dict | None
 
 
@@ -41,8 +41,8 @@ def train_together(
     finished = []
     try:
         for rank, process in enumerate(processes):
-            said, result = process.communicate(timeout=120)[0], Path(f"{folder}.{count}.{rank}")
-            finished.append(Finished(process.returncode, said, torch.load(result) if result.exists() else None))
+            output, result = process.communicate(timeout=120)[0], Path(f"{folder}.{count}.{rank}")
+            finished.append(Finished(process.returncode, output, torch.load(result) if result.exists() else None))
     finally:
         for process in processes:
             process.kill()
@@ -50,8 +50,9 @@ def train_together(
 
 
 def _train(task: dict) -> None:
-    from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost, stop_after, told, weights
+    from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, reported, stop_after, weights
     from comfyui_agd.training.distributed import Ranks
+    from comfyui_agd.training.run_setup import RunOptions
     from comfyui_agd.training.trainer import Callbacks, train
 
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in task["settings"].items()}
@@ -59,13 +60,13 @@ def _train(task: dict) -> None:
     stopped = task["stop"] and os.environ["RANK"] == "1"
     with Ranks():
         trained = train(
-            AnalyticHost(),
+            AnalyticModel(),
             PROMPTS,
             replace(CONFIG, **settings),
             stop_after(task["stop"]) if stopped else Callbacks(),
-            folder=Path(task["folder"]),
+            options=RunOptions(folder=Path(task["folder"])),
         )
-    torch.save({**told(trained), "weights": weights(trained)}, task["result"])
+    torch.save({**reported(trained), "weights": weights(trained)}, task["result"])
 
 
 if __name__ == "__main__":

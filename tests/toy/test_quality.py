@@ -196,11 +196,12 @@ def test_a_recording_goes_with_its_prompts(tmp_path):
     small = ToyExperiment(WorkFolder(tmp_path), dataclasses.replace(QUICK_SIZES, iterations=2))
     config, given = small.train_config(), small.prompts(negatives=True)
     recording, prompts = small.recording(config, given)
-    batch, host = recording.source(config, range(config.batch)).next(0), small.host()
-    positive, negative = host.encode(prompts), host.encode(given.negatives, "negative")
-    with host.session():
-        cond = host.denoise(batch.x, batch.sigma, [positive[i] for i in batch.positive.tolist()])
-        uncond = host.denoise(batch.x, batch.sigma, [negative[i] for i in batch.negative.tolist()])
+    batch, model = recording.source(config, range(config.batch)).next(0), small.model()
+    encode, denoiser = model.text_encoder.encode, model.denoiser
+    positive, negative = encode(prompts), encode(given.negatives, "negative")
+    with denoiser.session():
+        cond = denoiser.denoise(batch.x, batch.sigma, [positive[i] for i in batch.positive.tolist()])
+        uncond = denoiser.denoise(batch.x, batch.sigma, [negative[i] for i in batch.negative.tolist()])
     torch.testing.assert_close(cond, batch.cond, atol=2e-2, rtol=0)
     torch.testing.assert_close(uncond, batch.uncond, atol=2e-2, rtol=0)
 
@@ -312,7 +313,7 @@ def test_the_forms_of_training_free_guidance_are_compared_with_cfg(tmp_path, cap
 def test_the_loaders_form_and_nags_are_among_them(draw, parts, form):
     own = SimpleNamespace(parts=parts, host=lambda: SimpleNamespace(base=describe_base(parts.model.model)))
     forms = {name: each for section in training_free.FORMS.values() for name, each in section.items()}
-    usual = baselines.normalised(parts.model, own.host().base)
+    usual = baselines.normalised(parts.model, own.model().base)
     if form == "s = 0.35":
-        usual = apply_adapter(parts.model, *attention_guidance(own.host().base), source="the loader's")
+        usual = apply_adapter(parts.model, *attention_guidance(own.model().base), source="the loader's")
     assert torch.equal(draw(training_free.patched(own, forms[form]))[0], draw(usual)[0])

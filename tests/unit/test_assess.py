@@ -12,17 +12,17 @@ from PIL import Image
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.guidance import cfg
-from comfyui_agd.tests.support.analytic import CHANNELS, PROMPTS, AnalyticHost, Stopped
+from comfyui_agd.tests.support.analytic import CHANNELS, PROMPTS, AnalyticModel, Stopped
 from comfyui_agd.tests.support.small import info_for, randomised
-from comfyui_agd.training.assess import AssessConfig, _of_sums, assess, rule_of
+from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, _of_sums, assess, rule_of
 from comfyui_agd.training.assessment import Estimate, Transfer
-from comfyui_agd.training.evaluate import evaluate, follow_teacher
+from comfyui_agd.training.evaluate import Trajectories, evaluate, follow_teacher
 from comfyui_agd.training.solvers import solver_step
 
 SMALL = AssessConfig(omegas=(3.0, 6.0), steps=4, count=3, width=64, height=64)
 
 
-class Partly(AnalyticHost):
+class Partly(AnalyticModel):
     """An analytic base whose student is a known share of the way from the unguided prediction to CFG's."""
 
     def __init__(self, share: float, **options):
@@ -36,20 +36,21 @@ class Partly(AnalyticHost):
 
 
 class EulerSampler:
-    """`training.assess.Sampler` on a host: what it is asked for is remembered."""
+    """`training.assess.Sampler` on an analytic model: what it is asked for is remembered."""
 
-    def __init__(self, host, adapter, rows: int = 1):
-        self.host, self.adapter, self.rows = host, adapter, rows
+    def __init__(self, model, adapter, rows: int = 1):
+        self.model, self.adapter, self.rows = model, adapter, rows
         self.notes, self.asked = ["something to know."], []
 
-    def __call__(self, method, noise, prompt, negative, *, omega, steps, progress):
+    def __call__(self, method, noise, prompts, *, omega, steps, progress):
+        prompt, negative = prompts
         self.asked.append((method, noise, omega, steps))
-        sigmas = self.host.sigmas("normal", steps)
-        x, scale = self.host.start(noise, sigmas[:1]), torch.tensor([omega])
+        sigmas = self.model.sigmas("normal", steps)
+        x, scale = self.model.start(noise, sigmas[:1]), torch.tensor([omega])
         for sigma, sigma_next in zip(sigmas[:-1, None], sigmas[1:, None], strict=True):
-            cond, uncond = (self.host.denoise(x, sigma, [each]) for each in (prompt, negative))
+            cond, uncond = (self.model.denoise(x, sigma, [each]) for each in (prompt, negative))
             if method == "agd":
-                aim = self.host.student(self.adapter, x, sigma, [prompt], [negative], scale)
+                aim = self.model.student(self.adapter, x, sigma, [prompt], [negative], scale)
             else:
                 aim = cond if method == "unguided" else cfg(cond, uncond, scale)
             x = solver_step(x, aim, sigma, sigma_next)
@@ -57,23 +58,25 @@ class EulerSampler:
         return x, steps * {"unguided": 1, "guided": 2, "agd": self.rows}[method]
 
 
-def info_and_state(host, training: dict | None = None, random: bool = False):
-    info = info_for(host.base, kind="cross_attention", hidden=8, encoder_width=8, prompt_tokens=3)
+def info_and_state(model, training: dict | None = None, random: bool = False):
+    info = info_for(model.base, kind="cross_attention", hidden=8, encoder_width=8, prompt_tokens=3)
     torch.manual_seed(0)
     adapter = Adapter(info.config)
     return replace(info, training=training or {}), (randomised(adapter) if random else adapter).state_dict()
 
 
-def assessed(host, config: AssessConfig = SMALL, training: dict | None = None, random: bool = False, **options):
-    info, state = info_and_state(host, training, random)
+def assessed(model, config: AssessConfig = SMALL, training: dict | None = None, random: bool = False, **options):
+    info, state = info_and_state(model, training, random)
     adapter = Adapter(info.config)
     adapter.load_state_dict(state)
-    options = {"sampler": EulerSampler(host, adapter), "prompts": PROMPTS, **options}
-    return assess(host, info=info, state=state, config=config, source="a.safetensors", **options)
+    texts = PromptTexts(options.pop("prompts", PROMPTS), options.pop("negative", [""]))
+    return assess(
+        model, EulerSampler(model, adapter), Candidate(info, state, "a.safetensors"), texts, config, **options
+    )
 
 
 def test_an_adapter_that_does_nothing_closes_no_gap_and_is_as_far_from_cfg_as_no_guidance():
-    found = assessed(AnalyticHost())
+    found = assessed(AnalyticModel())
     for closeness in found.by_omega.values():
         assert closeness.gap_closed == Estimate(0.0, 0.0)
         assert closeness.direction_cosine.value == 0
@@ -102,13 +105,14 @@ def test_half_the_way_is_three_quarters_of_the_squared_gap():
 
 
 def test_what_is_measured_is_what_training_measures():
-    host = AnalyticHost()
-    info, state = info_and_state(host, random=True)
+    model = AnalyticModel()
+    info, state = info_and_state(model, random=True)
     adapter = Adapter(info.config)
     adapter.load_state_dict(state)
-    positive, negative = host.encode(PROMPTS[:3]), host.encode([""] * 3)
-    states = follow_teacher(host, positive, negative, (CHANNELS, 8, 8), SMALL.omegas, steps=4, seed=SMALL.seed)
-    expected, found = evaluate(host, adapter, states), assessed(host, random=True)
+    positive, negative = model.encode(PROMPTS[:3]), model.encode([""] * 3)
+    trajectories = Trajectories((CHANNELS, 8, 8), SMALL.omegas, steps=4, seed=SMALL.seed)
+    states = follow_teacher(model, positive, negative, trajectories)
+    expected, found = evaluate(model, adapter, states), assessed(model, random=True)
     for omega, closeness in found.by_omega.items():
         assert closeness.gap_closed.value == pytest.approx(expected.gap_closed[omega])
         assert closeness.direction_cosine.value == pytest.approx(expected.direction_cosine[omega])
@@ -129,7 +133,7 @@ def test_the_standard_error_is_the_spread_of_many_repetitions(function):
 
 
 def test_the_standard_error_is_over_images():
-    found = assessed(AnalyticHost(), replace(SMALL, count=6), random=True)
+    found = assessed(AnalyticModel(), replace(SMALL, count=6), random=True)
     gap, cosine, distance = (
         getattr(found.by_omega[3.0], key) for key in ("gap_closed", "direction_cosine", "distance")
     )
@@ -138,16 +142,16 @@ def test_the_standard_error_is_over_images():
 
 
 def test_a_single_image_has_no_standard_error():
-    found = assessed(AnalyticHost(), replace(SMALL, count=1, omegas=(3.0,)), random=True)
+    found = assessed(AnalyticModel(), replace(SMALL, count=1, omegas=(3.0,)), random=True)
     assert {found.by_omega[3.0].gap_closed.se, found.costs["agd"].seconds_per_image.se} == {None}
     assert "±" not in found.report().replace("± is", "")
 
 
 def test_every_method_starts_from_equal_noise_and_the_warm_up_is_not_counted():
-    host = AnalyticHost()
-    info, state = info_and_state(host)
-    sampler = EulerSampler(host, Adapter(info.config))
-    found = assess(host, sampler, info, state, PROMPTS[:2], SMALL, source="a")
+    model = AnalyticModel()
+    info, state = info_and_state(model)
+    sampler = EulerSampler(model, Adapter(info.config))
+    found = assess(model, sampler, Candidate(info, state, "a"), PromptTexts(PROMPTS[:2]), SMALL)
     warm_up, asked = sampler.asked[:3], sampler.asked[3:]
     assert [(method, steps) for method, _, _, steps in warm_up] == [("unguided", 2), ("guided", 2), ("agd", 2)]
     assert len(asked) == SMALL.count * (1 + 2 * len(SMALL.omegas))
@@ -161,22 +165,22 @@ def test_every_method_starts_from_equal_noise_and_the_warm_up_is_not_counted():
 
 
 def test_negative_prompts_take_turns_too():
-    host = AnalyticHost()
+    model = AnalyticModel()
     one, other, both = (
-        assessed(host, random=True, negative=negative).gap_closed
+        assessed(model, random=True, negative=negative).gap_closed
         for negative in (["a red star"], ["a blue ring"], ["a red star", "a blue ring"])
     )
     assert len({one, other, both}) == 3
     with pytest.raises(ValueError, match="Guidance changes nothing here"):
-        assessed(host, prompts=["a red star"], negative=["a red star"])
+        assessed(model, prompts=["a red star"], negative=["a red star"])
 
 
 def test_the_adapters_own_teacher_is_what_it_is_measured_against():
     training = {"config": {"teacher": "interval", "interval_sigma_min": 1.0, "interval_sigma_max": 5.0, "batch": 4}}
-    host = AnalyticHost()
-    info, _ = info_and_state(host, training)
+    model = AnalyticModel()
+    info, _ = info_and_state(model, training)
     assert (rule_of(info).name, rule_of(info).sigma_max) == ("interval", 5.0)
-    found = assessed(host, training=training)
+    found = assessed(model, training=training)
     assert found.teacher == "INTERVAL"
     sigmas = [level.sigma for level in found.by_omega[3.0].by_sigma]
     assert sigmas
@@ -187,24 +191,24 @@ def test_the_adapters_own_teacher_is_what_it_is_measured_against():
 
 
 def test_omegas_and_sizes_are_those_of_the_training_unless_chosen():
-    host = AnalyticHost()
-    assert list(assessed(host, replace(SMALL, omegas=()), {"gap_closed": {"2.5": 0.5}}).by_omega) == [2.5]
-    assert list(assessed(host, replace(SMALL, omegas=())).by_omega) == [2.3, 5.2, 12.0]
-    info, state = info_and_state(host)
+    model = AnalyticModel()
+    assert list(assessed(model, replace(SMALL, omegas=()), {"gap_closed": {"2.5": 0.5}}).by_omega) == [2.5]
+    assert list(assessed(model, replace(SMALL, omegas=())).by_omega) == [2.3, 5.2, 12.0]
+    info, state = info_and_state(model)
     info = replace(info, resolutions=((10, 12), (8, 8)))
-    sampler = EulerSampler(host, Adapter(info.config))
+    sampler = EulerSampler(model, Adapter(info.config))
     for size, expected in (({}, (10, 12)), ({"width": 64}, (10, 8)), ({"width": 80, "height": 72}, (9, 10))):
         config = AssessConfig(omegas=(3.0,), steps=2, count=1, **size)
-        assert assess(host, sampler, info, state, PROMPTS, config, source="a").latent == expected
+        assert assess(model, sampler, Candidate(info, state, "a"), PromptTexts(PROMPTS), config).latent == expected
 
 
 def test_what_training_reported_is_interpolated_in_log_omega():
     training = {"gap_closed": {"2": 0.8, "8": 0.4}}
-    host = Partly(1.0)
+    model = Partly(1.0)
     for omega, reported in ((1.5, 0.8), (2.0, 0.8), (4.0, 0.6), (12.0, 0.4)):
-        found = assessed(host, replace(SMALL, omegas=(omega,)), training)
+        found = assessed(model, replace(SMALL, omegas=(omega,)), training)
         assert found.transfer.reported == pytest.approx(reported)
-    assert assessed(host).transfer.reported is None
+    assert assessed(model).transfer.reported is None
 
 
 @pytest.mark.parametrize(
@@ -235,20 +239,32 @@ def test_the_remedy_for_its_own_checkpoint_is_no_new_training():
 
 
 def test_a_sibling_is_told_from_the_checkpoint_of_the_training_and_so_are_loras():
-    host = AnalyticHost()
-    assert "the checkpoint that it was trained on" in assessed(host).report()
-    info, state = info_and_state(host)
+    model = AnalyticModel()
+    assert "the checkpoint that it was trained on" in assessed(model).report()
+    info, state = info_and_state(model)
     untold = replace(info, base=replace(info.base, fingerprint=""))
-    sampler = EulerSampler(host, Adapter(info.config))
-    assert "context 16).\n" in assess(host, sampler, untold, state, PROMPTS, SMALL, source="a").report()
-    sibling = AnalyticHost(base=replace(host.base, fingerprint="another"), teacher={"patched_weights": 7})
-    found = assess(sibling, EulerSampler(sibling, Adapter(info.config)), info, state, PROMPTS, SMALL, source="a")
+    sampler = EulerSampler(model, Adapter(info.config))
+    unknown = assess(model, sampler, Candidate(untold, state, "a"), PromptTexts(PROMPTS), SMALL)
+    assert "context 16).\n" in unknown.report()
+    sibling = AnalyticModel(base=replace(model.base, fingerprint="another"), base_patches={"patched_weights": 7})
+    sampler = EulerSampler(sibling, Adapter(info.config))
+    found = assess(sibling, sampler, Candidate(info, state, "a"), PromptTexts(PROMPTS), SMALL)
     assert not found.transfer.same_weights
     assert "other weights than those of its training" in found.report()
     assert found.notes == [
         "LoRAs and the like patch 7 weights of this model, but 0 of the one it was trained on.",
         "something to know.",
     ]
+
+
+@pytest.mark.parametrize("key", ["base_patches", "teacher"])  # the latter in files of earlier versions
+def test_the_patches_of_the_base_that_it_was_trained_on_are_known(key):
+    patched = AnalyticModel(base_patches={"patched_weights": 7})
+    assert assessed(patched, training={key: {"patched_weights": 7}}).notes == ["something to know."]
+    assert (
+        "7 weights of this model, but 3 of the one"
+        in assessed(patched, training={key: {"patched_weights": 3}}).notes[0]
+    )
 
 
 def test_the_report_and_the_json_say_it_all():
@@ -283,12 +299,12 @@ def test_the_picture_has_a_row_per_image_and_shows_differences():
 
 
 def test_raising_from_progress_stops_at_any_evaluation():
-    last, host = {}, AnalyticHost()
+    last, model = {}, AnalyticModel()
 
     def remember(progress):
         last[progress.phase] = progress
 
-    assessed(host, progress=remember)
+    assessed(model, progress=remember)
     assert list(last) == ["encode", "teacher", "adapter", "sample"]
     assert all(progress.step == progress.total for progress in last.values())
     for phase in last:
@@ -298,27 +314,27 @@ def test_raising_from_progress_stops_at_any_evaluation():
                 raise Stopped
 
         with pytest.raises(Stopped):
-            assessed(host, progress=stop)
+            assessed(model, progress=stop)
 
 
-def test_rows_that_do_not_fit_are_halved():
-    host = AnalyticHost(fits=2)
-    whole, halved = assessed(AnalyticHost(), random=True), assessed(host, random=True)
-    assert max(host.student_rows) == 3  # tried, and then
+def test_rows_are_halved_when_memory_runs_out():
+    model = AnalyticModel(most_rows=2)
+    whole, halved = assessed(AnalyticModel(), random=True), assessed(model, random=True)
+    assert max(model.student_rows) == 3  # tried, and then
     assert whole.by_omega[3.0].gap_closed.value == pytest.approx(halved.by_omega[3.0].gap_closed.value)
 
 
 def test_what_cannot_be_evaluated_is_one_sentence():
     with pytest.raises(ValueError, match="There are no prompts to evaluate with"):
-        assessed(AnalyticHost(), prompts=["", "  "])
+        assessed(AnalyticModel(), prompts=["", "  "])
     with pytest.raises(ValueError, match=r"count is 0, but must be 1 or more; width is 32, but must be 64 or more"):
         AssessConfig(count=0, width=32)
     with pytest.raises(ValueError, match="cfg is 1, but guidance begins above 1"):
         AssessConfig(omegas=(1.0,))
     with pytest.raises(ValueError, match="cfg is nan"):
         AssessConfig(omegas=(math.nan,))
-    host = AnalyticHost()
-    other = AnalyticHost(base=replace(host.base, prediction="V_PREDICTION"))
-    info, state = info_and_state(host)
+    model = AnalyticModel()
+    other = AnalyticModel(base=replace(model.base, prediction="V_PREDICTION"))
+    info, state = info_and_state(model)
     with pytest.raises(AdapterFileError, match="was made for Analytic"):
-        assess(other, EulerSampler(other, None), info, state, PROMPTS, SMALL, source="a.safetensors")
+        assess(other, EulerSampler(other, None), Candidate(info, state, "a.safetensors"), PromptTexts(PROMPTS), SMALL)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from comfyui_agd.training import cli
+from comfyui_agd.training.arguments import parse
 from comfyui_agd.training.assess import AssessConfig
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.job import to_toml
@@ -25,19 +26,19 @@ def folder(tmp_path, monkeypatch) -> Path:
 def test_every_setting_has_a_flag_and_a_key_in_a_config_file(folder, f):
     value = not f.default if isinstance(f.default, bool) else f.default
     (folder / "c.toml").write_text(to_toml({f.name: value}))
-    assert cli._chosen(cli._parse([*BASE, "--config", "c.toml"])) == {f.name: value}
+    assert cli._chosen(parse([*BASE, "--config", "c.toml"])) == {f.name: value}
 
 
 def test_flags_win_over_the_config_file(folder):
     (folder / "c.toml").write_text('iterations = 7\nbatch = 2\nloader = "other:load"\n')
-    args = cli._parse([*BASE, "--config", "c.toml", "--iterations", "9"])
+    args = parse([*BASE, "--config", "c.toml", "--iterations", "9"])
     assert cli._chosen(args) == {"iterations": 9, "batch": 2}
     assert args.loader == "some.module:load"
 
 
 def test_a_card_is_its_memory_unless_memory_is_given():
-    assert cli._chosen(cli._parse([*BASE, "--card", "12 GB"])) == {"memory": 11.5}
-    assert cli._chosen(cli._parse([*BASE, "--card", "12 GB", "--memory", "5"])) == {"memory": 5.0}
+    assert cli._chosen(parse([*BASE, "--card", "12 GB"])) == {"memory": 11.5}
+    assert cli._chosen(parse([*BASE, "--card", "12 GB", "--memory", "5"])) == {"memory": 5.0}
 
 
 def test_help_names_every_setting_with_its_default(capsys):

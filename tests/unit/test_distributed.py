@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost, told, weights
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, reported, weights
 from comfyui_agd.tests.support.ranks import Finished, train_together
 from comfyui_agd.training.distributed import Ranks
+from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import Trained, train
 
 VARIED = {"aspect_ratios": ("1:1", "2:1"), "reuse": 2, "on_policy": 0.5, "on_policy_from": 0.2, "iterations": 10}
@@ -16,14 +17,14 @@ VARIED = {"aspect_ratios": ("1:1", "2:1"), "reuse": 2, "on_policy": 0.5, "on_pol
 
 @pytest.fixture(scope="module")
 def alone() -> Trained:
-    return train(AnalyticHost(), PROMPTS, replace(CONFIG, **VARIED))
+    return train(AnalyticModel(), PROMPTS, replace(CONFIG, **VARIED))
 
 
 def assert_as_alone(ranks: list[Finished], alone: Trained) -> None:
     """To the accuracy of another order of sums."""
-    expected = told(alone)
+    expected = reported(alone)
     for rank in ranks:
-        assert rank.status == 0, rank.said
+        assert rank.status == 0, rank.output
         assert rank.trained["losses"] == pytest.approx(expected["losses"], rel=1e-3)
         torch.testing.assert_close(rank.trained["weights"], weights(alone), rtol=1e-3, atol=1e-3)
         scores = [entry["score"] for entry in rank.trained["history"]]
@@ -50,11 +51,11 @@ def test_a_run_of_two_ranks_goes_on_with_another_number_of_them(tmp_path, alone)
     folder = tmp_path / "a.run"
     stopped = train_together(2, folder, stop=7, **VARIED)
     assert all(rank.status for rank in stopped)
-    assert "Stopped" in stopped[1].said
-    assert "KeyboardInterrupt" in stopped[0].said
+    assert "Stopped" in stopped[1].output
+    assert "KeyboardInterrupt" in stopped[0].output
     assert [path.name for path in sorted(folder.glob("state-*"))] == ["state-000005.pt", "state-000007.pt"]
-    resumed = train(AnalyticHost(), PROMPTS, replace(CONFIG, **VARIED), folder=folder)
-    assert_as_alone([Finished(0, "", {**told(resumed), "weights": weights(resumed)})], alone)
+    resumed = train(AnalyticModel(), PROMPTS, replace(CONFIG, **VARIED), options=RunOptions(folder=folder))
+    assert_as_alone([Finished(0, "", {**reported(resumed), "weights": weights(resumed)})], alone)
     assert len(metrics(folder)) == len(alone.losses) + len(alone.history)
 
 
@@ -62,7 +63,7 @@ def test_alone_nothing_is_sent():
     with Ranks() as ranks:
         x = torch.arange(4.0)
         assert ranks.first
-        assert ranks.lanes(4) == range(4)
+        assert ranks.rows(4) == range(4)
         assert ranks.sum(x) is x
         assert ranks.gather(x) is x
         assert ranks.share(x) is x
@@ -75,15 +76,15 @@ def as_rank(monkeypatch, rank: int, count: int) -> None:
     monkeypatch.setattr(Ranks, "__init__", lambda self: vars(self).update(rank=rank, count=count))
 
 
-def test_lanes_are_blocks_of_the_batch(monkeypatch):
-    lanes = []
+def test_rows_are_blocks_of_the_batch(monkeypatch):
+    rows = []
     for rank in range(3):
         as_rank(monkeypatch, rank, 3)
-        lanes += Ranks().lanes(6)
-    assert lanes == list(range(6))
+        rows += Ranks().rows(6)
+    assert rows == list(range(6))
 
 
 def test_a_batch_that_ranks_can_not_share_is_refused(monkeypatch):
     as_rank(monkeypatch, 1, 2)
     with pytest.raises(ValueError, match="A batch of 3 can't be shared by 2 processes; make it a multiple"):
-        train(AnalyticHost(), PROMPTS, replace(CONFIG, batch=3))
+        train(AnalyticModel(), PROMPTS, replace(CONFIG, batch=3))

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.prompts import fragments
 
 LONG = ["a photo of an owl, soft light, in the snow", "two lions"]
 
 
-def negatives(negative=(), host=None, prompts=LONG, **config) -> list[str]:
-    return Job(host or AnalyticHost(), prompts, replace(CONFIG, **config), Path("a.safetensors"), negative).negatives
+def negatives(negative=(), model=None, prompts=LONG, **config) -> list[str]:
+    return Job(model or AnalyticModel(), prompts, replace(CONFIG, **config), Path("a.safetensors"), negative).negatives
 
 
-class FewWords(AnalyticHost):
+class FewWords(AnalyticModel):
     """As the toy: unknown words are an error."""
 
     def encode(self, prompts, kind="positive"):
@@ -48,12 +48,12 @@ def test_a_kind_that_uses_none_learns_from_exactly_those_given(kind):
 
 
 def test_with_a_recording_they_are_the_recorded_ones_whichever_kind_is_trained():
-    job = Job(AnalyticHost(), LONG, CONFIG, Path("a.safetensors"), ["blurry", "", "text"], recording=object())
+    job = Job(AnalyticModel(), LONG, CONFIG, Path("a.safetensors"), ["blurry", "", "text"], recording=object())
     assert job.negatives == ["blurry", "", "text"]
 
 
 def test_the_built_in_ones_are_left_out_where_the_text_encoder_does_not_know_their_words():
-    few, all_words = set(negatives(host=FewWords())), set(negatives())
+    few, all_words = set(negatives(model=FewWords())), set(negatives())
     assert few < all_words
     assert all(any(text in prompt for prompt in LONG) for text in few)
 

@@ -26,11 +26,17 @@ LAYERS = tuple(small_layer(f"input_{i}_0", f"blocks.{i}", 640, 768) for i in ran
 
 
 @dataclass
-class PlainHost:
+class PlainModel:
     """At 512 x 512 the student takes 1 GB per row, checkpointed 0.2 GB, the teacher 0.1 GB, and 0.05 GB besides."""
 
     base: BaseInfo = field(default_factory=lambda: BaseInfo("Plain", "EPS", LAYERS))
     traced: list = field(default_factory=list)
+
+    @property
+    def denoiser(self):
+        return self
+
+    memory = denoiser
 
     def latent_shape(self, width, height):
         return 4, height // 8, width // 8
@@ -50,7 +56,7 @@ class PlainHost:
         each, flops = (0.2, 4e12) if checkpointing else (1.0, 3e12)
         return self._cost("checkpointed" if checkpointing else "kept", shape, rows, each, flops)
 
-    def trace_teacher(self, shape, rows):
+    def trace_base(self, shape, rows):
         return self._cost("teacher", shape, rows, 0.1, 1e12)
 
     def matmul_rate(self):
@@ -61,17 +67,17 @@ CONFIG = TrainConfig(batch=8, iterations=100, pool=4, steps_min=10, steps_max=20
 
 
 @pytest.fixture
-def host():
-    return PlainHost()
+def model():
+    return PlainModel()
 
 
-def parameters(host, config: TrainConfig = CONFIG) -> int:
-    return Adapter(config.adapter_config(host.base, 77)).parameter_count()
+def parameters(model, config: TrainConfig = CONFIG) -> int:
+    return Adapter(config.adapter_config(model.base, 77)).parameter_count()
 
 
-def room_for(host, work: float, base: float = 2.0, config: TrainConfig = CONFIG) -> int:
+def room_for(model, work: float, base: float = 2.0, config: TrainConfig = CONFIG) -> int:
     """Just enough bytes for a step that takes `work` GB beside the adapter's state."""
-    return int(((base + work) * GB + 20 * parameters(host, config)) / (1 - SAFETY)) + 2
+    return int(((base + work) * GB + 20 * parameters(model, config)) / (1 - SAFETY)) + 2
 
 
 WHOLE, PARTS = 0.05 + 8 * 1.0, {rows: 0.05 + 0.2 * rows for rows in (8, 4, 2, 1)}
@@ -86,37 +92,37 @@ WHOLE, PARTS = 0.05 + 8 * 1.0, {rows: 0.05 + 0.2 * rows for rows in (8, 4, 2, 1)
         (PARTS[8] - 0.01, 4, True),
     ],
 )
-def test_ways_are_preferred_in_order(host, work, micro_batch, checkpointing):
-    memory = room_for(host, work)
-    found = plan(host, CONFIG, memory)
+def test_ways_are_preferred_in_order(model, work, micro_batch, checkpointing):
+    memory = room_for(model, work)
+    found = plan(model, CONFIG, memory)
     assert (found.micro_batch, found.checkpointing) == (micro_batch, checkpointing)
-    assert found.base_bytes_on_device == found.base_bytes == host.base_bytes()
+    assert found.base_bytes_on_device == found.base_bytes == model.base_bytes()
     assert found.reserve == 0
     assert found.peak_bytes <= memory * (1 - SAFETY)
 
 
-def test_without_a_limit_the_batch_is_whole(host):
-    found = plan(host, CONFIG, None)
+def test_without_a_limit_the_batch_is_whole(model):
+    found = plan(model, CONFIG, None)
     assert (found.micro_batch, found.teacher_rows, found.checkpointing) == (8, 16, False)
-    assert found.peak_bytes == pytest.approx(2 * GB + WHOLE * GB + 20 * parameters(host), rel=1e-6)
+    assert found.peak_bytes == pytest.approx(2 * GB + WHOLE * GB + 20 * parameters(model), rel=1e-6)
 
 
 @pytest.mark.parametrize("memory", [None, 100 * GB])
-def test_what_the_config_fixes_stays(host, memory):
-    assert plan(host, replace(CONFIG, checkpointing="on"), memory).checkpointing
-    assert plan(host, replace(CONFIG, micro_batch=2), memory).micro_batch == 2
-    assert plan(host, replace(CONFIG, checkpointing="off"), room_for(host, 1.1)).micro_batch == 1
+def test_what_the_config_fixes_stays(model, memory):
+    assert plan(model, replace(CONFIG, checkpointing="on"), memory).checkpointing
+    assert plan(model, replace(CONFIG, micro_batch=2), memory).micro_batch == 2
+    assert plan(model, replace(CONFIG, checkpointing="off"), room_for(model, 1.1)).micro_batch == 1
 
 
-def test_the_teacher_takes_as_many_rows_as_fit_beside_the_student(host):
-    assert plan(host, CONFIG, room_for(host, 0.05 + 0.1 * 16)).teacher_rows == 16
-    assert plan(host, CONFIG, room_for(host, 0.05 + 0.1 * 4)).teacher_rows == 4
-    assert plan(host, CONFIG, room_for(host, 0.05 + 0.1 * 2)).teacher_rows == 2
+def test_the_teacher_takes_as_many_rows_as_fit_beside_the_student(model):
+    assert plan(model, CONFIG, room_for(model, 0.05 + 0.1 * 16)).teacher_rows == 16
+    assert plan(model, CONFIG, room_for(model, 0.05 + 0.1 * 4)).teacher_rows == 4
+    assert plan(model, CONFIG, room_for(model, 0.05 + 0.1 * 2)).teacher_rows == 2
 
 
-def test_a_part_of_the_base_stays_in_system_memory_at_last(host):
-    memory = room_for(host, PARTS[1], base=1.2)
-    found = plan(host, CONFIG, memory)
+def test_a_part_of_the_base_stays_in_system_memory_at_last(model):
+    memory = room_for(model, PARTS[1], base=1.2)
+    found = plan(model, CONFIG, memory)
     assert (found.micro_batch, found.teacher_rows, found.checkpointing) == (1, 1, True)
     assert 1.0 * GB < found.base_bytes_on_device < 1.3 * GB
     assert found.base_bytes_on_device + found.reserve == memory
@@ -124,10 +130,10 @@ def test_a_part_of_the_base_stays_in_system_memory_at_last(host):
     assert "of it stay in system memory" in found.describe()
 
 
-def test_without_checkpointing_no_part_of_the_base_can_stay_behind(host):
+def test_without_checkpointing_no_part_of_the_base_can_stay_behind(model):
     config = replace(CONFIG, checkpointing="off")
     with pytest.raises(DoesNotFit, match=r"it would fit with checkpointing auto\.$"):
-        plan(host, config, room_for(host, 1.05, base=1.9))
+        plan(model, config, room_for(model, 1.05, base=1.9))
 
 
 def advised(error: pytest.ExceptionInfo, config: TrainConfig) -> TrainConfig:
@@ -148,10 +154,10 @@ def advised(error: pytest.ExceptionInfo, config: TrainConfig) -> TrainConfig:
         (replace(CONFIG, hidden=512), 0.1),
     ],
 )
-def test_a_refusal_names_what_is_needed_and_a_setting_that_does_fit(host, config, work):
-    memory = room_for(host, work, base=0.05)
+def test_a_refusal_names_what_is_needed_and_a_setting_that_does_fit(model, config, work):
+    memory = room_for(model, work, base=0.05)
     with pytest.raises(DoesNotFit) as error:
-        plan(host, config, memory)
+        plan(model, config, memory)
     assert re.fullmatch(
         rf"Training at {config.width}x{config.height} with hidden {config.hidden} needs [\d.]+ GB on the device, which "
         rf"has {memory / GB:.1f} GB for it; it would fit with [^.]+\.",
@@ -159,85 +165,85 @@ def test_a_refusal_names_what_is_needed_and_a_setting_that_does_fit(host, config
     )
     changed = advised(error, config)
     assert changed != config
-    assert plan(host, changed, memory).peak_bytes <= memory
+    assert plan(model, changed, memory).peak_bytes <= memory
 
 
-def test_a_refusal_says_so_where_nothing_helps(host):
+def test_a_refusal_says_so_where_nothing_helps(model):
     with pytest.raises(DoesNotFit, match=r"has 0\.0 MB for it; no smaller pictures or hidden would make it fit\.$"):
-        plan(host, CONFIG, 1000)
+        plan(model, CONFIG, 1000)
 
 
-def test_a_smaller_hidden_helps_where_the_adapter_is_what_is_large(host):
+def test_a_smaller_hidden_helps_where_the_adapter_is_what_is_large(model):
     config = replace(CONFIG, width=64, height=64, hidden=512)
-    memory = room_for(host, 0.06, base=0.1, config=replace(config, hidden=256))
+    memory = room_for(model, 0.06, base=0.1, config=replace(config, hidden=256))
     with pytest.raises(DoesNotFit, match="it would fit with hidden 256"):
-        plan(host, config, memory)
+        plan(model, config, memory)
 
 
-def test_evaluations_are_those_that_training_spends(host):
+def test_evaluations_are_those_that_training_spends(model):
     # 100 steps of 8 states, both branches; 4 columns of 8 that start 7 steps in, on average.
     assert evaluations(CONFIG) == (2 * 8 * 100 + 2 * 8 * 4 * 7, 800)
     assert evaluations(replace(CONFIG, reuse=4))[0] == 2 * 8 * 25 + 2 * 8 * 4 * 7
-    found = plan(host, CONFIG, None)
+    found = plan(model, CONFIG, None)
     assert (found.teacher_evaluations, found.student_evaluations) == evaluations(CONFIG)
 
 
-def test_seconds_are_the_flops_of_all_evaluations(host):
-    found = plan(host, CONFIG, None)
+def test_seconds_are_the_flops_of_all_evaluations(model):
+    found = plan(model, CONFIG, None)
     assert found.seconds == pytest.approx((found.teacher_evaluations * 1e12 + 800 * 3e12) / 1e13)
-    twice = plan(host, replace(CONFIG, checkpointing="on"), None)
+    twice = plan(model, replace(CONFIG, checkpointing="on"), None)
     assert twice.seconds == pytest.approx((twice.teacher_evaluations * 1e12 + 800 * 4e12) / 1e13)
 
 
-def test_unknown_seconds_are_not_guessed(host, monkeypatch):
-    monkeypatch.setattr(host, "matmul_rate", lambda: 0.0)
-    found = plan(host, CONFIG, None)
+def test_unknown_seconds_are_not_guessed(model, monkeypatch):
+    monkeypatch.setattr(model, "matmul_rate", lambda: 0.0)
+    found = plan(model, CONFIG, None)
     assert found.seconds is None
     assert "time" not in found.describe()
 
 
-def test_the_disk_holds_the_states_and_the_adapter(host):
-    few, more = (plan(host, replace(CONFIG, keep_states=count), None).disk_bytes for count in (1, 2))
-    assert more - few == 20 * parameters(host)
+def test_the_disk_holds_the_states_and_the_adapter(model):
+    few, more = (plan(model, replace(CONFIG, keep_states=count), None).disk_bytes for count in (1, 2))
+    assert more - few == 20 * parameters(model)
 
 
-def test_the_disk_holds_the_visits_to_reuse(host):
+def test_the_disk_holds_the_visits_to_reuse(model):
     none, all_of_three, two = (
-        plan(host, replace(CONFIG, iterations=6, reuse=reuse, reuse_from=kept), None).disk_bytes
+        plan(model, replace(CONFIG, iterations=6, reuse=reuse, reuse_from=kept), None).disk_bytes
         for reuse, kept in ((1, 4), (2, 4), (2, 2))
     )
-    visit = 3 * 4 * CONFIG.batch * math.prod(host.latent_shape(CONFIG.width, CONFIG.height))
+    visit = 3 * 4 * CONFIG.batch * math.prod(model.latent_shape(CONFIG.width, CONFIG.height))
     assert all_of_three - none == 3 * visit * (CONFIG.keep_states + 1)
     assert all_of_three - two == visit * (CONFIG.keep_states + 1)
 
 
-def test_devices_share_the_batch_and_the_time(host):
-    one, four = plan(host, CONFIG, None), plan(host, CONFIG, None, ranks=4)
+def test_devices_share_the_batch_and_the_time(model):
+    one, four = plan(model, CONFIG, None), plan(model, CONFIG, None, ranks=4)
     assert four.micro_batch == 2
     assert four.seconds == pytest.approx(one.seconds / 4)
     assert four.teacher_evaluations == one.teacher_evaluations
 
 
-def test_the_largest_size_counts(host):
+def test_the_largest_size_counts(model):
     config = replace(CONFIG, aspect_ratios=("1:1", "2:1"))
-    shapes, real = [], host.latent_shape
-    host.latent_shape = lambda *size: shapes.append(size) or real(*size)
-    plan(host, config, None)
+    shapes, real = [], model.latent_shape
+    model.latent_shape = lambda *size: shapes.append(size) or real(*size)
+    plan(model, config, None)
     assert shapes == [max(config.buckets(), key=lambda size: size[0] * size[1])]
 
 
-def test_nothing_is_traced_that_need_not_be(host):
-    plan(host, replace(CONFIG, batch=1), None)
-    assert sorted(host.traced) == [("kept", 1), ("teacher", 2)]
+def test_nothing_is_traced_that_need_not_be(model):
+    plan(model, replace(CONFIG, batch=1), None)
+    assert sorted(model.traced) == [("kept", 1), ("teacher", 2)]
 
 
-def test_counting_parameters_takes_no_memory(host):
-    assert plan(host, CONFIG, None).adapter_parameters == parameters(host)
+def test_counting_parameters_takes_no_memory(model):
+    assert plan(model, CONFIG, None).adapter_parameters == parameters(model)
     assert torch.empty(0).device.type == "cpu"  # the meta device is not left on
 
 
-def test_the_description_says_it_all(host):
-    text = plan(host, CONFIG, int(24 * GB)).describe()
+def test_the_description_says_it_all(model):
+    text = plan(model, CONFIG, int(24 * GB)).describe()
     assert text.splitlines()[1:4] == [
         "evaluations  2,048 of the teacher, 800 of the student",
         "memory       10.1 GB of 24.0 GB, 2.0 GB of them the base",

@@ -3,11 +3,12 @@
 import pytest
 from PIL import Image
 
+from comfyui_agd.training.evaluate import Measurement
 from comfyui_agd.training.plot import Grid, contact_sheet, loss_plot, preview, smooth, stacked, training_plot
 
 
-def measured(step: int, closed: float) -> dict:
-    return {"step": step, "score": closed, "gap_closed": {"2.3": closed, "12": closed / 2}}
+def measured(step: int, closed: float) -> Measurement:
+    return Measurement(step, closed, {"2.3": closed, "12": closed / 2})
 
 
 def test_smooth_is_a_trailing_mean():
@@ -23,7 +24,7 @@ def test_any_losses_can_be_plotted(losses):
     ("history", "plots"),
     [
         ([], 1),
-        ([{"step": 5, "score": 0.5}], 1),  # as ranks have it that don't measure
+        ([Measurement(5, 0.5)], 1),  # as ranks have it that don't measure
         ([measured(5, 0.5)], 2),
         ([measured(5, -3.0), measured(10, 0.0)], 2),
     ],

@@ -6,20 +6,22 @@ import pytest
 import torch
 
 from comfyui_agd.agd_core.guidance import RULES, cfg
-from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel
+from comfyui_agd.training.model import EncodedPrompts
 from comfyui_agd.training.pool import Batch, TrajectoryPool
-from comfyui_agd.training.solvers import SOLVERS, solver_step
+from comfyui_agd.training.solvers import SOLVERS, Ancestral, SecondOrder, solver_step
 
 TWO_SIZES = replace(CONFIG, aspect_ratios=("1:1", "2:1"))
 
 
-def pool_of(config=CONFIG, lanes: range = range(4), filled: bool = True) -> TrajectoryPool:
-    host = AnalyticHost()
+def pool_of(config=CONFIG, rows: range = range(4), filled: bool = True) -> TrajectoryPool:
+    model = AnalyticModel()
 
-    def teacher(x, sigma, positive, negative):
-        return host.denoise(x, sigma, positive), host.denoise(x, sigma, negative)
+    def predict(x, sigma, positive, negative):
+        return model.denoise(x, sigma, positive), model.denoise(x, sigma, negative)
 
-    pool = TrajectoryPool(host, host.encode(PROMPTS), host.encode(["", "a blot"]), config, lanes, teacher)
+    prompts = EncodedPrompts(model.encode(PROMPTS), model.encode(["", "a blot"]))
+    pool = TrajectoryPool(model, prompts, config, rows, predict)
     if filled:
         pool.fill()
     return pool
@@ -46,17 +48,17 @@ def assert_equal(some: list[Batch], others: list[Batch], rows: slice = slice(Non
 
 
 @pytest.mark.parametrize("config", [CONFIG, replace(TWO_SIZES, reuse=3, on_policy=0.5)])
-def test_a_lane_is_the_same_however_many_share_the_batch(config):
-    whole, first, second = (go_on(pool_of(config, lanes), 20, share=1.0) for lanes in (range(4), range(2), range(2, 4)))
+def test_a_row_is_the_same_however_many_share_the_batch(config):
+    whole, first, second = (go_on(pool_of(config, rows), 20, share=1.0) for rows in (range(4), range(2), range(2, 4)))
     assert_equal(whole, first, slice(0, 2))
     assert_equal(whole, second, slice(2, 4))
 
 
 def test_a_batch_holds_what_the_teacher_says_there():
-    host = AnalyticHost()
+    model = AnalyticModel()
     for batch in go_on(pool_of(), 20):
-        prompts = [host.encode(PROMPTS)[i] for i in batch.positive]
-        torch.testing.assert_close(batch.cond, host.denoise(batch.x, batch.sigma, prompts))
+        prompts = [model.encode(PROMPTS)[i] for i in batch.positive]
+        torch.testing.assert_close(batch.cond, model.denoise(batch.x, batch.sigma, prompts))
         torch.testing.assert_close(batch.target, cfg(batch.cond, batch.uncond, batch.omega))
         assert (batch.omega >= CONFIG.omega_min).all()
         assert (batch.omega <= CONFIG.omega_max).all()
@@ -97,7 +99,7 @@ def test_trajectories_follow_the_teachers_rule(teacher):
 
 
 def test_batches_are_varied():
-    """All prompts, all phases, all solvers, both schedules; lanes at phases of their own."""
+    """All prompts, all phases, all solvers, both schedules; rows at phases of their own."""
     pool, numbers = pool_of(), {name: set() for name in ("positive", "negative", "solver", "scheduler", "steps")}
     phases = []
     for step in range(150):
@@ -126,7 +128,7 @@ def test_a_finished_trajectory_starts_anew_from_noise():
 def test_a_trajectory_is_that_of_its_solver(solver):
     """From its noise to its end, DPM-Solver++ 2M with the prediction before, the student's where that was followed."""
     config = replace(CONFIG, pool=1, solvers=(solver,), schedulers=("karras",), steps_min=6, steps_max=6, on_policy=0.5)
-    pool, sigmas, compared = pool_of(config, range(1)), AnalyticHost().sigmas("karras", 6), []
+    pool, sigmas, compared = pool_of(config, range(1)), AnalyticModel().sigmas("karras", 6), []
     before, sigma_before = None, None
     for step in range(60):
         position, generator = int(pool.numbers["position"][0, 0]), torch.Generator()
@@ -138,11 +140,9 @@ def test_a_trajectory_is_that_of_its_solver(solver):
         noise = torch.randn(batch.x.shape[1:], generator=generator)[None]
         pool.advance(batch, student, 1.0)
         if sigma_next > 0 and (position == 0 or before is not None):
-            options = {"ancestral": torch.tensor([solver == "euler_ancestral"]), "noise": noise}
-            options |= {"second_order": torch.tensor([solver == "dpmpp_2m" and position > 0])}
-            if position > 0:
-                options |= {"before": before, "sigma_before": sigma_before}
-            expected = solver_step(batch.x, denoised, sigma, sigma_next, **options)
+            ancestral = Ancestral(torch.tensor([solver == "euler_ancestral"]), noise)
+            second = SecondOrder(torch.tensor([solver == "dpmpp_2m"]), before, sigma_before) if position > 0 else None
+            expected = solver_step(batch.x, denoised, sigma, sigma_next, ancestral, second)
             torch.testing.assert_close(pool.x[0], expected)
             compared.append(policy < 0.5)
         before, sigma_before = denoised, sigma
@@ -151,28 +151,28 @@ def test_a_trajectory_is_that_of_its_solver(solver):
 
 
 @pytest.mark.parametrize("reuse", [1, 3])
-def test_undo_is_as_if_the_batch_had_not_been(reuse):
+def test_restored_generators_are_as_if_the_batch_had_not_been(reuse):
     config = replace(TWO_SIZES, reuse=reuse)
     pool, undisturbed = pool_of(config), go_on(pool_of(config), 20)
     for step, expected in enumerate(undisturbed):
         pool.next(step)
-        pool.undo()
+        pool.restore_generators()
         assert_equal([expected], go_on(pool, 1, step))
 
 
 def test_an_interrupt_inside_the_teacher_can_be_undone():
     pool, expected = pool_of(), go_on(pool_of(), 2)
-    teacher = pool.teacher
+    predict = pool.predict
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     go_on(pool, 1)
-    pool.teacher = interrupted
+    pool.predict = interrupted
     with pytest.raises(KeyboardInterrupt):
         pool.next(1)
-    pool.undo()
-    pool.teacher = teacher
+    pool.restore_generators()
+    pool.predict = predict
     assert_equal(expected[1:], go_on(pool, 1, 1))
 
 
@@ -189,12 +189,12 @@ def test_a_restored_pool_goes_on_to_the_bit(stop, tmp_path):
 
 def test_a_saved_state_does_not_move_with_the_pool():
     pool = pool_of()
-    _, lanes = pool.state_dict()
-    before = {name: value.clone() for name, value in lanes.items()}
+    _, per_row = pool.state_dict()
+    before = {name: value.clone() for name, value in per_row.items()}
     restored = pool_of(filled=False)
     restored.load_state_dict(*pool.state_dict())
     go_on(restored, 10)
-    assert all(torch.equal(value, before[name]) for name, value in lanes.items())
+    assert all(torch.equal(value, before[name]) for name, value in per_row.items())
 
 
 def test_reuse_brings_the_same_states_with_other_omegas():
@@ -213,7 +213,7 @@ def test_reuse_brings_the_same_states_with_other_omegas():
 def test_states_are_reused_from_recent_visits_only():
     pool = pool_of(replace(CONFIG, reuse=2, reuse_from=5))
     batches = go_on(pool, 40)
-    assert len(pool.seen) == 5
+    assert len(pool.visited) == 5
     for step in range(1, 40, 2):
         recent = [b.x for b in batches[max(0, step - 2 * 5 + 1) : step] if b.column is not None]
         assert any(torch.equal(x, batches[step].x) for x in recent)
@@ -228,11 +228,11 @@ def test_only_new_visits_cost_evaluations():
     assert costs == [8, 0, 0] * 3
 
 
-def test_filling_tells_what_it_cost():
+def test_filling_returns_what_it_cost():
     pool = pool_of(filled=False)
     seen = []
     spent = pool.fill(lambda done, total: seen.append((done, total)))
-    assert spent == sum(pool.host.teacher_rows)
+    assert spent == sum(pool.denoiser.base_rows)
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
 
@@ -240,7 +240,7 @@ def test_filling_tells_what_it_cost():
 def test_every_size_occurs_and_batches_are_of_one_size():
     config = replace(CONFIG, pool=1, aspect_ratios=("1:1", "2:1", "1:2"))
     shapes = [tuple(batch.x.shape[1:]) for batch in go_on(pool_of(config), 60)]
-    wanted = {AnalyticHost().latent_shape(*bucket) for bucket in config.buckets()}
+    wanted = {AnalyticModel().latent_shape(*bucket) for bucket in config.buckets()}
     assert set(shapes) == wanted
     assert len(wanted) == 3
     assert min(shapes.count(shape) for shape in wanted) > 10

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from comfyui_agd.agd_core.guidance import RULES, cfg
-from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_same, stop_after, weights
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, Stopped, assert_same, stop_after, weights
 from comfyui_agd.training import recording as module
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.pool import TrajectoryPool
 from comfyui_agd.training.recording import Recording, RecordingError, size_in_bytes
-from comfyui_agd.training.run import DifferentRun
+from comfyui_agd.training.run_setup import RunOptions
+from comfyui_agd.training.run_state import DifferentRun
 from comfyui_agd.training.trainer import train
 
 
@@ -23,7 +24,7 @@ def short_shards(monkeypatch):
 
 
 def make(folder: Path, config=CONFIG, batches: int = CONFIG.iterations, progress=lambda done, total: None) -> Recording:
-    return Job(AnalyticHost(), PROMPTS, config, folder, [""]).record(batches, progress)
+    return Job(AnalyticModel(), PROMPTS, config, folder, [""]).record(batches, progress)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,9 @@ def test_training_from_a_recording_is_online_training(recorded, monkeypatch):
 
     monkeypatch.setattr(TrajectoryPool, "next", watch("online", TrajectoryPool.next))
     monkeypatch.setattr(module.RecordedBatches, "next", watch("recorded", real))
-    online = train(AnalyticHost(), PROMPTS, CONFIG)
-    host = AnalyticHost()
-    trained = train(host, PROMPTS, CONFIG, recording=Recording.open(recorded))
+    online = train(AnalyticModel(), PROMPTS, CONFIG)
+    model = AnalyticModel()
+    trained = train(model, PROMPTS, CONFIG, options=RunOptions(recording=Recording.open(recorded)))
     assert len(seen["online"]) == len(seen["recorded"]) == CONFIG.iterations
     for one, other in zip(seen["online"], seen["recorded"], strict=True):
         for name in ("sigma", "omega", "positive", "negative"):
@@ -74,9 +75,9 @@ def test_training_from_a_recording_is_online_training(recorded, monkeypatch):
 
 
 def test_a_recording_costs_no_teacher_but_to_measure(recorded):
-    host = AnalyticHost()
-    train(host, PROMPTS, replace(CONFIG, held_out=0), recording=Recording.open(recorded))
-    assert len(host.teacher_rows) == len(host.student_rows)  # the student's own evaluations
+    model = AnalyticModel()
+    train(model, PROMPTS, replace(CONFIG, held_out=0), options=RunOptions(recording=Recording.open(recorded)))
+    assert len(model.base_rows) == len(model.student_rows)  # the student's own evaluations
 
 
 def test_further_passes_are_shuffled_with_other_omegas(recorded):
@@ -102,12 +103,23 @@ def test_a_rank_gets_its_lanes_of_a_recording(recorded):
 
 def test_training_from_a_recording_can_be_stopped(recorded, tmp_path):
     config = replace(CONFIG, iterations=30)
-    whole = train(AnalyticHost(), PROMPTS, config, recording=Recording.open(recorded))
+    whole = train(AnalyticModel(), PROMPTS, config, options=RunOptions(recording=Recording.open(recorded)))
     for stop in (3, 12, 20):
         opened = Recording.open(recorded)
         with pytest.raises(Stopped):
-            train(AnalyticHost(), PROMPTS, config, stop_after(stop), folder=tmp_path / "a.run", recording=opened)
-    resumed = train(AnalyticHost(), PROMPTS, config, folder=tmp_path / "a.run", recording=Recording.open(recorded))
+            train(
+                AnalyticModel(),
+                PROMPTS,
+                config,
+                stop_after(stop),
+                options=RunOptions(folder=tmp_path / "a.run", recording=opened),
+            )
+    resumed = train(
+        AnalyticModel(),
+        PROMPTS,
+        config,
+        options=RunOptions(folder=tmp_path / "a.run", recording=Recording.open(recorded)),
+    )
     assert_same(resumed, whole)
 
 
@@ -164,12 +176,11 @@ def test_a_damaged_shard_is_refused_before_its_states_are_trained_with(folder):
     shard.write_bytes(content)
     with pytest.raises(RecordingError, match=r"shard-00001\.safetensors is damaged \(its checksum differs\)"):
         train(
-            AnalyticHost(),
+            AnalyticModel(),
             PROMPTS,
             CONFIG,
             stop_after(100),
-            recording=Recording.open(folder),
-            folder=folder.parent / "a.run",
+            options=RunOptions(recording=Recording.open(folder), folder=folder.parent / "a.run"),
         )
     assert len((folder.parent / "a.run" / "metrics.jsonl").read_text().splitlines()) == 4
 
@@ -241,9 +252,9 @@ def test_any_teacher_can_be_learnt_from_a_recording(recorded, teacher):
     for step in (0, 11, 12, 30):
         batch = batches.next(step)
         assert torch.equal(batch.target, config.rule(batch.x, batch.sigma, batch.cond, batch.uncond, batch.omega))
-    trained = train(AnalyticHost(), PROMPTS, config, recording=recording)
+    trained = train(AnalyticModel(), PROMPTS, config, options=RunOptions(recording=recording))
     assert trained.info.training["config"]["teacher"] == teacher
-    assert trained.losses != train(AnalyticHost(), PROMPTS, CONFIG, recording=recording).losses
+    assert trained.losses != train(AnalyticModel(), PROMPTS, CONFIG, options=RunOptions(recording=recording)).losses
 
 
 def test_a_recording_follows_its_teacher(recorded, tmp_path):
@@ -252,14 +263,24 @@ def test_a_recording_follows_its_teacher(recorded, tmp_path):
 
 def test_a_recording_is_part_of_what_a_run_is(recorded, tmp_path):
     with pytest.raises(Stopped):
-        train(AnalyticHost(), PROMPTS, CONFIG, stop_after(3), folder=tmp_path / "a.run")
+        train(AnalyticModel(), PROMPTS, CONFIG, stop_after(3), options=RunOptions(folder=tmp_path / "a.run"))
     with pytest.raises(DifferentRun, match="recording: '' then"):
-        train(AnalyticHost(), PROMPTS, CONFIG, folder=tmp_path / "a.run", recording=Recording.open(recorded))
+        train(
+            AnalyticModel(),
+            PROMPTS,
+            CONFIG,
+            options=RunOptions(folder=tmp_path / "a.run", recording=Recording.open(recorded)),
+        )
 
 
 def test_a_recording_can_not_follow_the_student(recorded):
     with pytest.raises(ValueError, match="A recording can't follow the student: train from one with on_policy 0"):
-        train(AnalyticHost(), PROMPTS, replace(CONFIG, on_policy=0.5), recording=Recording.open(recorded))
+        train(
+            AnalyticModel(),
+            PROMPTS,
+            replace(CONFIG, on_policy=0.5),
+            options=RunOptions(recording=Recording.open(recorded)),
+        )
 
 
 @pytest.mark.parametrize("ratios", [(), ("1:1", "2:1")])
@@ -269,4 +290,4 @@ def test_the_size_is_told_before(tmp_path, monkeypatch, ratios):
     config = replace(CONFIG, width=512, height=512, aspect_ratios=ratios, steps_min=2, steps_max=2)
     make(tmp_path / "r", config, batches=40)
     size = sum(path.stat().st_size for path in (tmp_path / "r").iterdir())
-    assert size_in_bytes(AnalyticHost(), config, 40) == pytest.approx(size, rel=0.05)
+    assert size_in_bytes(AnalyticModel(), config, 40) == pytest.approx(size, rel=0.05)

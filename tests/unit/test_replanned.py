@@ -3,7 +3,8 @@
 import json
 from dataclasses import replace
 
-from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel
+from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import Callbacks, train
 
 LONG = replace(CONFIG, iterations=40, held_out=0, learning_rate=1e-3)
@@ -13,7 +14,7 @@ def rates(folder, iterations=lambda step, planned: planned) -> tuple[list[float]
     """The learning rate of every iteration, and of how many it was said to be."""
     totals = []
     callbacks = Callbacks(lambda progress: totals.append(progress.total), iterations=iterations)
-    train(AnalyticHost(), PROMPTS, LONG, callbacks, folder=folder)
+    train(AnalyticModel(), PROMPTS, LONG, callbacks, options=RunOptions(folder=folder))
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line["learning_rate"] for line in lines if "learning_rate" in line], totals
 

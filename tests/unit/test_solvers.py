@@ -3,7 +3,7 @@
 import torch
 
 from comfyui_agd.agd_core.guidance import per_row
-from comfyui_agd.training.solvers import SOLVERS, solver_step
+from comfyui_agd.training.solvers import SOLVERS, Ancestral, SecondOrder, solver_step
 
 ROWS = 3
 GENERATOR = torch.Generator().manual_seed(0)
@@ -17,11 +17,8 @@ def step(solvers: list[str], rows: slice = slice(None), sigma_next: torch.Tensor
         DENOISED[rows],
         SIGMA[rows],
         sigma_next[rows],
-        ancestral=torch.tensor([solver == "euler_ancestral" for solver in solvers]),
-        noise=NOISE[rows],
-        second_order=torch.tensor([solver == "dpmpp_2m" for solver in solvers]),
-        before=BEFORE[rows],
-        sigma_before=SIGMA_BEFORE[rows],
+        Ancestral(torch.tensor([solver == "euler_ancestral" for solver in solvers]), NOISE[rows]),
+        SecondOrder(torch.tensor([solver == "dpmpp_2m" for solver in solvers]), BEFORE[rows], SIGMA_BEFORE[rows]),
     )
 
 
@@ -46,7 +43,7 @@ def test_an_ancestral_step_ends_at_its_noise_level():
         torch.tensor([2.0]),
     )
     still, moved = (
-        solver_step(x, denoised, sigma, sigma_next, ancestral=torch.tensor([True]), noise=torch.full((1, 4), noise))
+        solver_step(x, denoised, sigma, sigma_next, Ancestral(torch.tensor([True]), torch.full((1, 4), noise)))
         for noise in (0.0, 1.0)
     )
     assert (moved > still).all()
@@ -67,8 +64,8 @@ def test_the_second_order_is_exact_where_predictions_change_evenly_in_log_sigma(
         for i in range(len(sigmas) - 1):
             sigma, denoised = sigmas[i : i + 1], sigmas[i].log().reshape(1, 1)
             second = torch.tensor([second_order and i > 0])
-            options = {"second_order": second, "before": before, "sigma_before": sigma_before}
-            x = solver_step(x, denoised, sigma, sigmas[i + 1 : i + 2], **options)
+            extrapolated = SecondOrder(second, before, sigma_before)
+            x = solver_step(x, denoised, sigma, sigmas[i + 1 : i + 2], second_order=extrapolated)
             before, sigma_before = denoised, sigma
         return x.item()
 

@@ -9,10 +9,11 @@ import torch
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.config import BaseInfo
-from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticHost, Stopped, assert_same, stop_after
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, Stopped, assert_same, stop_after
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.presets import settings_for
-from comfyui_agd.training.run import DifferentRun
+from comfyui_agd.training.run_setup import RunOptions
+from comfyui_agd.training.run_state import DifferentRun
 from comfyui_agd.training.trainer import Callbacks, train
 
 SHORT = replace(CONFIG, iterations=2, evaluate_every=0)
@@ -22,7 +23,7 @@ NEGATIVE = ["", "a blot"]
 @pytest.fixture
 def save(tmp_path):
     def save(**settings):
-        trained = train(AnalyticHost(), PROMPTS, replace(SHORT, **settings), negative=NEGATIVE)
+        trained = train(AnalyticModel(), PROMPTS, replace(SHORT, **settings), options=RunOptions(negative=NEGATIVE))
         return adapter_file.save(tmp_path / f"{settings['kind']}.safetensors", trained.adapter, trained.info)
 
     return save
@@ -31,7 +32,9 @@ def save(tmp_path):
 def begun(start, **settings):
     """An adapter after a step too small to move it."""
     config = replace(SHORT, iterations=1, learning_rate=1e-30, **settings)
-    return train(AnalyticHost(), PROMPTS, config, negative=NEGATIVE, start=start).adapter.state_dict()
+    return train(
+        AnalyticModel(), PROMPTS, config, options=RunOptions(negative=NEGATIVE, start=start)
+    ).adapter.state_dict()
 
 
 @pytest.mark.parametrize("kind", ["delta", "scale", "cross_attention"])
@@ -64,29 +67,29 @@ def test_one_of_another_base_is_refused(save, tmp_path):
 
 def test_a_run_that_was_stopped_goes_on_from_its_state_and_not_from_the_start_again(save, tmp_path):
     start, config = save(kind="scale"), replace(CONFIG, kind="delta")
-    whole = train(AnalyticHost(), PROMPTS, config, negative=NEGATIVE, start=start)
+    whole = train(AnalyticModel(), PROMPTS, config, options=RunOptions(negative=NEGATIVE, start=start))
     how = {"negative": NEGATIVE, "folder": tmp_path / "a.run"}
     with pytest.raises(Stopped):
-        train(AnalyticHost(), PROMPTS, config, stop_after(5), start=start, **how)
+        train(AnalyticModel(), PROMPTS, config, stop_after(5), options=RunOptions(start=start, **how))
     with pytest.raises(DifferentRun, match="start"):
-        train(AnalyticHost(), PROMPTS, config, **how)
+        train(AnalyticModel(), PROMPTS, config, options=RunOptions(**how))
     kept = start.read_bytes()
     assert save(kind="scale", seed=1) == start  # another adapter in its place
     with pytest.raises(DifferentRun, match="start"):
-        train(AnalyticHost(), PROMPTS, config, start=start, **how)
+        train(AnalyticModel(), PROMPTS, config, options=RunOptions(start=start, **how))
     start.write_bytes(kept)
-    assert_same(train(AnalyticHost(), PROMPTS, config, start=start, **how), whole)
+    assert_same(train(AnalyticModel(), PROMPTS, config, options=RunOptions(start=start, **how)), whole)
 
 
 def test_the_runs_config_begins_from_there_again(save, tmp_path):
     start, output = save(kind="scale"), tmp_path / "delta.safetensors"
-    job = Job(AnalyticHost(), PROMPTS, replace(SHORT, kind="delta"), output, NEGATIVE, start=start)
+    job = Job(AnalyticModel(), PROMPTS, replace(SHORT, kind="delta"), output, NEGATIVE, start=start)
     job.run(Callbacks(), None, {})
     assert f"start = {json.dumps(str(start))}\n" in (job.folder / "config.toml").read_text()
 
 
 def test_calibration_has_settings_of_its_own():
-    base = AnalyticHost().base
+    base = AnalyticModel().base
     calibration, training = settings_for(base, {"kind": "scale"}), settings_for(base, {})
     assert calibration.iterations < training.iterations / 5
     assert calibration.learning_rate > 10 * training.learning_rate

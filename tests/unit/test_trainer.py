@@ -13,21 +13,30 @@ from comfyui_agd.agd_core.guidance import RULES, GuidanceRule, per_row
 from comfyui_agd.tests.support.analytic import (
     CONFIG,
     PROMPTS,
-    AnalyticHost,
+    AnalyticModel,
     Stopped,
     assert_close,
     assert_same,
     stop_after,
     weights,
 )
-from comfyui_agd.training import trainer
+from comfyui_agd.training import held_out
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import Evaluation, evaluate, follow_teacher, sample
+from comfyui_agd.training.evaluate import (
+    Evaluation,
+    SampleSettings,
+    Trajectories,
+    evaluate,
+    follow_teacher,
+    sample,
+)
 from comfyui_agd.training.plot import preview
-from comfyui_agd.training.run import DifferentRun, differences
 from comfyui_agd.training.run_folder import RunFolderError
+from comfyui_agd.training.run_setup import RunOptions, split_prompts
+from comfyui_agd.training.run_state import DifferentRun, differences
 from comfyui_agd.training.solvers import solver_step
-from comfyui_agd.training.trainer import Callbacks, learning_rate, split_prompts, train
+from comfyui_agd.training.step import learning_rate
+from comfyui_agd.training.trainer import Callbacks, train
 
 VARIED = replace(CONFIG, aspect_ratios=("1:1", "2:1"), reuse=2, on_policy=0.5, on_policy_from=0.2)
 
@@ -63,7 +72,7 @@ def test_no_prompts():
 @pytest.fixture(scope="module")
 def whole():
     """The uninterrupted run."""
-    return train(AnalyticHost(), PROMPTS, VARIED)
+    return train(AnalyticModel(), PROMPTS, VARIED)
 
 
 @pytest.fixture
@@ -81,7 +90,7 @@ def assert_complete(folder: Path, trained) -> None:
     assert [line["loss"] for line in lines if "loss" in line] == trained.losses
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, len(trained.losses) + 1))
     assert [(line["step"], line["score"]) for line in lines if "score" in line] == [
-        (entry["step"], entry["score"]) for entry in trained.history
+        (measured.step, measured.score) for measured in trained.history
     ]
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
 
@@ -89,9 +98,9 @@ def assert_complete(folder: Path, trained) -> None:
 @pytest.mark.parametrize("stop", range(1, 13))  # measured at 5, 10 and 12, saved at 5 and 10
 def test_a_stopped_run_goes_on_to_the_same_result(folder, whole, stop):
     with pytest.raises(Stopped):
-        train(AnalyticHost(), PROMPTS, VARIED, stop_after(stop), folder=folder)
+        train(AnalyticModel(), PROMPTS, VARIED, stop_after(stop), options=RunOptions(folder=folder))
     assert (folder / f"state-{stop:06d}.pt").exists()
-    resumed = train(AnalyticHost(), PROMPTS, VARIED, folder=folder)
+    resumed = train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder))
     assert_same(resumed, whole)
     assert_complete(folder, resumed)
 
@@ -99,13 +108,13 @@ def test_a_stopped_run_goes_on_to_the_same_result(folder, whole, stop):
 def test_a_run_stopped_at_every_step_goes_on_to_the_same_result(folder, whole):
     for stop in range(1, 13):
         with pytest.raises(Stopped):
-            train(AnalyticHost(), PROMPTS, VARIED, stop_after(stop), folder=folder)
-    resumed = train(AnalyticHost(), PROMPTS, VARIED, folder=folder)
+            train(AnalyticModel(), PROMPTS, VARIED, stop_after(stop), options=RunOptions(folder=folder))
+    resumed = train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder))
     assert_same(resumed, whole)
     assert_complete(folder, resumed)
 
 
-class Interrupted(AnalyticHost):
+class Interrupted(AnalyticModel):
     """ComfyUI's own layers raise when a user interrupts, in the middle of an evaluation: the `at`-th here."""
 
     def __init__(self, at: int):
@@ -126,8 +135,8 @@ def test_a_run_stopped_inside_any_evaluation_goes_on_to_the_same_result(tmp_path
     for at in (2, calls[1] + 1, calls[1] + 2, calls[6] + 1, calls[6] + 2, calls[4] + 30):
         folder = tmp_path / f"{at}.run"
         with pytest.raises(Stopped):
-            train(Interrupted(at), PROMPTS, VARIED, folder=folder)
-        resumed = train(AnalyticHost(), PROMPTS, VARIED, folder=folder)
+            train(Interrupted(at), PROMPTS, VARIED, options=RunOptions(folder=folder))
+        resumed = train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder))
         assert_same(resumed, whole)
         assert_complete(folder, resumed)
 
@@ -141,12 +150,16 @@ def test_a_killed_run_goes_on_from_its_last_state(folder, whole, monkeypatch):
             raise Stopped
 
     with pytest.raises((Stopped, RunFolderError)):
-        train(AnalyticHost(), PROMPTS, VARIED, Callbacks(killed), folder=folder)
+        train(AnalyticModel(), PROMPTS, VARIED, Callbacks(killed), options=RunOptions(folder=folder))
     monkeypatch.undo()
     assert [path.name for path in folder.glob("state-*")] == ["state-000005.pt"]
     steps = []
     resumed = train(
-        AnalyticHost(), PROMPTS, VARIED, Callbacks(lambda p: steps.append((p.phase, p.step))), folder=folder
+        AnalyticModel(),
+        PROMPTS,
+        VARIED,
+        Callbacks(lambda p: steps.append((p.phase, p.step))),
+        options=RunOptions(folder=folder),
     )
     assert next(step for phase, step in steps if phase == "train") == 6
     assert_same(resumed, whole)
@@ -155,16 +168,16 @@ def test_a_killed_run_goes_on_from_its_last_state(folder, whole, monkeypatch):
 
 def test_a_damaged_newest_state_falls_back_to_the_one_before(folder, whole, caplog):
     with pytest.raises(Stopped):
-        train(AnalyticHost(), PROMPTS, VARIED, stop_after(8), folder=folder)
+        train(AnalyticModel(), PROMPTS, VARIED, stop_after(8), options=RunOptions(folder=folder))
     newest = folder / "state-000008.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
-    assert_same(train(AnalyticHost(), PROMPTS, VARIED, folder=folder), whole)
+    assert_same(train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder)), whole)
     assert "state-000008.pt is damaged" in caplog.text
 
 
 def test_as_many_states_are_kept_as_asked(folder):
     config = replace(CONFIG, save_every=2, keep_states=3)
-    train(AnalyticHost(), PROMPTS, config, folder=folder)
+    train(AnalyticModel(), PROMPTS, config, options=RunOptions(folder=folder))
     assert sorted(path.name for path in folder.glob("state-*")) == [f"state-{s:06d}.pt" for s in (8, 10, 12)]
 
 
@@ -178,40 +191,40 @@ def test_as_many_states_are_kept_as_asked(folder):
 )
 def test_a_run_with_other_settings_is_refused(folder, other, told):
     with pytest.raises(Stopped):
-        train(AnalyticHost(), PROMPTS, VARIED, stop_after(3), folder=folder)
+        train(AnalyticModel(), PROMPTS, VARIED, stop_after(3), options=RunOptions(folder=folder))
     before = metrics(folder)
     with pytest.raises(DifferentRun, match=told):
-        train(AnalyticHost(), PROMPTS, replace(VARIED, **other), folder=folder)
+        train(AnalyticModel(), PROMPTS, replace(VARIED, **other), options=RunOptions(folder=folder))
     assert (folder / "state-000003.pt").exists()
     assert metrics(folder) == before
 
 
 def test_a_run_with_other_prompts_or_another_base_is_refused(folder):
     with pytest.raises(Stopped):
-        train(AnalyticHost(), PROMPTS, CONFIG, stop_after(3), folder=folder)
+        train(AnalyticModel(), PROMPTS, CONFIG, stop_after(3), options=RunOptions(folder=folder))
     with pytest.raises(DifferentRun, match="prompts: 12 lines then, 11 lines now"):
-        train(AnalyticHost(), PROMPTS[1:], CONFIG, folder=folder)
+        train(AnalyticModel(), PROMPTS[1:], CONFIG, options=RunOptions(folder=folder))
     with pytest.raises(DifferentRun, match="prompts: others now"):
-        train(AnalyticHost(), PROMPTS[::-1], CONFIG, folder=folder)
+        train(AnalyticModel(), PROMPTS[::-1], CONFIG, options=RunOptions(folder=folder))
     with pytest.raises(DifferentRun, match=r"negative: \[''\] then, \['a blot'\] now"):
-        train(AnalyticHost(), PROMPTS, CONFIG, negative=["a blot"], folder=folder)
+        train(AnalyticModel(), PROMPTS, CONFIG, options=RunOptions(negative=["a blot"], folder=folder))
     with pytest.raises(DifferentRun, match=r"patches: {} then, {'patched_weights': 3} now"):
-        train(AnalyticHost(teacher={"patched_weights": 3}), PROMPTS, CONFIG, folder=folder)
+        train(AnalyticModel(base_patches={"patched_weights": 3}), PROMPTS, CONFIG, options=RunOptions(folder=folder))
 
 
 def test_how_a_run_is_kept_may_change_in_between(folder, whole):
     with pytest.raises(Stopped):
-        train(AnalyticHost(), PROMPTS, VARIED, stop_after(7), folder=folder)
+        train(AnalyticModel(), PROMPTS, VARIED, stop_after(7), options=RunOptions(folder=folder))
     other = replace(VARIED, save_every=1, keep_states=1, preview_every=4)
-    assert_same(train(AnalyticHost(), PROMPTS, other, folder=folder), whole)
+    assert_same(train(AnalyticModel(), PROMPTS, other, options=RunOptions(folder=folder)), whole)
     assert sorted(path.name for path in (folder / "previews").iterdir()) == ["step-000008.png", "step-000012.png"]
 
 
 def test_the_micro_batch_may_change_in_between(folder, whole):
     with pytest.raises(Stopped):
-        train(AnalyticHost(), PROMPTS, VARIED, stop_after(7), folder=folder)
-    host = AnalyticHost()
-    resumed = train(host, PROMPTS, replace(VARIED, micro_batch=1), folder=folder)
+        train(AnalyticModel(), PROMPTS, VARIED, stop_after(7), options=RunOptions(folder=folder))
+    model = AnalyticModel()
+    resumed = train(model, PROMPTS, replace(VARIED, micro_batch=1), options=RunOptions(folder=folder))
     assert_close(resumed, whole, 1e-3)
 
 
@@ -232,13 +245,13 @@ def scores(monkeypatch, by_measurement: list[float]) -> None:
         score = left.pop(0)
         return Evaluation({3.0: score}, {3.0: 0.5}, {3.0: [(1.0, score)]})
 
-    monkeypatch.setattr("comfyui_agd.training.trainer.evaluate", measured)
+    monkeypatch.setattr("comfyui_agd.training.held_out.evaluate", measured)
 
 
 def test_the_best_measured_adapter_comes_out_not_the_last(folder, monkeypatch):
-    at_10 = train(AnalyticHost(), PROMPTS, replace(CONFIG, iterations=12, held_out=0), stop_after(99))
+    at_10 = train(AnalyticModel(), PROMPTS, replace(CONFIG, iterations=12, held_out=0), stop_after(99))
     scores(monkeypatch, [0.2, 0.1, 0.05])
-    trained = train(AnalyticHost(), PROMPTS, CONFIG, folder=folder)
+    trained = train(AnalyticModel(), PROMPTS, CONFIG, options=RunOptions(folder=folder))
     assert trained.info.training["best_step"] == 5
     assert trained.info.training["iterations"] == 12
     assert trained.info.training["gap_closed"] == {"3": 0.2}
@@ -251,10 +264,10 @@ def test_the_best_measured_adapter_comes_out_not_the_last(folder, monkeypatch):
 
 def test_the_best_adapter_survives_a_stop_after_it(folder, monkeypatch):
     scores(monkeypatch, [0.2, 0.1, 0.05] * 2)
-    whole = train(AnalyticHost(), PROMPTS, CONFIG)
+    whole = train(AnalyticModel(), PROMPTS, CONFIG)
     with pytest.raises(Stopped):
-        train(AnalyticHost(), PROMPTS, CONFIG, stop_after(7), folder=folder)
-    resumed = train(AnalyticHost(), PROMPTS, CONFIG, folder=folder)
+        train(AnalyticModel(), PROMPTS, CONFIG, stop_after(7), options=RunOptions(folder=folder))
+    resumed = train(AnalyticModel(), PROMPTS, CONFIG, options=RunOptions(folder=folder))
     assert resumed.info.training["best_step"] == 5
     assert_same(resumed, whole)
 
@@ -270,13 +283,13 @@ def test_the_best_adapter_survives_a_stop_after_it(folder, monkeypatch):
 def test_patience_ends_a_run_that_no_longer_improves(monkeypatch, found, patience, ends, best):
     scores(monkeypatch, found)
     config = replace(CONFIG, iterations=10, evaluate_every=2, patience=patience)
-    trained = train(AnalyticHost(), PROMPTS, config)
+    trained = train(AnalyticModel(), PROMPTS, config)
     assert trained.info.training["iterations"] == len(trained.losses) == ends
     assert trained.info.training["best_step"] == best
 
 
 def test_a_run_that_is_not_measured_gives_the_last_adapter():
-    trained = train(AnalyticHost(), PROMPTS, replace(CONFIG, held_out=0))
+    trained = train(AnalyticModel(), PROMPTS, replace(CONFIG, held_out=0))
     assert trained.history == []
     assert trained.evaluation is None
     assert trained.info.training["best_step"] == 12
@@ -286,20 +299,20 @@ def test_a_run_that_is_not_measured_gives_the_last_adapter():
 def test_held_out_prompts_of_ones_own_are_measured_on():
     seen = []
     trained = train(
-        AnalyticHost(),
+        AnalyticModel(),
         PROMPTS,
         CONFIG,
         Callbacks(on_evaluation=lambda step, evaluation: seen.append((step, evaluation.score))),
-        held_out=["a white circle"],
+        options=RunOptions(held_out=["a white circle"]),
     )
     assert trained.info.training["prompts"] == len(PROMPTS)
     assert trained.info.training["held_out_prompts"] == 1
-    assert seen == [(entry["step"], entry["score"]) for entry in trained.history]
+    assert seen == [(measured.step, measured.score) for measured in trained.history]
 
 
 def test_training_closes_the_gap():
     config = replace(CONFIG, iterations=60, evaluate_every=0, kind="cross_attention")  # a new one adds nothing
-    trained = train(AnalyticHost(), PROMPTS, config)
+    trained = train(AnalyticModel(), PROMPTS, config)
     assert trained.losses[0] == pytest.approx(1.0)
     assert sum(trained.losses[-10:]) / 10 < 0.7
     assert all(value > 0.1 for value in trained.evaluation.gap_closed.values())
@@ -307,7 +320,7 @@ def test_training_closes_the_gap():
 
 def test_progress_has_phases():
     seen = []
-    train(AnalyticHost(), PROMPTS, CONFIG, Callbacks(seen.append))
+    train(AnalyticModel(), PROMPTS, CONFIG, Callbacks(seen.append))
     assert list(dict.fromkeys(p.phase for p in seen)) == ["encode", "rollout", "train", "measure"]
     for phase in ("encode", "rollout", "measure"):
         steps = [(p.step, p.total) for p in seen if p.phase == phase]
@@ -321,11 +334,11 @@ def test_progress_has_phases():
 
 
 def test_what_is_measured_does_not_depend_on_how_many_rows_fit():
-    host = AnalyticHost()
-    prompts, negative = host.encode(PROMPTS[:5]), host.encode([""] * 5)
-    run = train(host, PROMPTS, replace(CONFIG, iterations=2, held_out=0)).adapter
+    model = AnalyticModel()
+    prompts, negative = model.encode(PROMPTS[:5]), model.encode([""] * 5)
+    run = train(model, PROMPTS, replace(CONFIG, iterations=2, held_out=0)).adapter
     found = [
-        evaluate(host, run, follow_teacher(host, prompts, negative, (2, 8, 8), [3.0], steps=5, batch=batch))
+        evaluate(model, run, follow_teacher(model, prompts, negative, Trajectories((2, 8, 8), [3.0], steps=5), batch))
         for batch in (1, 2, 5)
     ]
     for other in found[1:]:
@@ -334,18 +347,18 @@ def test_what_is_measured_does_not_depend_on_how_many_rows_fit():
 
 
 def test_a_student_like_the_teacher_closes_the_gap_and_one_like_the_base_none(monkeypatch):
-    host = AnalyticHost()
-    prompts, negative = host.encode(PROMPTS[:3]), host.encode(["", "a blot", "red"])
-    states = follow_teacher(host, prompts, negative, (2, 8, 8), [2.0, 5.0], steps=6, keep=3)
+    model = AnalyticModel()
+    prompts, negative = model.encode(PROMPTS[:3]), model.encode(["", "a blot", "red"])
+    states = follow_teacher(model, prompts, negative, Trajectories((2, 8, 8), [2.0, 5.0], steps=6, keep=3))
     assert len(states) == 2 * 3
 
     def exact(adapter, x, sigma, positive, unwanted, omega):
-        cond, uncond = host.denoise(x, sigma, positive), host.denoise(x, sigma, unwanted)
+        cond, uncond = model.denoise(x, sigma, positive), model.denoise(x, sigma, unwanted)
         return uncond + per_row(omega, x) * (cond - uncond)
 
-    for student, closed in ((exact, 1.0), (lambda a, x, s, c, n, o: host.denoise(x, s, c), 0.0)):
-        monkeypatch.setattr(host, "student", student)
-        found = evaluate(host, None, states)
+    for student, closed in ((exact, 1.0), (lambda a, x, s, c, n, o: model.denoise(x, s, c), 0.0)):
+        monkeypatch.setattr(model, "student", student)
+        found = evaluate(model, None, states)
         assert list(found.gap_closed.values()) == pytest.approx([closed, closed], abs=1e-4)
         assert found.score == pytest.approx(closed, abs=1e-4)
         assert [sigma for sigma, _ in found.by_sigma[2.0]] == [s.sigma for s in states[:3]]
@@ -359,29 +372,30 @@ BETTER = [name for name in RULES if name != "cfg"]
 
 @pytest.mark.parametrize("name", BETTER)
 def test_what_is_measured_and_shown_follows_the_teachers_rule(name):
-    rule, host = GuidanceRule(name, sigma_min=0.5, threshold=3.0), AnalyticHost()
-    prompt, negative = host.encode(PROMPTS[:1]), host.encode([""])
-    states = follow_teacher(host, prompt, negative, (2, 8, 8), [5.0], rule=rule, steps=6, seed=3)
+    rule, model = GuidanceRule(name, sigma_min=0.5, threshold=3.0), AnalyticModel()
+    prompt, negative = model.encode(PROMPTS[:1]), model.encode([""])
+    states = follow_teacher(model, prompt, negative, Trajectories((2, 8, 8), [5.0], rule=rule, steps=6, seed=3))
     for state in states:
         sigma, omega = torch.tensor([state.sigma]), torch.tensor([5.0])
-        uncond = host.denoise(state.x, sigma, negative)
+        uncond = model.denoise(state.x, sigma, negative)
         assert torch.equal(state.target, rule(state.x, sigma, state.cond, uncond, omega))
     for state, after in itertools.pairwise(states):
         sigma, sigma_next = torch.tensor([state.sigma]), torch.tensor([after.sigma])
         torch.testing.assert_close(after.x, solver_step(state.x, state.target, sigma, sigma_next))
-    own, plain = (sample(host, prompt[0], negative[0], (2, 8, 8), 5.0, None, rule=r) for r in (rule, GuidanceRule()))
+    settings = [SampleSettings((2, 8, 8), 5.0, rule=r) for r in (rule, GuidanceRule())]
+    own, plain = (sample(model, prompt[0], negative[0], each) for each in settings)
     assert (own - plain).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", BETTER)
-def test_a_run_learns_the_teacher_that_it_was_told(name, monkeypatch):
+def test_a_run_learns_the_teacher_of_its_settings(name, monkeypatch):
     """What is measured, shown and said of it is of that teacher."""
     asked, shown = {"measured": set(), "shown": set()}, []
 
     def watch(kind, function):
-        def watched(*args, **options):
-            asked[kind].add(options.get("rule"))
-            return function(*args, **options)
+        def watched(*args):
+            asked[kind].add(args[3].rule)
+            return function(*args)
 
         return watched
 
@@ -389,40 +403,40 @@ def test_a_run_learns_the_teacher_that_it_was_told(name, monkeypatch):
         shown.append(list(pictures))
         return preview(pictures)
 
-    monkeypatch.setattr(trainer, "follow_teacher", watch("measured", follow_teacher))
-    monkeypatch.setattr(trainer, "sample", watch("shown", sample))
-    monkeypatch.setattr(trainer, "preview", named)
+    monkeypatch.setattr(held_out, "follow_teacher", watch("measured", follow_teacher))
+    monkeypatch.setattr(held_out, "sample", watch("shown", sample))
+    monkeypatch.setattr(held_out, "preview", named)
     config = replace(VARIED, teacher=name, apg_threshold=3.0, preview_every=12)
-    trained = train(AnalyticHost(), PROMPTS, config)
+    trained = train(AnalyticModel(), PROMPTS, config)
     assert config.rule in asked["measured"] & asked["shown"]
     assert asked["measured"] == {config.rule}
     assert [title.split()[0].lower() for title in shown[0]] == [name.split("_")[0], "agd"]
     assert trained.info.training["config"]["teacher"] == name
     assert f'"teacher": "{name}"' in adapter_file.describe(trained.info, "a.safetensors")
-    assert trained.losses != train(AnalyticHost(), PROMPTS, replace(config, teacher="cfg")).losses
+    assert trained.losses != train(AnalyticModel(), PROMPTS, replace(config, teacher="cfg")).losses
 
 
 def test_a_run_with_another_teacher_is_refused(folder):
     with pytest.raises(Stopped):
-        train(AnalyticHost(), PROMPTS, CONFIG, stop_after(3), folder=folder)
+        train(AnalyticModel(), PROMPTS, CONFIG, stop_after(3), options=RunOptions(folder=folder))
     other = replace(CONFIG, teacher="apg", apg_eta=0.5)
     with pytest.raises(DifferentRun, match=r"apg_eta: 0.0 then, 0.5 now; teacher: 'cfg' then, 'apg' now"):
-        train(AnalyticHost(), PROMPTS, other, folder=folder)
+        train(AnalyticModel(), PROMPTS, other, options=RunOptions(folder=folder))
 
 
 def test_an_adapter_is_measured_at_the_noise_levels_that_are_guided_and_blamed_for_the_others(monkeypatch):
-    host, rule = AnalyticHost(), GuidanceRule("interval", sigma_min=1.0, sigma_max=5.0)
-    prompts, negative = host.encode(PROMPTS[:2]), host.encode(["", "a blot"])
-    states = follow_teacher(host, prompts, negative, (2, 8, 8), [5.0], rule=rule, steps=6)
+    model, rule = AnalyticModel(), GuidanceRule("interval", sigma_min=1.0, sigma_max=5.0)
+    prompts, negative = model.encode(PROMPTS[:2]), model.encode(["", "a blot"])
+    states = follow_teacher(model, prompts, negative, Trajectories((2, 8, 8), [5.0], rule=rule, steps=6))
     inside = [state.sigma for state in states if 1.0 < state.sigma <= 5.0]
     assert 0 < len(inside) < len(states)
 
     def student(adapter, x, sigma, positive, unwanted, omega):
-        cond, uncond = host.denoise(x, sigma, positive), host.denoise(x, sigma, unwanted)
+        cond, uncond = model.denoise(x, sigma, positive), model.denoise(x, sigma, unwanted)
         return (rule if adapter == "exact" else GuidanceRule())(x, sigma, cond, uncond, omega)
 
-    monkeypatch.setattr(host, "student", student)
-    exact, everywhere = (evaluate(host, adapter, states) for adapter in ("exact", "cfg"))
+    monkeypatch.setattr(model, "student", student)
+    exact, everywhere = (evaluate(model, adapter, states) for adapter in ("exact", "cfg"))
     assert exact.score == pytest.approx(1.0, abs=1e-5)
     assert exact.direction_cosine[5.0] == pytest.approx(1.0, abs=1e-5)
     assert everywhere.score < 0.9
@@ -434,54 +448,57 @@ def test_an_adapter_is_measured_at_the_noise_levels_that_are_guided_and_blamed_f
 def test_batches_that_are_not_guided_at_all_do_no_harm():
     """With one state a step, many are outside of the interval."""
     config = replace(CONFIG, teacher="interval", batch=1, iterations=40, held_out=0, interval_sigma_min=1.0)
-    losses = train(AnalyticHost(), PROMPTS, config).losses
+    losses = train(AnalyticModel(), PROMPTS, config).losses
     assert 5 < losses.count(0.0) < 35
     assert max(losses) < 3
 
 
 def test_an_interval_without_any_noise_level_is_refused_before_any_evaluation():
-    host, config = AnalyticHost(), replace(CONFIG, interval_sigma_min=20.0, interval_sigma_max=30.0)
+    model, config = AnalyticModel(), replace(CONFIG, interval_sigma_min=20.0, interval_sigma_max=30.0)
     with pytest.raises(ValueError, match=r"levels go from 0.1 to 10, the interval of guidance from 20 to 30; set"):
-        train(host, PROMPTS, replace(config, teacher="interval"))
-    assert host.teacher_rows == []
-    train(host, PROMPTS, replace(config, iterations=1, held_out=0))  # another teacher's run
+        train(model, PROMPTS, replace(config, teacher="interval"))
+    assert model.base_rows == []
+    train(model, PROMPTS, replace(config, iterations=1, held_out=0))  # another teacher's run
 
 
 # -- What can't work
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
-    """Nothing of the bad step stays: with a host that is well again, the run goes on to the same result."""
-    host, real = AnalyticHost(), AnalyticHost.student
+    """Nothing of the bad step stays: with a model that is well again, the run goes on to the same result."""
+    model, real = AnalyticModel(), AnalyticModel.student
 
     def student(*args):
-        out = real(host, *args)
-        return out * float("nan") if len(host.student_rows) == 3 else out
+        out = real(model, *args)
+        return out * float("nan") if len(model.student_rows) == 3 else out
 
-    monkeypatch.setattr(host, "student", student)
+    monkeypatch.setattr(model, "student", student)
     unmeasured = replace(CONFIG, held_out=0)
     with pytest.raises(FloatingPointError, match="loss became nan at iteration 3; train again with a smaller learning"):
-        train(host, PROMPTS, unmeasured, folder=folder)
-    assert_same(train(AnalyticHost(), PROMPTS, unmeasured, folder=folder), train(AnalyticHost(), PROMPTS, unmeasured))
+        train(model, PROMPTS, unmeasured, options=RunOptions(folder=folder))
+    assert_same(
+        train(AnalyticModel(), PROMPTS, unmeasured, options=RunOptions(folder=folder)),
+        train(AnalyticModel(), PROMPTS, unmeasured),
+    )
 
 
 def test_a_learning_rate_far_too_large_stops_the_run():
     config = replace(CONFIG, held_out=0, learning_rate=1e6, iterations=100, ema=0.0, warmup=0.0)
     with pytest.raises(FloatingPointError, match=r"loss (exploded|became).* smaller learning rate than 1e\+06"):
-        train(AnalyticHost(), PROMPTS, config)
+        train(AnalyticModel(), PROMPTS, config)
 
 
 def test_an_exploding_loss_says_how_far_and_a_single_peak_is_nothing(monkeypatch):
     def run(peak: slice, iterations: int) -> list[float]:
-        host = AnalyticHost()
-        real = host.student
+        model = AnalyticModel()
+        real = model.student
 
         def student(adapter, x, *rest):
             out = real(adapter, x, *rest)
-            return out + 1e3 * x.abs().max() if len(host.student_rows) in range(100)[peak] else out
+            return out + 1e3 * x.abs().max() if len(model.student_rows) in range(100)[peak] else out
 
-        monkeypatch.setattr(host, "student", student)
-        return train(host, PROMPTS, replace(CONFIG, held_out=0, iterations=iterations)).losses
+        monkeypatch.setattr(model, "student", student)
+        return train(model, PROMPTS, replace(CONFIG, held_out=0, iterations=iterations)).losses
 
     assert max(run(slice(10, 11), 30)) > 1000  # one batch of many
     with pytest.raises(FloatingPointError, match=r"exploded: at iteration 20 it is \d+ times that of no adapter"):
@@ -502,26 +519,26 @@ def test_a_full_disk_stops_the_run_with_its_last_state_kept(folder, monkeypatch,
         with pytest.raises(
             RunFolderError, match=r"state of step 10 could not be saved .*No space left.*make room there"
         ):
-            train(AnalyticHost(), PROMPTS, VARIED, folder=folder)
+            train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder))
     assert [path.name for path in folder.glob("*state*")] == ["state-000005.pt"]
-    resumed = train(AnalyticHost(), PROMPTS, VARIED, folder=folder)
+    resumed = train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder))
     assert_same(resumed, whole)
     assert_complete(folder, resumed)
 
 
 def test_a_folder_that_can_not_be_one_is_refused_before_any_evaluation(folder):
     folder.write_text("a file")
-    host = AnalyticHost()
+    model = AnalyticModel()
     with pytest.raises(RunFolderError, match="can't be written to"):
-        train(host, PROMPTS, CONFIG, folder=folder)
-    assert host.teacher_rows == []
+        train(model, PROMPTS, CONFIG, options=RunOptions(folder=folder))
+    assert model.base_rows == []
 
 
 def test_an_unknown_scheduler_is_refused_before_any_evaluation():
-    host = AnalyticHost()
+    model = AnalyticModel()
     with pytest.raises(ValueError, match="no scheduler 'cosy'"):
-        train(host, PROMPTS, replace(CONFIG, schedulers=("normal", "cosy")))
-    assert host.teacher_rows == []
+        train(model, PROMPTS, replace(CONFIG, schedulers=("normal", "cosy")))
+    assert model.base_rows == []
 
 
 def test_a_callback_may_fail_without_harm(folder, whole):
@@ -532,5 +549,5 @@ def test_a_callback_may_fail_without_harm(folder, whole):
 
     for _ in range(2):
         with pytest.raises(RuntimeError, match="window was closed"):
-            train(AnalyticHost(), PROMPTS, VARIED, Callbacks(broken), folder=folder)
-    assert_same(train(AnalyticHost(), PROMPTS, VARIED, folder=folder), whole)
+            train(AnalyticModel(), PROMPTS, VARIED, Callbacks(broken), options=RunOptions(folder=folder))
+    assert_same(train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder)), whole)

@@ -1,9 +1,11 @@
-"""Activation checkpointing of a base: less memory for a training step, at the price of a second forward pass."""
+"""Activation checkpointing of a base (Chen et al. 2016, arXiv 1604.06174): less memory for a training step, at the
+price of a second forward pass."""
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import comfy.ops
 import torch
@@ -15,7 +17,7 @@ from ..backbones.linears import LinearHook
 from ..backbones.unet import PREPARED
 
 
-def _as_of_now(kwargs: dict) -> dict:
+def _as_of_now(kwargs: dict[str, Any]) -> dict[str, Any]:
     """A block's keyword arguments, with `transformer_options` that stay as they are while the model goes on.
 
     UNetModel writes the place of each block into them, and `Adapter.add` may put another prompt into a `Prepared`.
@@ -30,19 +32,15 @@ def _as_of_now(kwargs: dict) -> dict:
 
 
 def _adapter_hooks(block: nn.Module) -> list[tuple[nn.Module, Callable]]:
-    """What adapters have hung onto the block's linear layers for the evaluation that runs."""
-    return [
-        (module, hook)
-        for module in block.modules()
-        for hook in module._forward_hooks.values()
-        if isinstance(hook, LinearHook)
-    ]
+    """The forward hooks by which adapters change layers inside `block` in the evaluation that goes on."""
+    layers = [module for module in block.modules() if module is not block]
+    return [(layer, hook) for layer in layers for hook in layer._forward_hooks.values() if isinstance(hook, LinearHook)]
 
 
 @contextmanager
 def _hooked(hooks: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
-    """Inside, the hooks of an evaluation that is over are there again."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    """Inside, those hooks are on their layers again: the evaluation that had them is over by then."""
+    handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from ...guidance import GuidanceRule
 from ..counting import counted
 from ..sampling.apply import apply_adapter
 from ..step import KEY
-from .host import EncodedPrompt
+from .text_encoder import EncodedPrompt
 
 
 def guided_by(model: comfy.model_patcher.ModelPatcher, rule: GuidanceRule) -> comfy.model_patcher.ModelPatcher:
@@ -38,7 +38,7 @@ class ComfySampler:
         self,
         model: comfy.model_patcher.ModelPatcher,
         info: AdapterInfo,
-        state: dict[str, torch.Tensor],
+        weights: dict[str, torch.Tensor],
         *,
         source: str,
         rule: GuidanceRule = GuidanceRule(),
@@ -46,12 +46,12 @@ class ComfySampler:
         if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
             raise ValueError("This model has an AGD adapter already; give it without one, to compare with its own CFG.")
         self.notes: list[str] = []
-        embedded = apply_adapter(model, info, state, source=source, notify=self.notes.append)
+        adapted = apply_adapter(model, info, weights, source=source, notify=self.notes.append)
         teacher = model if rule.name == "cfg" else guided_by(model, rule)
         self._models = {
             "unguided": counted(model),
             "guided": counted(teacher),
-            "agd": counted(embedded),
+            "agd": counted(adapted),
         }
 
     @torch.no_grad()
@@ -59,19 +59,20 @@ class ComfySampler:
         self,
         method: str,
         noise: torch.Tensor,
-        prompt: EncodedPrompt,
-        negative: EncodedPrompt,
+        prompts: tuple[EncodedPrompt, EncodedPrompt],
         *,
         omega: float,
         steps: int,
         progress: Callable[[], None],
     ) -> tuple[torch.Tensor, int]:
-        """A latent (1, c, h, w) as `ComfyHost.picture` takes it, and the evaluations (rows) that it took.
+        """A latent (1, c, h, w) as `ComfyModel.picture` takes it, and the evaluations (rows) that it took.
 
-        `method`: "unguided", "guided" or "agd"; `noise`: (1, c, h, w); `progress` is called at every step.
+        `method`: "unguided", "guided" or "agd"; `noise`: (1, c, h, w); `prompts`: positive and negative; `progress` is
+        called at every step.
         """
         model, counter = self._models[method]
         counter.clear()
+        positive, negative = map(_conditioning, prompts)
         latent = comfy.sample.sample(
             model,
             noise,
@@ -79,8 +80,8 @@ class ComfySampler:
             1.0 if method == "unguided" else omega,
             "euler",
             "normal",
-            _conditioning(prompt),
-            _conditioning(negative),
+            positive,
+            negative,
             torch.zeros_like(noise),
             callback=lambda step, denoised, x, steps: progress(),
             disable_pbar=True,

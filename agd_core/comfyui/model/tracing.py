@@ -134,7 +134,7 @@ def _fake_weights(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _tracing(model: nn.Module) -> Iterator[None]:
-    # Real tensors may take part: conditions, a LoRA's weights.
+    # Some tensors may be real: conditions, a LoRA's weights.
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.inference_mode(False), torch.enable_grad(), fakes, _fake_weights(model):
         yield
@@ -151,7 +151,7 @@ def student(
     model: nn.Module,
     evaluate: Callable[[Adapter, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     config: AdapterConfig,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     rows: int,
     *,
     checkpointing: bool = False,
@@ -170,10 +170,10 @@ def student(
         return counter.traced()
 
 
-def teacher(
+def base(
     model: nn.Module,
     evaluate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     rows: int,
 ) -> Traced:
     """As `student`, of `evaluate(x, sigma)` -> (rows, c, h, w) without gradients."""

@@ -1,0 +1,41 @@
+"""A ComfyUI MODEL, CLIP and VAE as the trainer sees them."""
+
+from dataclasses import replace
+from typing import Any
+
+import comfy.model_patcher
+import torch
+from PIL import Image
+
+from ..backbones import describe_base, fingerprint
+from .denoiser import ComfyDenoiser
+from .memory import ComfyMemory
+from .previews import picture_of
+from .text_encoder import ComfyTextEncoder
+
+
+class ComfyModel:
+    """Implements `training.model.Model`."""
+
+    def __init__(
+        self,
+        model: comfy.model_patcher.ModelPatcher,
+        clip: Any,
+        *,
+        autocast: torch.dtype | None = None,
+        vae: Any = None,
+    ):
+        """`autocast`: of the evaluations, see `ComfyDenoiser`. `vae`: decodes previews; without it they are ComfyUI's
+        fast approximation.
+        """
+        described = describe_base(model.model, model.get_model_object("model_sampling"))
+        self.base = replace(described, fingerprint=fingerprint(model.model))
+        self.base_patches: dict[str, Any] = {"patched_weights": len(model.patches)} if model.patches else {}
+        self._model, self._vae = model.clone(), vae
+        self.denoiser = ComfyDenoiser(self._model, autocast)
+        self.text_encoder = ComfyTextEncoder(clip, self._model)
+        self.memory = ComfyMemory(self._model, self.denoiser, self.text_encoder)
+
+    def picture(self, latent: torch.Tensor) -> Image.Image:
+        """A latent (1, c, h, w) as the sampler leaves it, as a picture: decoded, or approximated without a VAE."""
+        return picture_of(latent, self._model, self._vae)

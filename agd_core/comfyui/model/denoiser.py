@@ -1,0 +1,189 @@
+"""A ComfyUI MODEL as the trainer sees it: noise levels, evaluations of the frozen base and of the student."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import torch
+from comfy.patcher_extension import merge_nested_dicts
+from torch import nn
+
+from ...adapter import Adapter
+from ...guidance import per_row
+from ..backbones import Backbone, backbone_of
+from ..evaluation import register
+from ..sampling.compile_guard import without_compile
+from ..sampling.negatives import Negative, WeightedNegative
+from ..step import ActiveAdapter, GuidedStep, with_step
+from . import tracing
+from .activation_checkpointing import checkpointed
+from .text_encoder import EncodedPrompt
+
+log = logging.getLogger(__name__)
+
+
+def _without_inference_tensors(module: nn.Module) -> None:
+    """Replace parameters that were made under `torch.inference_mode`, as ComfyUI's loader nodes make them.
+
+    Autograd refuses to save such tensors for the backward pass, even frozen. The values stay the same to the bit.
+    """
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None and parameter.is_inference():
+                child._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether bf16 is worth its rounding there: without AVX-512 an x86 CPU emulates it, a hundred times slower."""
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def options_of(model: comfy.model_patcher.ModelPatcher) -> dict:
+    """The transformer_options that a sampler would build for a MODEL with our hooks, idle without a step."""
+    model = model.clone()
+    register(model)
+    options = comfy.model_patcher.create_model_options_clone(model.model_options)["transformer_options"]
+    merge_nested_dicts(options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
+    merge_nested_dicts(options.setdefault("callbacks", {}), model.callbacks, copy_dict1=False)
+    return {**without_compile(options), **tracing.FUSED_ATTENTION}
+
+
+def at_sigma(options: dict, sigma: torch.Tensor) -> dict:
+    """transformer_options for an evaluation at sigma (b,), one prompt per row."""
+    described = {"cond_or_uncond": [0] * len(sigma), "uuids": [], "sigmas": sigma, "sample_sigmas": sigma}
+    return {**options, **described}
+
+
+def with_adapter(options: dict, adapter: Adapter, omega: torch.Tensor, unwanted: dict) -> dict:
+    """`options` with the adapter in them; `unwanted`: the conditions of the negative prompts, if it uses them."""
+    negatives = (WeightedNegative(Negative(unwanted["c_crossattn"])),) if unwanted else ()
+    active = ActiveAdapter(adapter, omega, torch.ones(1, device=omega.device), negatives)
+    return with_step(options, GuidedStep((active,)))
+
+
+class ComfyDenoiser:
+    """Implements `training.model.Denoiser`."""
+
+    def __init__(self, model: comfy.model_patcher.ModelPatcher, autocast: torch.dtype | None = None):
+        """`autocast`: compute the evaluations in this dtype; None leaves the base as ComfyUI loaded it.
+
+        On a CPU that would only emulate bf16 the base's own precision is used instead, and the log says so.
+        """
+        self.device = model.load_device
+        self._model = model
+        if autocast is torch.bfloat16 and not computes_bf16(self.device):
+            log.warning("AGD: this CPU can't compute in bf16, so the model's own precision is used, which is faster.")
+            autocast = None
+        self._autocast = autocast
+        self._options: dict = {}  # transformer_options with our hooks, which do nothing without a step
+
+    @property
+    def computes_in(self) -> torch.dtype:
+        """The dtype of the base's activations."""
+        return self._autocast or self._model.model.get_dtype_inference()
+
+    @property
+    def _backbone(self) -> Backbone:
+        return backbone_of(self._model.model)
+
+    @property
+    def _sampling(self) -> Any:
+        return self._model.get_model_object("model_sampling")
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """Of the latent of a picture of width x height pixels: (c, h, w), of video (c, 1, h, w)."""
+        return self._backbone.latent_shape(self._model.get_model_object("latent_format"), width, height)
+
+    def check_schedulers(self, names: Sequence[str]) -> None:
+        """Raises `ValueError` for one that ComfyUI doesn't have."""
+        for name in names:
+            if name not in comfy.samplers.SCHEDULER_NAMES:
+                known = ", ".join(comfy.samplers.SCHEDULER_NAMES)
+                raise ValueError(f"There is no scheduler {name!r}; ComfyUI has {known}.")
+
+    @contextmanager
+    def session(self, *, checkpointing: bool = False, memory: int = 0) -> Iterator[None]:
+        """The base is loaded and ready for gradients inside; what was set up for that is undone after.
+
+        `checkpointing`: compute activations again in the backward pass. `memory`: bytes of the device to leave free, if
+        need be by leaving a part of the base in system memory; 0 loads all of it.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            comfy.model_management.load_models_gpu(
+                [self._model],
+                memory_required=memory,
+                minimum_memory_required=memory or None,
+                force_full_load=not memory,
+            )
+            _without_inference_tensors(self._model.model)
+            self._model.model.requires_grad_(False)  # ComfyUI itself freezes its models from 0.30 on
+            self._model.pre_run()
+            self._options = options_of(self._model)
+            twice = checkpointing or not self._is_fully_loaded()
+            try:
+                with checkpointed(self._backbone) if twice else nullcontext():
+                    yield
+            finally:
+                self._model.cleanup()
+                self._options = {}
+
+    def _is_fully_loaded(self) -> bool:
+        """Whether all weights stay on the device. Others come into a buffer that the next layer's overwrite, and what
+        autograd kept of them would be wrong in the backward pass; checkpointed, they are fetched again.
+        """
+        dynamic = getattr(self._model, "is_dynamic", lambda: False)()  # ComfyUI's dynamic VRAM may move any of them
+        return not dynamic and self._model.loaded_size() >= self._model.model_size()
+
+    def sigmas(self, scheduler: str, steps: int) -> torch.Tensor:
+        """(steps + 1,) noise levels of one of ComfyUI's schedulers, the last one 0."""
+        return comfy.samplers.calculate_sigmas(self._sampling, scheduler, steps).float().cpu()
+
+    def start(self, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Where a sampler starts: unit noise (b, c, h, w) brought to sigma (b,)."""
+        return self._sampling.noise_scaling(per_row(sigma, noise), noise, torch.zeros_like(noise), max_denoise=True)
+
+    def prediction_unit(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The error of the denoised prediction (b,) at sigma (b,) that an error of 1 in what the loss is of makes."""
+        return self._backbone.prediction_unit(sigma)
+
+    def conditions(self, prompts: Sequence[EncodedPrompt], shape: Sequence[int]) -> dict:
+        """The arguments of `apply_model` for one prompt per row of latents of `shape` (b, c, h, w)."""
+        noise, rows = torch.zeros(1, *shape[1:]), []
+        for prompt in prompts:
+            made = comfy.samplers.encode_model_conds(
+                self._model.model.extra_conds, [prompt.cond], noise, self.device, prompt.kind,
+                latent_image=noise, denoise_mask=None,
+            )[0]["model_conds"]  # fmt: skip
+            rows.append({key: cond.process_cond(batch_size=1, area=None) for key, cond in made.items()})
+        return comfy.samplers.cond_cat(rows)  # apply_model brings them to the device
+
+    def evaluate(self, x: torch.Tensor, sigma: torch.Tensor, conds: dict, options: dict) -> torch.Tensor:
+        """The model's denoised prediction, fp32, with those conditions and transformer_options."""
+        options = at_sigma(options, sigma)
+        with torch.autocast(x.device.type, self._autocast, enabled=self._autocast is not None):
+            return self._model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
+
+    @torch.no_grad()
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:
+        """f(x, sigma, c): the frozen base. x (b, c, h, w), sigma (b,), one prompt per row -> (b, c, h, w) fp32."""
+        conds = self.conditions(prompts, x.shape)
+        return self.evaluate(x.to(self.device), sigma.to(self.device), conds, self._options)
+
+    def student(
+        self,
+        adapter: Adapter,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        prompts: Sequence[EncodedPrompt],
+        negative: Sequence[EncodedPrompt],
+        omega: torch.Tensor,
+    ) -> torch.Tensor:
+        """f_psi(x, sigma, c, omega, c_neg): as `denoise`, with the adapter's hooks and its gradients. omega: (b,)."""
+        conds = self.conditions(prompts, x.shape)
+        unwanted = self.conditions(negative, x.shape) if adapter.uses_negative else {}
+        options = with_adapter(self._options, adapter, omega.to(self.device), unwanted)
+        return self.evaluate(x.to(self.device), sigma.to(self.device), conds, options)

@@ -1,0 +1,103 @@
+"""The memory that a ComfyUI MODEL is trained in: what there is, and what evaluations take of it."""
+
+import gc
+import time
+
+import comfy.model_management
+import comfy.model_patcher
+import psutil
+import torch
+
+from ...adapter import Adapter
+from ...config import AdapterConfig
+from ..backbones import backbone_of
+from . import tracing
+from .activation_checkpointing import largest_block_bytes
+from .denoiser import ComfyDenoiser, options_of, with_adapter
+from .text_encoder import ComfyTextEncoder
+
+
+class ComfyMemory:
+    """Implements `training.model.DeviceMemory`."""
+
+    def __init__(
+        self, model: comfy.model_patcher.ModelPatcher, denoiser: ComfyDenoiser, text_encoder: ComfyTextEncoder
+    ):
+        self._model, self._denoiser, self._text_encoder = model, denoiser, text_encoder
+        self.device = denoiser.device
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        return isinstance(error, torch.cuda.OutOfMemoryError)
+
+    def free_unused(self) -> None:
+        gc.collect()
+        comfy.model_management.soft_empty_cache()
+
+    def used(self) -> int:
+        """The most bytes of the GPU's memory that were in use so far; on a CPU what the process has now."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return psutil.Process().memory_info().rss
+
+    def available(self) -> int | None:
+        """The bytes that training could have on the device, with every other model moved out; None on a CPU."""
+        if self.device.type == "cpu":
+            return None
+        loaded = comfy.model_management.loaded_models()
+        movable = sum(model.loaded_size() for model in loaded if model.load_device == self.device)
+        return comfy.model_management.get_free_memory(self.device) + movable
+
+    def base_bytes(self) -> int:
+        """What the base's weights take."""
+        return self._model.model_size()
+
+    def largest_block_bytes(self) -> int:
+        """What the largest part of the base takes that has to be on the device at a time."""
+        return largest_block_bytes(backbone_of(self._model.model))
+
+    def trace_student(
+        self, config: AdapterConfig, shape: tuple[int, ...], rows: int, checkpointing: bool
+    ) -> tracing.Traced:
+        """What the student's forward and backward pass take for `rows` latents of `shape`; nothing is computed.
+
+        Here and in `trace_base` the prompt is the last that was encoded.
+        """
+        conds, options = self._example_conditions(shape, rows), options_of(self._model)
+
+        def evaluate(adapter: Adapter, x: torch.Tensor, sigma: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
+            unwanted = conds if adapter.uses_negative else {}
+            return self._denoiser.evaluate(x, sigma, conds, with_adapter(options, adapter, omega, unwanted))
+
+        return tracing.student(self._model.model, evaluate, config, shape, rows, checkpointing=checkpointing)
+
+    def trace_base(self, shape: tuple[int, ...], rows: int) -> tracing.Traced:
+        """As `trace_student`, for an evaluation of the base."""
+        conds, options = self._example_conditions(shape, rows), options_of(self._model)
+
+        def evaluate(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return self._denoiser.evaluate(x, sigma, conds, options)
+
+        return tracing.base(self._model.model, evaluate, shape, rows)
+
+    def _example_conditions(self, shape: tuple[int, ...], rows: int) -> dict:
+        example = self._text_encoder.last_encoded
+        if example is None:
+            raise ValueError("Evaluations are traced with the last prompt that was encoded; encode one before.")
+        return self._denoiser.conditions([example] * rows, (rows, *shape))
+
+    def matmul_rate(self) -> float:
+        """FLOP/s of a large matrix product in the dtype that the base computes in."""
+        size = 1024 if self.device.type == "cpu" else 4096
+        a = torch.ones(size, size, dtype=self._denoiser.computes_in, device=self.device)
+        seconds, products = 0.0, 0
+        _wait_for(a @ a)
+        while seconds < 0.2:
+            start = time.perf_counter()
+            _wait_for(a @ a)
+            seconds, products = seconds + time.perf_counter() - start, products + 1
+        return products * 2 * size**3 / seconds
+
+
+def _wait_for(result: torch.Tensor) -> None:
+    """Until the device has computed `result`."""
+    result[0, 0].item()

@@ -1,0 +1,32 @@
+"""Pictures of latents: decoded by a VAE, or approximated as ComfyUI's fast previews are."""
+
+from typing import Any
+
+import comfy.model_patcher
+import torch
+from PIL import Image
+from torch import nn
+
+
+def picture_of(latent: torch.Tensor, model: comfy.model_patcher.ModelPatcher, vae: Any = None) -> Image.Image:
+    """A latent (1, c, h, w) as the sampler of that MODEL leaves it, as a picture."""
+    if vae is not None:
+        image = vae.decode(model.model.process_latent_out(latent.float()))[0]
+    else:
+        image = _approximate_picture(latent[0].float(), model.get_model_object("latent_format"))
+    return Image.fromarray((image.float().cpu().clamp(0, 1) * 255).round().byte().numpy())
+
+
+def _approximate_picture(latent: torch.Tensor, latent_format: Any) -> torch.Tensor:
+    """(c, h, w) -> (8 h, 8 w, 3) in [0, 1]: ComfyUI's linear map from latent channels to colours, enlarged.
+
+    A latent format without such a map shows its first three channels.
+    """
+    if latent_format.latent_rgb_factors is not None:
+        factors = torch.tensor(latent_format.latent_rgb_factors)
+        bias = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
+        image = torch.einsum("chw,cr->rhw", latent.cpu(), factors) + bias[:, None, None]
+    else:
+        image = latent[:3].cpu() / 3
+    image = nn.functional.interpolate((image[None] + 1) / 2, scale_factor=8, mode="bilinear")
+    return image[0].movedim(0, -1)

@@ -1,0 +1,55 @@
+"""A ComfyUI CLIP as the trainer sees it."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sampler_helpers
+import torch
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """What the text encoder made of a prompt, on the CPU; `kind` is "positive" or "negative"."""
+
+    cond: dict
+    kind: str
+
+
+class ComfyTextEncoder:
+    """Implements `training.model.TextEncoder`. `last_encoded`: a prompt to trace evaluations with."""
+
+    def __init__(self, clip: Any, model: comfy.model_patcher.ModelPatcher):
+        """`model`: the base that the prompts are for."""
+        self._clip, self._model = clip, model
+        self.last_encoded: EncodedPrompt | None = None
+
+    def encode(self, prompts: Sequence[str], kind: str = "positive") -> list[EncodedPrompt]:
+        """Prompts for pictures of any size; `kind` is "positive" or "negative"."""
+        if self._clip is None:
+            raise ValueError("This model has released its text encoder; make another one for another run.")
+        dtype, encoded = self._model.model.get_dtype_inference(), []
+        with torch.inference_mode(False), torch.no_grad():
+            for prompt in prompts:
+                conds = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))
+                cond = comfy.sampler_helpers.convert_cond(conds)[0]
+                # As the model will cast them; thousands of prompts wait in memory.
+                encoded.append(EncodedPrompt({**cond, "cross_attn": cond["cross_attn"].to("cpu", dtype)}, kind))
+        self.last_encoded = encoded[-1] if encoded else self.last_encoded
+        return encoded
+
+    def release(self) -> None:
+        """No prompts will be encoded any more: the text encoder leaves the device, and memory if it is ours alone."""
+        self._clip = None
+        gc.collect()
+        device = self._model.load_device
+        if device.type != "cpu":
+            comfy.model_management.free_memory(1e30, device)
+            comfy.model_management.soft_empty_cache()
+
+    def context(self, prompt: EncodedPrompt) -> torch.Tensor:
+        """The prompt tokens (m, d) of a prompt that `encode` made."""
+        return prompt.cond["cross_attn"][0]

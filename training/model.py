@@ -1,0 +1,150 @@
+"""A frozen base as the trainer sees it: it denoises, encodes prompts and takes memory.
+
+`agd_core.comfyui.model` implements it for ComfyUI's models.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from ..agd_core.adapter import Adapter
+from ..agd_core.config import AdapterConfig, BaseInfo
+
+Prompt = Any  # one encoded prompt, opaque to the trainer
+Shape = tuple[int, ...]  # of a latent without its batch: channels first, height and width last
+ProgressCallback = Callable[[int, int], None]  # called with how many are done, and of how many
+
+
+class Denoiser(Protocol):
+    """Denoisers follow one contract: x (b, c, h, w), sigma (b,) -> denoised (b, c, h, w)."""
+
+    device: torch.device
+
+    @property
+    def computes_in(self) -> torch.dtype: ...
+
+    def latent_shape(self, width: int, height: int) -> Shape: ...
+
+    def check_schedulers(self, names: Sequence[str]) -> None:
+        """Raises `ValueError` for one that there isn't."""
+
+    def session(self, *, checkpointing: bool = ..., memory: int = ...) -> AbstractContextManager[None]:
+        """Inside, the base is loaded and ready for gradients; `memory` bytes of the device are left free."""
+
+    def sigmas(self, scheduler: str, steps: int) -> torch.Tensor:
+        """(steps + 1,) noise levels, the last one 0."""
+
+    def start(self, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Unit noise (b, c, h, w) brought to sigma (b,)."""
+
+    def prediction_unit(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The error of the denoised prediction that an error of 1 in what the base predicts makes, (b,) by sigma."""
+
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """f(x, sigma, c), without gradients."""
+
+    def student(
+        self,
+        adapter: Adapter,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        prompts: Sequence[Prompt],
+        negative: Sequence[Prompt],
+        omega: torch.Tensor,
+    ) -> torch.Tensor:
+        """f_psi(x, sigma, c, omega, c_neg), with gradients. omega: (b,)."""
+
+
+class TextEncoder(Protocol):
+    def encode(self, prompts: Sequence[str], kind: str = ...) -> list[Prompt]:
+        """`kind` is "positive" or "negative"."""
+
+    def release(self) -> None:
+        """No prompts will be encoded any more."""
+
+    def context(self, prompt: Prompt) -> torch.Tensor:
+        """The prompt tokens (m, d) of an encoded prompt."""
+
+
+class Cost(Protocol):
+    """What one evaluation takes: bytes at its peak above what was there before, and floating-point operations."""
+
+    @property
+    def peak_bytes(self) -> int: ...
+
+    @property
+    def flops(self) -> int: ...
+
+
+class DeviceMemory(Protocol):
+    def is_out_of_memory(self, error: BaseException) -> bool: ...
+
+    def free_unused(self) -> None: ...
+
+    def used(self) -> int:
+        """The most bytes so far."""
+
+    def available(self) -> int | None:
+        """The bytes that training could have; None is no limit."""
+
+    def base_bytes(self) -> int: ...
+
+    def largest_block_bytes(self) -> int:
+        """Of the base, what has to be on the device at a time."""
+
+    def trace_student(self, config: AdapterConfig, shape: Shape, rows: int, checkpointing: bool) -> Cost:
+        """What the student's forward and backward pass take for `rows` latents; nothing is computed."""
+
+    def trace_base(self, shape: Shape, rows: int) -> Cost: ...
+
+    def matmul_rate(self) -> float:
+        """FLOP/s of a large matrix product; 0 where it is unknown."""
+
+
+class Model(Protocol):
+    """`base_patches`: what the base is made of besides its own weights, LoRAs and other patches, as JSON data."""
+
+    base: BaseInfo
+    base_patches: dict[str, Any]
+
+    @property
+    def denoiser(self) -> Denoiser: ...
+
+    @property
+    def text_encoder(self) -> TextEncoder: ...
+
+    @property
+    def memory(self) -> DeviceMemory: ...
+
+    def picture(self, latent: torch.Tensor) -> Image.Image:
+        """A latent (1, c, h, w) as the sampler leaves it, as a picture."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """What batches refer to by number."""
+
+    positive: Sequence[Prompt]
+    negative: Sequence[Prompt]
+
+    def of_rows(self, positive: torch.Tensor, negative: torch.Tensor) -> tuple[list[Prompt], list[Prompt]]:
+        """The prompts and negative prompts with these numbers, (b,) each."""
+        return [self.positive[i] for i in positive.tolist()], [self.negative[i] for i in negative.tolist()]
+
+
+_ENCODED_AT_ONCE = 16  # prompts between two reports
+
+
+def encode(text_encoder: TextEncoder, prompts: Sequence[str], kind: str, progress: ProgressCallback) -> list[Prompt]:
+    """Each prompt encoded, equal ones once. `kind` is "positive" or "negative"; `progress` counts distinct ones."""
+    encoded: list[Prompt] = []
+    distinct = list(dict.fromkeys(prompts))
+    for i in range(0, len(distinct), _ENCODED_AT_ONCE):
+        encoded += text_encoder.encode(distinct[i : i + _ENCODED_AT_ONCE], kind)
+        progress(len(encoded), len(distinct))
+    found = dict(zip(distinct, encoded, strict=True))
+    return [found[prompt] for prompt in prompts]

@@ -1,0 +1,184 @@
+"""What a run begins with: checked settings, encoded prompts, a new adapter."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..agd_core import adapter_file
+from ..agd_core.adapter import Adapter
+from ..agd_core.adapter_file import AdapterInfo
+from ..agd_core.config import AdapterConfig
+from ..agd_core.mixed_precision import MixedPrecision
+from .config import TrainConfig
+from .held_out import HeldOutPrompts
+from .model import Denoiser, EncodedPrompts, Model, ProgressCallback, Prompt, TextEncoder, encode
+from .plan import Plan
+from .recording import Recording, checksum_of
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run may be given besides its prompts and settings.
+
+    `negative` are the prompts of the unconditional branch, drawn for each trajectory; the default is empty. `held_out`
+    are the prompts to measure on, by default some of the run's prompts, which are then not trained with. With `folder`,
+    the run keeps its files there: its state is saved every `config.save_every` iterations and whenever it is stopped,
+    and if it is called again it goes on from there, to the same result. With `recording`, the states come from there
+    instead of from rollouts. `plan` says how many rows are evaluated at once; without one all are, unless the
+    config says otherwise. With `start`, an adapter file, the new adapter begins as that one.
+    """
+
+    negative: Sequence[str] = ("",)
+    held_out: Sequence[str] | None = None
+    folder: Path | None = None
+    recording: Recording | None = None
+    plan: Plan | None = None
+    start: Path | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """An adapter to begin from, and its file."""
+
+    info: AdapterInfo
+    weights: dict[str, torch.Tensor]
+    file: Path
+
+    @classmethod
+    def load(cls, file: Path) -> "Start":
+        return cls(*adapter_file.load_state(file), file)
+
+    def copy_into(self, adapter: Adapter) -> None:
+        """Raises `ValueError` where that one has no place for these weights."""
+        own, config, weights = adapter.state_dict(), adapter.config, self.weights
+        if self.info.config.kind.name == "scale" and config.kind.name == "delta":
+            weights = {key.replace("kind.", "kind.scale."): value for key, value in weights.items()}
+        weights = {key: value for key, value in weights.items() if key != "unconditional"}
+        if not all(key in own and own[key].shape == value.shape for key, value in weights.items()):
+            raise ValueError(
+                f"The adapter {self.file} ({self.info.config.kind.describe()}) can't be the start of one of kind "
+                f"{config.kind.describe()}: train the same kind and width, or start a delta adapter from a scale "
+                "adapter."
+            )
+        adapter.load_state_dict(own | weights)
+
+
+def check_settings(denoiser: Denoiser, config: TrainConfig, recording: Recording | None) -> None:
+    """Raises `ValueError` for settings that can't work with this base, or with a recording."""
+    denoiser.check_schedulers(config.schedulers)
+    sigmas = denoiser.sigmas("normal", config.steps_max)[:-1]
+    low, high = config.interval_sigma_min, config.interval_sigma_max
+    if config.teacher == "interval" and not ((sigmas > low) & (sigmas <= high)).any():
+        raise ValueError(
+            f"No step of a trajectory is guided: its noise levels go from {sigmas[-1]:.3g} to {sigmas[0]:.3g}, the "
+            f"interval of guidance from {low:g} to {high:g}; set another interval_sigma_min and interval_sigma_max."
+        )
+    if recording is not None and config.on_policy:
+        raise ValueError("A recording can't follow the student: train from one with on_policy 0.")
+
+
+def run_identity(model: Model, prompts: Sequence[str], config: TrainConfig, options: RunOptions) -> dict:
+    """What must be equal for a saved run state to be this run's, as JSON data."""
+    texts = {"prompts": prompts, "negative": options.negative, "measured": options.held_out or ()}
+    identity = config.result_settings() | {name: list(lines) for name, lines in texts.items()}
+    identity |= {"base": model.base.fingerprint, "patches": model.base_patches}
+    identity |= {"recording": options.recording.checksum() if options.recording else ""}
+    if options.start is not None:
+        identity |= {"start": f"{options.start.name}, {checksum_of(options.start)[:12]}"}
+    return json.loads(json.dumps(identity))
+
+
+def split_prompts(prompts: Sequence[str], config: TrainConfig) -> tuple[list[str], list[str]]:
+    """(training, held-out). At most a fifth is held out, and a lone prompt never. Raises where there is none."""
+    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise ValueError("There are no prompts to train with; give at least one line of text.")
+    count = min(config.held_out, len(prompts) // 5)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return [prompts[i] for i in order[count:]], [prompts[i] for i in order[:count]]
+
+
+@dataclass(frozen=True)
+class RunTexts:
+    """`positive`: the prompts to train with; `held_out`: to measure on."""
+
+    positive: list[str]
+    negative: list[str]
+    held_out: list[str]
+
+    @classmethod
+    def split(cls, prompts: Sequence[str], config: TrainConfig, options: RunOptions) -> "RunTexts":
+        """Raises `RecordingError` where a recording was made with others."""
+        positive, held_out = list(prompts), list(options.held_out or ())
+        if options.held_out is None:
+            positive, held_out = split_prompts(prompts, config)
+        negative, recording = list(options.negative), options.recording
+        if recording is not None:
+            recording.check_texts(split_prompts(recording.identity["prompts"], config)[0], positive, negative)
+        return cls(positive, negative, held_out)
+
+    def describe_unconditional(self) -> str:
+        """For the adapter's file."""
+        distinct = sorted(dict.fromkeys(self.negative), key=bool)  # an empty one first
+        if not any(distinct):
+            return "empty prompt"
+        if len(distinct) == 1:
+            return f"negative prompt {distinct[0]!r}"
+        if distinct[0]:
+            return f"{len(distinct)} negative prompts of training"
+        return f"empty prompt, and {len(distinct) - 1} negative prompts of training"
+
+
+@dataclass(frozen=True)
+class RunPrompts:
+    """`RunTexts` encoded. `unconditional`: the tokens (m, d) that stand in where a workflow has no negative prompt;
+    `shortest`: the fewest tokens of a prompt.
+    """
+
+    training: EncodedPrompts
+    held_out: HeldOutPrompts
+    unconditional: torch.Tensor
+    shortest: int
+
+    @classmethod
+    def encode(cls, texts: RunTexts, encoder: TextEncoder, progress: ProgressCallback) -> "RunPrompts":
+        """The text encoder is released."""
+
+        def encoded(prompts: Sequence[str], kind: str) -> list[Prompt]:
+            return encode(encoder, prompts, kind, progress)
+
+        positive, negative = encoded(texts.positive, "positive"), encoded(texts.negative, "negative")
+        unconditional = negative[texts.negative.index("") if "" in texts.negative else 0]
+        shown = encoded(texts.held_out or texts.positive[:1], "positive")
+        encoder.release()
+        return cls(
+            EncodedPrompts(positive, negative),
+            HeldOutPrompts(shown[: len(texts.held_out)], negative, shown[0], unconditional),
+            encoder.context(unconditional),
+            min(len(encoder.context(prompt)) for prompt in [*positive, *negative]),
+        )
+
+
+def new_adapter(config: AdapterConfig, seed: int, unconditional: torch.Tensor, device: torch.device) -> Adapter:
+    """`unconditional`: its prompt tokens (m, d)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapter = Adapter(config, MixedPrecision).to(device)
+    adapter.get_buffer("unconditional").copy_(unconditional[: config.prompt_tokens])  # of a long prompt its beginning
+    return adapter
+
+
+def describe_adapter(adapter: Adapter, model: Model, config: TrainConfig, texts: RunTexts) -> AdapterInfo:
+    """What the adapter's file says, but for its training."""
+    sizes = [model.denoiser.latent_shape(width, height)[-2:] for width, height in config.buckets()]
+    return AdapterInfo(
+        config=adapter.config,
+        base=model.base,
+        omega_range=(config.omega_min, config.omega_max),
+        unconditional=texts.describe_unconditional(),
+        negative_mode="used" if adapter.uses_negative else "ignored",
+        resolutions=tuple(dict.fromkeys((height, width) for height, width in sizes)),
+    )

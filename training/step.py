@@ -1,0 +1,154 @@
+"""One training step: the student's loss on a batch, its gradients, the optimiser, the moving average."""
+
+import math
+import statistics
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..agd_core.guidance import balanced_weights, gaps, weighted_error
+from .config import TrainConfig
+from .distributed import Ranks
+from .memory import retry_on_oom
+from .model import Denoiser, DeviceMemory, EncodedPrompts
+from .pool import Batch
+from .run_state import RunState
+
+_LOSS_SCALE = 2.0**16  # as mixed precision training usually begins (Micikevicius et al. 2018, arXiv 1710.03740)
+_RECENT, _EXPLODED = 20, 20.0  # so many iterations with so many times the loss of no adapter: that won't come back
+
+
+def initial_loss_scale(computes_in: torch.dtype) -> float:
+    """In fp16 small gradients are lost, so the loss is multiplied by this; it is halved when large ones overflow."""
+    return _LOSS_SCALE if computes_in is torch.float16 else 1.0
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine to 0 at the end. `step` counts from 0."""
+    rising = max(1, round(config.warmup * config.iterations))
+    if step < rising:
+        return config.learning_rate * (step + 1) / rising
+    done = (step - rising) / max(1, config.iterations - rising)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class StudentLoss(NamedTuple):
+    """The student's predictions (b, c, h, w) on the CPU, the loss, and the loss over that of no adapter."""
+
+    predictions: torch.Tensor
+    loss: float
+    relative: float
+
+
+@dataclass
+class TrainingStep:
+    """What a training step needs besides the run's state. `micro_batch`: rows that the student evaluates at once,
+    halved when memory runs out.
+    """
+
+    denoiser: Denoiser
+    memory: DeviceMemory
+    prompts: EncodedPrompts
+    config: TrainConfig
+    ranks: Ranks
+    micro_batch: int
+    _relative_losses: list[float] = field(default_factory=list)
+
+    def __call__(self, state: RunState, iterations: int) -> None:
+        """Take the step; `iterations`: of the whole run. Where it raises, the state is that of the step before, unless
+        it is no longer `resumable`.
+        """
+        rate = learning_rate(state.step, replace(self.config, iterations=iterations))
+        try:
+            batch = state.source.next(state.step)
+            student = self.gradients(state, batch)
+            self._check(student, state.step)
+        except BaseException:
+            state.source.restore_generators()  # ComfyUI's layers raise on interrupt
+            raise
+        state.resumable = False
+        self.optimise(state, rate)
+        progress = state.step / iterations
+        state.evaluations += self.ranks.count * state.source.advance(batch, student.predictions, progress)
+        state.step += 1
+        state.losses.append(student.loss)
+        self.update_average(state)
+        state.resumable = True
+
+    def gradients(self, state: RunState, batch: Batch) -> StudentLoss:
+        """Gradients of the whole batch's loss, this rank's share of it evaluated here, in parts that fit."""
+        while True:
+            student = self._backward(state, batch)
+            gradients = [p.grad for p in state.adapter.parameters() if p.grad is not None]
+            for gradient in gradients if state.loss_scale != 1 else []:
+                gradient.div_(state.loss_scale)
+            if state.loss_scale == 1 or all(gradient.isfinite().all() for gradient in gradients):
+                return student
+            state.loss_scale /= 2  # too large for half precision, on all ranks alike: the gradients are the sum
+
+    def _backward(self, state: RunState, batch: Batch) -> StudentLoss:
+        unit = self.denoiser.prediction_unit(batch.sigma)
+        weights, of_none = self._row_weights(batch, unit)
+        positive, negative = self.prompts.of_rows(batch.positive, batch.negative)
+
+        def evaluate(rows: int) -> tuple[list[torch.Tensor], float]:
+            state.optimiser.zero_grad(set_to_none=True)
+            predictions, loss = [], 0.0
+            for i in range(0, len(positive), rows):
+                own = slice(i, i + rows)
+                student = self.denoiser.student(
+                    state.adapter, batch.x[own], batch.sigma[own], positive[own], negative[own], batch.omega[own]
+                )
+                target, of_unit, weight = (v[own].to(student) for v in (batch.target, unit, weights))
+                part = weighted_error(student, target, of_unit, weight)
+                (part * state.loss_scale).backward()
+                predictions.append(student.detach().cpu())
+                loss += part.item()
+            return predictions, loss
+
+        (predictions, loss), self.micro_batch = retry_on_oom(self.memory, "the student", evaluate, self.micro_batch)
+        loss = self.ranks.sum(torch.tensor(loss, dtype=torch.float64)).item()
+        self.ranks.sum_gradients(state.adapter.parameters())
+        return StudentLoss(torch.cat(predictions), loss, loss / of_none)
+
+    def _row_weights(self, batch: Batch, unit: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Each row's weight in the loss (b,), and the loss of an adapter that does nothing.
+
+        That is infinite where the teacher guides none of the rows, so that no loss looks large beside it.
+        """
+        gap = gaps(batch.cond, batch.target, unit)
+        total, count = self.ranks.sum(torch.tensor([gap.sum().item(), len(gap)], dtype=torch.float64)).tolist()
+        if self.config.loss == "plain":
+            weight = torch.full_like(gap, 1 / (count * batch.x[0].numel()))
+        else:
+            weight = balanced_weights(gap, torch.tensor(total / count))
+        of_none = self.ranks.sum((weight * gap).sum().double()).item()
+        if self.config.loss == "balanced":
+            weight, of_none = weight / max(of_none, 1e-12), 1.0
+        return weight, of_none if of_none > 1e-12 else math.inf
+
+    def _check(self, student: StudentLoss, step: int) -> None:
+        """Raises `FloatingPointError` where training can't succeed."""
+        self._relative_losses = [*self._relative_losses, student.relative][-_RECENT:]
+        remedy = f"train again with a smaller learning rate than {self.config.learning_rate:g}"
+        if not math.isfinite(student.loss):
+            raise FloatingPointError(f"The loss became {student.loss} at iteration {step + 1}; {remedy}.")
+        middle = statistics.median(self._relative_losses)
+        if len(self._relative_losses) == _RECENT and middle > _EXPLODED:
+            raise FloatingPointError(
+                f"The loss exploded: at iteration {step + 1} it is {middle:.0f} times that of no adapter; {remedy}."
+            )
+
+    def optimise(self, state: RunState, learning_rate: float) -> None:
+        for group in state.optimiser.param_groups:
+            group["lr"] = learning_rate
+        nn.utils.clip_grad_norm_(state.adapter.parameters(), self.config.clip)
+        state.optimiser.step()
+
+    def update_average(self, state: RunState) -> None:
+        # Early on the average would be mostly the zero start; it may follow faster there.
+        decay = min(self.config.ema, (1 + state.step) / (10 + state.step))
+        for mean, live in zip(state.average.parameters(), state.adapter.parameters(), strict=True):
+            mean.lerp_(live.detach(), 1 - decay)
