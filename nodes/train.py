@@ -83,11 +83,13 @@ def _describe(progress: Progress) -> str:
     return ", ".join(parts)
 
 
-def _number(kind, name: str, high, tooltip: str, *, step=1, suited: bool = True, advanced: bool = True):
-    """A setting of TrainConfig; 0 stands for the family's own where there is one."""
+def _number(kind, name: str, high, tooltip: str, *, suited: bool = True, **options):
+    """A setting of TrainConfig; where it is `suited`, 0 stands for what suits the model's family."""
     default = 0 if suited else getattr(_DEFAULTS, name)
     tooltip += _SUITED if suited else ""
-    return kind.Input(name, default=default, min=0, max=high, step=step, tooltip=tooltip, advanced=advanced)
+    return kind.Input(
+        name, default=default, min=0, max=high, tooltip=tooltip, **{"step": 1, "advanced": True, **options}
+    )
 
 
 class AGDTrain(io.ComfyNode):

@@ -9,6 +9,7 @@ import torch
 
 from ..agd_core.adapter import Adapter
 from ..agd_core.errors import AGDError
+from ..agd_core.format_1 import renamed
 from .distributed import Ranks
 from .evaluate import Measurement
 from .pool import BatchSource
@@ -94,9 +95,11 @@ class RunState:
         self.step, self.evaluations, self.seconds = saved["step"], saved["evaluations"], saved["seconds"]
         self.losses, self.loss_scale = saved["losses"], saved["loss_scale"]
         self.history = [Measurement(**measured) for measured in saved["history"]]
-        self.best = Best(**saved["best"]) if saved["best"] else None
-        self.adapter.load_state_dict(saved["adapter"])
-        self.average.load_state_dict(saved["average"])
+        # Saved before adapter files of format 2, weights have the names of format 1.
+        if saved["best"]:
+            self.best = Best(**{**saved["best"], "weights": renamed(saved["best"]["weights"])})
+        self.adapter.load_state_dict(renamed(saved["adapter"]))
+        self.average.load_state_dict(renamed(saved["average"]))
         self.optimiser.load_state_dict(saved["optimiser"])
         own = {name: value[rows.start : rows.stop] for name, value in saved["lanes"].items()}
         self.source.load_state_dict(saved["common"], own)
