@@ -14,7 +14,7 @@ from .distributed import Ranks
 from .evaluate import Measurement
 from .pool import BatchSource
 
-_VERSION = 2
+_VERSION = 3  # an adapter's keys begin with `kind`; in version 2 they began with `sites`
 
 
 class DifferentRun(AGDError, ValueError):

@@ -64,7 +64,7 @@ class TrainingStep:
         try:
             batch = state.source.next(state.step)
             student = self.gradients(state, batch)
-            self._check(student, state.step)
+            self.check_loss(student, state.step)
         except BaseException:
             state.source.restore_generators()  # ComfyUI's layers raise on interrupt
             raise
@@ -129,7 +129,7 @@ class TrainingStep:
             weight, of_none = weight / max(of_none, 1e-12), 1.0
         return weight, of_none if of_none > 1e-12 else math.inf
 
-    def _check(self, student: StudentLoss, step: int) -> None:
+    def check_loss(self, student: StudentLoss, step: int) -> None:
         """Raises `FloatingPointError` where training can't succeed."""
         self._relative_losses = [*self._relative_losses, student.relative][-_RECENT:]
         remedy = f"train again with a smaller learning rate than {self.config.learning_rate:g}"

@@ -212,6 +212,15 @@ def test_a_run_with_other_prompts_or_another_base_is_refused(folder):
         train(AnalyticModel(base_patches={"patched_weights": 3}), PROMPTS, CONFIG, options=RunOptions(folder=folder))
 
 
+def test_a_run_state_of_another_version_is_refused(folder):
+    with pytest.raises(Stopped):
+        train(AnalyticModel(), PROMPTS, CONFIG, stop_after(3), options=RunOptions(folder=folder))
+    (file,) = folder.glob("state-*")
+    torch.save(torch.load(file, weights_only=True) | {"version": 2}, file)
+    with pytest.raises(DifferentRun, match=r"use those .* or delete its folder .*\(of another version\)"):
+        train(AnalyticModel(), PROMPTS, CONFIG, options=RunOptions(folder=folder))
+
+
 def test_how_a_run_is_kept_may_change_in_between(folder, whole):
     with pytest.raises(Stopped):
         train(AnalyticModel(), PROMPTS, VARIED, stop_after(7), options=RunOptions(folder=folder))
