@@ -14,7 +14,7 @@ from .distributed import Ranks
 from .evaluate import Measurement
 from .pool import BatchSource
 
-_VERSION = 3  # an adapter's keys begin with `kind`; in version 2 they began with `sites`
+_VERSION, _READABLE = 3, (2, 3)  # in version 2 weights have the names of adapter files of format 1
 
 
 class DifferentRun(AGDError, ValueError):
@@ -95,7 +95,6 @@ class RunState:
         self.step, self.evaluations, self.seconds = saved["step"], saved["evaluations"], saved["seconds"]
         self.losses, self.loss_scale = saved["losses"], saved["loss_scale"]
         self.history = [Measurement(**measured) for measured in saved["history"]]
-        # Saved before adapter files of format 2, weights have the names of format 1.
         if saved["best"]:
             self.best = Best(**{**saved["best"], "weights": renamed(saved["best"]["weights"])})
         self.adapter.load_state_dict(renamed(saved["adapter"]))
@@ -108,7 +107,7 @@ class RunState:
 def check_same_run(saved: dict[str, Any], identity: dict, folder: object) -> None:
     """Raises `DifferentRun` if the run state that was saved in `folder` is another run's."""
     then = saved.get("identity", {})
-    if saved.get("version") != _VERSION or then != identity:
+    if saved.get("version") not in _READABLE or then != identity:
         raise DifferentRun(
             "A training of this name was begun with other settings: use those to go on with it, or delete its folder "
             f"to start anew. Details: {folder} ({'; '.join(differences(then, identity)) or 'of another version'})."

@@ -216,9 +216,24 @@ def test_a_run_state_of_another_version_is_refused(folder):
     with pytest.raises(Stopped):
         train(AnalyticModel(), PROMPTS, CONFIG, stop_after(3), options=RunOptions(folder=folder))
     (file,) = folder.glob("state-*")
-    torch.save(torch.load(file, weights_only=True) | {"version": 2}, file)
+    torch.save(torch.load(file, weights_only=True) | {"version": 1}, file)
     with pytest.raises(DifferentRun, match=r"use those .* or delete its folder .*\(of another version\)"):
         train(AnalyticModel(), PROMPTS, CONFIG, options=RunOptions(folder=folder))
+
+
+def test_a_run_that_was_saved_with_the_names_of_format_1_goes_on_to_the_same_result(folder, whole):
+    with pytest.raises(Stopped):
+        train(AnalyticModel(), PROMPTS, VARIED, stop_after(7), options=RunOptions(folder=folder))
+    file = max(folder.glob("state-*"))
+    saved = torch.load(file, weights_only=True)
+
+    def of_format_1(weights: dict) -> dict:
+        return {key.replace("kind.", "sites.", 1): value for key, value in weights.items()}
+
+    named = {key: of_format_1(saved[key]) for key in ("adapter", "average")}
+    best = {**saved["best"], "weights": of_format_1(saved["best"]["weights"])}
+    torch.save(saved | named | {"version": 2, "best": best}, file)
+    assert_same(train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder)), whole)
 
 
 def test_how_a_run_is_kept_may_change_in_between(folder, whole):
