@@ -39,16 +39,16 @@ class Prepared:
         Other nodes multiply rows there, one for each region of a picture, say: as a batch is repeated.
         """
         own = self.shared[index]
-        return (self.gain, own) if rows == len(self.gain) else (fit_rows(self.gain, rows), _fit(own, rows))
+        return (self.gain, own) if rows == len(self.gain) else (fit_rows(self.gain, rows), _repeat_rows(own, rows))
 
 
-def _fit(shared, rows: int):
+def _repeat_rows(shared, rows: int):
     """What a layer has by row, in whatever it is kept."""
     if isinstance(shared, torch.Tensor):
         return fit_rows(shared, rows)
     if isinstance(shared, dict):
-        return {key: _fit(value, rows) for key, value in shared.items()}
-    return shared if shared is None else tuple(_fit(value, rows) for value in shared)
+        return {key: _repeat_rows(value, rows) for key, value in shared.items()}
+    return shared if shared is None else tuple(_repeat_rows(value, rows) for value in shared)
 
 
 class Adapter(nn.Module):
@@ -68,7 +68,7 @@ class Adapter(nn.Module):
         self.register_buffer("unconditional", torch.zeros(config.prompt_tokens, config.context_dim))
         self._index = {layer.name: index for index, layer in enumerate(config.layers)}
         if operations in (nn, MixedPrecision):  # comfy.ops layers hold nothing yet and are only ever loaded into
-            self.kind.start()
+            self.kind.init_weights()
 
     @property
     def uses_negative(self) -> bool:
@@ -124,9 +124,9 @@ class Adapter(nn.Module):
         """psi: every parameter, by name. There is nothing else to freeze, save or load but the buffers."""
         return self.named_parameters()
 
-    def last(self) -> Iterable[nn.Module]:
+    def zero_initialised(self) -> Iterable[nn.Module]:
         """The layers that a new adapter starts at zero."""
-        return self.kind.last()
+        return self.kind.zero_initialised()
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for _, parameter in self.trained())

@@ -130,7 +130,7 @@ def _from_metadata(path: Path, metadata: dict[str, str]) -> AdapterInfo:
                 f"version reads up to {FORMAT_VERSION}."
             )
         if version == 1:
-            data = format_1.upgraded(data)
+            data = format_1.upgrade_description(data)
         base = _base_from_json(data["base"])
         return AdapterInfo(
             config=_config_from_json(data["config"], base),
@@ -180,32 +180,32 @@ def _mismatches(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor
     return sorted(wrong)
 
 
-def load_state(path: str | Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
+def load_weights(path: str | Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
     """Info and weights, checked against each other key by key. Raises `AdapterFileError`."""
     path = Path(path)
     with _open(path) as file:
         metadata = file.metadata() or {}
         info = _from_metadata(path, metadata)
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     if json.loads(metadata[_KEY])["format_version"] == 1:
-        state = format_1.renamed(state)
+        weights = format_1.rename_weights(weights)
     with torch.device("meta"):
         expected = Adapter(info.config).state_dict()
-    wrong = _mismatches(expected, state)
+    wrong = _mismatches(expected, weights)
     if wrong:
         more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise AdapterFileError(
             f"This adapter file is damaged: copy or train it again. Details: {path} does not hold the weights that its "
             f"own description asks for: {'; '.join(wrong[:_LISTED])}{more}."
         )
-    return info, state
+    return info, weights
 
 
 def load(path: str | Path, operations=nn) -> tuple[AdapterInfo, Adapter]:
     """The adapter with its weights, on the CPU. Raises `AdapterFileError`."""
-    info, state = load_state(path)
+    info, weights = load_weights(path)
     adapter = Adapter(info.config, operations)
-    adapter.load_state_dict(state)
+    adapter.load_state_dict(weights)
     return info, adapter
 
 
@@ -214,15 +214,15 @@ def save(path: str | Path, adapter: Adapter, info: AdapterInfo) -> Path:
     return write(path, adapter.state_dict(), _to_metadata(info, Path(path).stem))
 
 
-def write(path: str | Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> Path:
+def write(path: str | Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> Path:
     """Write a file atomically: an earlier one at `path` stays whole until the new one is. Returns the path."""
     path = Path(path)
     # Cloned: weights made by ComfyUI may share storage, which safetensors refuses.
-    state = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    weights = {key: value.detach().cpu().clone().contiguous() for key, value in weights.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            save_file(state, temporary, metadata=metadata)
+            save_file(weights, temporary, metadata=metadata)
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(
             f"The adapter could not be saved as {path} ({error}); make room or choose another place."
@@ -255,7 +255,7 @@ def check_base(info: AdapterInfo, base: BaseInfo, path: str | Path) -> None:
     """Refuse a base that is no sibling of the adapter's own, naming both sides and every layer that differs."""
     if info.base.sibling_of(base):
         return
-    theirs, yours = _told_apart(info.base, base)
+    theirs, yours = _distinguish(info.base, base)
     differ = sorted({layer.name for layer in set(info.base.layers) ^ set(base.layers)})
     layers = f" Layers that differ: {', '.join(differ)}." if differ else ""
     raise AdapterFileError(
@@ -265,7 +265,7 @@ def check_base(info: AdapterInfo, base: BaseInfo, path: str | Path) -> None:
     )
 
 
-def _told_apart(first: BaseInfo, second: BaseInfo) -> tuple[str, str]:
+def _distinguish(first: BaseInfo, second: BaseInfo) -> tuple[str, str]:
     """Two bases that are no siblings by the names that users know, with as much beside them as tells them apart."""
     names = first.family_name, second.family_name
     if first.prediction != second.prediction:

@@ -35,7 +35,7 @@ def _reasons_of(part: str) -> list[str]:
     return [reason for reason, fails in checks.items() if fails]
 
 
-def why_not(name: str) -> str | None:
+def why_invalid(name: str) -> str | None:
     """What is wrong with a name, in one sentence that says what to do, or None if nothing is."""
     stem = _without_suffix(name)
     *folders, last = stem.split("/")
@@ -55,6 +55,6 @@ def why_not(name: str) -> str | None:
 
 def file_name(name: str) -> str:
     """The adapter's file for a name that was given with the suffix or without. Raises `AdapterNameError`."""
-    if reason := why_not(name):
+    if reason := why_invalid(name):
         raise AdapterNameError(reason)
     return _without_suffix(name) + SUFFIX

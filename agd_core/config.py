@@ -53,7 +53,7 @@ class AdapterLayer:
 
 @dataclass(frozen=True)
 class KindConfig:
-    """The settings of one kind of adapter: a kind adds its own fields, and to `errors` what is wrong with them.
+    """The settings of one kind of adapter: a kind adds its fields, and to `validation_errors` what is wrong with them.
 
     `gain`: multiply what the adapter adds by (omega - 1); the paper (arXiv 2503.07274) doesn't.
     """
@@ -62,10 +62,10 @@ class KindConfig:
     gain: bool = True
 
     def __post_init__(self):
-        if errors := list(self.errors()):
+        if errors := list(self.validation_errors()):
             raise ValueError(f"This is no valid adapter config: {'; '.join(errors)}.")
 
-    def errors(self) -> Iterator[str]:
+    def validation_errors(self) -> Iterator[str]:
         """What can't work, a phrase each."""
         yield from ()
 
@@ -99,7 +99,7 @@ class EncodedKindConfig(KindConfig):
     omega_embedding: str = "log"
     encoder_width: int = 128
 
-    def errors(self) -> Iterator[str]:
+    def validation_errors(self) -> Iterator[str]:
         if self.omega_embedding not in OMEGA_EMBEDDINGS:
             yield f"omega_embedding {self.omega_embedding!r} is none of {', '.join(OMEGA_EMBEDDINGS)}"
         if self.encoder_width < 2 or self.encoder_width % 2 != 0:

@@ -18,7 +18,7 @@ _SETTINGS = {
 }
 
 
-def upgraded(data: dict[str, Any]) -> dict[str, Any]:
+def upgrade_description(data: dict[str, Any]) -> dict[str, Any]:
     """A description of format 1 as one of format 2. Raises `ValueError`, `KeyError` or `TypeError` if it is damaged."""
     flat, base = data["config"], data["base"]
     if set(flat) != _FIELDS:
@@ -57,6 +57,6 @@ def _layer(site: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def rename_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights by the names of format 2."""
     return {f"kind.{key[len('sites.') :]}" if key.startswith("sites.") else key: v for key, v in weights.items()}

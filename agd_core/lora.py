@@ -20,8 +20,10 @@ def lora_key(layer: str, linear: str) -> str:
     return f"lora_unet_{layer}.{linear}".replace(".", "_")
 
 
-def low_rank_part(info: AdapterInfo, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A LoRA whose strength is omega - 1: what an adapter with `config.kind.merges` does to the linear layers."""
+def low_rank_as_lora(
+    info: AdapterInfo, weights: dict[str, torch.Tensor], scale: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """What an adapter with `config.kind.merges` does to the linear layers at omega = 1 + `scale`, as a LoRA."""
     found, kind = {}, info.config.kind
     inside = "kind" if isinstance(kind, LowRankConfig) else "kind.low_rank"
     for layer in info.config.layers:
@@ -29,7 +31,7 @@ def low_rank_part(info: AdapterInfo, weights: dict[str, torch.Tensor]) -> dict[s
             key, name = key_of(layer.name, linear.path), lora_key(layer.path, linear.path)
             if (up := weights.get(f"{inside}.to_out.{key}.weight")) is None:
                 continue  # delta leaves keys and values as they are
-            found[f"{name}.lora_up.weight"] = up
+            found[f"{name}.lora_up.weight"] = up if scale == 1 else scale * up
             found[f"{name}.lora_down.weight"] = weights[f"{inside}.down.{key}.weight"]
             found[f"{name}.alpha"] = torch.tensor(float(kind.lora_rank))
     return found
@@ -43,13 +45,12 @@ def lora(info: AdapterInfo, weights: dict[str, torch.Tensor], omega: float) -> d
         raise ValueError(f"This adapter is {shown}, which no LoRA can express: train one with --kind low_rank.")
     if not 0 < omega < math.inf:
         raise ValueError(f"omega is {omega:g}, but must be a number above 0.")
-    part = low_rank_part(info, weights)
-    return {key: (omega - 1) * value if key.endswith("lora_up.weight") else value for key, value in part.items()}
+    return low_rank_as_lora(info, weights, omega - 1)
 
 
 def export(adapter: str | Path, output: str | Path, omega: float) -> Path:
     """Write the adapter's file as a LoRA. Returns the path; raises `ValueError`."""
-    info, weights = adapter_file.load_state(adapter)
+    info, weights = adapter_file.load_weights(adapter)
     rank = str(info.config.kind.lora_rank)
     metadata = {
         "ss_network_module": "networks.lora",

@@ -157,7 +157,7 @@ def measure(experiment, variant: Variant) -> dict:
     row |= {"teacher_evaluations": 2 * task.config.batch * batches, "model": "toy"}
     if score is None:  # it diverged
         return row | {"parameters_percent": None}
-    info, weights = adapter_file.load_state(file)
+    info, weights = adapter_file.load_weights(file)
     identity = {"weights": methods.checksum(file)}
     method = methods.prepared(experiment, experiment.parts.model, info, weights, identity)
     row["parameters_percent"] = round(100 * method.parameters / experiment.base_parameters, 2)

@@ -14,11 +14,11 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
+from comfyui_agd.agd_core.comfyui.guided_step import KEY as AGD
 from comfyui_agd.agd_core.comfyui.model.text_encoder import EncodedPrompt
 from comfyui_agd.agd_core.comfyui.model.tracing import FUSED_ATTENTION
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.comfyui.sampling.guider import with_cfg
-from comfyui_agd.agd_core.comfyui.step import KEY as AGD
 from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.agd_core.layers import sinusoidal, zero_init
@@ -28,7 +28,7 @@ from comfyui_agd.training.distributed import Ranks
 from comfyui_agd.training.model import DeviceMemory, EncodedPrompts
 from comfyui_agd.training.recording import RecordedBatches
 from comfyui_agd.training.run_state import RunState
-from comfyui_agd.training.step import TrainingStep
+from comfyui_agd.training.training_step import TrainingStep
 
 _KEY = "agd_baseline"
 # Castillo et al. have 0.991 for a latent model of 512x512 pixels. Here both branches agree by 0.998 from the first

@@ -155,7 +155,7 @@ def one_evaluation_methods(adapter: Path | None) -> dict[str, Callable]:
 
     if adapter is None:
         return {"training-free": apply_training_free}
-    info, weights = adapter_file.load_state(adapter)
+    info, weights = adapter_file.load_weights(adapter)
     return {
         "training-free": apply_training_free,
         "adapter": lambda model: apply_adapter(model, info, weights, source=adapter.name),

@@ -47,7 +47,7 @@ from comfyui_agd.examples.toy.scenes import (
 )
 from comfyui_agd.examples.toy.scoring import Scorer
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import Evaluation, TrajectoryState
+from comfyui_agd.training.gap import Evaluation, TrajectoryState
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.recording import Recording, identity_of
 from comfyui_agd.training.run_setup import split_prompts

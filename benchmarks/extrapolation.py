@@ -88,7 +88,7 @@ class AdapterStudy:
         from comfyui_agd.benchmarks import metrics
         from comfyui_agd.benchmarks.experiment import in_blocks
         from comfyui_agd.examples.toy.gap import teacher_states
-        from comfyui_agd.training.evaluate import evaluate
+        from comfyui_agd.training.gap import evaluate
 
         own, found = ComfyModel(model or self.base, self.experiment.parts.clip), []
         for i, block in enumerate(in_blocks(wanted.captions)):

@@ -69,8 +69,8 @@ class MetaModel:
 
     def _with_adapter(self, options: dict, config) -> dict:
         from comfyui_agd.agd_core.adapter import Adapter
+        from comfyui_agd.agd_core.comfyui.guided_step import ActiveAdapter, GuidedStep, with_step
         from comfyui_agd.agd_core.comfyui.sampling.negatives import Negative, WeightedNegative
-        from comfyui_agd.agd_core.comfyui.step import ActiveAdapter, GuidedStep, with_step
         from comfyui_agd.agd_core.mixed_precision import MixedPrecision
 
         adapter = Adapter(config, MixedPrecision)

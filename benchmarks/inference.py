@@ -147,8 +147,8 @@ def make_methods(
     from comfyui_agd.agd_core.adapter import Adapter
     from comfyui_agd.agd_core.comfyui.backbones import describe_base
     from comfyui_agd.agd_core.comfyui.counting import counted
+    from comfyui_agd.agd_core.comfyui.guided_step import KEY
     from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
-    from comfyui_agd.agd_core.comfyui.step import KEY
     from comfyui_agd.tests.support.checkpoints import random_model
     from comfyui_agd.tests.support.small import info_for, randomised
 

@@ -25,7 +25,7 @@ from comfyui_agd.benchmarks import baselines
 from comfyui_agd.benchmarks.experiment import CFG, KEPT_STEPS, PreparedMethod, ToyExperiment, TrainingPrompts
 from comfyui_agd.examples.toy.gap import CaptionTrajectories, teacher_states
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import Evaluation, TrajectoryState, evaluate, omegas_of
+from comfyui_agd.training.gap import Evaluation, TrajectoryState, evaluate, omegas_of
 from comfyui_agd.training.model import EncodedPrompts
 from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import Callbacks, train
@@ -116,7 +116,7 @@ def adapter(
         configs = [experiment.train_config(**settings, hidden=hidden, learning_rate=rate) for rate in learning_rates]
         prompts = experiment.prompts(negatives=uses_negative, partial=partial)
         config, file = best_trained(experiment, name, configs, prompts, train_adapter)
-        info, weights = adapter_file.load_state(file)
+        info, weights = adapter_file.load_weights(file)
         model = apply_adapter(experiment.parts.model, info, weights, source=file.name)
         identity = {"weights": checksum(file)}
         return dataclasses.replace(prepared(experiment, model, info, weights, identity), rule=config.rule, file=file)

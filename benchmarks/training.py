@@ -171,7 +171,7 @@ def new_training(model, config, plan):
     from comfyui_agd.training.pool import TrajectoryPool
     from comfyui_agd.training.run_setup import new_adapter
     from comfyui_agd.training.run_state import RunState
-    from comfyui_agd.training.step import TrainingStep
+    from comfyui_agd.training.training_step import TrainingStep
 
     denoiser, encoder, memory = model.denoiser, model.text_encoder, model.memory
     prompts = EncodedPrompts(encoder.encode(["a prompt"] * 4), encoder.encode([""], "negative"))

@@ -56,7 +56,7 @@ def named_adapter(name: str, model) -> AdapterValue:
     if name == ATTENTION_GUIDANCE:
         base = describe_base(model.model, model.get_model_object("model_sampling"))
         return AdapterValue(*attention_guidance(base), source=name)
-    return AdapterValue(*adapter_file.load_state(folders.adapter_path(name)), source=name)
+    return AdapterValue(*adapter_file.load_weights(folders.adapter_path(name)), source=name)
 
 
 def use_inputs() -> list[io.Input]:

@@ -304,7 +304,7 @@ class AGDTrain(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, adapter_name=None):
-        return adapter_name is None or folders.why_not_new(adapter_name) or True
+        return adapter_name is None or folders.why_not_writable(adapter_name) or True
 
     @classmethod
     def execute(

@@ -14,9 +14,9 @@ from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo, check_base
 from ..agd_core.guidance import GapErrors, GuidanceRule, square_norm
 from ..agd_core.mixed_precision import MixedPrecision
-from .assessment import METHODS, Assessment, Closeness, Cost, Estimate, Level, Transfer
+from .assessment_report import METHODS, Assessment, Cost, Estimate, OmegaResult, SigmaResult, Transfer
 from .config import TrainConfig, option
-from .evaluate import Trajectories, TrajectoryState, errors_by_omega, follow_teacher, omegas_of, predict
+from .gap import Trajectories, TrajectoryState, errors_by_omega, follow_teacher, omegas_of, predict
 from .memory import retry_on_oom
 from .model import Model, ProgressCallback, Prompt, Shape, encode
 from .plot import contact_sheet
@@ -214,10 +214,10 @@ class _Gap:
 
     gap_closed: Estimate
     direction_cosine: Estimate
-    by_sigma: list[Level]
+    by_sigma: list[SigmaResult]
 
-    def with_distance(self, distance: Estimate) -> Closeness:
-        return Closeness(self.gap_closed, self.direction_cosine, self.by_sigma, distance)
+    def with_distance(self, distance: Estimate) -> OmegaResult:
+        return OmegaResult(self.gap_closed, self.direction_cosine, self.by_sigma, distance)
 
 
 def _measure_gaps(
@@ -245,7 +245,7 @@ def _gap_of(levels: dict[float, GapErrors]) -> _Gap:
     # (images, levels) each
     remaining, total, cosine = (torch.stack(parts, dim=1).double() for parts in zip(*levels.values(), strict=True))
     by_sigma = [
-        Level(sigma, _of_sums(_closed, remaining[:, i], total[:, i]), _mean(cosine[:, i]))
+        SigmaResult(sigma, _of_sums(_closed, remaining[:, i], total[:, i]), _mean(cosine[:, i]))
         for i, sigma in enumerate(levels)
         if total[:, i].sum() > 0
     ]

@@ -24,7 +24,7 @@ from .arguments import UsageError, parse
 from .assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
 from .config import TrainConfig
 from .distributed import Ranks
-from .evaluate import Evaluation
+from .gap import Evaluation
 from .job import Job, check_disk_space, check_output
 from .presets import CARDS, settings_for
 from .recording import SETTINGS as RECORDED
@@ -253,7 +253,7 @@ def _evaluate(args: argparse.Namespace) -> None:
                 f"{path} can't be written: it must end in {' or '.join(suffixes)}, in a folder that exists."
             )
     prompts = PromptTexts(_given(args.prompts, config), args.negative or [""])
-    from_file = None if str(args.adapter) == ATTENTION_GUIDANCE else adapter_file.load_state(args.adapter)
+    from_file = None if str(args.adapter) == ATTENTION_GUIDANCE else adapter_file.load_weights(args.adapter)
     use_comfyui(args.comfyui)
     from ..agd_core.comfyui.model.comfy_model import ComfyModel
     from ..agd_core.comfyui.model.sampler import ComfySampler
@@ -284,7 +284,7 @@ def _given(texts: list[str] | None, config: AssessConfig) -> list[str]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    print(adapter_file.describe(adapter_file.load_state(args.file)[0], args.file))
+    print(adapter_file.describe(adapter_file.load_weights(args.file)[0], args.file))
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -65,7 +65,7 @@ class Ranks:
         dist.gather(rows.contiguous(), parts)
         return torch.cat(parts) if self.first else rows
 
-    def share(self, values: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """The first rank's values (CPU), on every rank, in place."""
         if self.count > 1:
             dist.broadcast(values, src=0)

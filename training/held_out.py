@@ -7,7 +7,7 @@ from PIL import Image
 
 from ..agd_core.adapter import Adapter
 from .config import TrainConfig
-from .evaluate import (
+from .gap import (
     Evaluation,
     SampleSettings,
     Trajectories,

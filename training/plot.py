@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .evaluate import Measurement
+from .gap import Measurement
 
 _SIZE, _HEIGHT = 800, 400  # of one diagram
 _BOX = (80, 40, 770, 340)  # left, top, right, bottom of its plotting area

@@ -49,7 +49,7 @@ class Start:
 
     @classmethod
     def load(cls, file: Path) -> "Start":
-        return cls(*adapter_file.load_state(file), file)
+        return cls(*adapter_file.load_weights(file), file)
 
     def copy_into(self, adapter: Adapter) -> None:
         """Raises `ValueError` where that one has no place for these weights."""

@@ -9,9 +9,9 @@ import torch
 
 from ..agd_core.adapter import Adapter
 from ..agd_core.errors import AGDError
-from ..agd_core.format_1 import renamed
+from ..agd_core.format_1 import rename_weights
 from .distributed import Ranks
-from .evaluate import Measurement
+from .gap import Measurement
 from .pool import BatchSource
 
 _VERSION, _READABLE = 3, (2, 3)  # in version 2 weights have the names of adapter files of format 1
@@ -96,9 +96,9 @@ class RunState:
         self.losses, self.loss_scale = saved["losses"], saved["loss_scale"]
         self.history = [Measurement(**measured) for measured in saved["history"]]
         if saved["best"]:
-            self.best = Best(**{**saved["best"], "weights": renamed(saved["best"]["weights"])})
-        self.adapter.load_state_dict(renamed(saved["adapter"]))
-        self.average.load_state_dict(renamed(saved["average"]))
+            self.best = Best(**{**saved["best"], "weights": rename_weights(saved["best"]["weights"])})
+        self.adapter.load_state_dict(rename_weights(saved["adapter"]))
+        self.average.load_state_dict(rename_weights(saved["average"]))
         self.optimiser.load_state_dict(saved["optimiser"])
         own = {name: value[rows.start : rows.stop] for name, value in saved["lanes"].items()}
         self.source.load_state_dict(saved["common"], own)

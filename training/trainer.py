@@ -14,7 +14,7 @@ from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo
 from .config import TrainConfig
 from .distributed import Ranks
-from .evaluate import Evaluation, Measurement
+from .gap import Evaluation, Measurement
 from .held_out import HeldOutEvaluation
 from .memory import BothPredictions
 from .model import Model, ProgressCallback
@@ -33,7 +33,7 @@ from .run_setup import (
     run_identity,
 )
 from .run_state import Best, RunState, check_same_run
-from .step import TrainingStep, initial_loss_scale
+from .training_step import TrainingStep, initial_loss_scale
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,9 @@ def train(
                 spent = source.fill(callbacks.of_phase("rollout"))
                 state.evaluations += spent if options.recording is not None else int(ranks.sum(torch.tensor(spent)))
             state.resumable = True
-            _fit(run)
+            _train_loop(run)
         except BaseException:  # ComfyUI's interrupt and KeyboardInterrupt among them
-            # Several ranks save together or not at all: `_fit` has done it where they agreed to stop.
+            # Several ranks save together or not at all: `_train_loop` has done it where they agreed to stop.
             if state.resumable and ranks.count == 1:
                 _save(run)
             raise
@@ -190,7 +190,7 @@ def _saved_state(files: RunFolder | None, identity: dict) -> dict[str, Any] | No
     return saved
 
 
-def _fit(run: _Run) -> None:
+def _train_loop(run: _Run) -> None:
     """The loop. Each iteration ends complete: a run that stops there goes on to the same result."""
     state, config, callbacks = run.state, run.config, run.callbacks
     clock, first_step, seconds_before = time.monotonic(), state.step, state.seconds
@@ -269,7 +269,7 @@ def _measure(run: _Run) -> None:
         run.evaluation = run.held_out.measure(state.average, _progress_of_held_out(run))
     found = run.evaluation.summary() if run.evaluation else {}
     own_score = torch.tensor([run.evaluation.score if run.evaluation else 0.0], dtype=torch.float64)
-    score = run.ranks.share(own_score).item()
+    score = run.ranks.broadcast(own_score).item()
     state.history.append(Measurement(state.step, score, **found))
     if state.best is None or score > state.best.score:
         weights = {key: value.detach().cpu().clone() for key, value in state.average.state_dict().items()}

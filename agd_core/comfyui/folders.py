@@ -5,7 +5,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..adapter_name import AdapterNameError, file_name, why_not
+from ..adapter_name import AdapterNameError, file_name, why_invalid
 
 KEY = "agd"
 
@@ -59,9 +59,9 @@ def _in_the_way(path: Path) -> str | None:
     return None
 
 
-def why_not_new(name: str) -> str | None:
+def why_not_writable(name: str) -> str | None:
     """Why no adapter can be saved under that name, in one sentence, or None if one can."""
-    if reason := why_not(name):
+    if reason := why_invalid(name):
         return reason
     reason = _in_the_way(Path(_own_folder(), file_name(name)))
     return f"No adapter can be called {name!r}: {reason}. Choose another name." if reason else None
@@ -69,7 +69,7 @@ def why_not_new(name: str) -> str | None:
 
 def new_adapter_path(name: str) -> Path:
     """Where an adapter called `name` is saved, in `models/agd`. Raises `AdapterNameError`."""
-    if reason := why_not_new(name):
+    if reason := why_not_writable(name):
         raise AdapterNameError(reason)
     return Path(_own_folder(), file_name(name))
 

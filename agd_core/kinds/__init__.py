@@ -1,7 +1,7 @@
 """The kinds of adapters, by the names that users choose them by. A new one: docs/architecture.md, "A new kind"."""
 
 from ..config import KindConfig
-from .base import AdapterKind
+from .adapter_kind import AdapterKind
 from .cross_attention import CrossAttentionAdapter
 from .delta import DeltaAdapter
 from .low_rank import LowRankAdapter

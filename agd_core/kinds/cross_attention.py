@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import MOST_CHANNELS, AdapterConfig, EncodedKindConfig
 from ..layers import Guidance, zero_init
-from .base import AdapterKind
+from .adapter_kind import AdapterKind
 
 # Attention heads of an adapter; up to H = 512 each stays within the 128 channels of fused attention kernels.
 HEADS = 4
@@ -28,8 +28,8 @@ class CrossAttentionConfig(EncodedKindConfig):
     hidden: int = 128
     shared_encoder: bool = True
 
-    def errors(self) -> Iterator[str]:
-        yield from super().errors()
+    def validation_errors(self) -> Iterator[str]:
+        yield from super().validation_errors()
         # Four heads, each small enough for fused attention kernels.
         if self.hidden % HEADS != 0 or not HEADS <= self.hidden <= MOST_CHANNELS:
             yield f"hidden is {self.hidden}, but must be a multiple of {HEADS} from {HEADS} to {MOST_CHANNELS}"
@@ -63,11 +63,11 @@ class CrossAttentionAdapter(AdapterKind):
     def token_width(cls, config: AdapterConfig) -> int:
         return config.context_dim  # they stand beside the prompt's tokens
 
-    def start(self) -> None:
+    def init_weights(self) -> None:
         """A new adapter adds exactly nothing."""
         zero_init(self.to_out)
 
-    def last(self) -> Iterable[nn.Module]:
+    def zero_initialised(self) -> Iterable[nn.Module]:
         return self.to_out.values()
 
     def prepare(self, guidance: Guidance, context: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch import nn
 
 from ..config import AdapterConfig, AdapterLayer, EncodedKindConfig, Linear, out_of_range
 from ..layers import Guidance, zero_init
-from .base import AdapterKind
+from .adapter_kind import AdapterKind
 from .low_rank import LowRankAdapter, LowRankConfig, describe_rank
 from .scale import ScaleAdapter
 
@@ -37,8 +37,8 @@ class DeltaConfig(EncodedKindConfig):
     rank: int = 0
     modulated: bool = False
 
-    def errors(self) -> Iterator[str]:
-        yield from super().errors()
+    def validation_errors(self) -> Iterator[str]:
+        yield from super().validation_errors()
         yield from out_of_range("hidden", self.hidden, least=1)
         yield from out_of_range("rank", self.rank, least=0)
         if self.rank and not self.modulated and not self.gain:
@@ -89,19 +89,19 @@ class DeltaAdapter(AdapterKind):
         beside = replace(config, kind=kind.low_rank) if kind.low_rank is not None else None
         self.low_rank = LowRankAdapter(beside, operations, leave_prompt=True) if beside is not None else None
 
-    def start(self) -> None:
+    def init_weights(self) -> None:
         """A new adapter: `scale` alone."""
-        self.scale.start()
+        self.scale.init_weights()
         if self.low_rank is not None:
-            self.low_rank.start()
+            self.low_rank.init_weights()
         for layer in (self.to_modulation, self.to_factor_and_shift, self.to_out):
             zero_init(layer)
 
     def linears(self, layer: AdapterLayer) -> tuple[Linear, ...]:
         return self.low_rank.linears(layer) if self.low_rank is not None else ()
 
-    def last(self) -> Iterable[nn.Module]:
-        return [*self.to_out.values(), *(self.low_rank.last() if self.low_rank is not None else ())]
+    def zero_initialised(self) -> Iterable[nn.Module]:
+        return [*self.to_out.values(), *(self.low_rank.zero_initialised() if self.low_rank is not None else ())]
 
     def prepare(self, guidance: Guidance, context: torch.Tensor) -> list[tuple]:
         """guidance with tokens (b, 1, 2, E) -> per layer the scale (b, 1, w), factor and shift (b, 1, H), and what

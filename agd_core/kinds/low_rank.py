@@ -18,7 +18,7 @@ from torch import nn
 
 from ..config import AdapterConfig, AdapterLayer, EncodedKindConfig, Linear, out_of_range
 from ..layers import Guidance, zero_init
-from .base import AdapterKind
+from .adapter_kind import AdapterKind
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class LowRankConfig(EncodedKindConfig):
     rank: int = 16
     modulated: bool = False
 
-    def errors(self) -> Iterator[str]:
-        yield from super().errors()
+    def validation_errors(self) -> Iterator[str]:
+        yield from super().validation_errors()
         yield from out_of_range("rank", self.rank, least=1)
         if not self.modulated and not self.gain:
             yield "low_rank with neither modulated nor gain would be the same for every omega"
@@ -80,10 +80,10 @@ class LowRankAdapter(AdapterKind):
     def linears(self, layer: AdapterLayer) -> tuple[Linear, ...]:
         return tuple(linear for linear in layer.linears if not (self.leave_prompt and linear.reads_prompt))
 
-    def last(self) -> Iterable[nn.Module]:
+    def zero_initialised(self) -> Iterable[nn.Module]:
         return self.to_out.values()
 
-    def start(self) -> None:
+    def init_weights(self) -> None:
         """A new adapter adds exactly nothing."""
         zero_init(self.to_out)
         if self.to_modulation is not None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import AdapterConfig, EncodedKindConfig, out_of_range
 from ..layers import Guidance, zero_init
-from .base import AdapterKind
+from .adapter_kind import AdapterKind
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class OffsetConfig(EncodedKindConfig):
     hidden: int = 128
     shared_encoder: bool = True
 
-    def errors(self) -> Iterator[str]:
-        yield from super().errors()
+    def validation_errors(self) -> Iterator[str]:
+        yield from super().validation_errors()
         yield from out_of_range("hidden", self.hidden, least=1)
 
     def encoders(self, layers: int) -> int:
@@ -52,11 +52,11 @@ class OffsetAdapter(AdapterKind):
     def token_width(cls, config: AdapterConfig) -> int:
         return config.context_dim  # as that of the pooled condition
 
-    def start(self) -> None:
+    def init_weights(self) -> None:
         """A new adapter adds exactly nothing."""
         zero_init(self.to_out)
 
-    def last(self) -> Iterable[nn.Module]:
+    def zero_initialised(self) -> Iterable[nn.Module]:
         return self.to_out.values()
 
     def prepare(self, guidance: Guidance, context: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import AdapterConfig, KindConfig
 from ..layers import Guidance
-from .base import AdapterKind
+from .adapter_kind import AdapterKind
 
 # What a new adapter adds of delta; docs/quality.md says what that is worth. Nothing in the middle of the UNet: the
 # little that is left of the picture there changes as a whole.
@@ -40,7 +40,7 @@ class ScaleAdapter(AdapterKind):
         self.layers = config.layers
         self.to_scale = operations.Linear(KNOTS, sum(layer.width for layer in config.layers), bias=False)
 
-    def start(self) -> None:
+    def init_weights(self) -> None:
         """A new adapter: what needs no training."""
         with torch.no_grad():
             for layer, weight in zip(self.layers, self._by_layer(self.to_scale.weight, dim=0), strict=True):

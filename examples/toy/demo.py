@@ -22,7 +22,7 @@ from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.training.cli import ProgressBar
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import Evaluation, evaluate
+from comfyui_agd.training.gap import Evaluation, evaluate
 from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import Callbacks, Trained, train
 
@@ -213,7 +213,7 @@ def draw_all(
 ) -> list[MethodSamples]:
     """Every method at every omega, as a user would: the adapter from its file, pictures from ComfyUI's KSampler."""
     base, base_rows = counted(parts.model)
-    agd, agd_rows = counted(apply_adapter(parts.model, *adapter_file.load_state(adapter), source=str(adapter)))
+    agd, agd_rows = counted(apply_adapter(parts.model, *adapter_file.load_weights(adapter), source=str(adapter)))
     prompts = encode(parts.clip, captions)
     warm_up(parts, [base, agd], omegas[0])
     samples = [MethodSamples("unguided", 1.0, base, base_rows)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.guidance import GuidanceRule
-from comfyui_agd.training.evaluate import Trajectories, TrajectoryState, follow_teacher
+from comfyui_agd.training.gap import Trajectories, TrajectoryState, follow_teacher
 
 from .sampling import SCHEDULER, STEPS
 from .scenes import IMAGE_SIZE

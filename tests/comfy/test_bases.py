@@ -63,11 +63,11 @@ def test_its_gradients_are_those_of_the_base_in_fp32_but_for_rounding(gradients,
 
 
 def test_a_scale_that_overflows_fp16_is_halved_until_it_fits(toy, monkeypatch):
-    monkeypatch.setattr("comfyui_agd.training.step._LOSS_SCALE", 2.0**40)
+    monkeypatch.setattr("comfyui_agd.training.training_step._LOSS_SCALE", 2.0**40)
     base = in_dtype(tiny(TinyUNet()), TinyUNet, torch.float16)
     trained = train(ComfyModel(base, toy.clip), PROMPTS, dataclasses.replace(CONFIG, iterations=2))
     assert all(value.isfinite().all() for value in trained.adapter.state_dict().values())
-    assert any(layer.weight.any() for layer in trained.adapter.last())
+    assert any(layer.weight.any() for layer in trained.adapter.zero_initialised())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,10 +8,10 @@ import torch
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.backbones.unet import UNet
+from comfyui_agd.agd_core.comfyui.guided_step import with_step
 from comfyui_agd.agd_core.comfyui.model import activation_checkpointing, denoiser
 from comfyui_agd.agd_core.comfyui.model.activation_checkpointing import checkpointed
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
-from comfyui_agd.agd_core.comfyui.step import with_step
 from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.runtime import TinyUNet, TwoWidths, tiny
 from comfyui_agd.tests.support.small import config_for, randomised

@@ -136,7 +136,7 @@ def test_agd_train_makes_an_adapter_of_a_checkpoint_file(trained):
     assert info.base.fingerprint
     assert info.training["iterations"] == 2
     assert info.training["teacher"] == {"patched_weights": 1, "loras": ["style.safetensors:0.5"]}
-    assert all(layer.weight.any() for layer in adapter.last())
+    assert all(layer.weight.any() for layer in adapter.zero_initialised())
 
 
 def test_it_samples_another_checkpoint_of_that_structure(trained, folder):

@@ -63,7 +63,7 @@ def train(prompts: Path, output: Path, *more: str) -> list[str]:
 
 
 def equal_weights(first: Path, second: Path) -> bool:
-    a, b = (adapter_file.load_state(path)[1] for path in (first, second))
+    a, b = (adapter_file.load_weights(path)[1] for path in (first, second))
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 

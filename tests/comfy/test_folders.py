@@ -51,7 +51,7 @@ def test_registering_twice_changes_nothing(shared):
 
 @pytest.mark.parametrize("name", ["", "..", "/tmp/mine", "../../escape", "nul"])
 def test_a_name_against_the_rule_has_no_path(shared, name):
-    assert "No adapter can be called" in folders.why_not_new(name)
+    assert "No adapter can be called" in folders.why_not_writable(name)
     with pytest.raises(AdapterNameError, match="No adapter can be called"):
         folders.new_adapter_path(name)
 

@@ -68,7 +68,7 @@ def test_a_killed_process_goes_on_to_the_same_adapter(commands, tmp_path):
     assert saved_step(killed) > 0
     commands.start(*train(killed))
     assert commands.wait() == 0, commands.log.read_text()
-    expected, resumed = (adapter_file.load_state(path)[1] for path in (whole, killed))
+    expected, resumed = (adapter_file.load_weights(path)[1] for path in (whole, killed))
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[key], expected[key]) for key in expected)
     assert steps(killed) == steps(whole) == list(range(1, ITERATIONS + 1))

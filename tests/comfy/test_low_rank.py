@@ -217,7 +217,7 @@ def test_adapters_add_up_whatever_their_kinds(base, prompts, files, save_adapter
 
 
 def test_a_rank_beside_delta_is_both_adapters_in_one(base, prompts, save_adapter, tmp_path):
-    info, whole = adapter_file.load_state(save_adapter(base, kind="delta", rank=4, modulated=True))
+    info, whole = adapter_file.load_weights(save_adapter(base, kind="delta", rank=4, modulated=True))
     inner = "kind.low_rank."
     shared = {key: value for key, value in whole.items() if not key.startswith("kind.")}
     delta = replace(info.config, kind=replace(info.config.kind, rank=0))

@@ -20,10 +20,10 @@ from comfy.patcher_extension import WrappersMP
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter, Prepared
+from comfyui_agd.agd_core.comfyui.guided_step import ActiveAdapter, GuidedStep
 from comfyui_agd.agd_core.comfyui.sampling.applied_adapter import AppliedAdapter
 from comfyui_agd.agd_core.comfyui.sampling.guided_sampling import GuidedSampling
 from comfyui_agd.agd_core.comfyui.sampling.outer_sample import AdapterGuidance
-from comfyui_agd.agd_core.comfyui.step import ActiveAdapter, GuidedStep
 from comfyui_agd.tests.support.requeue import Session, Setting, from_scratch, write_adapter
 from comfyui_agd.tests.support.runtime import (
     CFG,
@@ -79,7 +79,7 @@ def either(files, request):
 
 def weights_of(file: str) -> int:
     """The bytes of an adapter file's weights."""
-    return sum(tensor.nbytes for tensor in adapter_file.load_state(file)[1].values())
+    return sum(tensor.nbytes for tensor in adapter_file.load_weights(file)[1].values())
 
 
 def patcher_of(model):

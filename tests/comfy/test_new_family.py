@@ -77,7 +77,7 @@ def test_an_adapter_samples_in_one_evaluation_per_step(base, prompts, file, monk
         monkeypatch.setattr(merging, "can_merge", lambda guider, lora: False)
     guided = ksampler(patched(base, file), prompts)
     assert rows_of(patched(base, file), ksampler, prompts)[-STEPS:] == [1] * STEPS
-    weights = lora(*adapter_file.load_state(file), omega=CFG)
+    weights = lora(*adapter_file.load_weights(file), omega=CFG)
     merged, _ = comfy.sd.load_lora_for_models(base, None, weights, 1.0, 0.0)
     assert len(merged.patches) == 8  # every linear layer of both blocks
     torch.testing.assert_close(guided, ksampler(merged, prompts, cfg=1.0), rtol=1e-3, atol=1e-4)
@@ -101,7 +101,7 @@ def test_a_training_closes_a_part_of_the_gap(family, base, toy, checkpointing):
     assert config.kind == "low_rank"
     trained = train(model, PROMPTS, config)
     assert min(trained.evaluation.gap_closed.values()) > 0
-    assert all(layer.weight.any() for layer in trained.adapter.last())
+    assert all(layer.weight.any() for layer in trained.adapter.zero_initialised())
 
 
 def test_kinds_that_have_no_place_in_it_are_refused_in_a_sentence(family, base, tmp_path):

@@ -12,7 +12,7 @@ from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
 from comfyui_agd.tests.support.analytic import PROMPTS, Stopped, assert_same, stop_after
 from comfyui_agd.tests.support.runtime import TinyUNet, ksampler, patched, tiny
-from comfyui_agd.training.evaluate import Trajectories, evaluate, follow_teacher
+from comfyui_agd.training.gap import Trajectories, evaluate, follow_teacher
 from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import Callbacks, train
 

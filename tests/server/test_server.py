@@ -124,7 +124,7 @@ def test_an_adapter_is_trained_where_the_loader_finds_it(server, trained):
     info = server.get("/object_info/AGDAdapterLoader")["AGDAdapterLoader"]
     (kind, options) = info["input"]["required"]["adapter_name"]
     assert trained in (kind if isinstance(kind, list) else options["options"])
-    described = adapter_file.load_state(server.adapters / trained)[0]
+    described = adapter_file.load_weights(server.adapters / trained)[0]
     assert described.training["iterations"] == 40
     assert described.omega_range == (1.0, 6.0)
 
@@ -238,7 +238,7 @@ def test_a_calibrated_adapter_is_where_training_may_begin(server):
     assert adapter_file.read_info(server.adapters / "calibrated.safetensors").config.kind == "scale"
     server.run(train_graph("begun", 2, start="calibrated.safetensors", learning_rate=1e-9))
     begun, calibrated = (
-        adapter_file.load_state(server.adapters / f"{name}.safetensors")[1] for name in ("begun", "calibrated")
+        adapter_file.load_weights(server.adapters / f"{name}.safetensors")[1] for name in ("begun", "calibrated")
     )
     found, start = begun["kind.scale.to_scale.weight"], calibrated["kind.to_scale.weight"]
     assert np.allclose(found.numpy(), start.numpy(), atol=1e-6)

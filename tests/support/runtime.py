@@ -101,7 +101,7 @@ def random_prompts(context_dim: int = 128, pooled: int = 128, lengths=(16, 16), 
 
 def patched(model, file, *, notify=log_warning, **settings):
     """With the adapter in `file`."""
-    adapter = adapter_file.load_state(file)
+    adapter = adapter_file.load_weights(file)
     return apply_adapter(model, *adapter, GuidanceSettings(**settings), source=str(file), notify=notify)
 
 

@@ -12,7 +12,7 @@ from comfyui_agd.examples.toy.demo import MethodSamples, sampling_budget, speedu
 from comfyui_agd.examples.toy.sampling import BATCH
 from comfyui_agd.examples.toy.standard_errors import share_error
 from comfyui_agd.examples.toy.step_budget import StepBudget
-from comfyui_agd.training.step import learning_rate
+from comfyui_agd.training.learning_rate import learning_rate
 
 Machine = Callable[[int, float], float]  # the seconds that a step takes, by its number and the time
 

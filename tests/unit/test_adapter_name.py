@@ -2,7 +2,7 @@
 
 import pytest
 
-from comfyui_agd.agd_core.adapter_name import AdapterNameError, file_name, why_not
+from comfyui_agd.agd_core.adapter_name import AdapterNameError, file_name, why_invalid
 
 REFUSED = {
     "": "it is empty",
@@ -70,15 +70,15 @@ TAKEN = {
 
 @pytest.mark.parametrize(("name", "reason"), REFUSED.items(), ids=map(ascii, REFUSED))
 def test_a_name_that_cannot_be_a_file_everywhere_is_refused_with_the_reason(name, reason):
-    assert reason in why_not(name)
-    assert "Choose a name such as 'my_adapter'" in why_not(name)
-    assert why_not(name).isprintable()
+    assert reason in why_invalid(name)
+    assert "Choose a name such as 'my_adapter'" in why_invalid(name)
+    assert why_invalid(name).isprintable()
     with pytest.raises(AdapterNameError, match="No adapter can be called"):
         file_name(name)
 
 
 @pytest.mark.parametrize(("name", "file"), TAKEN.items(), ids=map(ascii, TAKEN))
 def test_other_names_are_taken_with_the_suffix_or_without(name, file):
-    assert why_not(name) is None
+    assert why_invalid(name) is None
     assert file_name(name) == file
     assert file_name(file) == file

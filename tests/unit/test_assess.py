@@ -15,8 +15,8 @@ from comfyui_agd.agd_core.guidance import cfg
 from comfyui_agd.tests.support.analytic import CHANNELS, PROMPTS, AnalyticModel, Stopped
 from comfyui_agd.tests.support.small import info_for, randomised
 from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, _of_sums, assess, rule_of
-from comfyui_agd.training.assessment import Estimate, Transfer
-from comfyui_agd.training.evaluate import Trajectories, evaluate, follow_teacher
+from comfyui_agd.training.assessment_report import Estimate, Transfer
+from comfyui_agd.training.gap import Trajectories, evaluate, follow_teacher
 from comfyui_agd.training.solvers import solver_step
 
 SMALL = AssessConfig(omegas=(3.0, 6.0), steps=4, count=3, width=64, height=64)

@@ -115,8 +115,8 @@ def test_scale_has_no_encoder():
 
 
 def test_last_layers_of_delta_start_at_zero():
-    assert not any(layer.weight.any() for layer in build("delta").last())
-    assert all(layer.weight.any() for layer in randomised(build("delta")).last())
+    assert not any(layer.weight.any() for layer in build("delta").zero_initialised())
+    assert all(layer.weight.any() for layer in randomised(build("delta")).zero_initialised())
 
 
 def test_a_rank_beside_it_starts_at_nothing_and_is_trained():
@@ -125,7 +125,9 @@ def test_a_rank_beside_it_starts_at_nothing_and_is_trained():
     x, zeros = some(1, 1, 9, 24), torch.zeros(1, 9, 24)
     assert torch.equal(new.add_at_linear("input_1_0", "attn1.to_q", zeros, x, prepared), zeros)
     assert new.parameter_count() > build("delta").parameter_count()
-    assert len(list(new.last())) == 2 + 2 * 8  # of both: their maps, and their layers but for keys and values
+    assert (
+        len(list(new.zero_initialised())) == 2 + 2 * 8
+    )  # of both: their maps, and their layers but for keys and values
     with torch.no_grad():
         new.kind.low_rank.to_out["input_1_0_attn1_to_q"].weight.fill_(1.0)
     assert new.add_at_linear("input_1_0", "attn1.to_q", zeros, x, prepared).abs().min() > 0

@@ -66,7 +66,7 @@ def test_alone_nothing_is_sent():
         assert ranks.rows(4) == range(4)
         assert ranks.sum(x) is x
         assert ranks.gather(x) is x
-        assert ranks.share(x) is x
+        assert ranks.broadcast(x) is x
         assert ranks.any(True)
         assert not ranks.any(False)
 

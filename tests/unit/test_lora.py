@@ -28,7 +28,7 @@ def test_names_are_those_of_kohyas_scripts():
 
 
 def test_the_strength_is_in_the_file(file):
-    info, state = adapter_file.load_state(file)
+    info, state = adapter_file.load_weights(file)
     found, name = lora(info, state, 4.0), "lora_unet_middle_block_1_transformer_blocks_0_ff_net_0_proj"
     assert len(found) == 3 * 10 * 2
     assert found[f"{name}.lora_up.weight"].shape == (8 * 32, 3)

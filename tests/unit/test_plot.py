@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from comfyui_agd.training.evaluate import Measurement
+from comfyui_agd.training.gap import Measurement
 from comfyui_agd.training.plot import Grid, contact_sheet, loss_plot, preview, smooth, stacked, training_plot
 
 

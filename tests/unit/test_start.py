@@ -40,13 +40,13 @@ def begun(start, **settings):
 @pytest.mark.parametrize("kind", ["delta", "scale", "cross_attention"])
 def test_one_of_the_same_kind_goes_on(save, kind):
     file = save(kind=kind)
-    expected, found = adapter_file.load_state(file)[1], begun(file, kind=kind)
+    expected, found = adapter_file.load_weights(file)[1], begun(file, kind=kind)
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_a_calibrated_one_is_the_scale_of_delta(save):
     file = save(kind="scale", learning_rate=0.1)
-    calibrated, found = adapter_file.load_state(file)[1]["kind.to_scale.weight"], begun(file, kind="delta")
+    calibrated, found = adapter_file.load_weights(file)[1]["kind.to_scale.weight"], begun(file, kind="delta")
     assert torch.equal(found["kind.scale.to_scale.weight"], calibrated)
     assert not torch.equal(begun(None, kind="delta")["kind.scale.to_scale.weight"], calibrated)
 

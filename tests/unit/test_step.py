@@ -14,8 +14,8 @@ from comfyui_agd.training.model import EncodedPrompts
 from comfyui_agd.training.pool import Batch
 from comfyui_agd.training.run_setup import RunOptions, new_adapter
 from comfyui_agd.training.run_state import RunState
-from comfyui_agd.training.step import StudentLoss, TrainingStep, initial_loss_scale
 from comfyui_agd.training.trainer import train
+from comfyui_agd.training.training_step import StudentLoss, TrainingStep, initial_loss_scale
 
 UNMEASURED = replace(CONFIG, held_out=0)
 

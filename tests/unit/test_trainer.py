@@ -22,7 +22,7 @@ from comfyui_agd.tests.support.analytic import (
 )
 from comfyui_agd.training import held_out
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.evaluate import (
+from comfyui_agd.training.gap import (
     Evaluation,
     SampleSettings,
     Trajectories,
@@ -30,12 +30,12 @@ from comfyui_agd.training.evaluate import (
     follow_teacher,
     sample,
 )
+from comfyui_agd.training.learning_rate import learning_rate
 from comfyui_agd.training.plot import preview
 from comfyui_agd.training.run_folder import RunFolderError
 from comfyui_agd.training.run_setup import RunOptions, split_prompts
 from comfyui_agd.training.run_state import DifferentRun, differences
 from comfyui_agd.training.solvers import solver_step
-from comfyui_agd.training.step import learning_rate
 from comfyui_agd.training.trainer import Callbacks, train
 
 VARIED = replace(CONFIG, aspect_ratios=("1:1", "2:1"), reuse=2, on_policy=0.5, on_policy_from=0.2)

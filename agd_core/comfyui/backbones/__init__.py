@@ -11,7 +11,7 @@ from torch import nn
 
 from ...config import BaseInfo
 from ...families import find_family
-from .base import INSTEAD, Backbone, UnsupportedModel
+from .backbone import INSTEAD, Backbone, UnsupportedModel
 from .linears import check_linears
 from .transformer import Transformer
 from .unet import UNet
@@ -77,8 +77,9 @@ def describe_base(model, sampling=None) -> BaseInfo:
 def fingerprint(model) -> str:
     """A short name for a `BaseModel`'s weights, from the first and the last layer."""
     # Rounded to bf16: the same checkpoint loaded in another precision should mostly keep its name.
-    ends = [tensor.detach().cpu().to(torch.bfloat16).view(torch.int16) for tensor in backbone_of(model).ends()]
-    return hashlib.sha256(b"".join(end.numpy().tobytes() for end in ends)).hexdigest()[:16]
+    weights = backbone_of(model).first_and_last_weights()
+    parts = [tensor.detach().cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes() for tensor in weights]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def is_trained_on(base: BaseInfo, model) -> bool:

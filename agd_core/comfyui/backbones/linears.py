@@ -9,7 +9,7 @@ from torch import nn
 
 from ...adapter import Adapter, Prepared
 from ...config import AdapterConfig, AdapterLayer
-from .base import Backbone, UnsupportedModel
+from .backbone import Backbone, UnsupportedModel
 
 
 def linear_modules(block: nn.Module, layer: AdapterLayer) -> dict[str, nn.Module]:

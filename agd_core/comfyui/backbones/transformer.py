@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ...config import AdapterConfig, AdapterLayer, Linear
-from ..step import GuidedStep
-from .base import INSTEAD, Backbone, UnsupportedModel
+from ..guided_step import GuidedStep
+from .backbone import INSTEAD, Backbone, UnsupportedModel
 from .linears import adapted_linears
 
 

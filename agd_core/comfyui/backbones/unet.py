@@ -24,8 +24,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from ...config import AdapterLayer, Linear
-from ..step import KEY, GuidedStep
-from .base import INSTEAD, Backbone, UnsupportedModel
+from ..guided_step import KEY, GuidedStep
+from .backbone import INSTEAD, Backbone, UnsupportedModel
 from .linears import adapted_linears
 
 PREPARED = "agd_prepared"
@@ -111,7 +111,7 @@ class UNet(Backbone):
     def time_embedding(self) -> nn.Module:
         return self.network.get_submodule("time_embed")
 
-    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def first_and_last_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         network = cast(Any, self.network)
         return network.input_blocks[0][0].weight, network.out[-1].weight
 

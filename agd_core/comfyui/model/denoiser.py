@@ -14,11 +14,11 @@ from torch import nn
 
 from ...adapter import Adapter
 from ...guidance import per_row
+from ..apply_model import register
 from ..backbones import Backbone, backbone_of
-from ..evaluation import register
+from ..guided_step import ActiveAdapter, GuidedStep, with_step
 from ..sampling.compile_guard import without_compile
 from ..sampling.negatives import Negative, WeightedNegative
-from ..step import ActiveAdapter, GuidedStep, with_step
 from . import tracing
 from .activation_checkpointing import checkpointed
 from .text_encoder import EncodedPrompt

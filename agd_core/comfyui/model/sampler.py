@@ -10,8 +10,8 @@ from comfy.patcher_extension import WrappersMP
 from ...adapter_file import AdapterInfo
 from ...guidance import GuidanceRule
 from ..counting import counted
+from ..guided_step import KEY
 from ..sampling.apply import apply_adapter
-from ..step import KEY
 from .text_encoder import EncodedPrompt
 
 

@@ -11,7 +11,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider, Sampler
 
-from ..step import KEY
+from ..guided_step import KEY
 from . import messages
 from .cond_batch import CondBatch
 from .conditions import is_active_at

@@ -5,11 +5,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ...adapter_file import AdapterInfo, check_base
-from ...lora import low_rank_part
+from ...lora import low_rank_as_lora
+from ..apply_model import register
 from ..backbones import backbone_of, check_linears, describe_base
-from ..evaluation import register
+from ..guided_step import KEY
 from ..sampling.managed_weights import managed
-from ..step import KEY
 from .applied_adapter import AppliedAdapter
 from .messages import Notify, log_warning, without_repeats
 from .outer_sample import AdapterGuidance
@@ -40,7 +40,7 @@ def apply_adapter(
     if not settings.has_effect:
         return clone
     # Copied: files may be mapped.
-    lora = {k: v.clone() for k, v in low_rank_part(info, weights).items()} if info.config.kind.merges else {}
+    lora = {k: v.clone() for k, v in low_rank_as_lora(info, weights).items()} if info.config.kind.merges else {}
     applied = AppliedAdapter(info, managed(info, weights, model, source), settings, lora, source)
     guidance = AdapterGuidance((*_adapters_of(clone), applied), without_repeats(notify))
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..guided_step import GuidedStep
 from ..sampling.compile_guard import GraphBreak, is_compiled, without_compile
-from ..step import GuidedStep
 from . import messages
 from .cond_batch import CondBatch
 from .messages import Notify

@@ -8,7 +8,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider, Sampler
 
-from ..step import KEY, GuidedStep
+from ..guided_step import KEY, GuidedStep
 from . import messages
 from .applied_adapter import AppliedAdapter
 from .compile_fallback import CompileFallback

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from comfy.samplers import CFGGuider
 
-from ..step import ActiveAdapter, GuidedStep
+from ..guided_step import ActiveAdapter, GuidedStep
 from . import messages
 from .applied_adapter import AppliedAdapter
 from .cond_batch import CondBatch

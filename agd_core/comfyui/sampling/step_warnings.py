@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from comfy.samplers import CFGGuider
 
-from ..step import GuidedStep
+from ..guided_step import GuidedStep
 from . import messages
 from .conditions import mean_token, with_text
 from .messages import Notify

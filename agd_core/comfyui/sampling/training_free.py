@@ -10,7 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ..step import KEY
+from ..guided_step import KEY
 from . import messages
 from .alternating_sampling import AlternatingSampling
 from .conditions import copy_conditions

@@ -20,7 +20,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Level:
+class SigmaResult:
     """What was measured at one noise level."""
 
     sigma: float
@@ -32,7 +32,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Closeness:
+class OmegaResult:
     """How near the adapter comes to its teacher at one omega.
 
     `distance`: RMS difference of AGD's final latents to the teacher's, from equal noise, over that of the unguided
@@ -41,7 +41,7 @@ class Closeness:
 
     gap_closed: Estimate
     direction_cosine: Estimate
-    by_sigma: list[Level]
+    by_sigma: list[SigmaResult]
     distance: Estimate
 
 
@@ -107,7 +107,7 @@ class Assessment:
     prompts: int
     steps: int
     latent: tuple[int, ...]
-    by_omega: dict[float, Closeness]
+    by_omega: dict[float, OmegaResult]
     costs: dict[str, Cost]
     transfer: Transfer
     notes: list[str]

@@ -11,6 +11,7 @@ from torch import nn
 from ..agd_core.guidance import balanced_weights, gaps, weighted_error
 from .config import TrainConfig
 from .distributed import Ranks
+from .learning_rate import learning_rate
 from .memory import retry_on_oom
 from .model import Denoiser, DeviceMemory, EncodedPrompts
 from .pool import Batch
@@ -23,15 +24,6 @@ _RECENT, _EXPLODED = 20, 20.0  # so many iterations with so many times the loss 
 def initial_loss_scale(computes_in: torch.dtype) -> float:
     """In fp16 small gradients are lost, so the loss is multiplied by this; it is halved when large ones overflow."""
     return _LOSS_SCALE if computes_in is torch.float16 else 1.0
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine to 0 at the end. `step` counts from 0."""
-    rising = max(1, round(config.warmup * config.iterations))
-    if step < rising:
-        return config.learning_rate * (step + 1) / rising
-    done = (step - rising) / max(1, config.iterations - rising)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class StudentLoss(NamedTuple):

@@ -16,7 +16,7 @@ class AdapterKind(nn.Module):
     """All of an adapter's layers, of one kind.
 
     A new kind is a file with a subclass of this and one of `KindConfig`, and an entry in `kinds.KINDS`. It overrides
-    `__init__`, `start`, `prepare`, `last`, and where it adds to what the base computes, one or more of
+    `__init__`, `init_weights`, `prepare`, `zero_initialised`, and, where it adds to what the base computes, some of
 
     - `after_attention`: to what a block's cross-attention returns. It sets `changes_attention_output`.
     - `inside_attention`: to what the cross-attention hands to its output projection, knowing what it makes of the
@@ -39,7 +39,7 @@ class AdapterKind(nn.Module):
         """D: channels of the tokens that the encoders make of omega and t."""
         return getattr(config.kind, "encoder_width", 0)
 
-    def start(self) -> None:
+    def init_weights(self) -> None:
         """Give a new adapter's parameters their values, where they differ from torch's initialisation."""
         raise NotImplementedError
 
@@ -66,6 +66,6 @@ class AdapterKind(nn.Module):
         """The linear layers of a block that get something added."""
         return ()
 
-    def last(self) -> Iterable[nn.Module]:
+    def zero_initialised(self) -> Iterable[nn.Module]:
         """The layers that a new adapter starts at zero."""
         return ()

@@ -97,7 +97,7 @@ class CurrentStep(Protocol):
 
 
 @dataclass(frozen=True)
-class OnlyStep:
+class FixedStep:
     """The `CurrentStep` of training, where all evaluations belong to one."""
 
     step: GuidedStep | None
@@ -108,4 +108,4 @@ class OnlyStep:
 
 def with_step(transformer_options: dict, step: GuidedStep) -> dict:
     """A copy of `transformer_options` with which evaluations are guided by `step`."""
-    return {**transformer_options, KEY: OnlyStep(step)}
+    return {**transformer_options, KEY: FixedStep(step)}

@@ -10,7 +10,7 @@ from torch import nn
 from ...config import AdapterConfig, AdapterLayer
 from ...errors import AGDError
 from ...families import Family
-from ..step import GuidedStep
+from ..guided_step import GuidedStep
 
 INSTEAD = "Choose 'training-free' in AGD Adapter Loader, which needs no adapter."
 
@@ -87,7 +87,7 @@ class Backbone:
         """
         return sigma
 
-    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def first_and_last_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights of the first and of the last layer, to tell checkpoints by."""
         first, *_, last = self.network.parameters()
         return first, last

@@ -7,8 +7,8 @@ import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP
 
 from .backbones import backbone_of
+from .guided_step import KEY, CurrentStep
 from .sampling.compile_guard import in_one_graph
-from .step import KEY, CurrentStep
 
 
 def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
