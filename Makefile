@@ -24,7 +24,7 @@ help:
 	@echo "make test          the whole test suite, real ComfyUI runtime and server included: before a commit"
 	@echo "make test-matrix   its runtime part on older ComfyUI releases, $(MATRIX), and torch.compile's own backend"
 	@echo "make bench         what a step costs, unguided, with CFG and with AGD, at true sizes (20 minutes)"
-	@echo "make lint          ruff, check and format"
+	@echo "make lint          ruff, check and format; mypy"
 	@echo "make toy           train the toy model's committed weights again (about an hour)"
 
 setup:
@@ -54,6 +54,7 @@ bench: setup
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@mkdir -p .venv/typed && ln -sfn "$(CURDIR)" .venv/typed/comfyui_agd && MYPYPATH=.venv/typed $(BIN)/mypy
 
 toy: setup
 	@$(BIN)/python -m comfyui_agd.examples.toy train vae base cooldown judge

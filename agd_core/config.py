@@ -18,6 +18,8 @@ PREDICTION_NAMES = {
     "IMG_TO_IMG": "image-to-image prediction",
     "FLOW": "flow matching",
 }
+# What adapter layers are, in words, by the layout of the network.
+_LAYERS_OF = {"unet": "cross-attentions", "transformer": "blocks"}
 
 
 @dataclass(frozen=True)
@@ -173,11 +175,10 @@ class BaseInfo:
         return PREDICTION_NAMES.get(self.prediction, self.prediction)
 
     def describe(self) -> str:
-        widths = sorted({layer.width for layer in self.layers})
-        return (
-            f"{self.family_name} ({self.prediction}-prediction, {len(self.layers)} adapter layers of width "
-            f"{'/'.join(map(str, widths))}, context {self.layers[0].context_dim if self.layers else 0})"
-        )
+        widths = "/".join(map(str, sorted({layer.width for layer in self.layers})))
+        layers = f"{len(self.layers)} {_LAYERS_OF.get(self.layout, 'layers')} of width {widths}"
+        context = self.layers[0].context_dim if self.layers else 0
+        return f"{self.family_name} ({self.prediction}-prediction, {layers}, context {context})"
 
     def sibling_of(self, other: "BaseInfo") -> bool:
         return (self.family, self.prediction, self.layers) == (other.family, other.prediction, other.layers)

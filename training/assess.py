@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image, ImageChops
@@ -340,13 +340,10 @@ def _between(points: Sequence[tuple[float, float]], omega: float) -> float:
     return points[0][1] if omega < points[0][0] else points[-1][1]
 
 
-def _base_patches(info: AdapterInfo) -> dict[str, Any]:
-    """Those of the base that the adapter was trained on; earlier versions called them the teacher."""
-    return info.training.get("base_patches", info.training.get("teacher", {}))
-
-
 def _notes(model: Model, info: AdapterInfo) -> list[str]:
-    then, now = (patches.get("patched_weights", 0) for patches in (_base_patches(info), model.base_patches))
+    then, now = (
+        patches.get("patched_weights", 0) for patches in (info.training.get("base_patches", {}), model.base_patches)
+    )
     if then == now:
         return []
     return [f"LoRAs and the like patch {now} weights of this model, but {then} of the one it was trained on."]

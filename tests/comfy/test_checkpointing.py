@@ -134,7 +134,7 @@ def test_a_forward_that_was_there_before_is_used_and_kept(model):
 
     block.forward = forward
     try:
-        with model.denoiser.session(), checkpointed(unet):
+        with model.denoiser.session(), checkpointed(UNet(unet)):
             step_of(model, new_adapter(model))
         assert len(calls) == 2  # forward, and again in the backward pass
         assert vars(block)["forward"] is forward

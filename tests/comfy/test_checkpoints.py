@@ -135,7 +135,7 @@ def test_agd_train_makes_an_adapter_of_a_checkpoint_file(trained):
     assert info.base.describe() == "SD 1.5 (EPS-prediction, 16 cross-attentions of width 320/640/1280, context 768)"
     assert info.base.fingerprint
     assert info.training["iterations"] == 2
-    assert info.training["teacher"] == {"patched_weights": 1, "loras": ["style.safetensors:0.5"]}
+    assert info.training["base_patches"] == {"patched_weights": 1, "loras": ["style.safetensors:0.5"]}
     assert all(layer.weight.any() for layer in adapter.zero_initialised())
 
 

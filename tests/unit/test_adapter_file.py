@@ -48,7 +48,7 @@ def test_round_trip(tmp_path, info, kind, omega_embedding):
 
 def test_inspect_shows_what_matters(file, info):
     text = adapter_file.describe(adapter_file.read_info(file), file)
-    for part in ("Small (EPS-prediction, 2 adapter layers", "delta, hidden 8", "1 to 12", "empty prompt"):
+    for part in ("Small (EPS-prediction, 2 cross-attentions", "delta, hidden 8", "1 to 12", "empty prompt"):
         assert part in text
 
 
