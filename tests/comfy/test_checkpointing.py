@@ -56,7 +56,7 @@ def test_outputs_and_gradients_are_the_same_to_the_bit(model):
         assert not any(module._forward_hooks for module in unet_of(model).modules())
 
 
-def with_other_prompt_from_the_second_site_on(model) -> None:
+def with_other_prompt_from_the_second_layer_on(model) -> None:
     """As packs that bring an image as a prompt do; `Adapter.add` prepares its keys and values again there."""
     seen, other = [], torch.randn(2, 16, 128, generator=torch.Generator().manual_seed(2))
 
@@ -69,7 +69,7 @@ def with_other_prompt_from_the_second_site_on(model) -> None:
 
 def test_a_prompt_that_changes_on_the_way_is_the_same_in_the_recomputation(toy):
     model = ComfyModel(tiny(TinyUNet()), toy.clip)
-    with_other_prompt_from_the_second_site_on(model)
+    with_other_prompt_from_the_second_layer_on(model)
     with model.denoiser.session():
         expected = step_of(model, new_adapter(model))
         with checkpointed(UNet(unet_of(model))):
@@ -154,7 +154,7 @@ def test_without_gradients_nothing_changes(model):
             assert torch.equal(model.denoiser.denoise(x, sigma, prompts), expected)
 
 
-def test_the_recomputation_visits_every_site_once_more(model, monkeypatch):
+def test_the_recomputation_visits_every_layer_once_more(model, monkeypatch):
     steps = []
 
     def spy(options, step):

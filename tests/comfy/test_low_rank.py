@@ -69,12 +69,12 @@ def with_weights(model, file, omega: float, t: float | None = None):
     prepared = adapter.prepare(torch.tensor([omega]), times, torch.zeros(1, 16, 128), dtype=torch.float32)
     blocks = UNet(model.model.diffusion_model).blocks()
     names = {module: name for name, module in model.model.named_modules()}
-    for index, site in enumerate(adapter.config.layers):
-        for path in (linear.path for linear in site.linears):
-            up, down = (getattr(adapter.kind, part)[key_of(site.name, path)].weight for part in ("to_out", "down"))
+    for index, layer in enumerate(adapter.config.layers):
+        for path in (linear.path for linear in layer.linears):
+            up, down = (getattr(adapter.kind, part)[key_of(layer.name, path)].weight for part in ("to_out", "down"))
             m = prepared.shared[index][path]
             change = (omega - 1) * (up if m is None else up * m[0]) @ down
-            clone.add_patches({f"{names[blocks[site.name]]}.{path}.weight": (change.detach(),)})
+            clone.add_patches({f"{names[blocks[layer.name]]}.{path}.weight": (change.detach(),)})
     assert len(clone.patches) == 10 * len(adapter.config.layers)
     return clone
 

@@ -233,14 +233,14 @@ def test_the_negative_prompt_is_heard_with_a_trained_adapter_and_without_trainin
     assert not any(np.array_equal(*pair) for pair in itertools.combinations(pictures, 2))
 
 
-def test_a_calibrated_adapter_is_where_training_may_begin(server):
-    server.run(train_graph("calibrated", 5, kind="scale"))
-    assert adapter_file.read_info(server.adapters / "calibrated.safetensors").config.kind == "scale"
-    server.run(train_graph("begun", 2, start="calibrated.safetensors", learning_rate=1e-9))
-    begun, calibrated = (
-        adapter_file.load_weights(server.adapters / f"{name}.safetensors")[1] for name in ("begun", "calibrated")
+def test_a_scale_adapter_is_where_training_may_begin(server):
+    server.run(train_graph("scale", 5, kind="scale"))
+    assert adapter_file.read_info(server.adapters / "scale.safetensors").config.kind.name == "scale"
+    server.run(train_graph("begun", 2, start="scale.safetensors", learning_rate=1e-9))
+    begun, scale = (
+        adapter_file.load_weights(server.adapters / f"{name}.safetensors")[1] for name in ("begun", "scale")
     )
-    found, start = begun["kind.scale.to_scale.weight"], calibrated["kind.to_scale.weight"]
+    found, start = begun["kind.scale.to_scale.weight"], scale["kind.to_scale.weight"]
     assert np.allclose(found.numpy(), start.numpy(), atol=1e-6)
 
 

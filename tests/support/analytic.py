@@ -57,8 +57,8 @@ class AnalyticModel:
 
     def __post_init__(self):
         self.to_mean = 2 * _fixed(CONTEXT, CHANNELS, seed=1)
-        self.to_h = {site.name: _fixed(CHANNELS, site.width, seed=site.width) for site in self.base.layers}
-        self.from_h = {site.name: _fixed(site.width, CHANNELS, seed=site.width + 1) for site in self.base.layers}
+        self.to_h = {layer.name: _fixed(CHANNELS, layer.width, seed=layer.width) for layer in self.base.layers}
+        self.from_h = {layer.name: _fixed(layer.width, CHANNELS, seed=layer.width + 1) for layer in self.base.layers}
         self.student_rows: list[int] = []
         self.base_rows: list[int] = []
 
@@ -120,11 +120,11 @@ class AnalyticModel:
         prepared = adapter.prepare(omega, sigma, context, dtype=x.dtype)
         added = 0
         for name, to_h in self.to_h.items():
-            at_site, zeros = h @ to_h, torch.zeros(*h.shape[:2], to_h.shape[1])
+            at_layer, zeros = h @ to_h, torch.zeros(*h.shape[:2], to_h.shape[1])
             if adapter.changes_attention_output:
-                out = adapter.add_after_attention(name, zeros, at_site, context, prepared)
+                out = adapter.add_after_attention(name, zeros, at_layer, context, prepared)
             else:
-                out = adapter.add_inside_attention(name, zeros, (difference @ to_h).expand_as(zeros), at_site, prepared)
+                out = adapter.add_inside_attention(name, zeros, (difference @ to_h).expand_as(zeros), at_layer, prepared)
             added = added + out @ self.from_h[name]
         return self.denoise(x, sigma, prompts) + per_row(self._pull(sigma), x) * added.mT.reshape(x.shape)
 

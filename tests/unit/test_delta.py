@@ -1,4 +1,4 @@
-"""What must hold of the kinds that work on delta, and so hear the negative prompt: `scale` and `delta`."""
+"""What must hold of the kinds that work on delta, and so use the negative prompt: `scale` and `delta`."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def some(seed: int, *shape: int) -> torch.Tensor:
 
 
 def guide(adapter: Adapter, omega: float = 4.0, t: float = 500.0, *, name="input_1_0", delta=None, h=None, **more):
-    """What is added at a site of width 24 to an attention of zeros; two rows."""
+    """What is added at a layer of width 24 to an attention of zeros; two rows."""
     width = {"input_1_0": 24, "middle_0_0": 32}[name]
     delta = some(1, 2, 9, width) if delta is None else delta
     h = some(2, 2, 9, width) if h is None else h
@@ -100,7 +100,7 @@ def test_the_scale_is_linear_between_its_knots():
     at = [guide(adapter, t=t) for t in knots]
     for first, second, low, high in zip(at, at[1:], knots, knots[1:], strict=False):
         torch.testing.assert_close(guide(adapter, t=0.75 * low + 0.25 * high), 0.75 * first + 0.25 * second)
-    weight = adapter.kind.to_scale.weight[:24]  # the first site's
+    weight = adapter.kind.to_scale.weight[:24]  # the first layer's
     torch.testing.assert_close(at[0], 3 * weight[:, 0] * some(1, 2, 9, 24))
 
 

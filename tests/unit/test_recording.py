@@ -95,7 +95,7 @@ def test_further_passes_are_shuffled_with_other_omegas(recorded):
 
 
 def test_a_rank_gets_its_lanes_of_a_recording(recorded):
-    whole, part = (Recording.open(recorded).source(CONFIG, lanes) for lanes in (range(4), range(2, 4)))
+    whole, part = (Recording.open(recorded).source(CONFIG, rows) for rows in (range(4), range(2, 4)))
     for step in (0, 11, 12, 30):
         assert torch.equal(whole.next(step).x[2:], part.next(step).x)
         assert torch.equal(whole.next(step).omega[2:], part.next(step).omega)

@@ -44,11 +44,11 @@ def test_one_of_the_same_kind_goes_on(save, kind):
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
-def test_a_calibrated_one_is_the_scale_of_delta(save):
+def test_a_scale_adapter_is_the_scale_of_delta(save):
     file = save(kind="scale", learning_rate=0.1)
-    calibrated, found = adapter_file.load_weights(file)[1]["kind.to_scale.weight"], begun(file, kind="delta")
-    assert torch.equal(found["kind.scale.to_scale.weight"], calibrated)
-    assert not torch.equal(begun(None, kind="delta")["kind.scale.to_scale.weight"], calibrated)
+    scale, found = adapter_file.load_weights(file)[1]["kind.to_scale.weight"], begun(file, kind="delta")
+    assert torch.equal(found["kind.scale.to_scale.weight"], scale)
+    assert not torch.equal(begun(None, kind="delta")["kind.scale.to_scale.weight"], scale)
 
 
 @pytest.mark.parametrize("other", [{"kind": "cross_attention"}, {"kind": "delta", "hidden": 12}])
@@ -88,9 +88,9 @@ def test_the_runs_config_begins_from_there_again(save, tmp_path):
     assert f"start = {json.dumps(str(start))}\n" in (job.folder / "config.toml").read_text()
 
 
-def test_calibration_has_settings_of_its_own():
+def test_a_scale_adapter_has_settings_of_its_own():
     base = AnalyticModel().base
-    calibration, training = settings_for(base, {"kind": "scale"}), settings_for(base, {})
-    assert calibration.iterations < training.iterations / 5
-    assert calibration.learning_rate > 10 * training.learning_rate
+    scale, training = settings_for(base, {"kind": "scale"}), settings_for(base, {})
+    assert scale.iterations < training.iterations / 5
+    assert scale.learning_rate > 10 * training.learning_rate
     assert settings_for(base, {"kind": "scale", "iterations": 7}).iterations == 7

@@ -37,13 +37,13 @@ class _WatchedPrediction(torch.Tensor):
         kwargs = kwargs or {}
         if func not in _SHAPE:
             flat = [t for v in (*args, *kwargs.values()) for t in (v if isinstance(v, (list, tuple)) else (v,))]
-            own = [tensor for tensor in flat if isinstance(tensor, cls) and tensor.call is not None]
-            roles = {tensor.role for tensor in own}
-            for tensor in own:
-                tensor.call.used.add(tensor.role)
+            own = [(t.call, t.role) for t in flat if isinstance(t, cls) and t.call is not None]
+            roles = {role for _, role in own}
+            for call, role in own:
+                call.used.add(role)
             added = func in _DIFFERENCES and roles == {"denoised", "cond_denoised"}
             if own and (added or "uncond_denoised" in roles):
-                own[0].call.report_use()
+                own[0][0].report_use()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
