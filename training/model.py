@@ -29,6 +29,9 @@ class Denoiser(Protocol):
 
     def latent_shape(self, width: int, height: int) -> Shape: ...
 
+    def check_adapter(self, config: AdapterConfig) -> None:
+        """Raises `ValueError` where the base has no place for such an adapter."""
+
     def check_schedulers(self, names: Sequence[str]) -> None:
         """Raises `ValueError` for one that there isn't."""
 

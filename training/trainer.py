@@ -132,6 +132,7 @@ def train(
     layout = options.plan or StepLayout.of_config(config, len(rows))
     with model.denoiser.session(checkpointing=layout.checkpointing, memory=layout.reserve):
         adapter_config = config.adapter_config(model.base, prompt_tokens=encoded.shortest)
+        model.denoiser.check_adapter(adapter_config)
         adapter = new_adapter(adapter_config, config.seed, encoded.unconditional, model.denoiser.device)
         if start is not None:
             adapter_file.check_base(start.info, model.base, start.file)

@@ -33,6 +33,7 @@ class AdapterKind(nn.Module):
     def __init__(self, config: AdapterConfig, operations=nn):
         """`operations`: the class of the layers, torch's, `MixedPrecision` or ComfyUI's."""
         super().__init__()
+        self.layer_count = len(config.layers)
 
     @classmethod
     def token_width(cls, config: AdapterConfig) -> int:
@@ -41,14 +42,15 @@ class AdapterKind(nn.Module):
 
     def init_weights(self) -> None:
         """Give a new adapter's parameters their values, where they differ from torch's initialisation."""
-        raise NotImplementedError
 
     def prepare(self, guidance: "Guidance", context: torch.Tensor) -> Any:
         """What the layers need that does not depend on the image, for all of them at once, indexed by layer.
 
-        context: (b, m, d).
+        context: (b, m, d). By default nothing.
         """
-        raise NotImplementedError
+        return [None] * self.layer_count
+
+    # One of these three is overridden, and what it is for announced; the others are never called.
 
     def after_attention(self, name: str, h: torch.Tensor, shared: Any) -> torch.Tensor:
         """The attention's normalised input h (b, n, w), and the layer's part of `prepare` -> (b, n, w)."""

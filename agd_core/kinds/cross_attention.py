@@ -21,24 +21,27 @@ HEADS = 4
 
 
 @dataclass(frozen=True)
-class CrossAttentionConfig(EncodedKindConfig):
-    """`hidden`: H. `shared_encoder`: one omega/t encoder for all layers; the paper has one per layer."""
+class PaperKindConfig(EncodedKindConfig):
+    """Of the paper's two. `hidden`: H. `shared_encoder`: one omega/t encoder for all layers; the paper has one each."""
 
-    name = "cross_attention"
     hidden: int = 128
     shared_encoder: bool = True
-
-    def validation_errors(self) -> Iterator[str]:
-        yield from super().validation_errors()
-        # Four heads, each small enough for fused attention kernels.
-        if self.hidden % HEADS != 0 or not HEADS <= self.hidden <= MOST_CHANNELS:
-            yield f"hidden is {self.hidden}, but must be a multiple of {HEADS} from {HEADS} to {MOST_CHANNELS}"
 
     def encoders(self, layers: int) -> int:
         return 1 if self.shared_encoder else layers
 
     def describe(self) -> str:
         return f"{self.name}, hidden {self.hidden}"
+
+
+class CrossAttentionConfig(PaperKindConfig):
+    name = "cross_attention"
+
+    def validation_errors(self) -> Iterator[str]:
+        yield from super().validation_errors()
+        # Four heads, each small enough for fused attention kernels.
+        if self.hidden % HEADS != 0 or not HEADS <= self.hidden <= MOST_CHANNELS:
+            yield f"hidden is {self.hidden}, but must be a multiple of {HEADS} from {HEADS} to {MOST_CHANNELS}"
 
 
 class CrossAttentionAdapter(AdapterKind):
@@ -54,8 +57,8 @@ class CrossAttentionAdapter(AdapterKind):
         super().__init__(config, operations)
         assert isinstance(config.kind, CrossAttentionConfig)
         hidden, layers = config.kind.hidden, config.layers
-        self.count, self.prompt_tokens = len(layers), config.prompt_tokens
-        self.to_kv = operations.Linear(config.context_dim, self.count * 2 * hidden, bias=False)
+        self.prompt_tokens = config.prompt_tokens
+        self.to_kv = operations.Linear(config.context_dim, self.layer_count * 2 * hidden, bias=False)
         self.to_q = nn.ModuleDict({each.name: operations.Linear(each.width, hidden, bias=False) for each in layers})
         self.to_out = nn.ModuleDict({each.name: operations.Linear(hidden, each.width) for each in layers})
 
@@ -80,7 +83,7 @@ class CrossAttentionAdapter(AdapterKind):
         E, r = given.shape[1], max(1, context.shape[1] // self.prompt_tokens)
         tokens = repeat(given, "b e k d -> b (r e k) d", r=r)
         kv = self.to_kv(torch.cat([tokens, context], dim=1))
-        kv = rearrange(kv, "b n (s p h d) -> s p b h n d", s=self.count, p=2, h=HEADS)
+        kv = rearrange(kv, "b n (s p h d) -> s p b h n d", s=self.layer_count, p=2, h=HEADS)
         if E == 1:
             return kv
         # Of the tokens each layer attends to its own only.

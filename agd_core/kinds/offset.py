@@ -1,35 +1,24 @@
 """The paper's other adapter (arXiv 2503.07274). Shapes as in cross_attention.py."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ..config import AdapterConfig, EncodedKindConfig, out_of_range
+from ..config import AdapterConfig, out_of_range
 from ..layers import Guidance, zero_init
 from .adapter_kind import AdapterKind
+from .cross_attention import PaperKindConfig
 
 
-@dataclass(frozen=True)
-class OffsetConfig(EncodedKindConfig):
-    """`hidden`: H. `shared_encoder`: one omega/t encoder for all layers; the paper has one per layer."""
-
+class OffsetConfig(PaperKindConfig):
     name = "offset"
-    hidden: int = 128
-    shared_encoder: bool = True
 
     def validation_errors(self) -> Iterator[str]:
         yield from super().validation_errors()
         yield from out_of_range("hidden", self.hidden, least=1)
-
-    def encoders(self, layers: int) -> int:
-        return 1 if self.shared_encoder else layers
-
-    def describe(self) -> str:
-        return f"{self.name}, hidden {self.hidden}"
 
 
 class OffsetAdapter(AdapterKind):
@@ -42,10 +31,9 @@ class OffsetAdapter(AdapterKind):
         super().__init__(config, operations)
         assert isinstance(config.kind, OffsetConfig)
         hidden, d = config.kind.hidden, config.context_dim
-        self.count = len(config.layers)
         # One layer over [omega token, t token, pooled condition], in two parts: the first may differ by layer.
-        self.from_tokens = operations.Linear(2 * d, self.count * hidden)
-        self.from_pooled = operations.Linear(d, self.count * hidden, bias=False)
+        self.from_tokens = operations.Linear(2 * d, self.layer_count * hidden)
+        self.from_pooled = operations.Linear(d, self.layer_count * hidden, bias=False)
         self.to_out = nn.ModuleDict({each.name: operations.Linear(hidden, each.width) for each in config.layers})
 
     @classmethod
@@ -63,11 +51,11 @@ class OffsetAdapter(AdapterKind):
         """guidance with tokens (b, E, 2, d), context (b, m, d) -> hidden activations (S, b, 1, H)."""
         tokens = guidance.encoded()
         E = tokens.shape[1]
-        hidden = rearrange(self.from_tokens(tokens.flatten(2)), "b e (s h) -> s b e h", s=self.count)
+        hidden = rearrange(self.from_tokens(tokens.flatten(2)), "b e (s h) -> s b e h", s=self.layer_count)
         if E > 1:
             hidden = torch.stack([own[:, layer, None] for layer, own in enumerate(hidden)])
         pooled = self.from_pooled(context.mean(dim=1, keepdim=True))
-        return F.silu(hidden + rearrange(pooled, "b n (s h) -> s b n h", s=self.count))
+        return F.silu(hidden + rearrange(pooled, "b n (s h) -> s b n h", s=self.layer_count))
 
     def after_attention(self, name: str, h: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
         """A layer's h (b, n, w) and its hidden activations (b, 1, H) -> (b, 1, w), the same for all tokens."""

@@ -111,6 +111,11 @@ def test_kinds_that_have_no_place_in_it_are_refused_in_a_sentence(family, base, 
         patched(base, file)
 
 
+def test_such_a_kind_is_not_trained_either(family, base, toy):
+    with pytest.raises(UnsupportedModel, match=r"kind delta has no place in this model"):
+        train(ComfyModel(base, toy.clip), PROMPTS, CONFIG)
+
+
 def test_another_familys_adapter_is_refused_with_both_named(family, base, file):
     with pytest.raises(AdapterFileError, match=r"This adapter is for Made-up, your checkpoint is TinyUNet\."):
         patched(tiny(TinyUNet()), file)

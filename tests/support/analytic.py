@@ -71,6 +71,9 @@ class AnalyticModel:
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         return CHANNELS, height // 8, width // 8
 
+    def check_adapter(self, config) -> None:
+        pass
+
     def check_schedulers(self, names: Sequence[str]) -> None:
         for name in names:
             if name not in ("normal", "karras"):
@@ -124,7 +127,9 @@ class AnalyticModel:
             if adapter.changes_attention_output:
                 out = adapter.add_after_attention(name, zeros, at_layer, context, prepared)
             else:
-                out = adapter.add_inside_attention(name, zeros, (difference @ to_h).expand_as(zeros), at_layer, prepared)
+                out = adapter.add_inside_attention(
+                    name, zeros, (difference @ to_h).expand_as(zeros), at_layer, prepared
+                )
             added = added + out @ self.from_h[name]
         return self.denoise(x, sigma, prompts) + per_row(self._pull(sigma), x) * added.mT.reshape(x.shape)
 

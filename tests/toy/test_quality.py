@@ -311,7 +311,7 @@ def test_the_forms_of_training_free_guidance_are_compared_with_cfg(tmp_path, cap
 
 @pytest.mark.parametrize("form", ["s = 0.35", "tau 2.5, alpha 0.25, as published"])
 def test_the_loaders_form_and_nags_are_among_them(draw, parts, form):
-    own = SimpleNamespace(parts=parts, host=lambda: SimpleNamespace(base=describe_base(parts.model.model)))
+    own = SimpleNamespace(parts=parts, model=lambda: SimpleNamespace(base=describe_base(parts.model.model)))
     forms = {name: each for section in training_free.FORMS.values() for name, each in section.items()}
     usual = baselines.normalised(parts.model, own.model().base)
     if form == "s = 0.35":

@@ -257,14 +257,11 @@ def test_a_sibling_is_told_from_the_checkpoint_of_the_training_and_so_are_loras(
     ]
 
 
-@pytest.mark.parametrize("key", ["base_patches", "teacher"])  # the latter in files of earlier versions
-def test_the_patches_of_the_base_that_it_was_trained_on_are_known(key):
+def test_the_patches_of_the_base_that_it_was_trained_on_are_known():
     patched = AnalyticModel(base_patches={"patched_weights": 7})
-    assert assessed(patched, training={key: {"patched_weights": 7}}).notes == ["something to know."]
-    assert (
-        "7 weights of this model, but 3 of the one"
-        in assessed(patched, training={key: {"patched_weights": 3}}).notes[0]
-    )
+    assert assessed(patched, training={"base_patches": {"patched_weights": 7}}).notes == ["something to know."]
+    other = assessed(patched, training={"base_patches": {"patched_weights": 3}})
+    assert "7 weights of this model, but 3 of the one" in other.notes[0]
 
 
 def test_the_report_and_the_json_say_it_all():

@@ -1,5 +1,6 @@
 """What a base family's network is to adapters, their training and their files: the class that a layout derives from."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -19,13 +20,15 @@ class UnsupportedModel(AGDError, ValueError):
     """A model whose structure AGD cannot adapt."""
 
 
-class Backbone:
+class Backbone(ABC):
     """One layout of networks. `network`: a model's `diffusion_model`; `family`: its row, for what can't be seen of it.
 
-    `wrappers`: of ComfyUI's, by their type, that `intercept` counts on. Works on the meta device.
+    `wrappers`: of ComfyUI's, by their type, that `intercept` counts on; `kinds`: of adapters that have a place in these
+    networks, all if None. Works on the meta device.
     """
 
     layout: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...] | None] = None
     wrappers: ClassVar[dict[str, Callable]] = {}
 
     def __init__(self, network: nn.Module, family: Family | None = None):
@@ -36,9 +39,9 @@ class Backbone:
         """Whether a network of a family without a row is laid out like this."""
         return False
 
+    @abstractmethod
     def layers(self) -> tuple[AdapterLayer, ...]:
         """The adapter layers in the order of evaluation. Raises `UnsupportedModel` where there are none."""
-        raise NotImplementedError
 
     def block(self, layer: AdapterLayer) -> nn.Module:
         """The block of an adapter layer."""
@@ -54,18 +57,27 @@ class Backbone:
 
     def check_kind(self, config: AdapterConfig) -> None:
         """Raises `UnsupportedModel` where an adapter works in a way that these networks leave no place for."""
+        if self.kinds is not None and config.kind.name not in self.kinds:
+            raise UnsupportedModel(
+                f"An adapter of kind {config.kind.name} has no place in this model: train one of kind "
+                f"{' or '.join(self.kinds)}. {INSTEAD} Details: this model is a {type(self.network).__name__}, of the "
+                f"layout {self.layout}."
+            )
 
+    @abstractmethod
     def intercept(self, step: GuidedStep) -> AbstractContextManager[dict[str, Any]]:
         """Inside, the network's evaluation is guided by `step`: gives further arguments for it, by name."""
-        raise NotImplementedError
 
     def keys_values(self, context: torch.Tensor) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
-        """By adapter layer, what the attention to a prompt (r, m, d) makes of it: keys and values (r, m, w)."""
-        raise NotImplementedError
+        """By adapter layer, what the attention to a prompt (r, m, d) makes of it: keys and values (r, m, w).
 
+        None where `check_kind` refuses the kinds that use them.
+        """
+        return iter(())
+
+    @abstractmethod
     def time_embedding(self) -> nn.Module:
         """What makes the vector of the timestep, (b,) -> (b, e), that modulates the blocks."""
-        raise NotImplementedError
 
     def timesteps(self, t: torch.Tensor) -> torch.Tensor:
         """The network's own timesteps (b,) on a scale from 0 to 1000, which adapters know."""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...config import AdapterConfig, AdapterLayer, Linear
+from ...config import AdapterLayer, Linear
 from ..guided_step import GuidedStep
-from .backbone import INSTEAD, Backbone, UnsupportedModel
+from .backbone import Backbone
 from .linears import adapted_linears
 
 
@@ -21,6 +21,7 @@ class Transformer(Backbone):
     """The lists, and where the prompt comes in, are in the family's row; the blocks' linear layers are seen."""
 
     layout = "transformer"
+    kinds = ("low_rank",)
 
     def layers(self) -> tuple[AdapterLayer, ...]:
         assert self.family is not None
@@ -38,13 +39,6 @@ class Transformer(Backbone):
         for path, module in block.named_modules():
             if hasattr(module, "in_features") and hasattr(module, "out_features"):
                 yield Linear(path, module.in_features, module.out_features, path in self.family.prompt_linears)
-
-    def check_kind(self, config: AdapterConfig) -> None:
-        if config.kind.name != "low_rank":
-            raise UnsupportedModel(
-                f"An adapter of kind {config.kind.name} has no place in this model: train one of kind low_rank. "
-                f"{INSTEAD} Details: this model is a {type(self.network).__name__}, a list of blocks."
-            )
 
     @contextmanager
     def intercept(self, step: GuidedStep) -> Iterator[dict[str, Any]]:

@@ -13,9 +13,10 @@ from comfy.patcher_extension import merge_nested_dicts
 from torch import nn
 
 from ...adapter import Adapter
+from ...config import AdapterConfig
 from ...guidance import per_row
 from ..apply_model import register
-from ..backbones import Backbone, backbone_of
+from ..backbones import Backbone, backbone_of, check_linears
 from ..guided_step import ActiveAdapter, GuidedStep, with_step
 from ..sampling.compile_guard import without_compile
 from ..sampling.negatives import Negative, WeightedNegative
@@ -97,6 +98,11 @@ class ComfyDenoiser:
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """Of the latent of a picture of width x height pixels: (c, h, w), of video (c, 1, h, w)."""
         return self._backbone.latent_shape(self._model.get_model_object("latent_format"), width, height)
+
+    def check_adapter(self, config: AdapterConfig) -> None:
+        """Raises `UnsupportedModel` where the base has no place for such an adapter."""
+        self._backbone.check_kind(config)
+        check_linears(self._backbone, config)
 
     def check_schedulers(self, names: Sequence[str]) -> None:
         """Raises `ValueError` for one that ComfyUI doesn't have."""

@@ -62,6 +62,7 @@ class ComfyMemory:
 
         Here and in `trace_base` the prompt is the last that was encoded.
         """
+        self._denoiser.check_adapter(config)
         conds, options = self._example_conditions(shape, rows), options_of(self._model)
 
         def evaluate(adapter: Adapter, x: torch.Tensor, sigma: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:

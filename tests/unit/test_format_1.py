@@ -1,0 +1,95 @@
+"""Adapter files of format 1: loaded as what they are, under the names of today."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.adapter_file import AdapterFileError
+from comfyui_agd.agd_core.config import BaseInfo
+from comfyui_agd.agd_core.kinds import KINDS
+from comfyui_agd.tests.support.small import config_for, randomised, small_layers
+
+BASE = BaseInfo("SD15", "EPS", small_layers(), {"model_channels": 320}, "abc")
+SITES = [{"name": layer.name, "width": layer.width, "context_dim": layer.context_dim} for layer in BASE.layers]
+FLAT = {
+    "sites": SITES,
+    "hidden": 8,
+    "gain": True,
+    "omega_embedding": "log",
+    "shared_encoder": True,
+    "encoder_width": 8,
+    "prompt_tokens": 5,
+    "modulated": False,
+    "rank": 0,
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function: a file of format 1 with these changes of its config, and the adapter that is in it."""
+
+    def of(kind: str, **changes):
+        flat = {**FLAT, "kind": kind, **changes}
+        settings = {key: value for key, value in flat.items() if key != "sites"}
+        if kind == "low_rank":
+            settings["rank"] = flat["hidden"]
+        config = config_for(BASE.layers, **settings)
+        adapter = randomised(Adapter(config))
+        described = {
+            "format_version": 1,
+            "config": flat,
+            "base": {"family": "SD15", "prediction": "EPS", "sites": SITES, "architecture": BASE.architecture}
+            | {"fingerprint": "abc"},
+            "omega_range": [1.0, 12.0],
+            "unconditional": "empty prompt",
+            "negative_mode": "used" if adapter.uses_negative else "ignored",
+            "resolutions": [[64, 64]],
+            "training": {"iterations": 3, "teacher": {"patched_weights": 2}, "config": {"teacher": "cfg"}},
+        }
+        weights = {key.replace("kind.", "sites.", 1): value for key, value in adapter.state_dict().items()}
+        file = tmp_path / f"{kind}.safetensors"
+        save_file(weights, str(file), {"agd": json.dumps(described)})
+        return file, adapter
+
+    return of
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_each_kind_loads_as_the_adapter_that_it_is(write, kind):
+    file, adapter = write(kind, rank=3 if kind == "delta" else 0)
+    info, loaded = adapter_file.load(file)
+    assert (info.config, info.base) == (adapter.config, BASE)
+    assert [layer.linears for layer in info.base.layers] == [layer.linears for layer in BASE.layers]
+    expected = adapter.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+
+
+def test_the_patches_of_its_base_have_their_name_of_today(write):
+    info = adapter_file.read_info(write("delta")[0])
+    assert info.training == {"iterations": 3, "base_patches": {"patched_weights": 2}, "config": {"teacher": "cfg"}}
+
+
+def test_saved_again_it_is_a_file_of_today(write, tmp_path):
+    info, adapter = adapter_file.load(write("delta")[0])
+    again, loaded = adapter_file.load(adapter_file.save(tmp_path / "again.safetensors", adapter, info))
+    assert again == info
+    assert all(torch.equal(v, loaded.state_dict()[key]) for key, v in adapter.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"kind": "lora"}, "kind 'lora' is none of"), ({"modulated": None, "more": 1}, r"unknown fields \['more'\]")],
+)
+def test_a_damaged_description_says_so(write, changes, message):
+    file, _ = write("delta")
+    with adapter_file._open(file) as opened:
+        data = json.loads(opened.metadata()["agd"])
+    data["config"] |= changes
+    save_file({}, str(file), {"agd": json.dumps(data)})
+    with pytest.raises(AdapterFileError, match=rf"This adapter file is damaged: .*{message}"):
+        adapter_file.load(file)
