@@ -27,7 +27,7 @@ class AdapterValue(NamedTuple):
     """An adapter on its way between nodes. `source` is its name in messages."""
 
     info: AdapterInfo
-    state: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
     source: str
 
 
@@ -130,7 +130,7 @@ def use_adapter(model, adapter: AdapterValue, node_id: str, *, guidance_scale: f
     patched = apply_adapter(
         model,
         adapter.info,
-        adapter.state,
+        adapter.weights,
         GuidanceSettings(guidance_scale or None, **settings),
         source=adapter.source,
         notify=notify,

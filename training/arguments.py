@@ -47,7 +47,7 @@ def _add_base(parser: argparse.ArgumentParser) -> None:
     base.add_argument(
         "--loader", metavar="MODULE:FUNCTION", help="or a Python function: (MODEL, CLIP) or (MODEL, CLIP, VAE)"
     )
-    base.add_argument("--lora", nargs="+", metavar="FILE[:STRENGTH]", help="LoRAs that are part of the teacher")
+    base.add_argument("--lora", nargs="+", metavar="FILE[:STRENGTH]", help="LoRAs that are part of the base")
     base.add_argument("--base-dtype", choices=_DTYPES, help="of its weights in memory; default: ComfyUI's choice")
     _add_folder(base, "--comfyui", "ComfyUI's folder, if it is not found by itself")
 

@@ -194,39 +194,3 @@ def omegas_of(config: TrainConfig) -> list[float]:
     """The guidance scales to measure at: two between the smallest and the largest, evenly in log omega, and that."""
     low, high = math.log(max(1.0, config.omega_min)), math.log(config.omega_max)
     return sorted({round(math.exp(low + (high - low) * i / 3), 1) for i in (1, 2)} | {config.omega_max})
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """Of one sample by Euler's method."""
-
-    shape: Shape
-    omega: float
-    rule: GuidanceRule = CFG
-    steps: int = 20
-    seed: int = 1
-
-
-@torch.no_grad()
-def sample(
-    denoiser: Denoiser,
-    prompt: Prompt,
-    negative: Prompt,
-    settings: SampleSettings,
-    adapter: Adapter | None = None,
-    progress: ProgressCallback = _no_progress,
-) -> torch.Tensor:
-    """A latent (1, c, h, w): with the adapter in one evaluation per step, or by the teacher."""
-    sigmas, omega = denoiser.sigmas("normal", settings.steps), torch.tensor([float(settings.omega)])
-    noise = torch.randn(1, *settings.shape, generator=torch.Generator().manual_seed(settings.seed))
-    x = denoiser.start(noise, sigmas[:1])
-    for i in range(settings.steps):
-        sigma = sigmas[i : i + 1]
-        if adapter is not None:
-            denoised = denoiser.student(adapter, x, sigma, [prompt], [negative], omega).cpu()
-        else:
-            cond, uncond = (denoiser.denoise(x, sigma, [each]).cpu() for each in (prompt, negative))
-            denoised = settings.rule(x, sigma, cond, uncond, omega)
-        x = solver_step(x, denoised, sigma, sigmas[i + 1 : i + 2])
-        progress(i + 1, settings.steps)
-    return x

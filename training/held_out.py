@@ -7,15 +7,14 @@ from PIL import Image
 
 from ..agd_core.adapter import Adapter
 from .config import TrainConfig
+from .euler_sample import SampleSettings, sample
 from .gap import (
     Evaluation,
-    SampleSettings,
     Trajectories,
     TrajectoryState,
     evaluate,
     follow_teacher,
     omegas_of,
-    sample,
 )
 from .memory import BothPredictions
 from .model import Model, ProgressCallback, Prompt

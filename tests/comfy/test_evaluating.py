@@ -13,7 +13,7 @@ from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.model.sampler import ComfySampler
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, assess
-from comfyui_agd.training.gap import SampleSettings, sample
+from comfyui_agd.training.euler_sample import SampleSettings, sample
 
 STEPS, OMEGA, SHAPE = 5, 4.0, (12, 8, 8)
 

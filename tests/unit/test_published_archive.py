@@ -57,3 +57,10 @@ def test_no_machine_paths_in_tracked_files():
     pattern = re.compile(r"(^|[^A-Za-z0-9_.])/(home|root|Users)/\w")
     texts = [name for name in tracked() if name.endswith((".py", ".md", ".json", ".toml", ".txt", "Makefile"))]
     assert [name for name in texts if pattern.search((ROOT / name).read_text()) and name != "LICENSE"] == []
+
+
+def test_an_installed_pack_has_all_of_its_packages():
+    folders = [file.parent for name in ("agd_core", "nodes", "training") for file in (ROOT / name).rglob("__init__.py")]
+    expected = {"comfyui_agd", *(".".join(("comfyui_agd", *folder.relative_to(ROOT).parts)) for folder in folders)}
+    listed = re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[1]
+    assert set(re.findall(r'"([^"]+)"', listed)) == expected

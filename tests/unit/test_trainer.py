@@ -22,13 +22,12 @@ from comfyui_agd.tests.support.analytic import (
 )
 from comfyui_agd.training import held_out
 from comfyui_agd.training.config import TrainConfig
+from comfyui_agd.training.euler_sample import SampleSettings, sample
 from comfyui_agd.training.gap import (
     Evaluation,
-    SampleSettings,
     Trajectories,
     evaluate,
     follow_teacher,
-    sample,
 )
 from comfyui_agd.training.learning_rate import learning_rate
 from comfyui_agd.training.plot import preview

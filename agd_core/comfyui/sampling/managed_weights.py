@@ -10,15 +10,15 @@ from ...adapter_file import AdapterFileError, AdapterInfo
 
 
 def managed(
-    info: AdapterInfo, state: dict[str, torch.Tensor], base: comfy.model_patcher.ModelPatcher, source: str
+    info: AdapterInfo, weights: dict[str, torch.Tensor], base: comfy.model_patcher.ModelPatcher, source: str
 ) -> comfy.model_patcher.ModelPatcher:
     """Weights as a ModelPatcher of its own, which ComfyUI counts, offloads and unloads, in `base`'s compute dtype.
 
     Raises `AdapterFileError` naming `source` where a weight is too large for that dtype.
     """
     dtype = base.model.manual_cast_dtype or base.model.get_dtype()
-    state = {key: tensor.to(dtype, copy=True) for key, tensor in state.items()}  # copied: files may be mapped
-    overflown = sorted(key for key, tensor in state.items() if not tensor.isfinite().all())
+    weights = {key: tensor.to(dtype, copy=True) for key, tensor in weights.items()}  # copied: files may be mapped
+    overflown = sorted(key for key, tensor in weights.items() if not tensor.isfinite().all())
     if overflown:
         raise AdapterFileError(
             f"Weights of the adapter {source} are NaN or too large for {dtype}, in which this model computes "
@@ -28,5 +28,5 @@ def managed(
     patcher = comfy.model_patcher.CoreModelPatcher(
         adapter, load_device=base.load_device, offload_device=comfy.model_management.unet_offload_device()
     )
-    adapter.load_state_dict(state, assign=True)
+    adapter.load_state_dict(weights, assign=True)
     return patcher

@@ -1,0 +1,47 @@
+"""Whole samples by Euler's method: by the teacher, or with an adapter."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..agd_core.adapter import Adapter
+from ..agd_core.guidance import GuidanceRule
+from .gap import CFG
+from .model import Denoiser, ProgressCallback, Prompt, Shape
+from .solvers import solver_step
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Of one sample by Euler's method."""
+
+    shape: Shape
+    omega: float
+    rule: GuidanceRule = CFG
+    steps: int = 20
+    seed: int = 1
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    prompt: Prompt,
+    negative: Prompt,
+    settings: SampleSettings,
+    adapter: Adapter | None = None,
+    progress: ProgressCallback = lambda done, total: None,
+) -> torch.Tensor:
+    """A latent (1, c, h, w): with the adapter in one evaluation per step, or by the teacher."""
+    sigmas, omega = denoiser.sigmas("normal", settings.steps), torch.tensor([float(settings.omega)])
+    noise = torch.randn(1, *settings.shape, generator=torch.Generator().manual_seed(settings.seed))
+    x = denoiser.start(noise, sigmas[:1])
+    for i in range(settings.steps):
+        sigma = sigmas[i : i + 1]
+        if adapter is not None:
+            denoised = denoiser.student(adapter, x, sigma, [prompt], [negative], omega).cpu()
+        else:
+            cond, uncond = (denoiser.denoise(x, sigma, [each]).cpu() for each in (prompt, negative))
+            denoised = settings.rule(x, sigma, cond, uncond, omega)
+        x = solver_step(x, denoised, sigma, sigmas[i + 1 : i + 2])
+        progress(i + 1, settings.steps)
+    return x
