@@ -22,7 +22,7 @@ _BYTES_IN_STATE = 5 * 4
 # AdamW on all parameters together makes about two more copies of them while it computes.
 _BYTES_OF_OPTIMISER_STEP = 2 * 4
 _SMALLER = (0.75, 0.5, 0.375, 0.25)
-_UNIT = 64  # pixels: sizes of pictures that every UNet can halve three times
+_UNIT = 64  # pixels: sizes of pictures that every base takes
 
 
 class DoesNotFit(AGDError, ValueError):

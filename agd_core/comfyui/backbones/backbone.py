@@ -55,6 +55,10 @@ class Backbone(ABC):
         """The blocks of which a training step keeps only what they were given, to compute the rest again."""
         return list(self.blocks().values())
 
+    def block_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A block's keyword arguments, so that they stay as they are now while the network's evaluation goes on."""
+        return kwargs
+
     def check_kind(self, config: AdapterConfig) -> None:
         """Raises `UnsupportedModel` where an adapter works in a way that these networks leave no place for."""
         if self.kinds is not None and config.kind.name not in self.kinds:

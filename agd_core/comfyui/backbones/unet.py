@@ -11,7 +11,9 @@ adapters. For this evaluation it puts
 - for adapters of low rank, forward hooks on the linear layers (`linears.py`).
 """
 
+import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -104,6 +106,17 @@ class UNet(Backbone):
             step.attentions.update({name: (attn.heads, attn.attn_precision) for name, attn in own.items()})
         yield {KEY: step}
 
+    def block_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`UNetModel` writes the place of each block into its `transformer_options`, and adapters may be given another
+        prompt on the way, which changes what was prepared."""
+        if "transformer_options" not in kwargs:
+            return kwargs
+        options = dict(kwargs["transformer_options"])
+        if PREPARED in options:
+            step, prepared = options[PREPARED]
+            options[PREPARED] = step, [(adapter, copy.copy(shared)) for adapter, shared in prepared]
+        return {**kwargs, "transformer_options": options}
+
     def keys_values(self, context: torch.Tensor) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
         for name, _, block in self._transformers():
             yield name, (block.attn2.to_k(context), block.attn2.to_v(context))
@@ -182,6 +195,13 @@ def _base_attention(q, k, v, extra_options, *, heads: int, precision):
     )
 
 
+def token_grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
+    """How a layer's image tokens lie in the picture; `height`, `width`: of the latents. None: they don't."""
+    while height * width > tokens:  # the levels, each half of the one before
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+    return (height, width) if height * width in (1, tokens) else None
+
+
 def guided_attention(q, k, v, extra_options, *, name: str, attend: Callable):
     """An attn2 replacement: q (b, tokens, w), k and v (b, m, w) -> what goes into `to_out`, (b, tokens, w)."""
     attended = out = attend(q, k, v, extra_options)
@@ -194,8 +214,8 @@ def guided_attention(q, k, v, extra_options, *, name: str, attend: Callable):
     for active, (adapter, shared) in zip(step.active, prepared, strict=True):
         if adapter.uses_negative:
             parts = [
-                weighted.weigh(attended - attend(q, *weighted.negative.keys_values_at(name, len(q)), unconditional))
-                for weighted in active.negatives
+                each.weigh(attended - attend(q, *each.negative.keys_values_at(name, len(q)), unconditional), token_grid)
+                for each in active.negatives
             ]
             out = adapter.add_inside_attention(name, out, sum(parts[1:], parts[0]), h, shared)
     return out

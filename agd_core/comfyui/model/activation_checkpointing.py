@@ -1,11 +1,9 @@
 """Activation checkpointing of a base (Chen et al. 2016, arXiv 1604.06174): less memory for a training step, at the
 price of a second forward pass."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import comfy.ops
 import torch
@@ -14,21 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backbones import Backbone
 from ..backbones.linears import LinearHook
-from ..backbones.unet import PREPARED
-
-
-def _as_of_now(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A block's keyword arguments, with `transformer_options` that stay as they are while the model goes on.
-
-    UNetModel writes the place of each block into them, and `Adapter.add` may put another prompt into a `Prepared`.
-    """
-    if "transformer_options" not in kwargs:
-        return kwargs
-    options = dict(kwargs["transformer_options"])
-    if PREPARED in options:
-        step, prepared = options[PREPARED]
-        options[PREPARED] = step, [(adapter, copy.copy(shared)) for adapter, shared in prepared]
-    return {**kwargs, "transformer_options": options}
 
 
 def _adapter_hooks(block: nn.Module) -> list[tuple[nn.Module, Callable]]:
@@ -48,21 +31,24 @@ def _hooked(hooks: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
             handle.remove()
 
 
-def _checkpointed(module: nn.Module, when: Callable[..., bool] = lambda *args: True) -> Callable:
-    """`module.forward`, of which autograd keeps only what it was given, and computes it again in the backward pass."""
+def _checkpointed(module: nn.Module, keep: Callable[[dict], dict], when: Callable[..., bool] | None = None) -> Callable:
+    """`module.forward`, of which autograd keeps only what it was given, and computes it again in the backward pass.
+
+    `keep`: of keyword arguments, as they stay until then; `when`: for which arguments, by default for all.
+    """
     forward = module.forward
 
     def run(*args, **kwargs):
-        if not torch.is_grad_enabled() or not when(*args):
+        if not torch.is_grad_enabled() or (when is not None and not when(*args)):
             return forward(*args, **kwargs)
-        first, later, hooks = iter([kwargs]), _as_of_now(kwargs), _adapter_hooks(module)
+        first, later, hooks = iter([kwargs]), keep(kwargs), _adapter_hooks(module)
 
         def compute(*args):
             now = next(first, None)
             if now is not None:
                 return forward(*args, **now)
             with _hooked(hooks):
-                return forward(*args, **_as_of_now(later))
+                return forward(*args, **keep(later))
 
         # Nothing in a frozen base is random, so there is no generator's state to preserve.
         return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
@@ -99,9 +85,9 @@ def checkpointed(backbone: Backbone) -> Iterator[None]:
     before = [vars(module).get("forward") for module in modules]
     try:
         for block in blocks:
-            block.forward = _checkpointed(block)
+            block.forward = _checkpointed(block, backbone.block_arguments)
         for layer in layers:
-            layer.forward = _checkpointed(layer, partial(_borrows_weights, layer))
+            layer.forward = _checkpointed(layer, dict, partial(_borrows_weights, layer))
         yield
     finally:
         for module, forward in zip(modules, before, strict=True):

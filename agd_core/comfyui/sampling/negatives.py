@@ -4,7 +4,7 @@ An adapter is given them, not their prediction. What CFG would do with a negativ
 values: rows, areas, masks, strengths and ranges by ComfyUI's own rules.
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from ...layers import fit_rows
 from ..backbones import backbone_of
 from .conditions import crop, weight_of
+
+# (tokens, height, width of the latents) -> height and width of the grid of those image tokens, None if they are none.
+TokenGrid = Callable[[int, int, int], tuple[int, int] | None]
 
 
 @dataclass
@@ -48,17 +51,14 @@ class WeightedNegative:
     negative: Negative
     weight: torch.Tensor | None = None
 
-    def weigh(self, difference: torch.Tensor) -> torch.Tensor:
+    def weigh(self, difference: torch.Tensor, token_grid: TokenGrid) -> torch.Tensor:
         """Its part of the difference (rows, n, w) between the attention to the prompt and to this negative."""
         if self.weight is None:
             return difference
         rows, tokens = difference.shape[:2]
-        height, width = self.weight.shape[-2:]
-        while height * width > tokens:  # a UNet's levels, each half of the one before
-            height, width = math.ceil(height / 2), math.ceil(width / 2)
+        grid = token_grid(tokens, *self.weight.shape[-2:])
         # Where another node has changed the tokens, a place in the picture can't be found among them.
-        known = height * width in (1, tokens)
-        weight = F.adaptive_avg_pool2d(self.weight.float(), (height, width) if known else 1)
+        weight = F.adaptive_avg_pool2d(self.weight.float(), grid if grid is not None else 1)
         return fit_rows(weight.flatten(2).transpose(1, 2), rows).to(difference) * difference
 
     def cropped(self, areas: list, shape: torch.Size) -> "WeightedNegative":
