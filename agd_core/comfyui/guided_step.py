@@ -1,7 +1,7 @@
 """What adapters do in one step of sampling or training, as data: it travels with each evaluation of the model."""
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -76,10 +76,11 @@ class GuidedStep:
         areas = [self.areas.get(uuid) for uuid in transformer_options.get("uuids") or [None]]
         return replace(self, active=tuple(active.for_rows(areas, x.shape) for active in self.active))
 
-    def prepare(self, t: torch.Tensor, context: torch.Tensor, dtype: torch.dtype) -> list[tuple[Adapter, Prepared]]:
-        """Once per evaluation, what does not depend on the image. t: (b,), timesteps from 0 to 1000; context (b, m, d).
+    def prepare(self, t: torch.Tensor, context: Any, dtype: torch.dtype) -> list[tuple[Adapter, Prepared]]:
+        """Once per evaluation, what does not depend on the image.
 
-        `dtype`: of the base's activations.
+        t: (b,), timesteps from 0 to 1000; context (b, m, d), or None where a model has none; `dtype`: of the base's
+        activations.
         """
         return [
             (each.adapter, each.adapter.prepare(each.omega, t, context, dtype=dtype, strength=each.strength))

@@ -12,6 +12,7 @@ from comfyui_agd.agd_core import adapter_file, families, kinds
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel, backbone_of, describe_base
+from comfyui_agd.agd_core.comfyui.guided_step import ActiveAdapter, GuidedStep
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.sampling import merging
 from comfyui_agd.agd_core.lora import lora
@@ -87,6 +88,20 @@ def test_an_adapter_samples_in_one_evaluation_per_step(base, prompts, file, monk
 @pytest.mark.parametrize(("how", "cfg"), [({"strength": 0.0}, CFG), ({}, 1.0)])
 def test_where_it_has_nothing_to_do_the_picture_is_the_bases(base, prompts, file, how, cfg):
     assert torch.equal(ksampler(patched(base, file, **how), prompts, cfg=cfg), ksampler(base, prompts, cfg=cfg))
+
+
+def test_the_hooks_are_there_for_one_evaluation_at_a_time(base, file):
+    adapter, network = adapter_file.load(file)[1], base.model.diffusion_model
+    active = ActiveAdapter(adapter, torch.full((1,), CFG), torch.ones(1))
+    x, t, context = torch.randn(1, 12, 8, 8), torch.full((1,), 500.0), torch.randn(1, 16, 128)
+    alone = network(x, t, context=context)
+    with backbone_of(base.model).intercept(GuidedStep((active,))):
+        once, again = (network(x, t, context=context) for _ in range(2))
+    assert torch.equal(once, again)
+    assert not torch.allclose(once, alone)
+    with pytest.raises(RuntimeError), backbone_of(base.model).intercept(GuidedStep((active,))):
+        network(x, t, context=context[:, :, :7])  # of another width: it fails within
+    assert torch.equal(network(x, t, context=context), alone)
 
 
 def test_its_evaluations_are_counted_though_it_runs_no_hook_of_comfyui(base, prompts):

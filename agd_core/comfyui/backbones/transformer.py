@@ -42,18 +42,22 @@ class Transformer(Backbone):
 
     @contextmanager
     def intercept(self, step: GuidedStep) -> Iterator[dict[str, Any]]:
-        with ExitStack() as hooks:
+        with ExitStack() as of_linears:
 
             def prepare(network: nn.Module, args: tuple, kwargs: dict) -> None:
                 """Before the network's forward(x, timesteps, context=...), as ComfyUI calls all of them."""
                 x, timesteps = args[:2]
-                step.visited.extend(step.layer_names())
+                step.visited[:] = step.layer_names()
+                of_linears.close()  # of the evaluation before, where a model takes several
                 if step.changes_linears:
-                    prepared = step.prepare(self.timesteps(timesteps), kwargs["context"], x.dtype)
-                    hooks.enter_context(adapted_linears(self, prepared))
+                    prepared = step.prepare(self.timesteps(timesteps), kwargs.get("context"), x.dtype)
+                    of_linears.enter_context(adapted_linears(self, prepared))
 
-            hooks.callback(self.network.register_forward_pre_hook(prepare, with_kwargs=True).remove)
-            yield {}
+            handle = self.network.register_forward_pre_hook(prepare, with_kwargs=True)
+            try:
+                yield {}
+            finally:
+                handle.remove()
 
     def timesteps(self, t: torch.Tensor) -> torch.Tensor:
         assert self.family is not None
