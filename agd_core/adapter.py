@@ -116,8 +116,10 @@ class Adapter(nn.Module):
         """What a linear layer of a layer's block returns, with the residual: out (b, n, out), its input x (b, n, in).
 
         `path` is the linear layer's in the block. In `out`'s dtype: under autocast that is not the preparation's.
+        What a block makes of its timestep's vector has no tokens: out (b, out), x (b, in).
         """
         gain, shared = prepared.of_layer(self._index[name], len(out))
+        gain = gain[:, 0] if out.ndim == 2 else gain
         return torch.addcmul(out, gain.to(out.dtype), self.kind.at_linear(name, path, x, shared))
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:

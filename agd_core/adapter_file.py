@@ -143,7 +143,7 @@ def _from_metadata(path: Path, metadata: dict[str, str]) -> AdapterInfo:
         )
     except AdapterFileError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterFileError(
             f"This adapter file is damaged: copy or train it again. Details: what {path} says of itself can't be used "
             f"({error})."

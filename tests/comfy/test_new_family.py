@@ -61,6 +61,15 @@ def test_without_a_row_the_family_is_refused(base):
         describe_base(base.model)
 
 
+@pytest.mark.parametrize("config", [MadeUp, TinyUNet])
+def test_a_network_of_another_layout_than_its_row_says_is_refused(family, config, monkeypatch):
+    model = tiny(config()).model
+    monkeypatch.setattr(families, "FAMILIES", (families.Family("TinyUNet", "A UNet"), family))
+    model.diffusion_model = torch.nn.Linear(2, 2)
+    with pytest.raises(UnsupportedModel, match=r"Choose 'training-free' .* this model is a Linear"):
+        describe_base(model)
+
+
 def test_with_it_the_layers_of_its_blocks_are_found(family, base):
     info = describe_base(base.model)
     assert (info.family_name, info.layout, info.prediction) == ("Made-up", "transformer", "EPS")

@@ -149,6 +149,18 @@ def test_a_linear_layer_changes_as_if_its_weights_did(switches):
     assert (m is None) == (switches == LORA)
 
 
+@pytest.mark.parametrize("switches", [LOW_RANK, LORA], ids=str)
+def test_a_linear_layer_of_a_vector_without_tokens_changes_as_one_with_a_token(switches):
+    """Such as blocks make their modulation of the timestep's vector by."""
+    adapter, (layer, _) = randomised(build(switches)), small_layers()
+    prepared = adapter.prepare(torch.tensor([3.0, 0.5]), torch.tensor([900.0, 10.0]), prompt(), dtype=torch.float32)
+    for linear in layer.linears:
+        x, out = torch.randn(2, linear.inputs), torch.randn(2, linear.outputs)
+        found = adapter.add_at_linear(layer.name, linear.path, out, x, prepared)
+        with_token = adapter.add_at_linear(layer.name, linear.path, out[:, None], x[:, None], prepared)
+        torch.testing.assert_close(found, with_token[:, 0])
+
+
 def test_modulation_starts_at_one_and_then_tells_t_from_t_and_layer_from_layer():
     def modulation(adapter: Adapter, t: float) -> torch.Tensor:
         prepared = adapter.prepare(torch.tensor([4.0]), torch.tensor([t]), prompt(1), dtype=torch.float32)

@@ -34,9 +34,9 @@ _PREDICTIONS = (
 def backbone_of(model) -> Backbone:
     """A ComfyUI `BaseModel`'s backbone: by its family's row, or else by structure. Raises `UnsupportedModel`."""
     network, family = model.diffusion_model, find_family(type(model.model_config).__name__)
-    if family is not None:
+    if family is not None and LAYOUTS[family.layout].fits(network, family):
         return LAYOUTS[family.layout](network, family)
-    return layout_of(network)
+    return layout_of(network)  # packs keep a family's configuration for networks of their own
 
 
 def layout_of(network: nn.Module) -> Backbone:

@@ -39,6 +39,11 @@ class Backbone(ABC):
         """Whether a network of a family without a row is laid out like this."""
         return False
 
+    @classmethod
+    def fits(cls, network: nn.Module, family: Family) -> bool:
+        """Whether a network is laid out as the family's row says."""
+        return cls.recognises(network)
+
     @abstractmethod
     def layers(self) -> tuple[AdapterLayer, ...]:
         """The adapter layers in the order of evaluation. Raises `UnsupportedModel` where there are none."""
@@ -56,8 +61,13 @@ class Backbone(ABC):
         return list(self.blocks().values())
 
     def block_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A block's keyword arguments, so that they stay as they are now while the network's evaluation goes on."""
-        return kwargs
+        """A block's keyword arguments, so that they stay as they are now while the network's evaluation goes on.
+
+        Networks write the place of each block into their `transformer_options`.
+        """
+        if "transformer_options" not in kwargs:
+            return kwargs
+        return {**kwargs, "transformer_options": dict(kwargs["transformer_options"])}
 
     def check_kind(self, config: AdapterConfig) -> None:
         """Raises `UnsupportedModel` where an adapter works in a way that these networks leave no place for."""

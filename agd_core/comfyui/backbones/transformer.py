@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...config import AdapterLayer, Linear
+from ...families import Family
 from ..guided_step import GuidedStep
 from .backbone import Backbone
 from .linears import adapted_linears
@@ -22,6 +23,11 @@ class Transformer(Backbone):
 
     layout = "transformer"
     kinds = ("low_rank",)
+
+    @classmethod
+    def fits(cls, network: nn.Module, family: Family) -> bool:
+        modules = dict(network.named_modules())
+        return bool(family.blocks) and all(name in modules for name in (*family.blocks, family.prompt_layer))
 
     def layers(self) -> tuple[AdapterLayer, ...]:
         assert self.family is not None

@@ -107,15 +107,13 @@ class UNet(Backbone):
         yield {KEY: step}
 
     def block_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """`UNetModel` writes the place of each block into its `transformer_options`, and adapters may be given another
-        prompt on the way, which changes what was prepared."""
-        if "transformer_options" not in kwargs:
-            return kwargs
-        options = dict(kwargs["transformer_options"])
+        """Adapters may be given another prompt on the way, which changes what was prepared."""
+        kept = super().block_arguments(kwargs)
+        options = kept.get("transformer_options", {})
         if PREPARED in options:
             step, prepared = options[PREPARED]
             options[PREPARED] = step, [(adapter, copy.copy(shared)) for adapter, shared in prepared]
-        return {**kwargs, "transformer_options": options}
+        return kept
 
     def keys_values(self, context: torch.Tensor) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
         for name, _, block in self._transformers():
