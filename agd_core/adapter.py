@@ -118,8 +118,9 @@ class Adapter(nn.Module):
         `path` is the linear layer's in the block. In `out`'s dtype: under autocast that is not the preparation's.
         What a block makes of its timestep's vector has no tokens: out (b, out), x (b, in).
         """
+        if out.ndim == 2:
+            return self.add_at_linear(name, path, out[:, None], x[:, None], prepared)[:, 0]
         gain, shared = prepared.of_layer(self._index[name], len(out))
-        gain = gain[:, 0] if out.ndim == 2 else gain
         return torch.addcmul(out, gain.to(out.dtype), self.kind.at_linear(name, path, x, shared))
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -42,7 +42,7 @@ class AdapterLayer:
     `name`: in adapters; `path`: of the block in the base's network; `width`: channels of the image tokens there,
     `context_dim`: of the prompt's tokens; `innermost`: whether it is where the image is smallest, in a UNet's middle;
     `linears`: the block's linear layers in the order of an adapter's weights. Those are compared only where an adapter
-    changes them (`backbones.check_linears`).
+    changes them (`backbones.check_adapter`).
     """
 
     name: str

@@ -51,19 +51,6 @@ def limited_interval(model: comfy.model_patcher.ModelPatcher, rule: GuidanceRule
     return clone
 
 
-def guided_by(model: comfy.model_patcher.ModelPatcher, rule: GuidanceRule) -> comfy.model_patcher.ModelPatcher:
-    """Two passes at every step, combined by a teacher's rule."""
-    clone = model.clone()
-
-    def combine(args: dict) -> torch.Tensor:
-        x, sigma, cond = args["input"], args["sigma"], args["cond_denoised"]
-        omega = torch.full_like(sigma, args["cond_scale"])
-        return x - rule(x, sigma, cond, args["uncond_denoised"], omega)
-
-    clone.set_model_sampler_cfg_function(combine)
-    return clone
-
-
 class AdaptiveGuidance:
     """Castillo et al. 2023 (arXiv 2312.12487): once the noise predictions of both branches agree, a picture goes on
     without the second pass. Each picture decides for itself, and only the others' rows are evaluated twice.

@@ -18,6 +18,7 @@ from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import replacing
 from comfyui_agd.agd_core.alternating import AGREES, NEAR
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
+from comfyui_agd.agd_core.comfyui.model.sampler import guided_by
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free
 from comfyui_agd.agd_core.guidance import GuidanceRule
@@ -275,7 +276,7 @@ METHODS: dict[str, Method] = {
     **{
         f"teacher_{rule}": Method(
             f"the teacher of `delta_{rule}`, two evaluations per step",
-            base_guided(baselines.guided_by, GuidanceRule(rule)),
+            base_guided(guided_by, GuidanceRule(rule)),
         )
         for rule in ("rescale", "apg", "cfg_zero")
     },

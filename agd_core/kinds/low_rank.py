@@ -101,6 +101,4 @@ class LowRankAdapter(AdapterKind):
         """What an adapter layer's linear layer `path` is given, (b, n, in), and the layer's part of `prepare` -> what
         is added to its output, (b, n, out)."""
         hidden, m = self.down[key_of(name, path)](x), shared[path]
-        if m is not None and hidden.ndim == 2:  # a vector of the timestep, without tokens
-            m = m[:, 0]
         return self.to_out[key_of(name, path)](hidden if m is None else hidden * m)

@@ -17,7 +17,7 @@ from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.comfyui.backbones import (
     UnsupportedModel,
     backbone_of,
-    check_linears,
+    check_adapter,
     describe_base,
     layout_of,
 )
@@ -199,7 +199,7 @@ def test_checkpoints_of_one_structure_share_their_layers_names(one, other):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_low_rank_adapter_finds_its_linear_layers_and_a_lora_their_names(name):
     model, layers = model_of(name), base_of(name).layers
-    check_linears(backbone_of(model), config_for(layers, "low_rank"))
+    check_adapter(backbone_of(model), config_for(layers, "low_rank"))
     names = comfy.lora.model_lora_keys_unet(model, {})
     for layer in layers:
         assert len(layer.linears) == 10
@@ -217,7 +217,7 @@ def test_keys_and_values_of_a_self_attention_that_reads_the_prompt_are_the_promp
 def test_linear_layers_of_other_sizes_are_refused():
     other = config_for(base_of("SD 2.1 base").layers, "low_rank")
     with pytest.raises(UnsupportedModel, match=r"needs attn2.to_k in block \w+ to be a linear layer from 1024 to 320 "):
-        check_linears(backbone_of(model_of("SD 1.5")), other)
+        check_adapter(backbone_of(model_of("SD 1.5")), other)
 
 
 def test_the_size_of_the_papers_adapter_re_implemented_on_sdxl():

@@ -12,6 +12,7 @@ from PIL import Image
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.comfyui.backbones import describe_base
 from comfyui_agd.agd_core.comfyui.counting import counted
+from comfyui_agd.agd_core.comfyui.model.sampler import guided_by
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import ablation, baselines, experiment, extrapolation, quality, report, training_free
@@ -121,7 +122,7 @@ def test_outside_of_its_interval_guidance_costs_nothing(parts, draw):
 
 @pytest.mark.parametrize("rule", ["rescale", "apg", "cfg_zero"])
 def test_a_teacher_samples_in_two_passes(parts, draw, rule):
-    images, rows = draw(baselines.guided_by(parts.model, GuidanceRule(rule)))
+    images, rows = draw(guided_by(parts.model, GuidanceRule(rule)))
     assert rows == [2 * ROWS] * STEPS
     assert not torch.allclose(images, draw(parts.model)[0], atol=1e-3)
 

@@ -12,11 +12,11 @@ from torch import nn
 from ...config import BaseInfo
 from ...families import find_family
 from .backbone import INSTEAD, Backbone, UnsupportedModel
-from .linears import check_linears
+from .linears import check_adapter
 from .transformer import Transformer
 from .unet import UNet
 
-__all__ = ["Backbone", "UnsupportedModel", "backbone_of", "check_linears", "describe_base", "is_trained_on"]
+__all__ = ["Backbone", "UnsupportedModel", "backbone_of", "check_adapter", "describe_base", "is_trained_on"]
 
 LAYOUTS: dict[str, type[Backbone]] = {layout.layout: layout for layout in (UNet, Transformer)}
 

@@ -35,8 +35,9 @@ def linear_modules(block: nn.Module, layer: AdapterLayer) -> dict[str, nn.Module
     return found
 
 
-def check_linears(backbone: Backbone, config: AdapterConfig) -> None:
-    """Raises `UnsupportedModel` where an adapter's low-rank changes can't be made."""
+def check_adapter(backbone: Backbone, config: AdapterConfig) -> None:
+    """Raises `UnsupportedModel` where the networks have no place for an adapter's kind, or for its low-rank changes."""
+    backbone.check_kind(config)
     own = {layer.name: layer for layer in backbone.layers()}
     for layer in config.layers if config.changes_linears else ():
         linear_modules(backbone.block(own[layer.name]), layer)

@@ -26,8 +26,12 @@ class Transformer(Backbone):
 
     @classmethod
     def fits(cls, network: nn.Module, family: Family) -> bool:
-        modules = dict(network.named_modules())
-        return bool(family.blocks) and all(name in modules for name in (*family.blocks, family.prompt_layer))
+        try:
+            for path in (*family.blocks, family.prompt_layer):
+                network.get_submodule(path)
+        except AttributeError:
+            return False
+        return bool(family.blocks)
 
     def layers(self) -> tuple[AdapterLayer, ...]:
         assert self.family is not None

@@ -16,7 +16,7 @@ from ...adapter import Adapter
 from ...config import AdapterConfig
 from ...guidance import per_row
 from ..apply_model import register
-from ..backbones import Backbone, backbone_of, check_linears
+from ..backbones import Backbone, backbone_of, check_adapter
 from ..guided_step import ActiveAdapter, GuidedStep, with_step
 from ..sampling.compile_guard import without_compile
 from ..sampling.negatives import Negative, WeightedNegative
@@ -101,8 +101,7 @@ class ComfyDenoiser:
 
     def check_adapter(self, config: AdapterConfig) -> None:
         """Raises `UnsupportedModel` where the base has no place for such an adapter."""
-        self._backbone.check_kind(config)
-        check_linears(self._backbone, config)
+        check_adapter(self._backbone, config)
 
     def check_schedulers(self, names: Sequence[str]) -> None:
         """Raises `ValueError` for one that ComfyUI doesn't have."""

@@ -34,9 +34,10 @@ def check_adapters(adapters: tuple[AppliedAdapter, ...], base: ModelPatcher) -> 
     Raises `AdapterFileError`.
     """
     sampling, cast = (base.get_model_object(name) for name in ("model_sampling", "manual_cast_dtype"))
+    described, dtype = describe_base(base.model, sampling), cast or base.model.get_dtype()
     for applied in adapters:
-        check_base(applied.info, describe_base(base.model, sampling), applied.source)
-        _check_range(applied, cast or base.model.get_dtype())
+        check_base(applied.info, described, applied.source)
+        _check_range(applied, dtype)
 
 
 def _check_range(applied: AppliedAdapter, dtype: torch.dtype) -> None:

@@ -7,10 +7,10 @@ from comfy.patcher_extension import WrappersMP
 from ...adapter_file import AdapterInfo, check_base
 from ...lora import low_rank_as_lora
 from ..apply_model import register
-from ..backbones import backbone_of, check_linears, describe_base
+from ..backbones import backbone_of, check_adapter, describe_base
 from ..guided_step import KEY
-from ..sampling.managed_weights import managed
 from .applied_adapter import AppliedAdapter
+from .managed_weights import managed
 from .messages import Notify, log_warning, without_repeats
 from .outer_sample import AdapterGuidance
 from .settings import GuidanceSettings
@@ -33,9 +33,7 @@ def apply_adapter(
     linear layers are not those that the adapter changes.
     """
     check_base(info, describe_base(model.model, model.get_model_object("model_sampling")), source)
-    backbone = backbone_of(model.model)
-    backbone.check_kind(info.config)
-    check_linears(backbone, info.config)
+    check_adapter(backbone_of(model.model), info.config)
     clone = model.clone()
     if not settings.has_effect:
         return clone

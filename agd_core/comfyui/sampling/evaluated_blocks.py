@@ -1,12 +1,11 @@
 """Which blocks of a model an evaluation runs, by which a step cache of another node shows: it leaves some out."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..sampling.compile_guard import is_compiled
+from ..running_blocks import listed_blocks, watched
 
 
 @dataclass
@@ -28,20 +27,6 @@ class EvaluatedBlocks:
         return False
 
 
-@contextmanager
-def recorded_blocks(model: nn.Module, blocks: EvaluatedBlocks, model_options: dict) -> Iterator[None]:
-    """Inside, `blocks` records what the model evaluates. Nothing of a compiled model, of which no block is called."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    compiled = is_compiled(model_options["transformer_options"])
-    hooked = [] if compiled else [block for own in lists for block in own]
-    ran = blocks.ran
-
-    def record(block: nn.Module, inputs) -> None:
-        ran.add(id(block))
-
-    hooks = [block.register_forward_pre_hook(record) for block in hooked]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def recorded_blocks(model: nn.Module, blocks: EvaluatedBlocks, model_options: dict) -> AbstractContextManager[None]:
+    """Inside, `blocks` records what the model evaluates."""
+    return watched(listed_blocks(model, model_options["transformer_options"]), lambda block: blocks.ran.add(id(block)))
