@@ -25,13 +25,14 @@ class Prepared:
     """What an evaluation's layers share, made by `Adapter.prepare`.
 
     `gain`: (b, 1, 1), the factor of every residual; `context`: the prompt that `shared`, the kind's own part, was made
-    for; it is indexed by layer.
+    for; it is indexed by layer. `vector`: (b, e), what is added to the vector of the timestep, if it is changed.
     """
 
     guidance: Guidance
     gain: torch.Tensor
     context: torch.Tensor
     shared: Any
+    vector: torch.Tensor | None = None
 
     def of_layer(self, index: int, rows: int) -> tuple[torch.Tensor, Any]:
         """The gain, and a layer's part of `shared`, for an attention of so many rows.
@@ -72,8 +73,18 @@ class Adapter(nn.Module):
 
     @property
     def uses_negative(self) -> bool:
-        """Whether it works inside the attentions, and so uses the negative prompt."""
-        return self.kind.uses_negative
+        """Whether the negative prompt has an effect."""
+        return self.config.kind.uses_negative
+
+    @property
+    def guides_attention(self) -> bool:
+        """Whether it works inside the attentions, and needs what they make of the negative prompt."""
+        return self.kind.guides_attention
+
+    @property
+    def changes_vector(self) -> bool:
+        """Whether it adds to the vector of the timestep."""
+        return self.kind.vector is not None
 
     @property
     def changes_attention_output(self) -> bool:
@@ -81,9 +92,18 @@ class Adapter(nn.Module):
         return self.kind.changes_attention_output
 
     def prepare(
-        self, omega: torch.Tensor, t: torch.Tensor, context: torch.Tensor, *, dtype: torch.dtype, strength=1.0
+        self,
+        omega: torch.Tensor,
+        t: torch.Tensor,
+        context: torch.Tensor,
+        *,
+        dtype: torch.dtype,
+        strength=1.0,
+        difference: torch.Tensor | None = None,
     ) -> Prepared:
         """omega (b,) or (1,), t (b,), context (b, m, d) -> what the layers need. `strength` multiplies the residuals.
+
+        `difference`: (b, d) of both prompts, for an adapter that changes the vector of the timestep.
 
         Without the gain omega = 1 would not be the base itself, so residuals are dropped there.
         """
@@ -91,7 +111,12 @@ class Adapter(nn.Module):
         gain = strength * (omega - 1 if self.config.kind.gain else (omega != 1).float())
         tokens = [encoder(omega, t, dtype) for encoder in self.encoders]
         guidance = Guidance(t.float(), torch.stack(tokens, dim=1) if tokens else None, dtype)
-        return Prepared(guidance, gain.to(dtype)[:, None, None], context, self.kind.prepare(guidance, context))
+        gain = gain.to(dtype)[:, None, None]
+        vector = None
+        if self.kind.vector is not None:
+            assert difference is not None
+            vector = gain[:, 0] * self.kind.vector(guidance, difference)
+        return Prepared(guidance, gain, context, self.kind.prepare(guidance, context), vector)
 
     def add_after_attention(
         self, name: str, out: torch.Tensor, h: torch.Tensor, context: torch.Tensor, prepared: Prepared

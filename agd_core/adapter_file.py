@@ -17,13 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from . import format_1
+from . import older_formats
 from .adapter import Adapter
 from .config import AdapterConfig, AdapterLayer, BaseInfo, Linear
 from .errors import AGDError
 from .kinds import KINDS, kind_config
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _KEY = "agd"
 _LISTED = 8  # offenders named in full in one error
 
@@ -52,19 +52,20 @@ def _config_to_json(config: AdapterConfig) -> dict[str, Any]:
         "settings": asdict(config.kind),
         "layers": [layer.name for layer in config.layers],
         "prompt_tokens": config.prompt_tokens,
+        "vector": config.vector,
     }
 
 
 def _config_from_json(data: dict[str, Any], base: BaseInfo) -> AdapterConfig:
     """The inverse of `_config_to_json`. Raises `ValueError` naming what is wrong."""
-    _check_fields("adapter", {"kind", "settings", "layers", "prompt_tokens"}, data)
+    _check_fields("adapter", {"kind", "settings", "layers", "prompt_tokens", "vector"}, data)
     layers = {layer.name: layer for layer in base.layers}
     if data["kind"] in KINDS:
         _check_fields(data["kind"], {f.name for f in fields(KINDS[data["kind"]].Config)}, data["settings"])
     if unknown := [name for name in data["layers"] if name not in layers]:
         raise ValueError(f"the base has no layers {unknown[:_LISTED]}")
     chosen = tuple(layers[name] for name in data["layers"])
-    return AdapterConfig(chosen, kind_config(data["kind"], **data["settings"]), data["prompt_tokens"])
+    return AdapterConfig(chosen, kind_config(data["kind"], **data["settings"]), data["prompt_tokens"], data["vector"])
 
 
 def _base_to_json(base: BaseInfo) -> dict[str, Any]:
@@ -129,8 +130,7 @@ def _from_metadata(path: Path, metadata: dict[str, str]) -> AdapterInfo:
                 f"This adapter is of a newer AGD: update the node pack. Details: {path} has format {version}, this "
                 f"version reads up to {FORMAT_VERSION}."
             )
-        if version == 1:
-            data = format_1.upgrade_description(data)
+        data = older_formats.upgraded(data)
         base = _base_from_json(data["base"])
         return AdapterInfo(
             config=_config_from_json(data["config"], base),
@@ -184,11 +184,9 @@ def load_weights(path: str | Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]
     """Info and weights, checked against each other key by key. Raises `AdapterFileError`."""
     path = Path(path)
     with _open(path) as file:
-        metadata = file.metadata() or {}
-        info = _from_metadata(path, metadata)
+        info = _from_metadata(path, file.metadata() or {})
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    if json.loads(metadata[_KEY])["format_version"] == 1:
-        weights = format_1.rename_weights(weights)
+    weights = older_formats.rename_weights(weights)
     with torch.device("meta"):
         expected = Adapter(info.config).state_dict()
     wrong = _mismatches(expected, weights)

@@ -42,7 +42,7 @@ class AdapterLayer:
     `name`: in adapters; `path`: of the block in the base's network; `width`: channels of the image tokens there,
     `context_dim`: of the prompt's tokens; `innermost`: whether it is where the image is smallest, in a UNet's middle;
     `linears`: the block's linear layers in the order of an adapter's weights. Those are compared only where an adapter
-    changes them (`backbones.check_adapter`).
+    changes them (`backbones.check_adapter`). `reads_prompt`: whether an attention to the prompt is in the block.
     """
 
     name: str
@@ -51,6 +51,12 @@ class AdapterLayer:
     context_dim: int
     innermost: bool = False
     linears: tuple[Linear, ...] = field(default=(), compare=False)
+    reads_prompt: bool = True
+
+    @property
+    def guided_width(self) -> int:
+        """Channels of its attention to the prompt; 0 without one."""
+        return self.width if self.reads_prompt else 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,16 @@ class KindConfig:
     def merges(self) -> bool:
         """Whether, at any one omega, those changes are a LoRA, which the base's weights can have in them."""
         return False
+
+    @property
+    def vector_width(self) -> int:
+        """Channels inside what changes the vector of the timestep; 0: it stays as it is."""
+        return 0
+
+    @property
+    def uses_negative(self) -> bool:
+        """Whether the negative prompt has an effect."""
+        return self.vector_width > 0
 
     def encoders(self, layers: int) -> int:
         """E: how many encoders of (omega, t) there are, for so many adapter layers."""
@@ -121,19 +137,23 @@ def out_of_range(name: str, value: int, least: int) -> Iterator[str]:
 class AdapterConfig:
     """An adapter's architecture: the base's layers that it is for, and the kind that it is of, with its settings.
 
-    `prompt_tokens`: the length of a short prompt's context; CLIP's is 77.
+    `prompt_tokens`: the length of a short prompt's context; CLIP's is 77. `vector`: channels of the vector of the
+    timestep that modulates the base's blocks; 0: there is none to change.
     """
 
     layers: tuple[AdapterLayer, ...]
     kind: KindConfig
     prompt_tokens: int = 77
+    vector: int = 0
 
     def __post_init__(self):
+        without_vector = self.kind.vector_width > 0 and not self.vector
         checks = {
             f"prompt_tokens is {self.prompt_tokens}, but must be positive": self.prompt_tokens < 1,
             "there are no layers": not self.layers,
             "the layers' context_dim differ": len({layer.context_dim for layer in self.layers}) > 1,
             "two layers have the same name": len({layer.name for layer in self.layers}) != len(self.layers),
+            "this base has no vector of the timestep that an adapter could change": without_vector,
         }
         if wrong := [message for message, fails in checks.items() if fails]:
             raise ValueError(f"This is no valid adapter config: {'; '.join(wrong)}.")
@@ -155,8 +175,8 @@ class BaseInfo:
     Two bases with equal `family`, `prediction` and layers are siblings: an adapter of one loads onto the other.
     More input channels (inpainting) or another noise schedule (zero terminal SNR) keep them siblings: both reach an
     adapter only through `h` and `t`. Another prediction doesn't: the same change of `h` is another guidance there.
-    `layout`: of its network, by which `backbones.LAYOUTS` names it. `fingerprint` tells one sibling's weights from
-    another's, for information only.
+    `layout`: of its network, by which `backbones.LAYOUTS` names it; `vector`: as in `AdapterConfig`. `fingerprint` is
+    for information only: it tells one sibling's weights from another's.
     """
 
     family: str
@@ -165,6 +185,7 @@ class BaseInfo:
     architecture: dict = field(default_factory=dict)
     fingerprint: str = ""
     layout: str = "unet"
+    vector: int = 0
 
     @property
     def family_name(self) -> str:
@@ -181,4 +202,5 @@ class BaseInfo:
         return f"{self.family_name} ({self.prediction}-prediction, {layers}, context {context})"
 
     def sibling_of(self, other: "BaseInfo") -> bool:
-        return (self.family, self.prediction, self.layers) == (other.family, other.prediction, other.layers)
+        own, others = ((base.family, base.prediction, base.layers, base.vector) for base in (self, other))
+        return own == others

@@ -15,10 +15,14 @@ class Family:
     `backbones.LAYOUTS`. Pictures it was made for: `side` pixels each way, of other aspect ratios too where
     `aspect_ratios`. `settings`: of training, where others suit it than most families.
 
-    For networks that are one or several lists of blocks (layout "transformer"): `blocks`: the attributes with the
-    lists; `prompt_layer`: the path of the first layer that the prompt's tokens come to; `prompt_linears`: paths in a
-    block of layers whose input those tokens are; `time_embedding`: the path of what makes the vector of the timestep;
-    `timestep_scale`: the factor that makes its timesteps go from 0 to 1000.
+    For networks that are one or several lists of blocks (layout "transformer"): `blocks`: the paths of the lists;
+    `prompt_layer`: of the first layer that the prompt's tokens come to; `prompt_linears`: paths in a block of layers
+    whose input those tokens are; `time_embedding`: the path of what makes the vector of the timestep, and
+    `time_output`, which of its outputs that is, if it has several; `timestep_scale`: the factor that makes its
+    timesteps go from 0 to 1000. How the image looks at the prompt, `attention`: in one attention with itself ("joint"),
+    apart ("cross"), or in a way that isn't reached (""); `sites`: the lists in whose blocks it does, by default all;
+    `prompt_at`: where the prompt's tokens are seen as they come there, a module's output ("txt_in") or its argument
+    ("joint_blocks.0:0", "double_blocks.0:txt"); `prompt_last`: whether they are behind the image's.
     """
 
     name: str
@@ -31,7 +35,12 @@ class Family:
     prompt_layer: str = ""
     prompt_linears: tuple[str, ...] = ()
     time_embedding: str = ""
+    time_output: int | None = None
     timestep_scale: float = 1.0
+    attention: str = ""
+    sites: tuple[str, ...] = ()
+    prompt_at: str = ""
+    prompt_last: bool = False
 
 
 FAMILIES = (
@@ -50,6 +59,17 @@ FAMILIES = (
     Family("Segmind_Vega", "Segmind Vega", side=1024, aspect_ratios=True),
     Family("KOALA_700M", "KOALA 700M", side=1024, aspect_ratios=True),
     Family("KOALA_1B", "KOALA 1B", side=1024, aspect_ratios=True),
+    Family(
+        "SD3",
+        "SD3",
+        layout="transformer",
+        side=1024,
+        blocks=("joint_blocks",),
+        prompt_layer="context_embedder",
+        time_embedding="t_embedder",
+        attention="joint",
+        prompt_at="joint_blocks.0:0",
+    ),
 )
 
 

@@ -73,6 +73,7 @@ class TrainConfig:
     hidden: int = option(128, "width H inside the adapter of a layer; of low_rank the rank: try 16")
     modulated: bool = option(False, "low_rank, delta's rank: scaled by t and omega, and so no LoRA any more")
     rank: int = option(4, "delta: rank of changes of the blocks' linear layers beside it; 0: none")
+    vector: int = option(0, "delta, low_rank: width inside a change of the timestep's vector; 0: none")
     encoder_width: int = option(128, "width inside the encoder of omega and t")
     gain: bool = option(True, "multiply the residual by (omega - 1); the paper: no")
     omega_embedding: str = option("log", "how omega is embedded; the paper: 'fourier'", OMEGA_EMBEDDINGS)
@@ -155,7 +156,7 @@ class TrainConfig:
 
     def adapter_config(self, base: BaseInfo, prompt_tokens: int) -> AdapterConfig:
         """`prompt_tokens`: the length of a short prompt's context."""
-        return AdapterConfig(base.layers, self.kind_config(), prompt_tokens)
+        return AdapterConfig(base.layers, self.kind_config(), prompt_tokens, base.vector)
 
     def kind_config(self) -> KindConfig:
         """The kind's own settings: those of its fields, by their names. `hidden` is the rank of low_rank.

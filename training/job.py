@@ -12,7 +12,6 @@ from typing import Any
 from ..agd_core import adapter_file
 from ..agd_core.adapter_name import SUFFIX, file_name
 from ..agd_core.errors import AGDError
-from ..agd_core.kinds import KINDS
 from .config import TrainConfig
 from .distributed import Ranks
 from .memory import BothPredictions
@@ -58,7 +57,7 @@ class Job:
 
         With a recording they are the recorded ones, whichever kind they were drawn for.
         """
-        if self.recording is not None or not KINDS[self.config.kind].uses_negative:
+        if self.recording is not None or not self.config.kind_config().uses_negative:
             return list(self.negative) or [""]
         drawn = [text for text in self.negative if text]
         if not self.negative:

@@ -9,7 +9,7 @@ import torch
 
 from ..agd_core.adapter import Adapter
 from ..agd_core.errors import AGDError
-from ..agd_core.format_1 import rename_weights
+from ..agd_core.older_formats import rename_weights
 from .distributed import Ranks
 from .gap import Measurement
 from .pool import BatchSource

@@ -8,6 +8,7 @@ from comfy.patcher_extension import WrappersMP
 
 from .backbones import backbone_of
 from .guided_step import KEY, CurrentStep
+from .prompt_keys_values import compute_keys_values
 from .sampling.compile_guard import in_one_graph
 
 
@@ -21,12 +22,13 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         return executor(*given, **kwargs)
     step = current.step.for_rows(x, transformer_options)
     step.visited.clear()
-    for weighted in (weighted for active in step.active for weighted in active.negatives):
-        if not weighted.negative.keys_values:
-            weighted.negative.compute_keys_values(executor.class_obj, x.device)
+    backbone = backbone_of(executor.class_obj)
+    for prompt in (*step.negatives(), *(step.prompts.values() if backbone.prompts_pass_blocks else ())):
+        if not prompt.keys_values:
+            compute_keys_values(prompt, executor.class_obj, x, step)
     with (
         in_one_graph(transformer_options, lambda: step.visited == step.layer_names()),
-        backbone_of(executor.class_obj).intercept(step) as more,
+        backbone.intercept(step) as more,
     ):
         return executor(*given, **{**kwargs, **more})
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..adapter import Adapter, Prepared
+from ..layers import fit_rows
+from .prompt import Prompt, difference_of
 
 if TYPE_CHECKING:
     from .sampling.negatives import WeightedNegative
@@ -33,6 +35,16 @@ class ActiveAdapter:
         """Whether it works on the base's linear layers while they are evaluated."""
         return self.adapter.config.changes_linears and not self.merged
 
+    def difference(self, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """(b, d), of the prompt's tokens (b, m, d) and the negatives', if the adapter has a use for it."""
+        if not self.adapter.changes_vector:
+            return None
+        rows, negative = len(context), torch.zeros((), device=context.device)
+        for weighted in self.negatives:
+            mean = fit_rows(weighted.negative.mean_token().to(context.device), rows)
+            negative = negative + (mean if weighted.weight is None else mean * weighted.share(rows))
+        return difference_of(context, mask, negative)
+
     def for_rows(self, areas: list, shape: torch.Size) -> "ActiveAdapter":
         return replace(self, negatives=tuple(negative.cropped(areas, shape) for negative in self.negatives))
 
@@ -42,13 +54,15 @@ class GuidedStep:
     """What an evaluation needs to be guided by adapters.
 
     `areas`: of conditions that have one, by their uuid; `visited` lists the adapter layers of the last evaluation;
-    `attentions`: heads and precision of the layers' attentions, for adapters that work inside them.
+    `attentions`: heads and precision of the layers' attentions, for adapters that work inside them. `prompts`: the
+    positive ones by their conditions' uuid, or by None where all rows are of one, if the base's attentions need them.
     """
 
     active: tuple[ActiveAdapter, ...]
     areas: dict = field(default_factory=dict)
     visited: list[str] = field(default_factory=list)
     attentions: dict[str, tuple] = field(default_factory=dict)
+    prompts: dict[Any, Prompt] = field(default_factory=dict)
 
     def layer_names(self) -> list[str]:
         """All adapter layers in the order of evaluation."""
@@ -60,14 +74,19 @@ class GuidedStep:
         return any(active.changes_linears for active in self.active)
 
     @property
-    def inside_attention(self) -> bool:
+    def guides_attention(self) -> bool:
         """Whether an adapter works inside the attentions."""
-        return any(active.adapter.uses_negative for active in self.active)
+        return any(active.adapter.guides_attention for active in self.active)
+
+    @property
+    def changes_vector(self) -> bool:
+        """Whether an adapter adds to the vector of the timestep."""
+        return any(active.adapter.changes_vector for active in self.active)
 
     @property
     def at_attention(self) -> bool:
         """Whether an adapter works inside the attentions, or adds to what they return."""
-        return self.inside_attention or any(active.adapter.changes_attention_output for active in self.active)
+        return self.guides_attention or any(active.adapter.changes_attention_output for active in self.active)
 
     def for_rows(self, x: torch.Tensor, transformer_options: dict) -> "GuidedStep":
         """For latents x (b, c, h, w) that ComfyUI has put together of several conditions. It shares `visited`."""
@@ -76,16 +95,26 @@ class GuidedStep:
         areas = [self.areas.get(uuid) for uuid in transformer_options.get("uuids") or [None]]
         return replace(self, active=tuple(active.for_rows(areas, x.shape) for active in self.active))
 
-    def prepare(self, t: torch.Tensor, context: Any, dtype: torch.dtype) -> list[tuple[Adapter, Prepared]]:
+    def negatives(self) -> list[Prompt]:
+        """The negative prompts whose keys and values are used."""
+        guiding = (active for active in self.active if active.adapter.guides_attention)
+        return [weighted.negative for active in guiding for weighted in active.negatives]
+
+    def prepare(
+        self, t: torch.Tensor, context: Any, dtype: torch.dtype, mask: torch.Tensor | None = None
+    ) -> list[tuple[Adapter, Prepared]]:
         """Once per evaluation, what does not depend on the image.
 
         t: (b,), timesteps from 0 to 1000; context (b, m, d), or None where a model has none; `dtype`: of the base's
-        activations.
+        activations; `mask`: (b, m), which of the tokens count, if not all do.
         """
-        return [
-            (each.adapter, each.adapter.prepare(each.omega, t, context, dtype=dtype, strength=each.strength))
-            for each in self.active
-        ]
+        prepared = []
+        for each in self.active:
+            own = each.adapter.prepare(
+                each.omega, t, context, dtype=dtype, strength=each.strength, difference=each.difference(context, mask)
+            )
+            prepared.append((each.adapter, own))
+        return prepared
 
 
 class CurrentStep(Protocol):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..config import AdapterConfig, AdapterLayer, KindConfig, Linear
+from .vector import vector_of
 
 if TYPE_CHECKING:
     from ..layers import Guidance
@@ -19,21 +20,24 @@ class AdapterKind(nn.Module):
     `__init__`, `init_weights`, `prepare`, `zero_initialised`, and, where it adds to what the base computes, some of
 
     - `after_attention`: to what a block's cross-attention returns. It sets `changes_attention_output`.
-    - `inside_attention`: to what the cross-attention hands to its output projection, knowing what it makes of the
-      negative prompt. It sets `uses_negative`.
+    - `inside_attention`: to what the attention to the prompt hands to its output projection, knowing what it makes of
+      the negative prompt. It sets `guides_attention`, and its config `uses_negative`.
     - `at_linear`: to what linear layers of the blocks return. It overrides `linears`.
+
+    It may have a `VectorChange` as `vector`, too.
 
     Shapes: b rows, n image tokens, m prompt tokens, d their channels (`context_dim`), w channels of a layer.
     """
 
     Config: ClassVar[type[KindConfig]]
     changes_attention_output: ClassVar[bool] = False
-    uses_negative: ClassVar[bool] = False
+    guides_attention: ClassVar[bool] = False
 
     def __init__(self, config: AdapterConfig, operations=nn):
         """`operations`: the class of the layers, torch's, `MixedPrecision` or ComfyUI's."""
         super().__init__()
         self.layer_count = len(config.layers)
+        self.vector = vector_of(config, operations)
 
     @classmethod
     def token_width(cls, config: AdapterConfig) -> int:
@@ -42,6 +46,8 @@ class AdapterKind(nn.Module):
 
     def init_weights(self) -> None:
         """Give a new adapter's parameters their values, where they differ from torch's initialisation."""
+        if self.vector is not None:
+            self.vector.init_weights()
 
     def prepare(self, guidance: "Guidance", context: torch.Tensor) -> Any:
         """What the layers need that does not depend on the image, for all of them at once, indexed by layer.
@@ -70,4 +76,4 @@ class AdapterKind(nn.Module):
 
     def zero_initialised(self) -> Iterable[nn.Module]:
         """The layers that a new adapter starts at zero."""
-        return ()
+        return () if self.vector is None else (self.vector.to_out,)

@@ -24,29 +24,42 @@ from torch import nn
 from ..config import AdapterConfig, AdapterLayer, EncodedKindConfig, Linear, out_of_range
 from ..layers import Guidance, zero_init
 from .adapter_kind import AdapterKind
-from .low_rank import LowRankAdapter, LowRankConfig, describe_rank
-from .scale import ScaleAdapter
+from .low_rank import LowRankAdapter, LowRankConfig, describe_rank, describe_vector
+from .scale import ScaleAdapter, ScaleConfig
 
 
 @dataclass(frozen=True)
 class DeltaConfig(EncodedKindConfig):
-    """`hidden`: H. `rank`: of low-rank changes beside it; 0: none. `modulated`: those have m(t, omega)."""
+    """`hidden`: H. `rank`: of low-rank changes beside it; 0: none. `modulated`: those have m(t, omega).
+
+    `vector`: channels inside a change of the vector of the timestep; 0: none.
+    """
 
     name = "delta"
     hidden: int = 128
     rank: int = 0
     modulated: bool = False
+    vector: int = 0
 
     def validation_errors(self) -> Iterator[str]:
         yield from super().validation_errors()
         yield from out_of_range("hidden", self.hidden, least=1)
         yield from out_of_range("rank", self.rank, least=0)
+        yield from out_of_range("vector", self.vector, least=0)
         if self.rank and not self.modulated and not self.gain:
             yield "delta's low-rank changes with neither modulated nor gain would be the same for every omega"
 
     @property
     def lora_rank(self) -> int:
         return self.rank
+
+    @property
+    def vector_width(self) -> int:
+        return self.vector
+
+    @property
+    def uses_negative(self) -> bool:
+        return True
 
     @property
     def merges(self) -> bool:
@@ -60,37 +73,35 @@ class DeltaConfig(EncodedKindConfig):
 
     def describe(self) -> str:
         beside = f", {describe_rank(self.rank, self.modulated)}" if self.rank else ""
-        return f"{self.name}, hidden {self.hidden}{beside}"
+        return f"{self.name}, hidden {self.hidden}{beside}{describe_vector(self.vector)}"
 
 
 class DeltaAdapter(AdapterKind):
     """A scale of `delta`, and a map of `delta` and `h` through H channels; omega and t modulate both."""
 
     Config = DeltaConfig
-    uses_negative = True
+    guides_attention = True
 
     def __init__(self, config: AdapterConfig, operations=nn):
         super().__init__(config, operations)
         assert isinstance(config.kind, DeltaConfig)
-        kind, names = config.kind, [layer.name for layer in config.layers]
-        self.widths, self.hidden = [layer.width for layer in config.layers], kind.hidden
+        kind, guided = config.kind, [layer for layer in config.layers if layer.reads_prompt]
+        self.widths, self.hidden = [layer.guided_width for layer in config.layers], kind.hidden
+        self.maps = [2 * kind.hidden if layer.reads_prompt else 0 for layer in config.layers]
         inner, H = 2 * kind.encoder_width, kind.hidden
-        self.scale = ScaleAdapter(config, operations)
+        self.scale = ScaleAdapter(replace(config, kind=ScaleConfig()), operations)
         # The modulation of all layers, so that it costs two products per evaluation.
         self.to_modulation = operations.Linear(inner, sum(self.widths))
-        self.to_factor_and_shift = operations.Linear(inner, len(names) * 2 * H)
-
-        def layers(sizes: list[tuple[int, int]], bias: bool = False) -> nn.ModuleDict:
-            return nn.ModuleDict({n: operations.Linear(*size, bias=bias) for n, size in zip(names, sizes, strict=True)})
-
-        self.down = layers([(w, H) for w in self.widths], bias=True)
-        self.from_h = layers([(w, H) for w in self.widths])
-        self.to_out = layers([(H, w) for w in self.widths])
+        self.to_factor_and_shift = operations.Linear(inner, sum(self.maps))
+        self.down = nn.ModuleDict({each.name: operations.Linear(each.width, H) for each in guided})
+        self.from_h = nn.ModuleDict({each.name: operations.Linear(each.width, H, bias=False) for each in guided})
+        self.to_out = nn.ModuleDict({each.name: operations.Linear(H, each.width, bias=False) for each in guided})
         beside = replace(config, kind=kind.low_rank) if kind.low_rank is not None else None
         self.low_rank = LowRankAdapter(beside, operations, leave_prompt=True) if beside is not None else None
 
     def init_weights(self) -> None:
         """A new adapter: `scale` alone."""
+        super().init_weights()
         self.scale.init_weights()
         if self.low_rank is not None:
             self.low_rank.init_weights()
@@ -101,7 +112,8 @@ class DeltaAdapter(AdapterKind):
         return self.low_rank.linears(layer) if self.low_rank is not None else ()
 
     def zero_initialised(self) -> Iterable[nn.Module]:
-        return [*self.to_out.values(), *(self.low_rank.zero_initialised() if self.low_rank is not None else ())]
+        beside = self.low_rank.zero_initialised() if self.low_rank is not None else ()
+        return [*self.to_out.values(), *beside, *super().zero_initialised()]
 
     def prepare(self, guidance: Guidance, context: torch.Tensor) -> list[tuple]:
         """guidance with tokens (b, 1, 2, E) -> per layer the scale (b, 1, w), factor and shift (b, 1, H), and what
@@ -109,7 +121,7 @@ class DeltaAdapter(AdapterKind):
         inner = F.silu(guidance.encoded().flatten(2))  # (b, 1, 2 E)
         modulations = self.to_modulation(inner).split(self.widths, dim=-1)
         scales = [s + m for s, m in zip(self.scale.prepare(guidance, context), modulations, strict=True)]
-        maps = self.to_factor_and_shift(inner).split(2 * self.hidden, dim=-1)
+        maps = self.to_factor_and_shift(inner).split(self.maps, dim=-1)
         linears: list[dict] = [{}] * len(scales)
         if self.low_rank is not None:
             linears = self.low_rank.prepare(guidance, context)

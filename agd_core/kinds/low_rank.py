@@ -23,15 +23,20 @@ from .adapter_kind import AdapterKind
 
 @dataclass(frozen=True)
 class LowRankConfig(EncodedKindConfig):
-    """`rank`: r. `modulated`: with m(t, omega); without it the changes are a LoRA of strength omega - 1."""
+    """`rank`: r. `modulated`: with m(t, omega); without it the changes are a LoRA of strength omega - 1.
+
+    `vector`: channels inside a change of the vector of the timestep beside them; 0: none.
+    """
 
     name = "low_rank"
     rank: int = 16
     modulated: bool = False
+    vector: int = 0
 
     def validation_errors(self) -> Iterator[str]:
         yield from super().validation_errors()
         yield from out_of_range("rank", self.rank, least=1)
+        yield from out_of_range("vector", self.vector, least=0)
         if not self.modulated and not self.gain:
             yield "low_rank with neither modulated nor gain would be the same for every omega"
 
@@ -40,18 +45,26 @@ class LowRankConfig(EncodedKindConfig):
         return self.rank
 
     @property
+    def vector_width(self) -> int:
+        return self.vector
+
+    @property
     def merges(self) -> bool:
         return self.gain and not self.modulated
 
     def encoders(self, layers: int) -> int:
-        return 1 if self.modulated else 0
+        return 1 if self.modulated or self.vector else 0
 
     def describe(self) -> str:
-        return f"{self.name}, {describe_rank(self.rank, self.modulated)}"
+        return f"{self.name}, {describe_rank(self.rank, self.modulated)}{describe_vector(self.vector)}"
 
 
 def describe_rank(rank: int, modulated: bool) -> str:
     return f"rank {rank}{', modulated' if modulated else ''}"
+
+
+def describe_vector(width: int) -> str:
+    return f", vector {width}" if width else ""
 
 
 def key_of(layer: str, path: str) -> str:
@@ -81,10 +94,11 @@ class LowRankAdapter(AdapterKind):
         return tuple(linear for linear in layer.linears if not (self.leave_prompt and linear.reads_prompt))
 
     def zero_initialised(self) -> Iterable[nn.Module]:
-        return self.to_out.values()
+        return [*self.to_out.values(), *super().zero_initialised()]
 
     def init_weights(self) -> None:
         """A new adapter adds exactly nothing."""
+        super().init_weights()
         zero_init(self.to_out)
         if self.to_modulation is not None:
             zero_init(self.to_modulation)

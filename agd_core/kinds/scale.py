@@ -28,17 +28,21 @@ class ScaleConfig(KindConfig):
 
     name = "scale"
 
+    @property
+    def uses_negative(self) -> bool:
+        return True
+
 
 class ScaleAdapter(AdapterKind):
     """`scale(t) * delta`, a scale for each channel."""
 
     Config = ScaleConfig
-    uses_negative = True
+    guides_attention = True
 
     def __init__(self, config: AdapterConfig, operations=nn):
         super().__init__(config, operations)
         self.layers = config.layers
-        self.to_scale = operations.Linear(KNOTS, sum(layer.width for layer in config.layers), bias=False)
+        self.to_scale = operations.Linear(KNOTS, sum(layer.guided_width for layer in config.layers), bias=False)
 
     def init_weights(self) -> None:
         """A new adapter: what needs no training."""
@@ -47,7 +51,7 @@ class ScaleAdapter(AdapterKind):
                 weight.fill_(START_INNERMOST if layer.innermost else START)
 
     def _by_layer(self, values: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
-        return values.split([layer.width for layer in self.layers], dim)
+        return values.split([layer.guided_width for layer in self.layers], dim)
 
     def prepare(self, guidance: Guidance, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The scales at t, (b, 1, w) per layer."""

@@ -78,7 +78,7 @@ def test_with_it_the_layers_of_its_blocks_are_found(family, base):
         ("stripes_1", "stripes.1"),
     ]
     assert [linear.path for linear in info.layers[0].linears] == ["qkv", "out", "mlp.0", "mlp.2"]
-    assert backbone_of(base.model).time_embedding() is base.model.diffusion_model.time
+    assert info.vector == 32
 
 
 @pytest.mark.parametrize("merges", [True, False])

@@ -62,8 +62,7 @@ def computed(model, rows: int, kind: str) -> tracing.Traced:
         torch.randn(rows, *SHAPE),
         model.denoiser.conditions([model.text_encoder.last_encoded] * rows, torch.Size([rows, *SHAPE])),
     )
-    unwanted = conds if adapter.uses_negative else {}
-    options = with_adapter(model.denoiser._options, adapter, torch.full((rows,), 4.0), unwanted)
+    options = with_adapter(model.denoiser._options, adapter, torch.full((rows,), 4.0), conds, conds)
     with tracing.Counter() as counter:
         (model.denoiser.evaluate(x, torch.ones(rows), conds, options) - x).square().mean().backward()
     return counter.traced()

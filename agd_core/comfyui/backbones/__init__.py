@@ -33,9 +33,11 @@ _PREDICTIONS = (
 
 def backbone_of(model) -> Backbone:
     """A ComfyUI `BaseModel`'s backbone: by its family's row, or else by structure. Raises `UnsupportedModel`."""
-    network, family = model.diffusion_model, find_family(type(model.model_config).__name__)
-    if family is not None and LAYOUTS[family.layout].fits(network, family):
-        return LAYOUTS[family.layout](network, family)
+    network = model.diffusion_model
+    for ancestor in type(model.model_config).__mro__:  # a pack's own family may derive from one of ComfyUI's
+        family = find_family(ancestor.__name__)
+        if family is not None and LAYOUTS[family.layout].fits(network, family):
+            return LAYOUTS[family.layout](network, family)
     return layout_of(network)  # packs keep a family's configuration for networks of their own
 
 
@@ -71,6 +73,7 @@ def describe_base(model, sampling=None) -> BaseInfo:
         layers=backbone.layers(),
         architecture={key: config[key] for key in kept if config.get(key) is not None},
         layout=backbone.layout,
+        vector=backbone.vector(),
     )
 
 

@@ -12,6 +12,7 @@ from ...config import AdapterConfig, AdapterLayer
 from ...errors import AGDError
 from ...families import Family
 from ..guided_step import GuidedStep
+from ..prompt import KeysValues
 
 INSTEAD = "Choose 'training-free' in AGD Adapter Loader, which needs no adapter."
 
@@ -24,12 +25,14 @@ class Backbone(ABC):
     """One layout of networks. `network`: a model's `diffusion_model`; `family`: its row, for what can't be seen of it.
 
     `wrappers`: of ComfyUI's, by their type, that `intercept` counts on; `kinds`: of adapters that have a place in these
-    networks, all if None. Works on the meta device.
+    networks, all if None; `prompts_pass_blocks`: whether the prompt's tokens go through the blocks beside the image's,
+    so that what an attention makes of them depends on all that is before it. Works on the meta device.
     """
 
     layout: ClassVar[str]
     kinds: ClassVar[tuple[str, ...] | None] = None
     wrappers: ClassVar[dict[str, Callable]] = {}
+    prompts_pass_blocks: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, family: Family | None = None):
         self.network, self.family = network, family
@@ -71,6 +74,12 @@ class Backbone(ABC):
 
     def check_kind(self, config: AdapterConfig) -> None:
         """Raises `UnsupportedModel` where an adapter works in a way that these networks leave no place for."""
+        if config.kind.vector_width and self.vector() != config.vector:
+            raise UnsupportedModel(
+                "This model has no vector of the timestep that the adapter can change: train one with vector 0. "
+                f"Details: it is for one of {config.vector} channels, this {type(self.network).__name__} has "
+                f"{self.vector()}."
+            )
         if self.kinds is not None and config.kind.name not in self.kinds:
             raise UnsupportedModel(
                 f"An adapter of kind {config.kind.name} has no place in this model: train one of kind "
@@ -82,16 +91,22 @@ class Backbone(ABC):
     def intercept(self, step: GuidedStep) -> AbstractContextManager[dict[str, Any]]:
         """Inside, the network's evaluation is guided by `step`: gives further arguments for it, by name."""
 
-    def keys_values(self, context: torch.Tensor) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
-        """By adapter layer, what the attention to a prompt (r, m, d) makes of it: keys and values (r, m, w).
-
-        None where `check_kind` refuses the kinds that use them.
-        """
-        return iter(())
-
     @abstractmethod
-    def time_embedding(self) -> nn.Module:
-        """What makes the vector of the timestep, (b,) -> (b, e), that modulates the blocks."""
+    def keys_values(
+        self, model: Any, arguments: dict[str, Any], x: torch.Tensor, step: GuidedStep
+    ) -> Iterator[tuple[str, KeysValues]]:
+        """By adapter layer, what the attention to a prompt makes of it, for latents like x (b, c, h, w).
+
+        `model`: ComfyUI's BaseModel; `arguments`: of `apply_model`, with that prompt; `step`: the adapters at work.
+        """
+
+    def vector(self) -> int:
+        """Channels of the vector of the timestep that adapters can add to; 0: it is left alone."""
+        return 0
+
+    def runs_compiled(self, step: GuidedStep) -> bool:
+        """Whether the network may run compiled with this step: torch.compile doesn't see hooks come and go."""
+        return not step.changes_linears
 
     def timesteps(self, t: torch.Tensor) -> torch.Tensor:
         """The network's own timesteps (b,) on a scale from 0 to 1000, which adapters know."""

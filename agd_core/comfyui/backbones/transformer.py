@@ -1,11 +1,15 @@
 """Networks that are one or several lists of blocks: the diffusion transformers, found by their family's row.
 
-Adapters change their blocks' linear layers, merged into the weights or through hooks on the modules, which every such
-network runs whatever else it calls. Kinds that work at the attention have no place there yet.
+An evaluation is intercepted by hooks on modules, which every such network runs whatever else it calls:
+
+- on linear layers, for low-rank changes that are not merged into their weights (`linears.py`);
+- on what makes the vector of the timestep;
+- on the blocks, to reach the attentions inside (`block_attention.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,54 +18,103 @@ from torch import nn
 from ...config import AdapterLayer, Linear
 from ...families import Family
 from ..guided_step import GuidedStep
+from ..prompt import KeysValues
 from .backbone import Backbone
+from .block_attention import (
+    GuidedAttention,
+    KeepingAttention,
+    Place,
+    block_run,
+    marked,
+    overridden_attention,
+)
 from .linears import adapted_linears
+
+# The latents of which a prompt's keys and values are kept: noise, as long as the picture and this wide. Positions in
+# the attention may depend on the length, and hardly anything on what is in the picture where it is all noise.
+_STRIP = 2
+_SEED = 0
 
 
 class Transformer(Backbone):
     """The lists, and where the prompt comes in, are in the family's row; the blocks' linear layers are seen."""
 
     layout = "transformer"
-    kinds = ("low_rank",)
+    prompts_pass_blocks = True
+
+    @property
+    def row(self) -> Family:
+        assert self.family is not None
+        return self.family
 
     @classmethod
     def fits(cls, network: nn.Module, family: Family) -> bool:
         try:
-            for path in (*family.blocks, family.prompt_layer):
+            for path in (*family.blocks, family.prompt_layer, family.time_embedding):
                 network.get_submodule(path)
         except AttributeError:
             return False
         return bool(family.blocks)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those that work at a cross-attention's input and output have no place where one attention is for all."""
+        return ("delta", "low_rank", "scale") if self.row.attention else ("low_rank",)
+
     def layers(self) -> tuple[AdapterLayer, ...]:
-        assert self.family is not None
-        prompt_layer: Any = self.network.get_submodule(self.family.prompt_layer)
-        context_dim, found = prompt_layer.in_features, []
-        for name in self.family.blocks:
+        prompt_layer: Any = self.network.get_submodule(self.row.prompt_layer)
+        context_dim, found = _inputs(prompt_layer), []
+        guided = self._lists_with_prompt()
+        for name in self.row.blocks:
             for index, block in enumerate(self.network.get_submodule(name).children()):
                 linears = tuple(self._linears(block))
-                width = linears[0].inputs
-                found.append(AdapterLayer(f"{name}_{index}", f"{name}.{index}", width, context_dim, linears=linears))
+                layer = AdapterLayer(
+                    f"{name.replace('.', '_')}_{index}",
+                    f"{name}.{index}",
+                    _width(linears),
+                    context_dim,
+                    linears=linears,
+                    reads_prompt=name in guided,
+                )
+                found.append(layer)
         return tuple(found)
 
+    def _lists_with_prompt(self) -> tuple[str, ...]:
+        """The lists of blocks in which the image looks at the prompt."""
+        return (self.row.sites or self.row.blocks) if self.row.attention else ()
+
     def _linears(self, block: nn.Module) -> Iterator[Linear]:
-        assert self.family is not None
         for path, module in block.named_modules():
             if hasattr(module, "in_features") and hasattr(module, "out_features"):
-                yield Linear(path, module.in_features, module.out_features, path in self.family.prompt_linears)
+                yield Linear(path, module.in_features, module.out_features, path in self.row.prompt_linears)
 
     @contextmanager
     def intercept(self, step: GuidedStep) -> Iterator[dict[str, Any]]:
-        with ExitStack() as of_linears:
+        with ExitStack() as evaluation:
 
-            def prepare(network: nn.Module, args: tuple, kwargs: dict) -> None:
+            def prepare(network: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
                 """Before the network's forward(x, timesteps, context=...), as ComfyUI calls all of them."""
                 x, timesteps = args[:2]
                 step.visited[:] = step.layer_names()
-                of_linears.close()  # of the evaluation before, where a model takes several
+                evaluation.close()  # the one before, where a model takes several
+                if self.runs_compiled(step):
+                    return args, kwargs
+                context, mask = kwargs.get("context"), kwargs.get("attention_mask")
+                prepared = step.prepare(self.timesteps(timesteps), context, _dtype(x), mask)
                 if step.changes_linears:
-                    prepared = step.prepare(self.timesteps(timesteps), kwargs.get("context"), x.dtype)
-                    of_linears.enter_context(adapted_linears(self, prepared))
+                    evaluation.enter_context(adapted_linears(self, prepared))
+                for _, shared in prepared:
+                    if shared.vector is not None:
+                        evaluation.enter_context(self._added_to_vector(shared.vector))
+                if not step.guides_attention:
+                    return args, kwargs
+                options = kwargs.get("transformer_options", {})
+
+                def guided(name: str, before: Callable | None) -> GuidedAttention:
+                    return GuidedAttention(before, name, self._place(), step, prepared, options.get("uuids") or [])
+
+                evaluation.enter_context(overridden_attention(self._blocks_with_prompt(), guided))
+                return args, {**kwargs, "transformer_options": marked(options)}
 
             handle = self.network.register_forward_pre_hook(prepare, with_kwargs=True)
             try:
@@ -69,10 +122,163 @@ class Transformer(Backbone):
             finally:
                 handle.remove()
 
-    def timesteps(self, t: torch.Tensor) -> torch.Tensor:
-        assert self.family is not None
-        return t * self.family.timestep_scale
+    def runs_compiled(self, step: GuidedStep) -> bool:
+        return not (step.changes_linears or step.changes_vector or step.guides_attention)
 
-    def time_embedding(self) -> nn.Module:
-        assert self.family is not None
-        return self.network.get_submodule(self.family.time_embedding)
+    def block_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        kept = super().block_arguments(kwargs)
+        if "transformer_options" in kept:
+            kept["transformer_options"] = block_run(kept["transformer_options"])
+        return kept
+
+    def _place(self) -> Place:
+        return Place(self.row.attention == "joint", self.row.prompt_last)
+
+    def _blocks_with_prompt(self) -> dict[str, nn.Module]:
+        return {layer.name: self.block(layer) for layer in self.layers() if layer.reads_prompt}
+
+    def keys_values(
+        self, model: Any, arguments: dict[str, Any], x: torch.Tensor, step: GuidedStep
+    ) -> Iterator[tuple[str, KeysValues]]:
+        """From an evaluation of the base on a strip of noise, with the step's changes of linear layers."""
+        strip, sigma = _strip(x), model.model_sampling.sigma_max
+        rows = len(arguments["c_crossattn"])
+        noise = torch.randn(1, *strip.of(x).shape[1:], generator=torch.Generator().manual_seed(_SEED))
+        noise = noise.to(x.device, torch.float32).expand(rows, *noise.shape[1:])
+        sigmas = torch.full((rows,), float(sigma), device=x.device)
+        start = model.model_sampling.noise_scaling(
+            sigmas.view(-1, *[1] * (noise.ndim - 1)), noise, torch.zeros_like(noise), max_denoise=True
+        )
+        kept: dict[str, KeepingAttention] = {}
+
+        def keeping(name: str, before: Callable | None) -> KeepingAttention:
+            return kept.setdefault(name, KeepingAttention(before))
+
+        given = {key: strip.of(value) for key, value in arguments.items() if not isinstance(value, list)}
+        tokens = _TokensSeen(self.network, self.row.prompt_at)
+        with self._alone(step, rows), tokens, overridden_attention(self._blocks_with_prompt(), keeping):
+            model._apply_model(start, sigmas, transformer_options=marked({"sigmas": sigmas}), **given)
+        for name, attention in kept.items():
+            found = attention.keys_values(self._place(), tokens.count)
+            if found is not None:
+                yield name, found
+
+    @contextmanager
+    def _alone(self, step: GuidedStep, rows: int) -> Iterator[None]:
+        """Inside, only what the step's adapters do to linear layers is done."""
+        with ExitStack() as evaluation:
+
+            def prepare(network: nn.Module, args: tuple, kwargs: dict) -> None:
+                x, timesteps = args[:2]
+                prepared = step.prepare(self.timesteps(timesteps), kwargs.get("context"), _dtype(x))
+                evaluation.enter_context(adapted_linears(self, prepared))
+
+            handle = self.network.register_forward_pre_hook(prepare, with_kwargs=True) if step.changes_linears else None
+            try:
+                yield
+            finally:
+                if handle is not None:
+                    handle.remove()
+
+    @contextmanager
+    def _added_to_vector(self, change: torch.Tensor) -> Iterator[None]:
+        """Inside, `change` (b, e) is added to the vector of the timestep."""
+        index = self.row.time_output
+
+        def hook(module: nn.Module, inputs: tuple, out: Any) -> Any:
+            if index is None:
+                return _added(out, change)
+            return (*out[:index], _added(out[index], change), *out[index + 1 :])
+
+        handle = self.network.get_submodule(self.row.time_embedding).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def vector(self) -> int:
+        if not self.row.time_embedding:
+            return 0
+        return _outputs(self.network.get_submodule(self.row.time_embedding))
+
+    def timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        t = t if t.ndim == 1 else t.flatten(1).amax(dim=1)  # of video whose frames have their own
+        return t * self.row.timestep_scale
+
+
+def _added(vector: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """vector (b, ..., e), or one for each frame of b rows, with change (b, e)."""
+    change = change.to(vector.dtype).repeat_interleave(len(vector) // len(change), dim=0)
+    return vector + change.view(len(change), *[1] * (vector.ndim - 2), -1)
+
+
+def _inputs(layer: Any) -> int:
+    """Channels that a layer, linear or a norm, is given."""
+    return layer.in_features if hasattr(layer, "in_features") else layer.weight.shape[-1]
+
+
+def _outputs(module: nn.Module) -> int:
+    """Channels of what a module ends with, a linear layer or a norm."""
+    layers: list[Any] = [each for each in module.modules() if getattr(each, "weight", None) is not None]
+    return layers[-1].out_features if hasattr(layers[-1], "out_features") else layers[-1].weight.shape[-1]
+
+
+def _width(linears: tuple[Linear, ...]) -> int:
+    """Channels of a block's tokens: most of its layers are given those."""
+    inputs = [linear.inputs for linear in linears]
+    return max(inputs, key=inputs.count)
+
+
+def _dtype(x: Any) -> torch.dtype:
+    """Of a network's input, which may be several latents."""
+    return x.dtype if isinstance(x, torch.Tensor) else x[0].dtype
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """A part of latents: all of the longer side, little of the other, and of video one frame. `axes`: sizes of the
+    latents' own, by what is left of them."""
+
+    axes: tuple[tuple[int, int], ...]
+
+    def of(self, value: Any) -> Any:
+        """Of anything that has the latents' axes as its last ones; what hasn't stays as it is."""
+        sizes = [size for size, _ in self.axes]
+        if not isinstance(value, torch.Tensor) or list(value.shape[2:]) != sizes:
+            return value
+        for axis, (_, kept) in enumerate(self.axes, start=2):
+            value = value.narrow(axis, 0, kept)
+        return value
+
+
+def _strip(x: torch.Tensor) -> _Strip:
+    """For latents x (b, c, h, w) or (b, c, t, h, w)."""
+    *times, height, width = x.shape[2:]
+    kept = (height, min(width, _STRIP)) if height > width else (min(height, _STRIP), width)
+    return _Strip((*((frames, 1) for frames in times), (height, kept[0]), (width, kept[1])))
+
+
+class _TokensSeen:
+    """Inside, `count` becomes the number of prompt tokens that a network's blocks are given.
+
+    `place`: "path": a module, of which they are the output; "path:argument": of its forward, by position or keyword.
+    """
+
+    def __init__(self, network: nn.Module, place: str):
+        self.path, _, self.argument = place.partition(":")
+        self.module, self.count = network.get_submodule(self.path), 0
+
+    def __enter__(self) -> "_TokensSeen":
+        hook = self._see_argument if self.argument else self._see_output
+        self._handle = self.module.register_forward_hook(hook, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._handle.remove()
+
+    def _see_output(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        self.count = out.shape[1]
+
+    def _see_argument(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        value = args[int(self.argument)] if self.argument.isdigit() else kwargs[self.argument]
+        self.count = value.shape[1]

@@ -27,6 +27,7 @@ from torch import nn
 
 from ...config import AdapterLayer, Linear
 from ..guided_step import KEY, GuidedStep
+from ..prompt import KeysValues
 from .backbone import INSTEAD, Backbone, UnsupportedModel
 from .linears import adapted_linears
 
@@ -99,7 +100,7 @@ class UNet(Backbone):
 
     @contextmanager
     def intercept(self, step: GuidedStep) -> Iterator[dict[str, Any]]:
-        if step.inside_attention:
+        if step.guides_attention:
             # Not from what patches are told: blocks of other packs tell them less.
             attentions = {name: block.attn2 for name, _, block in self._transformers()}
             own = {name: attentions[name] for name in step.layer_names()}
@@ -115,12 +116,12 @@ class UNet(Backbone):
             options[PREPARED] = step, [(adapter, copy.copy(shared)) for adapter, shared in prepared]
         return kept
 
-    def keys_values(self, context: torch.Tensor) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    def keys_values(
+        self, model: Any, arguments: dict[str, Any], x: torch.Tensor, step: GuidedStep
+    ) -> Iterator[tuple[str, KeysValues]]:
+        context = arguments["c_crossattn"].to(x.device, model.get_dtype_inference())
         for name, _, block in self._transformers():
-            yield name, (block.attn2.to_k(context), block.attn2.to_v(context))
-
-    def time_embedding(self) -> nn.Module:
-        return self.network.get_submodule("time_embed")
+            yield name, KeysValues(block.attn2.to_k(context), block.attn2.to_v(context))
 
     def first_and_last_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         network = cast(Any, self.network)
@@ -155,7 +156,7 @@ def diffusion_model(executor, x, timesteps, context=None, y=None, control=None, 
     if step is not None:
         prepared = step.prepare(timesteps, context, x.dtype)
         transformer_options = {**_with_our_patches(transformer_options), PREPARED: (step, prepared)}
-        if step.inside_attention:
+        if step.guides_attention:
             transformer_options = _with_guided_attention(transformer_options, step.attentions)
         if step.changes_linears:
             with adapted_linears(UNet(executor.class_obj), prepared):
@@ -210,11 +211,12 @@ def guided_attention(q, k, v, extra_options, *, name: str, attend: Callable):
     # Replacements such as IP-Adapter's then take what they have for the unconditional.
     unconditional = {**extra_options, "cond_or_uncond": [1] * len(extra_options.get("cond_or_uncond", [0]))}
     for active, (adapter, shared) in zip(step.active, prepared, strict=True):
-        if adapter.uses_negative:
-            parts = [
-                each.weigh(attended - attend(q, *each.negative.keys_values_at(name, len(q)), unconditional), token_grid)
-                for each in active.negatives
-            ]
+        if adapter.guides_attention:
+            parts = []
+            for each in active.negatives:
+                unwanted = each.negative.keys_values_at(name, len(q))
+                difference = attended - attend(q, unwanted.keys, unwanted.values, unconditional)
+                parts.append(each.weigh(difference, token_grid))
             out = adapter.add_inside_attention(name, out, sum(parts[1:], parts[0]), h, shared)
     return out
 

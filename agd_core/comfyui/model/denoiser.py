@@ -18,8 +18,9 @@ from ...guidance import per_row
 from ..apply_model import register
 from ..backbones import Backbone, backbone_of, check_adapter
 from ..guided_step import ActiveAdapter, GuidedStep, with_step
+from ..prompt import Prompt
 from ..sampling.compile_guard import without_compile
-from ..sampling.negatives import Negative, WeightedNegative
+from ..sampling.negatives import WeightedNegative
 from . import tracing
 from .activation_checkpointing import checkpointed
 from .text_encoder import EncodedPrompt
@@ -59,11 +60,15 @@ def at_sigma(options: dict, sigma: torch.Tensor) -> dict:
     return {**options, **described}
 
 
-def with_adapter(options: dict, adapter: Adapter, omega: torch.Tensor, unwanted: dict) -> dict:
-    """`options` with the adapter in them; `unwanted`: the conditions of the negative prompts, if it uses them."""
-    negatives = (WeightedNegative(Negative(unwanted["c_crossattn"])),) if unwanted else ()
+def with_adapter(options: dict, adapter: Adapter, omega: torch.Tensor, wanted: dict, unwanted: dict) -> dict:
+    """`options` with the adapter in them.
+
+    The conditions of the prompts, `wanted`, and of the negative ones, `unwanted`, have a row for each omega (b,).
+    """
+    negatives = (WeightedNegative(Prompt(unwanted)),) if adapter.uses_negative else ()
     active = ActiveAdapter(adapter, omega, torch.ones(1, device=omega.device), negatives)
-    return with_step(options, GuidedStep((active,)))
+    prompts = {None: Prompt(wanted)} if adapter.guides_attention else {}
+    return with_step(options, GuidedStep((active,), prompts=prompts))
 
 
 class ComfyDenoiser:
@@ -190,5 +195,5 @@ class ComfyDenoiser:
         """f_psi(x, sigma, c, omega, c_neg): as `denoise`, with the adapter's hooks and its gradients. omega: (b,)."""
         conds = self.conditions(prompts, x.shape)
         unwanted = self.conditions(negative, x.shape) if adapter.uses_negative else {}
-        options = with_adapter(self._options, adapter, omega.to(self.device), unwanted)
+        options = with_adapter(self._options, adapter, omega.to(self.device), conds, unwanted)
         return self.evaluate(x.to(self.device), sigma.to(self.device), conds, options)

@@ -66,8 +66,7 @@ class ComfyMemory:
         conds, options = self._example_conditions(shape, rows), options_of(self._model)
 
         def evaluate(adapter: Adapter, x: torch.Tensor, sigma: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
-            unwanted = conds if adapter.uses_negative else {}
-            return self._denoiser.evaluate(x, sigma, conds, with_adapter(options, adapter, omega, unwanted))
+            return self._denoiser.evaluate(x, sigma, conds, with_adapter(options, adapter, omega, conds, conds))
 
         return tracing.student(self._model.model, evaluate, config, shape, rows, checkpointing=checkpointing)
 

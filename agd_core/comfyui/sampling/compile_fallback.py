@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..backbones import backbone_of
 from ..guided_step import GuidedStep
 from ..sampling.compile_guard import GraphBreak, is_compiled, without_compile
 from . import messages
@@ -23,7 +24,7 @@ class CompileFallback:
 
     def evaluate(self, batch: CondBatch, step: GuidedStep) -> list[torch.Tensor]:
         options = batch.model_options["transformer_options"]
-        unseen = step.changes_linears and is_compiled(options)
+        unseen = is_compiled(options) and not backbone_of(batch.model).runs_compiled(step)
         if unseen:
             self.notify(messages.UNCOMPILED_FOR_LOW_RANK)
         if self.usable and not unseen:

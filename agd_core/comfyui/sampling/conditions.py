@@ -77,8 +77,10 @@ def weight_of(cond: dict, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tens
 
 
 def crop(x: torch.Tensor, area: list[int] | None) -> torch.Tensor:
-    """`area`: sizes, then offsets, as ComfyUI has it, of (..., h, w)."""
+    """`area`: sizes, then offsets, as ComfyUI has it, of (..., h, w), or of (..., t, h, w)."""
     if area is None:
         return x
-    (height, width), (top, left) = area[:2], area[2:]
-    return x[..., top : top + height, left : left + width]
+    axes = len(area) // 2
+    for axis, (size, start) in enumerate(zip(area[:axes], area[axes:], strict=True), start=-axes):
+        x = x.narrow(axis, start, size)
+    return x

@@ -1,54 +1,32 @@
-"""The negative prompts that guidance leads away from: their keys and values, and how much each counts where.
+"""The negative prompts that guidance leads away from: how much each counts where.
 
 An adapter is given them, not their prediction. What CFG would do with a negative's condition is done with its keys and
 values: rows, areas, masks, strengths and ranges by ComfyUI's own rules.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from ...layers import fit_rows
-from ..backbones import backbone_of
+from ..prompt import Prompt
 from .conditions import crop, weight_of
 
 # (tokens, height, width of the latents) -> height and width of the grid of those image tokens, None if they are none.
 TokenGrid = Callable[[int, int, int], tuple[int, int] | None]
 
 
-@dataclass
-class Negative:
-    """A negative prompt. `context`: its tokens (r, m, d), of one row or one for each latent; `keys_values`: what the
-    base's attentions compute from it, by adapter layer, (r, m, w) each.
-    """
-
-    context: torch.Tensor
-    keys_values: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def compute_keys_values(self, model: Any, device: torch.device) -> None:
-        """By the base's layers, with the weights that they have now; `model`: ComfyUI's BaseModel."""
-        context = self.context.to(device, model.get_dtype_inference())
-        self.keys_values.update(backbone_of(model).keys_values(context))
-
-    def keys_values_at(self, name: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (rows, m, w) at an adapter layer."""
-        keys, values = self.keys_values[name]
-        return fit_rows(keys, rows), fit_rows(values, rows)
-
-
 @dataclass(frozen=True)
 class WeightedNegative:
     """A negative and how much it counts among all: everywhere alone where `weight` is None.
 
-    `weight`: (b, 1, h, w) of the latents, or (1, 1, 1, 1). Over all negatives they sum up to 1, and to 0 in places that
-    none of them is for.
+    `weight`: (b, 1, h, w) of the latents, with a time axis of video's, or (1, 1, 1, 1). Over all negatives they sum up
+    to 1, and to 0 in places that none of them is for.
     """
 
-    negative: Negative
+    negative: Prompt
     weight: torch.Tensor | None = None
 
     def weigh(self, difference: torch.Tensor, token_grid: TokenGrid) -> torch.Tensor:
@@ -56,10 +34,16 @@ class WeightedNegative:
         if self.weight is None:
             return difference
         rows, tokens = difference.shape[:2]
-        grid = token_grid(tokens, *self.weight.shape[-2:])
+        weight = self.weight.float().mean(dim=2) if self.weight.ndim == 5 else self.weight.float()  # of all frames
+        grid = token_grid(tokens, *weight.shape[-2:])
         # Where another node has changed the tokens, a place in the picture can't be found among them.
-        weight = F.adaptive_avg_pool2d(self.weight.float(), grid if grid is not None else 1)
+        weight = F.adaptive_avg_pool2d(weight, grid if grid is not None else 1)
         return fit_rows(weight.flatten(2).transpose(1, 2), rows).to(difference) * difference
+
+    def share(self, rows: int) -> torch.Tensor:
+        """(rows, 1): how much it counts in the picture as a whole."""
+        assert self.weight is not None
+        return fit_rows(self.weight.float().flatten(1).mean(dim=1, keepdim=True), rows)
 
     def cropped(self, areas: list, shape: torch.Size) -> "WeightedNegative":
         """For an evaluation of latents of `shape` (b, c, h, w): a chunk of its rows for each of `areas`, where a
@@ -68,7 +52,7 @@ class WeightedNegative:
             return self
         weight = torch.cat([crop(self.weight, area) for area in areas])
         if weight.shape[-2:] != shape[-2:]:  # another node has cut the latents into tiles, say
-            weight = weight.mean(dim=(2, 3), keepdim=True)
+            weight = weight.flatten(2).mean(dim=2)[..., None, None]
         return WeightedNegative(self.negative, weight)
 
 

@@ -1,7 +1,8 @@
 """What a step of a sampling gets: the adapters that guide it, each with its omega, and the negatives."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from comfy.samplers import CFGGuider
@@ -12,8 +13,8 @@ from .applied_adapter import AppliedAdapter
 from .cond_batch import CondBatch
 from .conditions import area_of
 from .messages import Notify
-from .negative_cache import NegativeCache
 from .negatives import WeightedNegative
+from .prompt_cache import PromptCache
 
 AdapterAtOmega = tuple[AppliedAdapter, float]
 
@@ -26,7 +27,7 @@ class StepBuilder:
     guider: CFGGuider
     merged: bool
     notify: Notify
-    cache: NegativeCache = field(default_factory=NegativeCache)
+    cache: PromptCache = field(default_factory=PromptCache)
     tensors: dict[float, torch.Tensor] = field(default_factory=dict)
 
     def weighted_negatives(self, batch: CondBatch, adapters: list[AdapterAtOmega]) -> tuple[WeightedNegative, ...]:
@@ -34,7 +35,7 @@ class StepBuilder:
         if not any(applied.patcher.model.uses_negative for applied, _ in adapters):
             return ()
         conds = batch.conds[1] if any(batch.conds[1:]) else self.guider.conds.get("negative")
-        return self.cache.weighted_negatives(conds, batch)
+        return self.cache.weighted_negatives(conds, batch, self._without_prompts(batch, adapters))
 
     def able_to_guide(
         self, adapters: list[AdapterAtOmega], negatives: tuple[WeightedNegative, ...]
@@ -49,7 +50,9 @@ class StepBuilder:
         areas = {}
         if any(negative.weight is not None for negative in negatives):
             areas = {cond["uuid"]: area_of(cond, batch.x, batch.timestep) for cond in batch.conds[0] or ()}
-        return GuidedStep(tuple(self._active(pair, batch, negatives) for pair in adapters), areas)
+        alone = self._without_prompts(batch, adapters)
+        active = (replace(each, negatives=self._negatives_of(each, batch, negatives, alone)) for each in alone.active)
+        return GuidedStep(tuple(active), areas, prompts=self.cache.positives(batch, alone))
 
     def _works_without_negative(self, applied: AppliedAdapter) -> bool:
         if applied.info.negative_mode == "used" and not applied.info.unconditional:
@@ -57,17 +60,23 @@ class StepBuilder:
             return False
         return True
 
-    def _active(self, pair: AdapterAtOmega, batch: CondBatch, negatives: tuple[WeightedNegative, ...]) -> ActiveAdapter:
-        applied, omega = pair
-        adapter = applied.patcher.model
+    def _without_prompts(self, batch: CondBatch, adapters: list[AdapterAtOmega]) -> GuidedStep:
+        """The step as far as it does not depend on prompts."""
+        device, active = batch.x.device, []
+        for applied, omega in adapters:
+            strength = self._tensor(applied.settings.strength, device)
+            active.append(
+                ActiveAdapter(applied.patcher.model, self._tensor(omega, device), strength, merged=self.merged)
+            )
+        return GuidedStep(tuple(active))
+
+    def _negatives_of(
+        self, active: ActiveAdapter, batch: CondBatch, negatives: tuple[WeightedNegative, ...], step: GuidedStep
+    ) -> tuple[WeightedNegative, ...]:
+        adapter: Any = active.adapter
         if not adapter.uses_negative:
-            negatives = ()
-        elif not negatives:
-            negatives = self.cache.trained_unconditional(adapter.unconditional, batch)
-        device, strength = batch.x.device, applied.settings.strength
-        return ActiveAdapter(
-            adapter, self._tensor(omega, device), self._tensor(strength, device), negatives, merged=self.merged
-        )
+            return ()
+        return negatives or self.cache.trained_unconditional(adapter.unconditional, batch, step)
 
     def _tensor(self, value: float, device: torch.device) -> torch.Tensor:
         """(1,) fp32. Made by the device itself: sending it there would wait for all that is queued before."""

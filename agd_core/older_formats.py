@@ -1,4 +1,4 @@
-"""Adapter files of format 1, all of UNets: their description and the names of their weights as format 2 has them."""
+"""Adapter files of formats 1 and 2, all but a few of UNets: their description and weights as format 3 has them."""
 
 from typing import Any
 
@@ -18,8 +18,24 @@ _SETTINGS = {
 }
 
 
-def upgrade_description(data: dict[str, Any]) -> dict[str, Any]:
-    """A description of format 1 as one of format 2. Raises `ValueError`, `KeyError` or `TypeError` if it is damaged."""
+def upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """A description as one of format 3. Raises `ValueError`, `KeyError` or `TypeError` if it is damaged."""
+    if data["format_version"] == 1:
+        data = _format_2(data)
+    return _format_3(data) if data["format_version"] == 2 else data
+
+
+def _format_3(data: dict[str, Any]) -> dict[str, Any]:
+    """What formats before 3 don't say: there was nothing that changes the vector of the timestep."""
+    config, base = data["config"], data["base"]
+    settings = {**config["settings"], **({"vector": 0} if config["kind"] in ("delta", "low_rank") else {})}
+    layers = [{**layer, "reads_prompt": base["layout"] == "unet"} for layer in base["layers"]]
+    config = {**config, "settings": settings, "vector": 0}
+    return {**data, "format_version": 3, "config": config, "base": {**base, "layers": layers, "vector": 0}}
+
+
+def _format_2(data: dict[str, Any]) -> dict[str, Any]:
+    """A description of format 1 as one of format 2."""
     flat, base = data["config"], data["base"]
     if set(flat) != _FIELDS:
         missing, unknown = sorted(_FIELDS - set(flat)), sorted(set(flat) - _FIELDS)
@@ -32,7 +48,7 @@ def upgrade_description(data: dict[str, Any]) -> dict[str, Any]:
     own = {name: value for name, value in base.items() if name != "sites"}
     own |= {"layout": "unet", "layers": [_layer(site) for site in base["sites"]]}
     training = {"base_patches" if key == "teacher" else key: value for key, value in data["training"].items()}
-    return {**data, "config": config, "base": own, "training": training}
+    return {**data, "format_version": 2, "config": config, "base": own, "training": training}
 
 
 def _layer(site: dict[str, Any]) -> dict[str, Any]:
@@ -58,5 +74,5 @@ def _layer(site: dict[str, Any]) -> dict[str, Any]:
 
 
 def rename_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights by the names of format 2."""
+    """Weights by the names of today; format 1 had others."""
     return {f"kind.{key[len('sites.') :]}" if key.startswith("sites.") else key: v for key, v in weights.items()}

@@ -1,0 +1,297 @@
+"""Inside the attentions of a transformer's blocks: what they make of a prompt's tokens, kept and led away from.
+
+Image tokens look at the prompt's among their own (joint attention, in one softmax) or apart from them
+(cross-attention). A prompt's keys and values are kept from one evaluation of a strip of noise; in a guided evaluation
+the image's queries look at them in place of the prompt's own,
+
+    delta = A(q, [k_image, k_prompt]) - A(q, [k_image, k_negative])
+
+with both prompts' kept alike, so that equal prompts give exactly zero. Attentions are reached through ComfyUI's
+`optimized_attention_override`, which is put into the `transformer_options` of one block's run: each run counts its own
+calls, also when it is computed again in a backward pass.
+
+Shapes: b rows, n image tokens, m prompt tokens, w channels, as ComfyUI's attention functions take them: (b, n, w), or
+(b, heads, n, w / heads) with `skip_reshape`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...adapter import Adapter, Prepared
+from ..guided_step import GuidedStep
+from ..prompt import KeysValues
+
+OVERRIDE = "optimized_attention_override"
+_OPTIONAL = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
+
+# (name of the adapter layer, another node's override or None) -> an override for one run of the layer's block.
+OverrideFor = Callable[[str, Callable | None], Callable]
+
+
+@contextmanager
+def overridden_attention(blocks: dict[str, nn.Module], override: OverrideFor) -> Iterator[None]:
+    """Inside, the attentions of each block, by adapter layer, go through an `override` of their own."""
+
+    def hook_of(name: str) -> Callable:
+        def hook(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return tuple(map(own, args)), {key: own(value) for key, value in kwargs.items()}
+
+        def own(value):
+            if not (isinstance(value, dict) and _OURS in value):
+                return value
+            return {**value, OVERRIDE: override(name, value.get(OVERRIDE))}
+
+        return hook
+
+    handles = [block.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, block in blocks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# In the transformer_options of an evaluation in which attentions are overridden: networks hand them on in many ways.
+_OURS = "agd_attention"
+
+
+def marked(transformer_options: dict) -> dict:
+    """A copy of `transformer_options` by which `overridden_attention` knows them among a block's arguments."""
+    return {**transformer_options, _OURS: True}
+
+
+class AttentionCall:
+    """One call of an attention function: `q`, `k`, `v` and what else it was given."""
+
+    def __init__(self, attend: Callable, q, k, v, heads: int, args: tuple, kwargs: dict):
+        self.attend, self.q, self.k, self.v, self.heads = attend, q, k, v, heads
+        self.kwargs = {**kwargs, **dict(zip(_OPTIONAL, args, strict=False))}
+        self.axis = 2 if self.kwargs.get("skip_reshape") else 1  # of the tokens
+
+    @property
+    def queries(self) -> int:
+        return self.q.shape[self.axis]
+
+    @property
+    def keys(self) -> int:
+        return self.k.shape[self.axis]
+
+    def run(self) -> torch.Tensor:
+        return self.attend(self.q, self.k, self.v, self.heads, **self.kwargs)
+
+    def attended(self, out: torch.Tensor) -> torch.Tensor:
+        """What `run` returned, as (b, queries, w)."""
+        return out.transpose(1, 2).flatten(2) if self.kwargs.get("skip_output_reshape") else out
+
+    def as_returned(self, attended: torch.Tensor) -> torch.Tensor:
+        """The inverse of `attended`."""
+        if not self.kwargs.get("skip_output_reshape"):
+            return attended
+        return attended.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def mask(self, queries: slice, keys: slice) -> torch.Tensor | None:
+        """A part of the mask, (b or 1, heads or 1, queries or 1, keys)."""
+        mask = self.kwargs.get("mask")
+        if mask is None:
+            return None
+        while mask.ndim < 4:
+            mask = mask.unsqueeze(0 if mask.ndim == 2 else 1)
+        mask = mask.expand(*mask.shape[:3], self.keys)
+        return mask[:, :, queries if mask.shape[2] > 1 else slice(None), keys]
+
+    def with_keys(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The same attention of other queries to other keys and values: (b, queries, w)."""
+        if mask is not None:
+            mask = mask.expand(-1, -1, q.shape[self.axis], -1)
+        kwargs = {**self.kwargs, "mask": mask, "skip_output_reshape": False}
+        return self.attend(q, k, v, self.heads, **kwargs)
+
+
+def _attending(before: Callable | None, function: Callable) -> Callable:
+    if before is None:
+        return function
+    return lambda *args, **kwargs: before(function, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the prompt's tokens are in an attention: `joint` with the image's, and then `last` or before them."""
+
+    joint: bool
+    last: bool = False
+
+    def split(self, tokens: int, m: int) -> tuple[slice, slice]:
+        """Those of the image and those of the prompt, m, of so many tokens."""
+        first = tokens - m if self.last else m
+        before, behind = slice(0, first), slice(first, tokens)
+        return (before, behind) if self.last else (behind, before)
+
+
+@dataclass
+class KeepingAttention:
+    """An override that keeps a block's calls, to find the one with the prompt's tokens among them."""
+
+    before: Callable | None
+    calls: list[AttentionCall] = field(default_factory=list)
+
+    def __call__(self, function, q, k, v, heads, *args, **kwargs):
+        call = AttentionCall(_attending(self.before, function), q, k, v, heads, args, kwargs)
+        self.calls.append(call)
+        return call.run()
+
+    def keys_values(self, place: Place, m: int) -> KeysValues | None:
+        """Of the prompt's m tokens; None where no attention looks at them."""
+        if place.joint:
+            longest = max((call.keys for call in self.calls if call.queries == call.keys), default=0)
+            found = [i for i, call in enumerate(self.calls) if call.keys == call.queries == longest > m]
+        else:  # after the image's attention to itself
+            found = [i for i, call in enumerate(self.calls) if call.keys == m][-1:]
+        if not found:
+            return None
+        call = self.calls[found[0]]
+        image, prompt = place.split(call.keys, m) if place.joint else (slice(0, call.queries), slice(0, m))
+        mask = call.mask(slice(image.start, image.start + 1), prompt)
+        keys, values = (_part(each, call.axis, prompt).clone() for each in (call.k, call.v))
+        return KeysValues(keys, values, mask, found[0])
+
+
+def _part(tokens: torch.Tensor, axis: int, part: slice) -> torch.Tensor:
+    return tokens.narrow(axis, part.start, part.stop - part.start)
+
+
+def prompt_keys_values(step: GuidedStep, name: str, rows: int, uuids: list, axis: int) -> KeysValues:
+    """Of the positive prompts at an adapter layer, in the order of the rows: of several, all as long as the longest.
+
+    ComfyUI repeats shorter prompts that it evaluates together with longer ones, to a common multiple of their lengths.
+    """
+    if None in step.prompts:
+        return step.prompts[None].keys_values_at(name, rows)
+    each = [step.prompts[uuid].keys_values_at(name, rows // len(uuids)) for uuid in uuids]
+    if len(each) == 1:
+        return each[0]
+    length = math.lcm(*(kept.keys.shape[axis] for kept in each))
+    repeated = [_repeated(kept, length, axis) for kept in each]
+    masks = [kept.mask for kept in repeated if kept.mask is not None]
+    mask = torch.cat(masks) if len(masks) == len(repeated) else None
+    keys, values = (torch.cat(parts) for parts in zip(*((kept.keys, kept.values) for kept in repeated), strict=True))
+    return KeysValues(keys, values, mask, each[0].call)
+
+
+def _repeated(kept: KeysValues, length: int, axis: int) -> KeysValues:
+    times = length // kept.keys.shape[axis]
+    if times == 1:
+        return kept
+    keys, values = (torch.cat([each] * times, dim=axis) for each in (kept.keys, kept.values))
+    mask = None if kept.mask is None else torch.cat([kept.mask] * times, dim=-1)
+    return KeysValues(keys, values, mask, kept.call)
+
+
+@dataclass
+class GuidedAttention:
+    """An override that adds what adapters have to say of both prompts to what the image's tokens get."""
+
+    before: Callable | None
+    name: str
+    place: Place
+    step: GuidedStep
+    prepared: list[tuple[Adapter, Prepared]]
+    uuids: list
+    calls: int = 0
+
+    def again(self) -> "GuidedAttention":
+        """For another run of the block."""
+        return GuidedAttention(self.before, self.name, self.place, self.step, self.prepared, self.uuids)
+
+    def __call__(self, function, q, k, v, heads, *args, **kwargs):
+        call = AttentionCall(_attending(self.before, function), q, k, v, heads, args, kwargs)
+        out, number = call.run(), self.calls
+        self.calls += 1
+        kept = prompt_keys_values(self.step, self.name, len(q), self.uuids, call.axis)
+        return self._guided(call, out, kept) if number == kept.call else out
+
+    def _guided(self, call: AttentionCall, out: torch.Tensor, kept: KeysValues) -> torch.Tensor:
+        m = kept.keys.shape[call.axis]
+        image, _ = self.place.split(call.keys, m)
+        if not self.place.joint:
+            image = slice(0, 0)
+        queries = image if self.place.joint else slice(0, call.queries)
+        look = LooksAt(call, queries, image, self.place)
+        attended = call.attended(out)
+        own = h = _part(attended, 1, queries)
+        towards = look.at(kept)
+        for active, (adapter, shared) in zip(self.step.active, self.prepared, strict=True):
+            if adapter.guides_attention:
+                parts = []
+                for each in active.negatives:
+                    difference = towards - look.at(each.negative.keys_values_at(self.name, len(call.q)))
+                    parts.append(each.weigh(difference, token_grid))
+                own = adapter.add_inside_attention(self.name, own, sum(parts[1:], parts[0]), h, shared)
+        if own.shape[1] != attended.shape[1]:
+            before, after = attended[:, : queries.start], attended[:, queries.stop :]
+            own = torch.cat([before, own, after], dim=1)
+        return call.as_returned(own)
+
+
+@dataclass(frozen=True)
+class LooksAt:
+    """The image's queries of a call, which can look at other prompts. `queries`, `image`: its tokens among queries and
+    keys; none of the keys in cross-attention."""
+
+    call: AttentionCall
+    queries: slice
+    image: slice
+    place: Place
+
+    def at(self, prompt: KeysValues) -> torch.Tensor:
+        """What they get from a prompt's tokens together with the image's: (b, n, w)."""
+        call = self.call
+        q = _part(call.q, call.axis, self.queries)
+        if not self.place.joint:
+            return call.with_keys(q, prompt.keys, prompt.values, prompt.mask)
+        k, v = (
+            self._joined(_part(of_image, call.axis, self.image), of_prompt, call.axis)
+            for of_image, of_prompt in ((call.k, prompt.keys), (call.v, prompt.values))
+        )
+        return call.with_keys(q, k, v, self._mask(prompt))
+
+    def _mask(self, prompt: KeysValues) -> torch.Tensor | None:
+        image = self.call.mask(self.queries, self.image)
+        if image is None and prompt.mask is None:
+            return None
+        given = image if image is not None else prompt.mask
+        assert given is not None
+        nothing = torch.ones if given.dtype == torch.bool else torch.zeros
+
+        def shaped(mask: torch.Tensor | None, keys: int) -> torch.Tensor:
+            rows, heads, queries = len(self.call.q), given.shape[1], self.queries.stop - self.queries.start
+            if mask is None:
+                mask = nothing(1, 1, 1, keys, dtype=given.dtype, device=given.device)
+            return mask.expand(rows, heads, queries, keys)
+
+        tokens, m = self.image.stop - self.image.start, prompt.keys.shape[self.call.axis]
+        return self._joined(shaped(image, tokens), shaped(prompt.mask, m), axis=-1)
+
+    def _joined(self, of_image: torch.Tensor, of_prompt: torch.Tensor, axis: int) -> torch.Tensor:
+        parts = (of_image, of_prompt) if self.place.last else (of_prompt, of_image)
+        return torch.cat(parts, dim=axis)
+
+
+def token_grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
+    """How a picture's image tokens lie in latents of that size, for patches of 1, 2 or 4. None: they don't."""
+    for patch in (1, 2, 4):
+        grid = math.ceil(height / patch), math.ceil(width / patch)
+        if grid[0] * grid[1] == tokens:
+            return grid
+    return None
+
+
+def block_run(options: dict[str, Any]) -> dict[str, Any]:
+    """transformer_options of a block, for another run of it."""
+    override = options.get(OVERRIDE)
+    return {**options, OVERRIDE: override.again()} if isinstance(override, GuidedAttention) else options
