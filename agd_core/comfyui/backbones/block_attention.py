@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from torch import nn
 from ...adapter import Adapter, Prepared
 from ..guided_step import GuidedStep
 from ..prompt import KeysValues
+from .split_attention import can_split, joined, look
 
 OVERRIDE = "optimized_attention_override"
 _OPTIONAL = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
@@ -81,6 +82,16 @@ class AttentionCall:
     @property
     def keys(self) -> int:
         return self.k.shape[self.axis]
+
+    @property
+    def head_channels(self) -> int:
+        return self.q.shape[3] if self.axis == 2 else self.q.shape[2] // self.heads
+
+    def by_head(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Queries, keys or values as (b, heads, n, d)."""
+        if self.axis == 1:
+            tokens = tokens.flatten(2).unflatten(2, (-1, self.head_channels)).transpose(1, 2)
+        return tokens.repeat_interleave(self.heads // tokens.shape[1], dim=1)  # heads may share keys and values
 
     def run(self) -> torch.Tensor:
         return self.attend(self.q, self.k, self.v, self.heads, **self.kwargs)
@@ -210,46 +221,54 @@ class GuidedAttention:
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
         call = AttentionCall(_attending(self.before, function), q, k, v, heads, args, kwargs)
-        out, number = call.run(), self.calls
+        number = self.calls
         self.calls += 1
         kept = prompt_keys_values(self.step, self.name, len(q), self.uuids, call.axis)
-        return self._guided(call, out, kept) if number == kept.call else out
+        if number != kept.call:
+            return call.run()
+        if self.place.joint and self.before is None and can_split(q, call.head_channels):
+            return self._guided(call, SplitLooks(call, self.place, kept), kept)
+        return self._guided(call, WholeLooks(call, self.place, kept), kept)
 
-    def _guided(self, call: AttentionCall, out: torch.Tensor, kept: KeysValues) -> torch.Tensor:
-        m = kept.keys.shape[call.axis]
-        image, _ = self.place.split(call.keys, m)
-        if not self.place.joint:
-            image = slice(0, 0)
-        queries = image if self.place.joint else slice(0, call.queries)
-        look = LooksAt(call, queries, image, self.place)
-        attended = call.attended(out)
-        own = h = _part(attended, 1, queries)
-        towards = look.at(kept)
+    def _guided(self, call: AttentionCall, looks: "Looks", kept: KeysValues) -> torch.Tensor:
+        own = h = _part(looks.attended, 1, looks.queries)
+        towards = looks.at(kept)
         for active, (adapter, shared) in zip(self.step.active, self.prepared, strict=True):
             if adapter.guides_attention:
                 parts = []
                 for each in active.negatives:
-                    difference = towards - look.at(each.negative.keys_values_at(self.name, len(call.q)))
+                    difference = towards - looks.at(each.negative.keys_values_at(self.name, len(call.q)))
                     parts.append(each.weigh(difference, token_grid))
                 own = adapter.add_inside_attention(self.name, own, sum(parts[1:], parts[0]), h, shared)
-        if own.shape[1] != attended.shape[1]:
-            before, after = attended[:, : queries.start], attended[:, queries.stop :]
+        if own.shape[1] != call.queries:
+            before, after = looks.attended[:, : looks.queries.start], looks.attended[:, looks.queries.stop :]
             own = torch.cat([before, own, after], dim=1)
         return call.as_returned(own)
 
 
-@dataclass(frozen=True)
-class LooksAt:
-    """The image's queries of a call, which can look at other prompts. `queries`, `image`: its tokens among queries and
-    keys; none of the keys in cross-attention."""
+class Looks(Protocol):
+    """A call of an attention function, and the same for its image's queries with other prompts.
 
-    call: AttentionCall
+    `queries`: the image's among all; `attended`: (b, all queries, w).
+    """
+
     queries: slice
-    image: slice
-    place: Place
+    attended: torch.Tensor
 
     def at(self, prompt: KeysValues) -> torch.Tensor:
-        """What they get from a prompt's tokens together with the image's: (b, n, w)."""
+        """What the image's queries get from a prompt's tokens, in joint attention with the image's own: (b, n, w)."""
+
+
+class WholeLooks:
+    """By the function itself, over all keys each time."""
+
+    def __init__(self, call: AttentionCall, place: Place, kept: KeysValues):
+        self.call, self.place = call, place
+        self.image, _ = place.split(call.keys, kept.keys.shape[call.axis])
+        self.queries = self.image if place.joint else slice(0, call.queries)
+        self.attended = call.attended(call.run())
+
+    def at(self, prompt: KeysValues) -> torch.Tensor:
         call = self.call
         q = _part(call.q, call.axis, self.queries)
         if not self.place.joint:
@@ -280,6 +299,27 @@ class LooksAt:
     def _joined(self, of_image: torch.Tensor, of_prompt: torch.Tensor, axis: int) -> torch.Tensor:
         parts = (of_image, of_prompt) if self.place.last else (of_prompt, of_image)
         return torch.cat(parts, dim=axis)
+
+
+class SplitLooks:
+    """At the image once, and at each prompt apart (`split_attention.py`): of joint attention."""
+
+    def __init__(self, call: AttentionCall, place: Place, kept: KeysValues):
+        self.call = call
+        self.queries, prompt = place.split(call.keys, kept.keys.shape[call.axis])
+        self.q, k, v = (call.by_head(each) for each in (call.q, call.k, call.v))
+        everything = slice(0, call.queries)
+        of_image, of_prompt = (
+            look(self.q, k[:, :, keys], v[:, :, keys], call.mask(everything, keys), call.kwargs.get("scale"))
+            for keys in (self.queries, prompt)
+        )
+        self.attended = joined(of_image, of_prompt).transpose(1, 2).flatten(2)
+        self.q, self.of_image = self.q[:, :, self.queries], of_image.narrow(self.queries)
+
+    def at(self, prompt: KeysValues) -> torch.Tensor:
+        k, v = (self.call.by_head(each) for each in (prompt.keys, prompt.values))
+        of_prompt = look(self.q, k, v, prompt.mask, self.call.kwargs.get("scale"))
+        return joined(self.of_image, of_prompt).transpose(1, 2).flatten(2)
 
 
 def token_grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
