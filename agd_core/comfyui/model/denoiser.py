@@ -60,12 +60,15 @@ def at_sigma(options: dict, sigma: torch.Tensor) -> dict:
     return {**options, **described}
 
 
-def with_adapter(options: dict, adapter: Adapter, omega: torch.Tensor, wanted: dict, unwanted: dict) -> dict:
+def with_adapter(
+    options: dict, adapter: Adapter, omega: torch.Tensor, wanted: dict, unwanted: dict | None = None
+) -> dict:
     """`options` with the adapter in them.
 
-    The conditions of the prompts, `wanted`, and of the negative ones, `unwanted`, have a row for each omega (b,).
+    The conditions of the prompts, `wanted`, and of the negative ones, `unwanted`, if it uses them, have a row for each
+    omega (b,).
     """
-    negatives = (WeightedNegative(Prompt(unwanted)),) if adapter.uses_negative else ()
+    negatives = (WeightedNegative(Prompt(unwanted)),) if adapter.uses_negative and unwanted else ()
     active = ActiveAdapter(adapter, omega, torch.ones(1, device=omega.device), negatives)
     prompts = {None: Prompt(wanted)} if adapter.guides_attention else {}
     return with_step(options, GuidedStep((active,), prompts=prompts))
@@ -161,7 +164,14 @@ class ComfyDenoiser:
         return self._backbone.prediction_unit(sigma)
 
     def conditions(self, prompts: Sequence[EncodedPrompt], shape: Sequence[int]) -> dict:
-        """The arguments of `apply_model` for one prompt per row of latents of `shape` (b, c, h, w)."""
+        """The arguments of `apply_model` for one prompt per row of latents of `shape` (b, c, h, w).
+
+        The prompts are of lengths that ComfyUI evaluates together.
+        """
+        return comfy.samplers.cond_cat(self._rows_of(prompts, shape))  # apply_model brings them to the device
+
+    def _rows_of(self, prompts: Sequence[EncodedPrompt], shape: Sequence[int]) -> list[dict]:
+        """Each prompt's conditions, for one row."""
         noise, rows = torch.zeros(1, *shape[1:]), []
         for prompt in prompts:
             made = comfy.samplers.encode_model_conds(
@@ -169,7 +179,24 @@ class ComfyDenoiser:
                 latent_image=noise, denoise_mask=None,
             )[0]["model_conds"]  # fmt: skip
             rows.append({key: cond.process_cond(batch_size=1, area=None) for key, cond in made.items()})
-        return comfy.samplers.cond_cat(rows)  # apply_model brings them to the device
+        return rows
+
+    def _together(self, shape: Sequence[int], *prompts: Sequence[EncodedPrompt]) -> Iterator[tuple[list[int], list]]:
+        """Groups of rows that ComfyUI would evaluate together, for their prompts are of lengths that allow it.
+
+        Gives the rows' numbers, and of each kind of `prompts` the arguments of `apply_model`.
+        """
+        each = [self._rows_of(own, shape) for own in prompts]
+        groups: list[list[int]] = []
+        for row in range(shape[0]):
+            fitting = (g for g in groups if all(comfy.samplers.cond_equal_size(own[g[0]], own[row]) for own in each))
+            group = next(fitting, None)
+            if group is None:
+                groups.append([row])
+            else:
+                group.append(row)
+        for group in groups:
+            yield group, [comfy.samplers.cond_cat([own[row] for row in group]) for own in each]
 
     def evaluate(self, x: torch.Tensor, sigma: torch.Tensor, conds: dict, options: dict) -> torch.Tensor:
         """The model's denoised prediction, fp32, with those conditions and transformer_options."""
@@ -180,8 +207,11 @@ class ComfyDenoiser:
     @torch.no_grad()
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:
         """f(x, sigma, c): the frozen base. x (b, c, h, w), sigma (b,), one prompt per row -> (b, c, h, w) fp32."""
-        conds = self.conditions(prompts, x.shape)
-        return self.evaluate(x.to(self.device), sigma.to(self.device), conds, self._options)
+        x, sigma = x.to(self.device), sigma.to(self.device)
+        parts = {}
+        for rows, (conds,) in self._together(x.shape, prompts):
+            parts[tuple(rows)] = self.evaluate(x[rows], sigma[rows], conds, self._options)
+        return _in_order(parts)
 
     def student(
         self,
@@ -193,7 +223,20 @@ class ComfyDenoiser:
         omega: torch.Tensor,
     ) -> torch.Tensor:
         """f_psi(x, sigma, c, omega, c_neg): as `denoise`, with the adapter's hooks and its gradients. omega: (b,)."""
-        conds = self.conditions(prompts, x.shape)
-        unwanted = self.conditions(negative, x.shape) if adapter.uses_negative else {}
-        options = with_adapter(self._options, adapter, omega.to(self.device), conds, unwanted)
-        return self.evaluate(x.to(self.device), sigma.to(self.device), conds, options)
+        x, sigma, omega = (each.to(self.device) for each in (x, sigma, omega))
+        parts = {}
+        for rows, (wanted, *unwanted) in self._together(
+            x.shape, prompts, *([negative] if adapter.uses_negative else [])
+        ):
+            options = with_adapter(self._options, adapter, omega[rows], wanted, *unwanted)
+            parts[tuple(rows)] = self.evaluate(x[rows], sigma[rows], wanted, options)
+        return _in_order(parts)
+
+
+def _in_order(parts: dict[tuple[int, ...], torch.Tensor]) -> torch.Tensor:
+    """Parts of a batch, by the numbers of their rows, as the batch."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    order = torch.tensor([row for rows in parts for row in rows]).argsort()
+    whole = torch.cat(list(parts.values()))
+    return whole[order.to(whole.device)]
