@@ -22,6 +22,7 @@ from .common import AdapterName, AdapterType, AdapterValue, show_on_node, use_ad
 _DEFAULTS = TrainConfig()
 _ALL = "all that is free"
 _NEW = "a new adapter"
+_AUTO = "auto"
 _SUITED = " 0 takes what suits the model's family."
 
 
@@ -257,10 +258,11 @@ class AGDTrain(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "kind",
-                    options=list(KINDS),
-                    default=_DEFAULTS.kind,
+                    options=[_AUTO, *KINDS],
+                    default=_AUTO,
                     tooltip=(
-                        "The adapter. 'delta' uses the negative prompt; 'scale' is tiny, trained in a tenth of "
+                        "The adapter. 'auto' is what suits the model's family, hidden and rank included where they are "
+                        "left as they are. 'delta' uses the negative prompt; 'scale' is tiny, trained in a tenth of "
                         "the time; 'low_rank' is a LoRA scaled by cfg that ignores the negative prompt, as the others "
                         "do, which re-implement the paper's."
                     ),
@@ -325,6 +327,8 @@ class AGDTrain(io.ComfyNode):
         node_id, path = cls.hidden.unique_id, folders.new_adapter_path(adapter_name)
         suited = ("iterations", "batch", "width", "height", "learning_rate", "reuse")
         chosen = {key: value for key, value in settings.items() if value or key not in suited}
+        usual = {"kind": _AUTO, "hidden": _DEFAULTS.hidden, "rank": _DEFAULTS.rank}
+        chosen = {key: value for key, value in chosen.items() if key not in usual or usual[key] != value}
         chosen |= {"seed": seed, "memory": CARDS.get(card, 0.0)}
         trainable = ComfyModel(model, clip, autocast=TrainConfig(**chosen).autocast, vae=vae)
         chosen |= {"aspect_ratios": COMMON_RATIOS} if aspect_ratios and "width" in chosen else {}
