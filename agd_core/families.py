@@ -5,6 +5,7 @@ A new family whose network is laid out like one of `backbones.LAYOUTS` needs a r
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -15,14 +16,19 @@ class Family:
     `backbones.LAYOUTS`. Pictures it was made for: `side` pixels each way, of other aspect ratios too where
     `aspect_ratios`. `settings`: of training, where others suit it than most families.
 
-    For networks that are one or several lists of blocks (layout "transformer"): `blocks`: the paths of the lists;
-    `prompt_layer`: of the first layer that the prompt's tokens come to; `prompt_linears`: paths in a block of layers
-    whose input those tokens are; `time_embedding`: the path of what makes the vector of the timestep, and
-    `time_output`, which of its outputs that is, if it has several; `timestep_scale`: the factor that makes its
-    timesteps go from 0 to 1000. How the image looks at the prompt, `attention`: in one attention with itself ("joint"),
-    apart ("cross"), or in a way that isn't reached (""); `sites`: the lists in whose blocks it does, by default all;
-    `prompt_at`: where the prompt's tokens are seen as they come there, a module's output ("txt_in") or its argument
-    ("joint_blocks.0:0", "double_blocks.0:txt"); `prompt_last`: whether they are behind the image's.
+    For networks that are one or several lists of blocks (layout "transformer"), paths of modules in the network:
+
+    `blocks`: the lists, in the order they run in. `prompt_layer`: the first linear layer that the prompt's tokens come
+    to, each of which is `prompt_parts` of its inputs side by side. `time_embedding`: what makes the vector of the
+    timestep, which modulates the blocks and the output: [b, e] (or [b, ..., e]). `timestep_scale`: the factor that
+    makes the network's timesteps go from 0 to 1000.
+
+    `attention`: how the image reads the prompt where ComfyUI's `optimized_attention_override` is run: "joint" (its
+    tokens are keys beside the image's) or "cross" (it has an attention of its own); else "". `sites`: those of `blocks`
+    where it does, by default all. `prompt_at`: where the prompt's tokens are seen as they come to the attentions, [b,
+    tokens, width]: the output of a module, or of "path:argument" an argument that a module gets, by position or by
+    keyword. `prompt_last`: joint: its keys come after the image's. `cross_attention`: cross: path in a block of the
+    module that reads it, in which the call with as many keys as the prompt has tokens is the one.
     """
 
     name: str
@@ -33,15 +39,71 @@ class Family:
     settings: dict = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     prompt_layer: str = ""
+    prompt_parts: int = 1
     prompt_linears: tuple[str, ...] = ()
     time_embedding: str = ""
-    time_output: int | None = None
     timestep_scale: float = 1.0
     attention: str = ""
     sites: tuple[str, ...] = ()
     prompt_at: str = ""
     prompt_last: bool = False
+    cross_attention: str = ""
 
+
+_transformer = partial(Family, layout="transformer", side=1024, aspect_ratios=True)
+_joint, _cross = partial(_transformer, attention="joint"), partial(_transformer, attention="cross")
+_flux = partial(
+    _joint,
+    blocks=("double_blocks", "single_blocks"),
+    prompt_layer="txt_in",
+    time_embedding="time_in",
+    timestep_scale=1000.0,
+    prompt_at="double_blocks.0:txt",
+)
+_next_dit = partial(
+    _joint,
+    blocks=("context_refiner", "noise_refiner", "layers"),
+    prompt_layer="cap_embedder.1",
+    time_embedding="t_embedder",
+    timestep_scale=1000.0,
+    sites=("layers",),
+    prompt_at="context_refiner.0:0",
+)
+_hunyuan_video = partial(
+    _joint,
+    side=960,
+    blocks=("txt_in.individual_token_refiner.blocks", "double_blocks", "single_blocks"),
+    prompt_layer="txt_in.input_embedder",
+    time_embedding="time_in",
+    sites=("double_blocks", "single_blocks"),
+    prompt_at="double_blocks.0:txt",
+)
+_wan = partial(
+    _cross,
+    blocks=("blocks",),
+    prompt_layer="text_embedding.0",
+    time_embedding="time_embedding",
+    prompt_at="text_embedding",
+    cross_attention="cross_attn",
+)
+_ltx = partial(
+    _cross,
+    blocks=("transformer_blocks",),
+    prompt_layer="caption_projection.linear_1",
+    time_embedding="adaln_single.emb",
+    timestep_scale=1000.0,
+    prompt_at="caption_projection",
+    cross_attention="attn2",
+)
+_cosmos = partial(
+    _cross,
+    blocks=("blocks",),
+    prompt_layer="blocks.0.cross_attn.k_proj",
+    time_embedding="t_embedding_norm",
+    timestep_scale=1000.0,
+    prompt_at="blocks.0:2",
+    cross_attention="cross_attn",
+)
 
 FAMILIES = (
     Family("SD15", "SD 1.5"),
@@ -59,16 +121,128 @@ FAMILIES = (
     Family("Segmind_Vega", "Segmind Vega", side=1024, aspect_ratios=True),
     Family("KOALA_700M", "KOALA 700M", side=1024, aspect_ratios=True),
     Family("KOALA_1B", "KOALA 1B", side=1024, aspect_ratios=True),
-    Family(
+    _joint(
         "SD3",
-        "SD3",
-        layout="transformer",
-        side=1024,
+        "SD 3 / 3.5",
         blocks=("joint_blocks",),
         prompt_layer="context_embedder",
         time_embedding="t_embedder",
-        attention="joint",
         prompt_at="joint_blocks.0:0",
+    ),
+    _joint(
+        "AuraFlow",
+        "AuraFlow",
+        blocks=("double_layers", "single_layers"),
+        prompt_layer="cond_seq_linear",
+        time_embedding="t_embedder",
+        timestep_scale=1000.0,
+        prompt_at="double_layers.0:0",
+    ),
+    _transformer(
+        "PixArtSigma",
+        "PixArt Sigma",
+        blocks=("blocks",),
+        prompt_layer="y_embedder.y_proj.fc1",
+        time_embedding="t_embedder",
+    ),
+    _transformer(
+        "HunyuanDiT",
+        "Hunyuan-DiT",
+        blocks=("blocks",),
+        prompt_layer="blocks.0.attn2.kv_proj",
+        time_embedding="t_embedder",
+    ),
+    _flux("Flux", "Flux"),
+    _flux("FluxSchnell", "Flux without guidance"),
+    _flux("Chroma", "Chroma", time_embedding="distilled_guidance_layer"),
+    _flux("Flux2", "FLUX.2"),
+    _next_dit("Lumina2", "Lumina 2"),
+    _next_dit("ZImage", "Z-Image"),
+    _joint(
+        "QwenImage",
+        "Qwen-Image",
+        side=1328,
+        blocks=("transformer_blocks",),
+        prompt_layer="txt_in",
+        time_embedding="time_text_embed",
+        timestep_scale=1000.0,
+        prompt_at="transformer_blocks.0:encoder_hidden_states",
+    ),
+    _hunyuan_video("HunyuanVideo", "HunyuanVideo"),
+    _hunyuan_video("HunyuanVideo15", "HunyuanVideo 1.5"),
+    _wan("WAN21_T2V", "Wan 2.1 / 2.2 text to video", side=640),
+    _wan("WAN21_I2V", "Wan 2.1 / 2.2 image to video", side=640),
+    _wan("WAN22_T2V", "Wan 2.2 5B", side=960),
+    _ltx("LTXV", "LTX-Video", side=640),
+    _ltx("LTXAV", "LTX-2", side=960, prompt_parts=2),  # the video's and the sound's
+    _joint(
+        "HiDream",
+        "HiDream",
+        blocks=("double_stream_blocks", "single_stream_blocks"),
+        prompt_layer="caption_projection.0.linear",  # as wide as the last one, which gets them
+        time_embedding="t_embedder",
+        prompt_at="double_stream_blocks.0:text_tokens",
+        prompt_last=True,
+    ),
+    _cosmos("CosmosT2IPredict2", "Cosmos-Predict2"),
+    _cosmos("Anima", "Anima"),
+    _joint(
+        "Omnigen2",
+        "OmniGen2",
+        blocks=("context_refiner", "noise_refiner", "layers"),
+        prompt_layer="time_caption_embed.caption_embedder.1",
+        time_embedding="time_caption_embed.timestep_embedder",
+        timestep_scale=1000.0,
+        sites=("layers",),
+        prompt_at="context_refiner.0:0",
+    ),
+    _cross(
+        "Kandinsky5",
+        "Kandinsky 5",
+        side=640,
+        blocks=("text_transformer_blocks", "visual_transformer_blocks"),
+        prompt_layer="text_embeddings.in_layer",
+        time_embedding="time_embeddings",
+        sites=("visual_transformer_blocks",),
+        prompt_at="visual_transformer_blocks.0:1",
+        cross_attention="cross_attention",
+    ),
+    _joint(
+        "CogVideoX_T2V",
+        "CogVideoX",
+        side=576,
+        blocks=("blocks",),
+        prompt_layer="patch_embed.text_proj",
+        time_embedding="time_embedding_linear_2",
+        prompt_at="blocks.0:encoder_hidden_states",
+    ),
+    _transformer(
+        "ErnieImage",
+        "ERNIE-Image",
+        blocks=("layers",),
+        prompt_layer="text_proj",
+        time_embedding="time_embedding",
+    ),
+    _joint(
+        "Krea2",
+        "Krea 2",
+        blocks=("txtfusion.layerwise_blocks", "txtfusion.refiner_blocks", "blocks"),
+        prompt_layer="txtfusion.layerwise_blocks.0.attn.wq",
+        prompt_parts=12,  # of the text encoder's layers
+        time_embedding="tmlp",
+        timestep_scale=1000.0,
+        sites=("blocks",),
+        prompt_at="txtmlp",
+    ),
+    _joint(
+        "Lens",
+        "Lens",
+        blocks=("transformer_blocks",),
+        prompt_layer="txt_in",
+        time_embedding="time_text_embed",
+        timestep_scale=1000.0,
+        prompt_at="transformer_blocks.0:encoder_hidden_states",
+        prompt_last=True,
     ),
 )
 

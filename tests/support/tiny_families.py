@@ -220,7 +220,7 @@ _COGVIDEOX = {"num_attention_heads": 2, "time_embed_dim": 64, "text_embed_dim": 
 _COGVIDEOX |= {"use_rotary_positional_embeddings": True}
 _ERNIE = {"hidden_size": 128, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 256, "text_in_dim": 48}
 _ERNIE |= {"rope_axes_dim": (16, 24, 24)}
-_KREA_2 = {"features": 128, "txtdim": 48, "heads": 2, "kvheads": 1, "layers": 2, "txtlayers": 3}
+_KREA_2 = {"features": 128, "txtdim": 48, "heads": 2, "kvheads": 1, "layers": 2, "txtlayers": 12}
 _KREA_2 |= {"txtheads": 2, "txtkvheads": 2}
 _LENS = {"num_layers": 2, "num_attention_heads": 2, "enc_hidden_dim": 24, "selected_layer_index": (0, 1)}
 _QWEN = {"num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 2, "joint_attention_dim": 48}
@@ -419,7 +419,7 @@ TINY_FAMILIES = {
         "krea2.model.SingleStreamDiT",
         _KREA_2,
         (16, 8, 8),
-        144,
+        576,
         tokens=None,
         assumed=("heads", "kvheads", "txtheads", "txtkvheads"),
     ),

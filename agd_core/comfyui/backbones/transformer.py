@@ -63,7 +63,7 @@ class Transformer(Backbone):
 
     def layers(self) -> tuple[AdapterLayer, ...]:
         prompt_layer: Any = self.network.get_submodule(self.row.prompt_layer)
-        context_dim, found = _inputs(prompt_layer), []
+        context_dim, found = _inputs(prompt_layer) * self.row.prompt_parts, []
         guided = self._lists_with_prompt()
         for name in self.row.blocks:
             for index, block in enumerate(self.network.get_submodule(name).children()):
@@ -183,12 +183,9 @@ class Transformer(Backbone):
     @contextmanager
     def _added_to_vector(self, change: torch.Tensor) -> Iterator[None]:
         """Inside, `change` (b, e) is added to the vector of the timestep."""
-        index = self.row.time_output
 
-        def hook(module: nn.Module, inputs: tuple, out: Any) -> Any:
-            if index is None:
-                return _added(out, change)
-            return (*out[:index], _added(out[index], change), *out[index + 1 :])
+        def hook(module: nn.Module, inputs: tuple, out: torch.Tensor) -> torch.Tensor:
+            return _added(out, change)
 
         handle = self.network.get_submodule(self.row.time_embedding).register_forward_hook(hook)
         try:
