@@ -17,6 +17,8 @@ PREDICTION_NAMES = {
     "X0": "x0-prediction",
     "IMG_TO_IMG": "image-to-image prediction",
     "FLOW": "flow matching",
+    "FLOW_COSMOS": "flow matching (Cosmos)",
+    "V_PREDICTION_DDPM": "v-prediction (CogVideoX)",
 }
 # What adapter layers are, in words, by the layout of the network.
 _LAYERS_OF = {"unet": "cross-attentions", "transformer": "blocks"}

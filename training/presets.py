@@ -22,7 +22,7 @@ def settings_for(base: BaseInfo, chosen: dict) -> TrainConfig:
     A family of which nothing is known is trained as SD 1.5.
     """
     family = find_family(base.family) or Family(base.family, base.family)
-    suited = _ANY | (_FLOW if base.prediction == "FLOW" else {})
+    suited: dict = _ANY | (_FLOW if base.prediction == "FLOW" else {})
     suited |= _adapter_for(base, chosen.get("kind")) | _suited(family)
     if chosen.get("kind") == "scale":
         suited |= _SCALE

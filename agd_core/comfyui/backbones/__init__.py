@@ -63,13 +63,13 @@ def describe_base(model, sampling=None) -> BaseInfo:
     """What a ComfyUI `BaseModel` is, read without touching its weights. Raises `UnsupportedModel`.
 
     `sampling` is the MODEL's `get_model_object("model_sampling")`: nodes such as ModelSamplingDiscrete set another
-    prediction there than the one that ComfyUI detected in the checkpoint.
+    prediction there than the one that ComfyUI detected in the checkpoint, which is taken without it.
     """
     config, backbone = model.model_config.unet_config, backbone_of(model)
     kept = ("model_channels", "in_channels", "out_channels", "adm_in_channels", "context_dim", "channel_mult")
     return BaseInfo(
         family=type(model.model_config).__name__,
-        prediction=_prediction(sampling, otherwise=model.model_type.name),
+        prediction=_prediction(sampling or model.model_sampling, otherwise=model.model_type.name),
         layers=backbone.layers(),
         architecture={key: config[key] for key in kept if config.get(key) is not None},
         layout=backbone.layout,

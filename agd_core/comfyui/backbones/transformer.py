@@ -154,7 +154,7 @@ class Transformer(Backbone):
         def keeping(name: str, before: Callable | None) -> KeepingAttention:
             return kept.setdefault(name, KeepingAttention(before))
 
-        given = {key: strip.of(value) for key, value in arguments.items() if not isinstance(value, list)}
+        given = {key: strip.of(value) for key, value in arguments.items() if not _are_pictures(value)}
         tokens = _TokensSeen(self.network, self.row.prompt_at)
         with self._alone(step, rows), tokens, overridden_attention(self._blocks_with_prompt(), keeping):
             model._apply_model(start, sigmas, transformer_options=marked({"sigmas": sigmas}), **given)
@@ -198,7 +198,8 @@ class Transformer(Backbone):
             return 0
         return _outputs(self.network.get_submodule(self.row.time_embedding))
 
-    def timesteps(self, t: torch.Tensor) -> torch.Tensor:
+    def timesteps(self, t: Any) -> torch.Tensor:
+        t = t[0] if isinstance(t, (tuple, list)) else t  # of video and sound
         t = t if t.ndim == 1 else t.flatten(1).amax(dim=1)  # of video whose frames have their own
         return t * self.row.timestep_scale
 
@@ -248,8 +249,15 @@ class _Strip:
         return value
 
 
+def _are_pictures(value: Any) -> bool:
+    """Whether an argument is a list of latents beside the one that is denoised, such as those to be edited."""
+    return isinstance(value, list) and any(isinstance(each, torch.Tensor) for each in value)
+
+
 def _strip(x: torch.Tensor) -> _Strip:
-    """For latents x (b, c, h, w) or (b, c, t, h, w)."""
+    """For latents x (b, c, h, w) or (b, c, t, h, w); several that ComfyUI has packed into one stay whole."""
+    if x.ndim < 4:
+        return _Strip(tuple((size, size) for size in x.shape[2:]))
     *times, height, width = x.shape[2:]
     kept = (height, min(width, _STRIP)) if height > width else (min(height, _STRIP), width)
     return _Strip((*((frames, 1) for frames in times), (height, kept[0]), (width, kept[1])))
