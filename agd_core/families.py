@@ -92,7 +92,6 @@ _ltx = partial(
     prompt_layer="caption_projection.linear_1",
     time_embedding="adaln_single.emb",
     timestep_scale=1000.0,
-    prompt_at="caption_projection",
     cross_attention="attn2",
 )
 _cosmos = partial(
@@ -173,8 +172,9 @@ FAMILIES = (
     _wan("WAN21_T2V", "Wan 2.1 / 2.2 text to video", side=640),
     _wan("WAN21_I2V", "Wan 2.1 / 2.2 image to video", side=640),
     _wan("WAN22_T2V", "Wan 2.2 5B", side=960),
-    _ltx("LTXV", "LTX-Video", side=640),
-    _ltx("LTXAV", "LTX-2", side=960, prompt_parts=2),  # the video's and the sound's
+    _ltx("LTXV", "LTX-Video", side=640, prompt_at="transformer_blocks.0:context"),
+    # A part for the video and one for the sound.
+    _ltx("LTXAV", "LTX-2", side=960, prompt_parts=2, prompt_at="transformer_blocks.0:v_context"),
     _joint(
         "HiDream",
         "HiDream",

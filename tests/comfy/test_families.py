@@ -207,6 +207,16 @@ def test_what_is_added_to_the_time_embedding_changes_that_pictures_modulation(na
     assert torch.equal(flat(evaluate(name, model, batch=2)), plain)
 
 
+@each_family
+def test_the_time_embeddings_width_is_its_last_linear_layers_or_its_norms(name):
+    model, widths = tiny_model(name), []
+    module = model.model.diffusion_model.get_submodule(row_of(name).time_embedding)
+    linears = [layer for layer in module.modules() if hasattr(layer, "out_features")]
+    with _watch({"": module}, lambda *given: None, lambda path, output: widths.append(output.shape[-1])):
+        evaluate(name, model)
+    assert set(widths) == {linears[-1].out_features if linears else module.weight.shape[-1]}
+
+
 def site_blocks(name: str) -> list[str]:
     row = row_of(name)
     return list(blocks_of(tiny_model(name).model.diffusion_model, row.sites or row.blocks))
