@@ -141,10 +141,14 @@ class Adapter(nn.Module):
         """What a linear layer of a layer's block returns, with the residual: out (b, n, out), its input x (b, n, in).
 
         `path` is the linear layer's in the block. In `out`'s dtype: under autocast that is not the preparation's.
-        What a block makes of its timestep's vector has no tokens: out (b, out), x (b, in).
+        What a block makes of its timestep's vector has no tokens, out (b, out), and tokens may lie on several axes.
         """
-        if out.ndim == 2:
-            return self.add_at_linear(name, path, out[:, None], x[:, None], prepared)[:, 0]
+        if out.ndim != 3:
+            tokens = (len(out), -1)
+            flat = self.add_at_linear(
+                name, path, out.reshape(*tokens, out.shape[-1]), x.reshape(*tokens, x.shape[-1]), prepared
+            )
+            return flat.view_as(out)
         gain, shared = prepared.of_layer(self._index[name], len(out))
         return torch.addcmul(out, gain.to(out.dtype), self.kind.at_linear(name, path, x, shared))
 

@@ -27,8 +27,11 @@ class Family:
     tokens are keys beside the image's) or "cross" (it has an attention of its own); else "". `sites`: those of `blocks`
     where it does, by default all. `prompt_at`: where the prompt's tokens are seen as they come to the attentions, [b,
     tokens, width]: the output of a module, or of "path:argument" an argument that a module gets, by position or by
-    keyword. `prompt_last`: joint: its keys come after the image's. `cross_attention`: cross: path in a block of the
-    module that reads it, in which the call with as many keys as the prompt has tokens is the one.
+    keyword. `prompt_last`: joint: its keys come after the image's.
+
+    Of the blocks' linear layers, those (or what contains them) that low-rank changes are not for: `left_out`, where
+    the rows of a batch are put together otherwise, and `unread`, of a list's last block, what no one looks at any more.
+    `several_latents`: of unlike sizes, packed into one.
     """
 
     name: str
@@ -41,13 +44,15 @@ class Family:
     prompt_layer: str = ""
     prompt_parts: int = 1
     prompt_linears: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    several_latents: bool = False
     time_embedding: str = ""
     timestep_scale: float = 1.0
     attention: str = ""
     sites: tuple[str, ...] = ()
     prompt_at: str = ""
     prompt_last: bool = False
-    cross_attention: str = ""
 
 
 _transformer = partial(Family, layout="transformer", side=1024, aspect_ratios=True)
@@ -84,7 +89,6 @@ _wan = partial(
     prompt_layer="text_embedding.0",
     time_embedding="time_embedding",
     prompt_at="text_embedding",
-    cross_attention="cross_attn",
 )
 _ltx = partial(
     _cross,
@@ -92,7 +96,6 @@ _ltx = partial(
     prompt_layer="caption_projection.linear_1",
     time_embedding="adaln_single.emb",
     timestep_scale=1000.0,
-    cross_attention="attn2",
 )
 _cosmos = partial(
     _cross,
@@ -101,7 +104,6 @@ _cosmos = partial(
     time_embedding="t_embedding_norm",
     timestep_scale=1000.0,
     prompt_at="blocks.0:2",
-    cross_attention="cross_attn",
 )
 
 FAMILIES = (
@@ -142,6 +144,7 @@ FAMILIES = (
         "PixArt Sigma",
         blocks=("blocks",),
         prompt_layer="y_embedder.y_proj.fc1",
+        left_out=("cross_attn.kv_linear",),
         time_embedding="t_embedder",
     ),
     _transformer(
@@ -166,6 +169,7 @@ FAMILIES = (
         time_embedding="time_text_embed",
         timestep_scale=1000.0,
         prompt_at="transformer_blocks.0:encoder_hidden_states",
+        unread=("txt_mlp", "attn.add_q_proj", "attn.to_add_out"),
     ),
     _hunyuan_video("HunyuanVideo", "HunyuanVideo"),
     _hunyuan_video("HunyuanVideo15", "HunyuanVideo 1.5"),
@@ -174,7 +178,14 @@ FAMILIES = (
     _wan("WAN22_T2V", "Wan 2.2 5B", side=960),
     _ltx("LTXV", "LTX-Video", side=640, prompt_at="transformer_blocks.0:context"),
     # A part for the video and one for the sound.
-    _ltx("LTXAV", "LTX-2", side=960, prompt_parts=2, prompt_at="transformer_blocks.0:v_context"),
+    _ltx(
+        "LTXAV",
+        "LTX-2",
+        side=960,
+        prompt_parts=2,
+        prompt_at="transformer_blocks.0:v_context",
+        several_latents=True,
+    ),
     _joint(
         "HiDream",
         "HiDream",
@@ -183,6 +194,7 @@ FAMILIES = (
         time_embedding="t_embedder",
         prompt_at="double_stream_blocks.0:text_tokens",
         prompt_last=True,
+        left_out=("block.ff_i.experts",),
     ),
     _cosmos("CosmosT2IPredict2", "Cosmos-Predict2"),
     _cosmos("Anima", "Anima"),
@@ -205,7 +217,6 @@ FAMILIES = (
         time_embedding="time_embeddings",
         sites=("visual_transformer_blocks",),
         prompt_at="visual_transformer_blocks.0:1",
-        cross_attention="cross_attention",
     ),
     _joint(
         "CogVideoX_T2V",
@@ -226,7 +237,7 @@ FAMILIES = (
     _joint(
         "Krea2",
         "Krea 2",
-        blocks=("txtfusion.layerwise_blocks", "txtfusion.refiner_blocks", "blocks"),
+        blocks=("txtfusion.refiner_blocks", "blocks"),
         prompt_layer="txtfusion.layerwise_blocks.0.attn.wq",
         prompt_parts=12,  # of the text encoder's layers
         time_embedding="tmlp",
@@ -243,6 +254,7 @@ FAMILIES = (
         timestep_scale=1000.0,
         prompt_at="transformer_blocks.0:encoder_hidden_states",
         prompt_last=True,
+        unread=("txt_mlp", "attn.to_add_out"),
     ),
 )
 

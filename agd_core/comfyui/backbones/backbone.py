@@ -26,13 +26,15 @@ class Backbone(ABC):
 
     `wrappers`: of ComfyUI's, by their type, that `intercept` counts on; `kinds`: of adapters that have a place in these
     networks, all if None; `prompts_pass_blocks`: whether the prompt's tokens go through the blocks beside the image's,
-    so that what an attention makes of them depends on all that is before it. Works on the meta device.
+    so that what an attention makes of them depends on all that is before it; `overwrites`: whether blocks overwrite
+    what a backward pass needs, or have kernels without one. Works on the meta device.
     """
 
     layout: ClassVar[str]
     kinds: ClassVar[tuple[str, ...] | None] = None
     wrappers: ClassVar[dict[str, Callable]] = {}
     prompts_pass_blocks: ClassVar[bool] = False
+    overwrites: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, family: Family | None = None):
         self.network, self.family = network, family
@@ -111,6 +113,10 @@ class Backbone(ABC):
     def timesteps(self, t: torch.Tensor) -> torch.Tensor:
         """The network's own timesteps (b,) on a scale from 0 to 1000, which adapters know."""
         return t
+
+    def condition_of(self, model: Any, cond: dict) -> dict:
+        """A text encoder's condition, as it has to be kept for training; `model`: ComfyUI's BaseModel."""
+        return cond
 
     def latent_shape(self, latent_format, width: int, height: int) -> tuple[int, ...]:
         """Of the latent of a picture of width x height pixels: (c, h, w), with a time axis of 1 for video (c, 1, h, w).

@@ -161,8 +161,9 @@ class KeepingAttention:
         if place.joint:
             longest = max((call.keys for call in self.calls if call.queries == call.keys), default=0)
             found = [i for i, call in enumerate(self.calls) if call.keys == call.queries == longest > m]
-        else:  # after the image's attention to itself
-            found = [i for i, call in enumerate(self.calls) if call.keys == m][-1:]
+        else:  # behind the image's attention to itself, of which there may be as many keys
+            found = [i for i, call in enumerate(self.calls) if call.keys == m]
+            found = [i for i in found if self.calls[i].queries != m] or found[1:]
         if not found:
             return None
         call = self.calls[found[0]]

@@ -19,7 +19,7 @@ from ...config import AdapterLayer, Linear
 from ...families import Family
 from ..guided_step import GuidedStep
 from ..prompt import KeysValues
-from .backbone import Backbone
+from .backbone import Backbone, UnsupportedModel
 from .block_attention import (
     GuidedAttention,
     KeepingAttention,
@@ -41,6 +41,7 @@ class Transformer(Backbone):
 
     layout = "transformer"
     prompts_pass_blocks = True
+    overwrites = True
 
     @property
     def row(self) -> Family:
@@ -63,11 +64,13 @@ class Transformer(Backbone):
 
     def layers(self) -> tuple[AdapterLayer, ...]:
         prompt_layer: Any = self.network.get_submodule(self.row.prompt_layer)
-        context_dim, found = _inputs(prompt_layer) * self.row.prompt_parts, []
+        context_dim, found = prompt_layer.in_features * self.row.prompt_parts, []
         guided = self._lists_with_prompt()
         for name in self.row.blocks:
-            for index, block in enumerate(self.network.get_submodule(name).children()):
-                linears = tuple(self._linears(block))
+            blocks = list(self.network.get_submodule(name).children())
+            for index, block in enumerate(blocks):
+                left_out = self.row.left_out + (self.row.unread if index == len(blocks) - 1 else ())
+                linears = tuple(each for each in self._linears(block) if not _is_inside(each.path, left_out))
                 layer = AdapterLayer(
                     f"{name.replace('.', '_')}_{index}",
                     f"{name}.{index}",
@@ -198,6 +201,20 @@ class Transformer(Backbone):
             return 0
         return _outputs(self.network.get_submodule(self.row.time_embedding))
 
+    def condition_of(self, model: Any, cond: dict) -> dict:
+        """Anima maps its tokens by a part of its own, but not where gradients may come: so it is done here."""
+        if "t5xxl_ids" not in cond:
+            return cond
+        with torch.inference_mode():
+            mapped = model.extra_conds(**cond, device=next(self.network.parameters()).device)["c_crossattn"].cond
+        kept = {key: value for key, value in cond.items() if key not in ("t5xxl_ids", "t5xxl_weights")}
+        return {**kept, "cross_attn": mapped.clone()}
+
+    def latent_shape(self, latent_format, width: int, height: int) -> tuple[int, ...]:
+        if self.row.several_latents:
+            raise UnsupportedModel(f"{self.row.title} can't be trained yet: its latents are several, of unlike sizes.")
+        return super().latent_shape(latent_format, width, height)
+
     def timesteps(self, t: Any) -> torch.Tensor:
         t = t[0] if isinstance(t, (tuple, list)) else t  # of video and sound
         t = t if t.ndim == 1 else t.flatten(1).amax(dim=1)  # of video whose frames have their own
@@ -210,9 +227,9 @@ def _added(vector: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     return vector + change.view(len(change), *[1] * (vector.ndim - 2), -1)
 
 
-def _inputs(layer: Any) -> int:
-    """Channels that a layer, linear or a norm, is given."""
-    return layer.in_features if hasattr(layer, "in_features") else layer.weight.shape[-1]
+def _is_inside(path: str, modules: tuple[str, ...]) -> bool:
+    """Whether a layer is one of those modules, or in one of them."""
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
 
 
 def _outputs(module: nn.Module) -> int:

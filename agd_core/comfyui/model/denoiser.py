@@ -24,6 +24,7 @@ from ..sampling.negatives import WeightedNegative
 from . import tracing
 from .activation_checkpointing import checkpointed
 from .text_encoder import EncodedPrompt
+from .trainable import trainable
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class ComfyDenoiser:
             self._options = options_of(self._model)
             twice = checkpointing or not self._is_fully_loaded()
             try:
-                with checkpointed(self._backbone) if twice else nullcontext():
+                with trainable(self._backbone), checkpointed(self._backbone) if twice else nullcontext():
                     yield
             finally:
                 self._model.cleanup()

@@ -10,6 +10,8 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import torch
 
+from ..backbones import backbone_of
+
 
 @dataclass(frozen=True)
 class EncodedPrompt:
@@ -36,6 +38,7 @@ class ComfyTextEncoder:
             for prompt in prompts:
                 conds = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))
                 cond = comfy.sampler_helpers.convert_cond(conds)[0]
+                cond = backbone_of(self._model.model).condition_of(self._model.model, cond)
                 # As the model will cast them; thousands of prompts wait in memory.
                 encoded.append(EncodedPrompt({**cond, "cross_attn": cond["cross_attn"].to("cpu", dtype)}, kind))
         self.last_encoded = encoded[-1] if encoded else self.last_encoded

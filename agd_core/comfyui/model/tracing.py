@@ -22,6 +22,7 @@ from ...config import AdapterConfig
 from ...mixed_precision import MixedPrecision
 from ..backbones import backbone_of
 from .activation_checkpointing import checkpointed
+from .trainable import trainable
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,9 @@ def student(
     with _tracing(model):
         adapter, x = _new_adapter(config), torch.ones(rows, *shape)
         sigma, omega = torch.ones(2, rows).unbind()
-        with checkpointed(backbone_of(model)) if checkpointing else nullcontext(), Counter() as counter:
+        backbone = backbone_of(model)
+        twice = checkpointed(backbone) if checkpointing else nullcontext()
+        with trainable(backbone), twice, Counter() as counter:
             (evaluate(adapter, x, sigma, omega) - x).square().mean().backward()
         return counter.traced()
 
