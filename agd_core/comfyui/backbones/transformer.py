@@ -239,9 +239,9 @@ def _outputs(module: nn.Module) -> int:
 
 
 def _width(linears: tuple[Linear, ...]) -> int:
-    """Channels of a block's tokens: most of its layers are given those."""
+    """Channels of a block's image tokens: most of its layers are given those, or of two kinds of tokens the wider."""
     inputs = [linear.inputs for linear in linears]
-    return max(inputs, key=inputs.count)
+    return max((width for width in inputs if inputs.count(width) > 2), default=max(inputs, key=inputs.count))
 
 
 def _dtype(x: Any) -> torch.dtype:
