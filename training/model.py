@@ -25,6 +25,10 @@ class Denoiser(Protocol):
     device: torch.device
 
     @property
+    def is_flow(self) -> bool:
+        """Whether x is (1 - sigma) x_0 + sigma noise, as in flow matching, instead of x_0 + sigma noise."""
+
+    @property
     def computes_in(self) -> torch.dtype: ...
 
     def latent_shape(self, width: int, height: int) -> Shape: ...

@@ -216,7 +216,7 @@ class TrajectoryPool:
             denoised,
             batch.sigma,
             sigma_next,
-            Ancestral(torch.tensor([name == "euler_ancestral" for name in solvers]), noise),
+            Ancestral(torch.tensor([name == "euler_ancestral" for name in solvers]), noise, self.denoiser.is_flow),
             SecondOrder(second, self.before[column][rows], sigma_before),
         )
         self.before[column][rows] = denoised

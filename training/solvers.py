@@ -11,10 +11,14 @@ SOLVERS = ("euler", "euler_ancestral", "dpmpp_2m")
 
 @dataclass(frozen=True)
 class Ancestral:
-    """Which `rows` (b,) go below sigma_next, and the `noise` (b, c, h, w) that brings them back up to it."""
+    """Which `rows` (b,) go below sigma_next, and the `noise` (b, c, h, w) that brings them back up to it.
+
+    `flow`: x is (1 - sigma) x_0 + sigma noise, as in flow matching, instead of x_0 + sigma noise.
+    """
 
     rows: torch.Tensor
     noise: torch.Tensor
+    flow: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,21 @@ def solver_step(
     aim = denoised if second_order is None else _extrapolated(x, denoised, sigma, sigma_next, second_order)
     if ancestral is None:
         return _euler(x, aim, sigma, sigma_next)
+    if ancestral.flow:
+        return _flow_ancestral(x, aim, sigma, sigma_next, ancestral)
     up = _noise_added(ancestral.rows, sigma, sigma_next)
     down = (sigma_next**2 - up**2).clamp(min=0).sqrt() if ancestral.rows.any() else sigma_next
     return _euler(x, aim, sigma, down) + ancestral.noise * per_row(up, x)
+
+
+def _flow_ancestral(
+    x: torch.Tensor, aim: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, ancestral: Ancestral
+) -> torch.Tensor:
+    """Below by as much again, and back with x_0's share of x as it has to be at sigma_next."""
+    down = torch.where(ancestral.rows, sigma_next**2 / sigma, sigma_next)
+    share = torch.where(ancestral.rows, (1 - sigma_next) / (1 - down), torch.ones_like(sigma))
+    up = (sigma_next**2 - (share * down) ** 2).clamp(min=0).sqrt()
+    return per_row(share, x) * _euler(x, aim, sigma, down) + ancestral.noise * per_row(up, x)
 
 
 def _euler(x: torch.Tensor, aim: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:

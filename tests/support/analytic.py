@@ -53,7 +53,7 @@ class AnalyticModel:
     most_rows: int = 1000
     base_patches: dict = field(default_factory=dict)
     base: BaseInfo = field(default_factory=lambda: BaseInfo("Analytic", "EPS", small_layers(), {}, "abc"))
-    device, computes_in = torch.device("cpu"), torch.float32
+    device, computes_in, is_flow = torch.device("cpu"), torch.float32, False
 
     def __post_init__(self):
         self.to_mean = 2 * _fixed(CONTEXT, CHANNELS, seed=1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.samplers
 import torch
 from comfy.patcher_extension import merge_nested_dicts
@@ -90,6 +91,11 @@ class ComfyDenoiser:
             autocast = None
         self._autocast = autocast
         self._options: dict = {}  # transformer_options with our hooks, which do nothing without a step
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether x is (1 - sigma) x_0 + sigma noise, as in flow matching, instead of x_0 + sigma noise."""
+        return isinstance(self._sampling, comfy.model_sampling.CONST)
 
     @property
     def computes_in(self) -> torch.dtype:
