@@ -163,7 +163,13 @@ class RunPrompts:
 
 
 def new_adapter(config: AdapterConfig, seed: int, unconditional: torch.Tensor, device: torch.device) -> Adapter:
-    """`unconditional`: its prompt tokens (m, d)."""
+    """`unconditional`: its prompt tokens (m, d). Raises `ValueError` where they are not as the adapter's layers say."""
+    if unconditional.shape[1] != config.context_dim:
+        raise ValueError(
+            f"This model's prompts have {unconditional.shape[1]} channels, and the layer that was taken for the first "
+            f"to get them has {config.context_dim}: its family needs a row in agd_core/families.py first "
+            '(docs/architecture.md, "A new family").'
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapter = Adapter(config, MixedPrecision).to(device)

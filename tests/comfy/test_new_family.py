@@ -14,7 +14,7 @@ from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel, backbone_of, describe_base
 from comfyui_agd.agd_core.comfyui.guided_step import ActiveAdapter, GuidedStep
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
-from comfyui_agd.agd_core.comfyui.sampling import merging
+from comfyui_agd.agd_core.comfyui.sampling import merging, messages
 from comfyui_agd.agd_core.lora import lora
 from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS
 from comfyui_agd.tests.support.made_up import MadeUp
@@ -56,9 +56,27 @@ def file(family, base, tmp_path):
     return adapter_file.save(tmp_path / "adapter.safetensors", adapter, info)
 
 
-def test_without_a_row_the_family_is_refused(base):
-    with pytest.raises(UnsupportedModel, match=r"Choose 'training-free' .* this model is a Stripes"):
-        describe_base(base.model)
+def test_without_a_row_what_its_structure_tells_is_adapted_with_a_note(base, prompts, tmp_path):
+    info, notes = info_for(describe_base(base.model), "low_rank", hidden=4, encoder_width=8), []
+    assert [layer.name for layer in info.base.layers] == ["stripes_0", "stripes_1"]
+    assert (info.base.layers[0].context_dim, info.base.vector) == (128, 0)
+    file = adapter_file.save(tmp_path / "adapter.safetensors", randomised(Adapter(info.config)), info)
+    guided = ksampler(patched(base, file, notify=notes.append), prompts)
+    assert not torch.equal(guided, ksampler(base, prompts, cfg=1.0))
+    assert notes[0] == messages.KNOWN_BY_STRUCTURE
+
+
+def test_with_a_row_there_is_no_note(family, base, prompts, file):
+    notes = []
+    ksampler(patched(base, file, notify=notes.append), prompts)
+    assert messages.KNOWN_BY_STRUCTURE not in notes
+
+
+def test_prompts_of_another_width_than_the_structure_tells_are_refused(base, toy):
+    base.model.diffusion_model.text = torch.nn.Linear(64, 32)
+    config = dataclasses.replace(CONFIG, kind="low_rank", hidden=4)
+    with pytest.raises(ValueError, match=r"prompts have 128 channels, .* has 64: its family needs a row"):
+        train(ComfyModel(base, toy.clip), PROMPTS, config)
 
 
 @pytest.mark.parametrize("config", [MadeUp, TinyUNet])

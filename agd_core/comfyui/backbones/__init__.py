@@ -16,7 +16,7 @@ from .linears import check_adapter
 from .transformer import Transformer
 from .unet import UNet
 
-__all__ = ["Backbone", "UnsupportedModel", "backbone_of", "check_adapter", "describe_base", "is_trained_on"]
+__all__ = ["Backbone", "UnsupportedModel", "backbone_of", "check_adapter", "describe_base", "is_known", "is_trained_on"]
 
 LAYOUTS: dict[str, type[Backbone]] = {layout.layout: layout for layout in (UNet, Transformer)}
 
@@ -41,14 +41,21 @@ def backbone_of(model) -> Backbone:
     return layout_of(network)  # packs keep a family's configuration for networks of their own
 
 
+def is_known(model) -> bool:
+    """Whether a `BaseModel`'s family is told by its row, or is a UNet, which all are alike."""
+    backbone = backbone_of(model)
+    return backbone.family is not None or isinstance(backbone, UNet)
+
+
 def layout_of(network: nn.Module) -> Backbone:
     """By structure alone. Raises `UnsupportedModel`."""
     for layout in LAYOUTS.values():
         if layout.recognises(network):
             return layout(network)
     raise UnsupportedModel(
-        f"This kind of model can't have an adapter: SD 1.5, SD 2, SDXL and models made from them can. {INSTEAD} "
-        f"Details: this model is a {type(network).__name__}, which has no input_blocks, middle_block and output_blocks."
+        "This kind of model can't have an adapter: SD 1.5, SD 2, SDXL and most diffusion transformers can "
+        f"(docs/families.md). {INSTEAD} Details: this model is a {type(network).__name__}, which has neither a UNet's "
+        "input_blocks, middle_block and output_blocks nor lists of blocks and a layer for the prompt."
     )
 
 

@@ -7,6 +7,7 @@ An evaluation is intercepted by hooks on modules, which every such network runs 
 - on the blocks, to reach the attentions inside (`block_attention.py`).
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,17 +37,27 @@ _STRIP = 2
 _SEED = 0
 
 
+# What networks call the first layer that the prompt's tokens come to.
+_PROMPT_LAYER = re.compile(r"^(?!.*time).*?(^|[._])(txt|text|context|caption|cap|prompt|cond|encoder)([._]|$)")
+
+
 class Transformer(Backbone):
-    """The lists, and where the prompt comes in, are in the family's row; the blocks' linear layers are seen."""
+    """The lists, and where the prompt comes in, are in the family's row; the blocks' linear layers are seen.
+
+    Of a network without a row both are told by what they look like, and nothing but its linear layers is changed.
+    """
 
     layout = "transformer"
     prompts_pass_blocks = True
     overwrites = True
 
-    @property
-    def row(self) -> Family:
-        assert self.family is not None
-        return self.family
+    def __init__(self, network: nn.Module, family: Family | None = None):
+        super().__init__(network, family)
+        self.row = family or Family("", "", layout="transformer", **_seen(network))
+
+    @classmethod
+    def recognises(cls, network: nn.Module) -> bool:
+        return bool(_seen(network))
 
     @classmethod
     def fits(cls, network: nn.Module, family: Family) -> bool:
@@ -225,6 +236,22 @@ def _added(vector: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     """vector (b, ..., e), or one for each frame of b rows, with change (b, e)."""
     change = change.to(vector.dtype).repeat_interleave(len(vector) // len(change), dim=0)
     return vector + change.view(len(change), *[1] * (vector.ndim - 2), -1)
+
+
+def _seen(network: nn.Module) -> dict[str, Any]:
+    """A network's lists of blocks, and its prompt layer, as a row names them; nothing if it doesn't look like one."""
+    lists = [(name, child) for name, child in network.named_children() if isinstance(child, nn.ModuleList)]
+    blocks = tuple(name for name, each in lists if len({type(block) for block in each}) == 1 and _has_layers(each[0]))
+    inside = tuple(f"{name}." for name in blocks)
+    for path, module in network.named_modules():
+        if hasattr(module, "in_features") and not path.startswith(inside) and _PROMPT_LAYER.search(path) and blocks:
+            return {"blocks": blocks, "prompt_layer": path}
+    return {}
+
+
+def _has_layers(block: nn.Module) -> bool:
+    """Whether it is a block: attention and what comes behind it are two linear layers at least."""
+    return sum(hasattr(module, "in_features") for module in block.modules()) > 1
 
 
 def _is_inside(path: str, modules: tuple[str, ...]) -> bool:

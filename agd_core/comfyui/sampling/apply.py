@@ -7,11 +7,11 @@ from comfy.patcher_extension import WrappersMP
 from ...adapter_file import AdapterInfo, check_base
 from ...lora import low_rank_as_lora
 from ..apply_model import register
-from ..backbones import backbone_of, check_adapter, describe_base
+from ..backbones import backbone_of, check_adapter, describe_base, is_known
 from ..guided_step import KEY
 from .applied_adapter import AppliedAdapter
 from .managed_weights import managed
-from .messages import Notify, log_warning, without_repeats
+from .messages import KNOWN_BY_STRUCTURE, Notify, log_warning, without_repeats
 from .outer_sample import AdapterGuidance
 from .settings import GuidanceSettings
 
@@ -37,6 +37,8 @@ def apply_adapter(
     clone = model.clone()
     if not settings.has_effect:
         return clone
+    if not is_known(model.model):
+        notify(KNOWN_BY_STRUCTURE)
     # Copied: files may be mapped.
     lora = {k: v.clone() for k, v in low_rank_as_lora(info, weights).items()} if info.config.kind.merges else {}
     applied = AppliedAdapter(info, managed(info, weights, model, source), settings, lora, source)

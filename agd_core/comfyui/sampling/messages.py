@@ -27,6 +27,11 @@ def without_repeats(notify: Notify) -> Notify:
     return send
 
 
+KNOWN_BY_STRUCTURE = (
+    "This kind of model isn't known to AGD: the linear layers of its blocks were found by what they look like, and "
+    "nothing else of it is changed."
+)
+
 # Why adapters can't guide a sampling
 
 
