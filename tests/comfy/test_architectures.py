@@ -240,4 +240,4 @@ def test_other_models_are_refused_by_structure():
     with pytest.raises(UnsupportedModel, match=r"^This kind of model can't have an adapter: .*SDXL") as refused:
         layout_of(torch.nn.Linear(2, 2))
     assert "Choose 'training-free' in AGD Adapter Loader" in str(refused.value)
-    assert "Details: this model is a Linear, which has no input_blocks" in str(refused.value)
+    assert "Details: this model is a Linear, which has neither a UNet" in str(refused.value)
