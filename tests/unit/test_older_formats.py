@@ -1,9 +1,10 @@
-"""Adapter files of format 1: loaded as what they are, under the names of today."""
+"""Adapter files of older formats: loaded as what they are, under the names of today."""
 
 import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from comfyui_agd.agd_core import adapter_file
@@ -93,3 +94,21 @@ def test_a_damaged_description_says_so(write, changes, message):
     save_file({}, str(file), {"agd": json.dumps(data)})
     with pytest.raises(AdapterFileError, match=rf"This adapter file is damaged: .*{message}"):
         adapter_file.load(file)
+
+
+def test_format_2_knew_no_vector_of_the_timestep(tmp_path):
+    config = config_for(BASE.layers, hidden=8, encoder_width=8, rank=2)
+    adapter = randomised(Adapter(config))
+    info = adapter_file.AdapterInfo(config, BASE, omega_range=(1.0, 12.0))
+    file = adapter_file.save(tmp_path / "new.safetensors", adapter, info)
+    with safe_open(str(file), "pt") as opened:
+        described = json.loads(opened.metadata()["agd"])
+    described["format_version"] = 2
+    del described["config"]["vector"], described["config"]["settings"]["vector"], described["base"]["vector"]
+    for layer in described["base"]["layers"]:
+        del layer["reads_prompt"]
+    old = tmp_path / "old.safetensors"
+    save_file(adapter.state_dict(), str(old), {"agd": json.dumps(described)})
+    found, weights = adapter_file.load_weights(old)
+    assert found == info
+    assert all(torch.equal(value, weights[key]) for key, value in adapter.state_dict().items())

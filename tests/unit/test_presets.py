@@ -28,3 +28,20 @@ def test_what_is_chosen_stays(base):
     assert config.buckets() == [(768, 512)]
     assert config.iterations == 3
     assert config.hidden == TrainConfig.hidden
+
+
+def test_flow_matching_is_trained_along_its_own_schedules_and_samplers(base):
+    config = settings_for(replace(base, prediction="FLOW"), {})
+    assert config.solvers == ("euler", "dpmpp_2m")
+    assert config.schedulers == ("simple", "normal")
+
+
+def test_a_transformers_adapter_is_delta_where_attentions_are_reached_or_else_low_rank(base):
+    transformer = replace(base, layout="transformer", vector=64)
+    config = settings_for(transformer, {})
+    assert (config.kind, config.rank, config.vector) == ("delta", 16, 128)
+    layers = tuple(replace(layer, reads_prompt=False) for layer in base.layers)
+    config = settings_for(replace(transformer, layers=layers, vector=0), {})
+    assert (config.kind, config.kind_config().rank, config.vector) == ("low_rank", 16, 0)
+    assert settings_for(transformer, {"kind": "low_rank"}).kind_config().rank == 16
+    assert settings_for(transformer, {"kind": "scale"}).kind == "scale"
