@@ -26,7 +26,7 @@ class CompileFallback:
         options = batch.model_options["transformer_options"]
         unseen = is_compiled(options) and not backbone_of(batch.model).runs_compiled(step)
         if unseen:
-            self.notify(messages.UNCOMPILED_FOR_LOW_RANK)
+            self.notify(messages.UNCOMPILED_FOR_HOOKS)
         if self.usable and not unseen:
             try:
                 return batch.evaluate()

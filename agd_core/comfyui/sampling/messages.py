@@ -96,9 +96,7 @@ def layers_skipped(skipped: int, layers: int) -> str:
     )
 
 
-UNCOMPILED_FOR_LOW_RANK = (
-    "Runs uncompiled: torch.compile doesn't see what an adapter of low rank does inside the model's layers."
-)
+UNCOMPILED_FOR_HOOKS = "Runs uncompiled: torch.compile doesn't see what this adapter does inside the model's layers."
 UNCOMPILED_FOR_GRAPH_BREAKS = (
     "Runs uncompiled: torch.compile breaks this model into several graphs, in which patches don't work rightly."
 )

@@ -18,7 +18,7 @@ COSTS = {"the base": ROW.without, "cfg 1": 1, "bypassed": ROW.without}
 COSTS |= dict.fromkeys(("an adapter", "another omega", "another adapter"), ROW.with_agd)
 COSTS |= dict.fromkeys(("a low_rank adapter", "an adapter in the weights", "an adapter again"), ROW.with_agd)
 COSTS |= {"the loader after the compile node": ROW.with_agd, "training-free": ROW.with_training_free}
-UNSEEN = "Runs uncompiled: torch.compile doesn't see what an adapter of low rank does inside the model's layers."
+UNSEEN = "Runs uncompiled: torch.compile doesn't see what this adapter does inside the model's layers."
 
 
 def sample_compiled(attention: str, backend: str, folder: Path, *cases: str) -> dict:
