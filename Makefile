@@ -1,6 +1,8 @@
 # Every target sets up what it needs (.venv, ComfyUI) and is quick when that is there.
 PYTHON ?= python3
 BIN := .venv/bin
+# The base of the demo: toy, a UNet, or toy-dit, a transformer.
+MODEL = toy
 # glibc gives large blocks back to the system after every use; keeping them makes torch on a CPU much faster.
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 4000000000
@@ -20,18 +22,19 @@ FAST := tests/unit \
 
 help:
 	@echo "make demo          distil the toy model's guidance and sample it through ComfyUI: demo_out/"
+	@echo "                   MODEL=toy-dit: of a small transformer like SD3.5, instead of the UNet"
 	@echo "make test-fast     the unit tests and the quickest of the others, in under two minutes: while working"
 	@echo "make test          the whole test suite, real ComfyUI runtime and server included: before a commit"
 	@echo "make test-matrix   its runtime part on older ComfyUI releases, $(MATRIX), and torch.compile's own backend"
 	@echo "make bench         what a step costs, unguided, with CFG and with AGD, at true sizes (20 minutes)"
 	@echo "make lint          ruff, check and format; mypy"
-	@echo "make toy           train the toy model's committed weights again (about an hour)"
+	@echo "make toy           train the toy models' committed weights again (about an hour)"
 
 setup:
 	@$(PYTHON) tools/setup.py
 
 demo: setup
-	@$(BIN)/python -m comfyui_agd.examples.toy demo
+	@$(BIN)/python -m comfyui_agd.examples.toy demo --model $(MODEL)
 
 test: setup
 	@$(PYTEST)
@@ -57,5 +60,6 @@ lint: setup
 	@mkdir -p .venv/typed && ln -sfn "$(CURDIR)" .venv/typed/comfyui_agd && MYPYPATH=.venv/typed $(BIN)/mypy
 
 toy: setup
-	@$(BIN)/python -m comfyui_agd.examples.toy train vae base cooldown judge
+	@$(BIN)/python -m comfyui_agd.examples.toy train vae base cooldown judge dit
 	@$(BIN)/python -m comfyui_agd.examples.toy measure
+	@$(BIN)/python -m comfyui_agd.examples.toy measure --model toy-dit

@@ -1,4 +1,4 @@
-"""The demo: distil the toy's guidance, then sample it through ComfyUI's KSampler unguided, with CFG and with AGD.
+"""The demo: distil a toy's guidance, then sample it through ComfyUI's KSampler unguided, with CFG and with AGD.
 
 Writes adapter.safetensors, comparison.png, loss.png and report.json, and prints the table.
 """
@@ -26,15 +26,14 @@ from comfyui_agd.training.gap import Evaluation, evaluate
 from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import Callbacks, Trained, train
 
+from .bases import BASES, Base
 from .gap import CaptionTrajectories, teacher_states
 from .measure import omega_star
 from .picture import comparison
 from .sampling import (
     BATCH,
     SAMPLER,
-    SCHEDULER,
     STEPS,
-    SamplerSettings,
     Toy,
     captions_of,
     encode,
@@ -58,24 +57,28 @@ _TRAINED_AFTER, _DONE_AFTER = 280, 510  # seconds since the start
 _RECENT = 100  # iterations by which the time of the next ones is estimated
 _DECAY_SHARE = 0.1  # of the iterations done, still to follow for the learning rate to decay
 _LARGEST_ERROR = 0.1  # of the speed-up, over itself: with a larger one it is not reported
+# What suits each base: the adapter, and how fast it may learn.
+_SETTINGS: dict[str, dict] = {
+    "toy": {"hidden": 28, "encoder_width": 32, "learning_rate": 3e-3},
+    "toy-dit": {"kind": "low_rank", "hidden": 16, "learning_rate": 3e-3, "schedulers": ("simple", "normal")},
+}
+_TITLES = {"unguided": "unguided", "cfg": "CFG", "cfg_half": f"CFG, {STEPS // 2} steps", "agd": "AGD"}
 
 
-def training_config(iterations: int, omega_max: float) -> TrainConfig:
+def training_config(iterations: int, omega_max: float, base: str = "toy") -> TrainConfig:
     return TrainConfig(
         iterations=iterations,
         batch=16,
-        learning_rate=3e-3,
         omega_max=omega_max,
         reuse=4,
         width=IMAGE_SIZE,
         height=IMAGE_SIZE,
-        hidden=28,
-        encoder_width=32,
         steps_min=15,
         steps_max=25,
         precision="bf16",
         held_out=0,  # measured below, on captions of scenes that no training saw
         preview_every=0,
+        **_SETTINGS[base],
     )
 
 
@@ -105,7 +108,8 @@ def distil(
         bar.close()
     seconds = time.monotonic() - start
     exact = ComfyModel(parts.model, parts.clip)  # measured in the base's own precision
-    states = teacher_states(exact, CaptionTrajectories(held_out_captions(HELD_OUT, _GAP_SEED)[1], omegas))
+    captions = held_out_captions(HELD_OUT, _GAP_SEED)[1]
+    states = teacher_states(exact, CaptionTrajectories(captions, omegas, scheduler=parts.base.scheduler))
     with exact.denoiser.session():
         gap = evaluate(exact.denoiser, trained.adapter, states)
     return trained, gap, seconds
@@ -117,6 +121,7 @@ class MethodResult:
 
     method: str
     omega: float
+    steps: int
     seconds_per_image: float
     evaluations_per_step: float
     prompt_accuracy: float | None
@@ -135,6 +140,7 @@ class MethodSamples:
     rounds: list[torch.Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # inside KSampler, per round
     evaluations: int = 0
+    steps: int = STEPS
 
     @property
     def images(self) -> torch.Tensor:
@@ -142,12 +148,12 @@ class MethodSamples:
 
     @property
     def title(self) -> str:
-        name = {"unguided": "unguided", "cfg": "CFG", "agd": "AGD"}[self.method]
+        name = _TITLES[self.method]
         return name if self.omega == 1 else f"{name}, cfg {self.omega:g}"
 
     def draw(self, parts: Toy, prompts: list, seed: int) -> None:
         self.counter.clear()
-        pictures = sample(parts, self.model, prompts, SamplerSettings(self.omega, seed))
+        pictures = sample(parts, self.model, prompts, parts.settings(self.omega, seed, self.steps))
         self.rounds.append(pictures.images)
         self.seconds.append(sum(pictures.seconds))
         self.evaluations += self.counter.total
@@ -159,8 +165,9 @@ class MethodSamples:
         return MethodResult(
             self.method,
             self.omega,
+            self.steps,
             seconds_per_image=sum(self.seconds) / len(images),
-            evaluations_per_step=self.evaluations / (len(images) * STEPS),
+            evaluations_per_step=self.evaluations / (len(images) * self.steps),
             prompt_accuracy=accuracy,
             prompt_accuracy_se=share_error(accuracy, len(images)) if scored else None,
             frechet_to_real=scorer.frechet(images) if scored else None,
@@ -195,7 +202,7 @@ def speedup(samples: list[MethodSamples]) -> Speedup:
 def warm_up(parts: Toy, models: list, omega: float) -> None:
     """The first pictures of a process pay for loading; no method should."""
     for model in models:
-        sample(parts, model, encode(parts.clip, held_out_captions(4, 0)[1]), SamplerSettings(omega, 0, steps=2))
+        sample(parts, model, encode(parts.clip, held_out_captions(4, 0)[1]), parts.settings(omega, 0, steps=2))
 
 
 def rounds_of(budget: StepBudget) -> Iterator[int]:
@@ -211,7 +218,10 @@ def rounds_of(budget: StepBudget) -> Iterator[int]:
 def draw_all(
     parts: Toy, adapter: Path, omegas: list[float], captions: list[str], budget: StepBudget
 ) -> list[MethodSamples]:
-    """Every method at every omega, as a user would: the adapter from its file, pictures from ComfyUI's KSampler."""
+    """Every method at every omega, as a user would: the adapter from its file, pictures from ComfyUI's KSampler.
+
+    At the best omega CFG has half of the steps too, which are as many evaluations as AGD's.
+    """
     base, base_rows = counted(parts.model)
     agd, agd_rows = counted(apply_adapter(parts.model, *adapter_file.load_weights(adapter), source=str(adapter)))
     prompts = encode(parts.clip, captions)
@@ -219,6 +229,8 @@ def draw_all(
     samples = [MethodSamples("unguided", 1.0, base, base_rows)]
     for omega in omegas:
         samples += [MethodSamples("cfg", omega, base, base_rows), MethodSamples("agd", omega, agd, agd_rows)]
+        if omega == omega_star(parts.base.name):
+            samples.append(MethodSamples("cfg_half", omega, base, base_rows, steps=STEPS // 2))
     # All methods in every round: their pictures are as many, and what else the machine does slows them all alike.
     for i in rounds_of(budget):
         for each in samples:
@@ -228,6 +240,7 @@ def draw_all(
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=list(BASES), default="toy", help="the base to distil")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the results")
     shown = f"of training; default: {ITERATIONS}, or what fits into time, {LEAST_ITERATIONS} or more"
     parser.add_argument("--iterations", type=int, help=shown)
@@ -239,11 +252,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args, begun = parse(argv), time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
-    parts, best = Toy.load(), omega_star()
+    parts, best = Toy.load(args.model), omega_star(args.model)
     omegas = [(1 + best) / 2, best, 2 * best - 1]
-    print(f"Distilling the toy's guidance (omega* = {best:g}) from {PROMPTS} captions, no pictures.", flush=True)
+    what = f"the guidance of {parts.base.title} (omega* = {best:g})"
+    print(f"Distilling {what} from {PROMPTS} captions, no pictures.", flush=True)
     budget = training_budget(begun, args.iterations)
-    trained, gap, seconds = distil(parts, training_config(budget.most, 2 * best), omegas, budget)
+    trained, gap, seconds = distil(parts, training_config(budget.most, 2 * best, args.model), omegas, budget)
     done = trained.info.training["iterations"]
     if done < budget.most:
         print(f"The machine is slow or busy: {done} iterations of {budget.most}.", flush=True)
@@ -253,26 +267,26 @@ def main(argv: list[str]) -> None:
     scenes, captions = held_out_captions(args.captions or PICTURES, _CAPTIONS_SEED)
     samples, scorer = draw_all(parts, file, omegas, captions, sampling_budget(begun, args.captions)), Scorer()
     results = [each.measure(scorer, scenes[: len(each.images)]) for each in samples]
-    report = make_report(trained, gap, results, speedup(samples))
+    report = make_report(parts.base, trained, gap, results, speedup(samples))
     parameters = sum(p.numel() for p in parts.model.model.diffusion_model.parameters())
     report["adapter"]["percent_of_base"] = round(100 * report["adapter"]["parameters"] / parameters, 2)
     report |= {"pictures": len(samples[0].images), "training_seconds": round(seconds, 1)}
-    write(args.out, report, samples)
+    write(args.out, report, samples, parts.base)
     print_table(results, gap, report)
     print(f"Wrote adapter.safetensors, comparison.png, loss.png and report.json to {args.out}/.")
 
 
-def write(folder: Path, report: dict, samples: list[MethodSamples]) -> None:
+def write(folder: Path, report: dict, samples: list[MethodSamples], base: Base) -> None:
     """report.json and comparison.png."""
     with adapter_file.replacing(folder / "report.json") as temporary:
         Path(temporary).write_text(json.dumps(report, indent=2) + "\n")
-    title = f"The toy, {STEPS} steps of {SAMPLER}: CFG evaluates the model twice per step, AGD once"
+    title = f"{base.name}, {STEPS} steps of {SAMPLER}: CFG evaluates the model twice per step, AGD once"
     comparison([(each.title, each.images[:_SHOWN]) for each in samples], title).save(folder / "comparison.png")
 
 
-def make_report(trained: Trained, gap: Evaluation, results: list[MethodResult], faster: Speedup) -> dict:
+def make_report(base: Base, trained: Trained, gap: Evaluation, results: list[MethodResult], faster: Speedup) -> dict:
     """What report.json holds; what is given per omega has the omega as its key. None: of too few pictures."""
-    methods = ("cfg", "agd", "unguided")
+    methods = ("cfg", "agd", "unguided", "cfg_half")
 
     def rounded(value: float | None, digits: int = 4) -> float | None:
         return None if value is None else round(value, digits)
@@ -284,11 +298,11 @@ def make_report(trained: Trained, gap: Evaluation, results: list[MethodResult], 
         found: dict[str, dict] = {method: {} for method in methods}
         for result in results:
             found[result.method][f"{result.omega:g}"] = rounded(getattr(result, key))
-        return {"unguided": found["unguided"]["1"], "cfg": found["cfg"], "agd": found["agd"]}
+        return found | {"unguided": found["unguided"]["1"]}
 
     return {
         "base": trained.info.base.describe(),
-        "omega_star": omega_star(),
+        "omega_star": omega_star(base.name),
         "adapter": {"parameters": trained.adapter.parameter_count()},
         "evaluations_per_step": {m: round(mean(m, "evaluations_per_step"), 4) for m in ("cfg", "agd")},
         "seconds_per_image": {m: round(mean(m, "seconds_per_image"), 5) for m in methods},
@@ -299,7 +313,7 @@ def make_report(trained: Trained, gap: Evaluation, results: list[MethodResult], 
         "prompt_accuracy": by_omega("prompt_accuracy"),
         "prompt_accuracy_se": by_omega("prompt_accuracy_se"),
         "teacher_evaluations": trained.info.training["teacher_evaluations"],
-        "sampling": {"sampler": SAMPLER, "scheduler": SCHEDULER, "steps": STEPS},
+        "sampling": {"sampler": SAMPLER, "scheduler": base.scheduler, "steps": STEPS, "steps_of_cfg_half": STEPS // 2},
     }
 
 
@@ -318,6 +332,7 @@ def table_columns(gap: Evaluation, pictured: bool) -> tuple[Column[MethodResult]
     return (
         Column("method", lambda result: result.method, -10),
         Column("omega", lambda result: f"{result.omega:g}", 7),
+        Column("steps", lambda result: str(result.steps), 7),
         Column("evals/step", lambda result: f"{result.evaluations_per_step:.2f}", 13),
         Column("s/image", of_pictures(lambda result: f"{result.seconds_per_image:.4f}"), 11),
         Column("accuracy (SE)", of_pictures(accuracy), 16),

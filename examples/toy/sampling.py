@@ -11,24 +11,12 @@ import torch
 from tqdm import tqdm
 
 from . import model as toy
+from .bases import BASES, Base
 from .scenes import IMAGE_SIZE, Scene, caption, draw_scenes
 
 BATCH = 64
 STEPS = 20
 SAMPLER, SCHEDULER = "euler", "normal"
-
-
-@dataclass(frozen=True)
-class Toy:
-    """The toy's MODEL, CLIP and VAE."""
-
-    model: object
-    clip: object
-    vae: object
-
-    @classmethod
-    def load(cls) -> "Toy":
-        return cls(toy.load_unet(), toy.load_clip(), toy.load_vae())
 
 
 @dataclass(frozen=True)
@@ -40,6 +28,26 @@ class SamplerSettings:
     steps: int = STEPS
     sampler: str = SAMPLER
     scheduler: str = SCHEDULER
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A toy's MODEL, CLIP and VAE."""
+
+    base: Base
+    model: object
+    clip: object
+    vae: object
+
+    @classmethod
+    def load(cls, name: str = "toy") -> "Toy":
+        """`name`: one of `BASES`."""
+        base = BASES[name]
+        return cls(base, base.load(), toy.load_clip(), toy.load_vae())
+
+    def settings(self, cfg: float, seed: int, steps: int = STEPS) -> SamplerSettings:
+        """That suit its base."""
+        return SamplerSettings(cfg, seed, steps, scheduler=self.base.scheduler)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Makes the toy's committed weights: `python -m comfyui_agd.examples.toy train vae base cooldown judge`.
+"""Makes the toys' committed weights: `python -m comfyui_agd.examples.toy train vae base cooldown judge dit`.
 
-About an hour on two CPU cores, in bf16 autocast where the CPU has it. Every stage is seeded and appends its figures to
-`weights/training_log.json`; `measure.py` then measures the result and writes the model card.
+About an hour on two CPU cores, in bf16 autocast where the CPU has it. Every stage is seeded and appends its
+figures to `weights/training_log.json`; `measure.py` then measures the result and writes the model card.
 """
 
 import argparse
@@ -27,11 +27,13 @@ from comfyui_agd.agd_core.comfyui.model.denoiser import computes_bf16
 
 from . import model as toy
 from .autoencoder import Autoencoder
+from .dit import build_dit
 from .judge import HEADS, IGNORE, Judge, answers, correct, prompt_accuracy
 from .scenes import Scene, draw_scenes, render, training_caption
 
 SEED = 2503
 POOL, DROPOUT = 40_000, 0.12
+DIT_SCHEDULE = 5000  # steps of the transformer's learning rate to 0
 AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16, "enabled": computes_bf16(torch.device("cpu"))}
 
 
@@ -259,11 +261,78 @@ def cool_down(folder: Path, steps: int) -> None:
     fit_diffusion(DiffusionStage("cooldown", steps), folder, model, text, training)
 
 
+def velocity_loss(
+    model, latents: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Of rectified flow (Liu et al. 2022), at noise levels as in SD3's training (Esser et al. 2024): logit-normal."""
+    sigma = torch.randn(len(latents), generator=generator).sigmoid()
+    eps = torch.randn(latents.shape, generator=generator)
+    x = torch.lerp(latents, eps, sigma[:, None, None, None])
+    with torch.autocast(**AUTOCAST):
+        velocity = model.diffusion_model(x, 1000 * sigma, context=context, y=pooled)
+    return (velocity.float() - (eps - latents)).square().mean()
+
+
+def initialise_dit(network: nn.Module) -> None:
+    """As DiT begins (Peebles & Xie 2023): every block passes its input on, the last layer gives zero."""
+    initialise(network)
+    for block in network.joint_blocks:
+        for stream in (block.context_block, block.x_block):
+            nn.init.zeros_(stream.adaLN_modulation[1].weight)
+            nn.init.zeros_(stream.adaLN_modulation[1].bias)
+    for layer in (network.final_layer.adaLN_modulation[1], network.final_layer.linear):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    for name, parameter in network.named_parameters():
+        if name.endswith(("ln_q.weight", "ln_k.weight")):
+            nn.init.ones_(parameter)
+
+
+def load_text_model(folder: Path) -> nn.Module:
+    text = new_text_model()
+    text.load_state_dict(comfy.utils.load_torch_file(str(folder / "text_encoder.safetensors")))
+    return text.requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_captions(text: nn.Module, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (b, m, d) and pooled output (b, d), as ComfyUI's CLIPTextEncode gives them."""
+    tokens, _, pooled, _ = text(token_ids(captions))
+    return tokens, pooled
+
+
+def train_dit(folder: Path, steps: int) -> None:
+    """The rectified-flow transformer, on the text encoder and the autoencoder of the first base.
+
+    Stopped before the middle of its schedule, for the reason that `train_base` has: after 2500 steps it gets 86 %
+    of the prompts right without guidance.
+    """
+    start, text, vae = time.time(), load_text_model(folder), load_vae(folder)
+    scenes = draw_scenes(POOL, SEED + 2, held=False)
+    latents = latents_of(vae, scenes, lambda images: images)
+    model = build_dit()
+    initialise_dit(model.diffusion_model)
+    model.diffusion_model.requires_grad_(True)
+    training = Training([model.diffusion_model], DIT_SCHEDULE, lr=2e-3, decay=0.999)
+    generator, rng, losses, curve = torch.Generator().manual_seed(SEED), random.Random(SEED), [], {}
+    for i in trange(steps, mininterval=30):
+        chosen = torch.randint(0, POOL, (64,), generator=generator)
+        captions = [training_caption(scenes[j], rng) if rng.random() > DROPOUT else "" for j in chosen.tolist()]
+        loss = velocity_loss(model, latents[chosen], *encode_captions(text, captions), generator)
+        training.step(loss)
+        losses.append(loss.item())
+        if (i + 1) % 250 == 0 or i + 1 == steps:
+            curve[i + 1] = round(sum(losses[-250:]) / len(losses[-250:]), 4)
+            save(training.averaged().state_dict(), folder / "dit.safetensors")
+            log(folder, "dit", {"loss": curve, "steps": i + 1, "seconds": round(time.time() - start)})
+
+
 STAGES = {
     "vae": (train_vae, 4000),
     "judge": (train_judge, 2000),
     "base": (train_base, 4500),
     "cooldown": (cool_down, 500),
+    "dit": (train_dit, 2250),
 }
 
 

@@ -1,5 +1,6 @@
-"""The embedded default: its scenes, its committed weights, and that ComfyUI's core nodes work on it."""
+"""The toys: their scenes, their committed weights, and that ComfyUI's core nodes work on them."""
 
+import json
 import random
 
 import nodes
@@ -8,8 +9,11 @@ import torch
 from comfy_extras.nodes_train import LoraModelLoader
 
 from comfyui_agd.examples.toy import model as toy_model
-from comfyui_agd.examples.toy.measure import CARD, MEASURED, omega_star
-from comfyui_agd.examples.toy.sampling import SamplerSettings, Toy, encode, held_out_captions, sample
+from comfyui_agd.examples.toy.bases import BASES
+from comfyui_agd.examples.toy.dit import load as load_dit
+from comfyui_agd.examples.toy.measure import CARD, omega_star
+from comfyui_agd.examples.toy.nodes import AGDToyLoader
+from comfyui_agd.examples.toy.sampling import STEPS, SamplerSettings, Toy, encode, held_out_captions, sample
 from comfyui_agd.examples.toy.scenes import (
     COLOURS,
     SHAPES,
@@ -21,15 +25,20 @@ from comfyui_agd.examples.toy.scenes import (
     training_caption,
 )
 from comfyui_agd.examples.toy.scoring import Scorer
-from comfyui_agd.examples.toy.train import encode_text, token_ids
+from comfyui_agd.examples.toy.train import encode_captions, encode_text, token_ids
 
-LIMIT = 12_000_000
+LIMIT = 12_000_000  # bytes of each toy
 PROMPT = "a small red circle left of a large green star on a white background"
 
 
 @pytest.fixture(scope="module")
 def parts() -> Toy:
     return Toy.load()
+
+
+@pytest.fixture(scope="module")
+def dit() -> Toy:
+    return Toy.load("toy-dit")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +77,9 @@ def test_unknown_words_are_an_error_that_lists_the_known(parts):
 
 
 def test_the_weights_are_small():
-    assert sum(path.stat().st_size for path in toy_model.WEIGHTS.glob("*.safetensors")) <= LIMIT
+    sizes = {path.stem: path.stat().st_size for path in toy_model.WEIGHTS.glob("*.safetensors")}
+    assert sizes.pop("dit") <= LIMIT
+    assert sum(sizes.values()) <= LIMIT
 
 
 def test_training_and_comfyui_encode_text_alike(parts):
@@ -77,6 +88,13 @@ def test_training_and_comfyui_encode_text_alike(parts):
     with torch.no_grad():
         expected = [nodes.CLIPTextEncode().encode(parts.clip, prompt)[0][0][0] for prompt in (PROMPT, "")]
         torch.testing.assert_close(encode_text(text, ids), torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_the_transformer_is_trained_on_what_comfyui_encodes(dit):
+    tokens, pooled = encode_captions(dit.clip.cond_stage_model.clip_toy.transformer.float(), [PROMPT, ""])
+    ((expected, rest),) = encode(dit.clip, [PROMPT, ""])[0]
+    torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pooled, rest["pooled_output"], atol=1e-4, rtol=1e-4)
 
 
 def test_prompt_weights_work(parts):
@@ -109,23 +127,67 @@ def test_the_frechet_distance_of_real_pictures_is_far_smaller_than_that_of_noise
     assert real < noise / 20
 
 
-def test_guidance_matters_as_the_model_card_says():
-    import json
+def accuracies(base: str) -> dict[tuple[float, int], float]:
+    """By omega and steps, as measured."""
+    curve = json.loads(BASES[base].measured.read_text())["curve"]
+    return {(point["omega"], point["steps"]): point["prompt_accuracy"] for point in curve}
 
-    measured = json.loads(MEASURED.read_text())
-    assert omega_star() >= 2
-    assert measured["lead"] >= 0.10
-    assert f"omega* = {omega_star():g}" in CARD.read_text()
+
+@pytest.mark.parametrize("base", BASES)
+def test_guidance_matters_as_the_model_card_says(base):
+    best, found, card = omega_star(base), accuracies(base), CARD.read_text()
+    assert 2 <= best <= 5
+    assert found[best, STEPS] >= max(0.96, found[1.0, STEPS] + 0.10)
+    for (omega, steps), accuracy in found.items():
+        assert f"| {omega:g} | {steps} | {100 * accuracy:.1f} %" in card
+    assert f"### {base}\n" in card
+    assert f"**omega* = {best:g}**" in card
+    assert (best, STEPS // 2) in found
 
 
 @pytest.mark.slow
-def test_guidance_matters_when_sampled(parts, scorer):
+@pytest.mark.parametrize("base", BASES)
+def test_guidance_matters_when_sampled(base, scorer):
     scenes, captions = held_out_captions(96, 47)
+    parts = Toy.load(base)
     prompts = encode(parts.clip, captions)
     unguided, guided = (
-        sample(parts, parts.model, prompts, SamplerSettings(cfg, 1)).images for cfg in (1.0, omega_star())
+        sample(parts, parts.model, prompts, parts.settings(cfg, 1)).images for cfg in (1.0, omega_star(base))
     )
     assert scorer.accuracy(guided, scenes) >= scorer.accuracy(unguided, scenes) + 0.05
+
+
+def test_the_transformer_is_a_flow_model_in_comfyuis_own_classes(dit):
+    base = dit.model.model
+    assert type(base).__name__ == "SD3"
+    assert base.model_type.name == "FLOW"
+    assert type(base.diffusion_model.joint_blocks[0].x_block.attn.ln_q).__name__ == "RMSNorm"
+    assert sum(p.numel() for p in base.diffusion_model.parameters()) == 3_493_680
+
+
+def test_both_toys_have_one_text_encoder_and_one_autoencoder(parts, dit):
+    model, clip, vae = load_dit()
+    assert type(model.model) is type(dit.model.model)
+    assert torch.equal(encode(clip, [PROMPT])[0][0][0], encode(parts.clip, [PROMPT])[0][0][0])
+    latents = torch.ones(1, toy_model.LATENT_CHANNELS, 8, 8)
+    assert torch.equal(vae.decode(latents), parts.vae.decode(latents))
+
+
+def test_the_loader_has_both_toys_and_workflows_without_a_choice_get_the_first():
+    (choice,) = AGDToyLoader.define_schema().inputs
+    assert (choice.id, choice.options, choice.default, choice.optional) == ("model", list(BASES), "toy", True)
+    models = [AGDToyLoader.execute(*chosen).args[0].model for chosen in ((), ("toy",), ("toy-dit",))]
+    assert [type(model).__name__ for model in models] == ["BaseModel", "BaseModel", "SD3"]
+
+
+@torch.inference_mode()
+def test_what_the_prompt_and_the_pooled_output_say_reaches_the_transformer(dit):
+    (prompt,) = encode(dit.clip, [PROMPT])
+    (other,) = encode(dit.clip, ["a large blue ring on a black background"])
+    conditions = [prompt, [[other[0][0], prompt[0][1]]], [[prompt[0][0], other[0][1]]]]
+    images = [sample(dit, dit.model, [each], dit.settings(1.0, 1, steps=2)).images for each in conditions]
+    assert not torch.allclose(images[0], images[1], atol=1e-2)
+    assert not torch.allclose(images[0], images[2], atol=1e-3)
 
 
 @torch.inference_mode()
@@ -141,8 +203,11 @@ def test_core_lora_works(parts):
 
 
 @torch.inference_mode()
-def test_other_sizes_work(parts):
+@pytest.mark.parametrize("base", BASES)
+def test_other_sizes_work(base):
+    parts = Toy.load(base)
     latent = nodes.EmptyLatentImage().generate(96, 64, 1)[0]
     positive = nodes.CLIPTextEncode().encode(parts.clip, PROMPT)[0]
-    out = nodes.KSampler().sample(parts.model, 1, 2, 2.0, "euler", "normal", positive, positive, latent)[0]
+    how = (1, 2, 2.0, "euler", parts.base.scheduler)
+    out = nodes.KSampler().sample(parts.model, *how, positive, positive, latent)[0]
     assert nodes.VAEDecode().decode(parts.vae, out)[0].shape == (1, 64, 96, 3)
