@@ -54,7 +54,7 @@ class Variant:
 
     @property
     def uses_negative(self) -> bool:
-        return KINDS[self.settings.get("kind", "delta")].uses_negative
+        return KINDS[self.settings.get("kind", "delta")].guides_attention
 
     @property
     def full_name(self) -> str:

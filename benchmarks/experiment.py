@@ -20,12 +20,13 @@ from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import metrics
 from comfyui_agd.benchmarks.work_folder import WorkFolder
+from comfyui_agd.examples.toy.bases import Base
 from comfyui_agd.examples.toy.gap import CFG, CaptionTrajectories, teacher_states
 from comfyui_agd.examples.toy.judge import recognised
+from comfyui_agd.examples.toy.measure import omega_star
 from comfyui_agd.examples.toy.sampling import (
     BATCH,
     SAMPLER,
-    SCHEDULER,
     STEPS,
     SamplerSettings,
     Toy,
@@ -49,6 +50,7 @@ from comfyui_agd.examples.toy.scoring import Scorer
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.gap import Evaluation, TrajectoryState
 from comfyui_agd.training.job import Job
+from comfyui_agd.training.presets import trajectories_of
 from comfyui_agd.training.recording import Recording, identity_of
 from comfyui_agd.training.run_setup import split_prompts
 
@@ -119,7 +121,7 @@ class TrainingPrompts(NamedTuple):
 
 @dataclass(frozen=True)
 class SampledAt:
-    """How pictures are sampled. `sampler` and `scheduler`: others than the toy's, or its own named."""
+    """How pictures are sampled. `sampler` and `scheduler`: others than the base's, or its own named."""
 
     omega: float
     steps: int = STEPS
@@ -132,15 +134,15 @@ class SampledAt:
         given = {"sampler": self.sampler, "scheduler": self.scheduler}
         return {key: value for key, value in given.items() if value is not None}
 
-    def settings(self, seed: int) -> SamplerSettings:
-        return SamplerSettings(self.omega, seed, self.steps, self.sampler or SAMPLER, self.scheduler or SCHEDULER)
+    def settings(self, seed: int, base: Base) -> SamplerSettings:
+        return SamplerSettings(self.omega, seed, self.steps, self.sampler or SAMPLER, self.scheduler or base.scheduler)
 
 
 @dataclass(frozen=True)
 class Samples:
     """What is kept of n pictures: the judge's `features` (n, d), and whether each is `correct` in all (n,).
 
-    `seconds` per picture, of each batch; `evaluations`: the rows that the UNet was given. Real pictures have neither.
+    `seconds` per picture, of each batch; `evaluations`: the rows that the model was given. Real pictures have neither.
     """
 
     features: torch.Tensor
@@ -176,11 +178,15 @@ def shows(scene: Scene, unwanted: Description) -> bool:
 
 
 class ToyExperiment:
-    """What all methods share: made when it is first needed, kept in the work folder where that saves time."""
+    """What all methods share: made when it is first needed, kept in the work folder where that saves time.
 
-    def __init__(self, work: WorkFolder, sizes: Sizes):
+    `base`: the name of one of the toys; each has a work folder of its own.
+    """
+
+    def __init__(self, work: WorkFolder, sizes: Sizes, base: str = "toy"):
         self.work, self.sizes = work, sizes
-        self.parts, self.scorer = Toy.load(), Scorer()
+        self.parts, self.scorer = Toy.load(base), Scorer()
+        self.base, self.best_omega = self.parts.base, omega_star(base)
         self.base_parameters = sum(p.numel() for p in self.parts.model.model.diffusion_model.parameters())
         self._states: dict[tuple[GuidanceRule, bool], list[list[TrajectoryState]]] = {}
 
@@ -210,7 +216,7 @@ class ToyExperiment:
             "evaluate_every": 0,
             "preview_every": 0,
         }
-        return TrainConfig(**common | settings)
+        return TrainConfig(**common | trajectories_of(self.model().base) | settings)
 
     def training_captions(self, *, partial: bool = False) -> list[str]:
         """`partial`: a quarter of them leave something open, like those that the base was trained with."""
@@ -248,9 +254,8 @@ class ToyExperiment:
             self._states[rule, negatives] = []
             for i, block in enumerate(in_blocks(pairs)):
                 texts, unwanted_texts = zip(*block, strict=True)
-                wanted = CaptionTrajectories(
-                    texts, self.sizes.gap_omegas, 100 + i, unwanted_texts, rule, keep=KEPT_STEPS
-                )
+                how = {"rule": rule, "scheduler": self.base.scheduler, "keep": KEPT_STEPS}
+                wanted = CaptionTrajectories(texts, self.sizes.gap_omegas, 100 + i, unwanted_texts, **how)
                 self._states[rule, negatives].append(teacher_states(self.model(), wanted))
         return self._states[rule, negatives]
 
@@ -315,7 +320,7 @@ class ToyExperiment:
 
         def make() -> dict[str, torch.Tensor]:
             model, counter = counted(method.model)
-            drawn = sample(self.parts, model, self.captions[1], at.settings(_NOISE_SEED))
+            drawn = sample(self.parts, model, self.captions[1], at.settings(_NOISE_SEED, self.base))
             images, rows = transform(drawn.images), [len(batch[0][0]) for batch in self.captions[1]]
             return {
                 "features": self.scorer.features(images),
@@ -365,7 +370,7 @@ class ToyExperiment:
     ) -> list[Scene]:
         """What the judge sees in a batch of pictures."""
         prompts, unwanted = (encode(self.parts.clip, texts) if texts else None for texts in (captions, negatives))
-        settings = SamplerSettings(omega, _OPEN_NOISE_SEED)
+        settings = self.parts.settings(omega, _OPEN_NOISE_SEED)
         drawn = sample(self.parts, model, prompts, settings, negative=unwanted, noise=[noise])
         return recognised(self.scorer.judge, drawn.images)
 

@@ -35,6 +35,8 @@ from comfyui_agd.training.trainer import Callbacks, train
 BUDGET = 5.0
 OURS = {"kind": "delta", "rank": 4}
 DELTA = {**OURS, "rank": 0}
+# What `OURS` is in a transformer: many more of its parameters are in linear layers.
+IN_TRANSFORMERS = {"rank": 2, "vector": 32}
 # Widths of an encoder of omega and t that leave something of a budget of so many percent for the rest, and ranks.
 SMALL_ENCODERS = {1: 8, 2: 16}
 _SMALL_RANKS = {1: 1, 2: 2}
@@ -53,11 +55,13 @@ Prepare = Callable[[ToyExperiment, str], PreparedMethod]  # of an experiment and
 
 @dataclass(frozen=True)
 class Method:
-    """`prepare` trains it unless the work folder has it. `omegas`: None is those of the run."""
+    """`prepare` trains it unless the work folder has it. `omegas`: None is those of the run; `of_unets`: whether
+    transformers have no place for it, or it is about the size of the UNet's adapter."""
 
     what: str
     prepare: Prepare
     omegas: tuple[float, ...] | None = None
+    of_unets: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,10 @@ def adapter(
     """
 
     def prepare(experiment: ToyExperiment, name: str) -> PreparedMethod:
-        hidden = widest(experiment, settings, percent)
-        configs = [experiment.train_config(**settings, hidden=hidden, learning_rate=rate) for rate in learning_rates]
+        in_transformer = experiment.model().base.layout == "transformer" and OURS.items() <= settings.items()
+        own = settings | IN_TRANSFORMERS if in_transformer else settings
+        hidden = widest(experiment, own, percent)
+        configs = [experiment.train_config(**own, hidden=hidden, learning_rate=rate) for rate in learning_rates]
         prompts = experiment.prompts(negatives=uses_negative, partial=partial)
         config, file = best_trained(experiment, name, configs, prompts, train_adapter)
         info, weights = adapter_file.load_weights(file)
@@ -280,7 +286,9 @@ METHODS: dict[str, Method] = {
         )
         for rule in ("rescale", "apg", "cfg_zero")
     },
-    "meng": Method("a copy of the whole base, fine-tuned with an embedding of omega (Meng et al. 2023)", meng),
+    "meng": Method(
+        "a copy of the whole base, fine-tuned with an embedding of omega (Meng et al. 2023)", meng, of_unets=True
+    ),
     "static_lora": Method(
         "a LoRA on all linear layers of the blocks, of strength omega - 1",
         adapter({"kind": "low_rank", "modulated": False}, uses_negative=False, learning_rates=(2e-3, 5e-4)),
@@ -290,6 +298,7 @@ METHODS: dict[str, Method] = {
             f"our re-implementation of the paper's {kind.replace('_', '-')} adapter (arXiv 2503.07274), which differs "
             "from the authors' own in size and form",
             adapter({"kind": kind, **PAPER_SETTINGS}, uses_negative=False, learning_rates=(1e-4, 2e-3)),
+            of_unets=True,
         )
         for kind in ("cross_attention", "offset")
     },
@@ -303,6 +312,7 @@ METHODS: dict[str, Method] = {
         f"normalised attention guidance (Chen et al. 2025) in one evaluation: tau {baselines.NAG_TAU:g}, alpha "
         f"{baselines.NAG_ALPHA:g}, omega for its scale",
         nag,
+        of_unets=True,
     ),
     "calibrated": Method(
         "`attention_guidance` with a few numbers per channel, fitted in 150 iterations",
@@ -323,6 +333,7 @@ METHODS: dict[str, Method] = {
             adapter(
                 {**OURS, "encoder_width": width, "rank": _SMALL_RANKS[percent]}, uses_negative=True, percent=percent
             ),
+            of_unets=True,
         )
         for percent, width in SMALL_ENCODERS.items()
     },
@@ -350,4 +361,12 @@ METHODS: dict[str, Method] = {
         for rule in ("interval", "rescale", "apg", "cfg_zero")
     },
 }
+
+
+def methods_for(experiment: ToyExperiment) -> dict[str, Method]:
+    """Those that have a place in its base."""
+    unet = experiment.model().base.layout == "unet"
+    return {name: method for name, method in METHODS.items() if unet or not method.of_unets}
+
+
 QUICK = ("unguided", "cfg", "cfg_interval", "adaptive", "teacher_apg", "meng", "paper_cross_attention", "ours")

@@ -1,8 +1,10 @@
 """How good guidance in one pass is on the toy, beside what else there is: every method in one table.
 
-    python benchmarks/quality.py [--quick] [--only METHOD ...] [--work DIR] [--json FILE] [--device cuda]
+    python benchmarks/quality.py [--base toy-dit] [--quick] [--only METHOD ...] [--work DIR] [--json FILE]
+                                 [--device cuda]
 
-Trains what has to be trained, samples through ComfyUI's KSampler, and writes quality.md, quality.json and quality.png.
+Trains what has to be trained, samples through ComfyUI's KSampler, and writes quality.md, quality.json and quality.png,
+of the toy transformer quality-toy-dit.md and so on.
 All results are kept in the work folder: the command goes on where it was stopped, makes anew what was made with other
 settings (not what other code would make: delete a method's files for that), and may run several times at once on
 different methods. The tables hold everything that the work folder has rows of.
@@ -40,9 +42,9 @@ def row_of_real(experiment) -> dict:
     """Of real pictures of the captions: what no sampler can do better."""
     from comfyui_agd.benchmarks.experiment import SampledAt
     from comfyui_agd.benchmarks.methods import METHODS
-    from comfyui_agd.examples.toy.measure import omega_star
 
-    target = experiment.samples("cfg", METHODS["cfg"].prepare(experiment, "cfg"), SampledAt(omega_star()))
+    at = SampledAt(experiment.best_omega)
+    target = experiment.samples("cfg", METHODS["cfg"].prepare(experiment, "cfg"), at)
     return {"method": "real", "omega": 1.0} | with_errors(picture_metrics(experiment, experiment.decoded, target))
 
 
@@ -59,14 +61,14 @@ class MethodMeasurement:
         """All that is measured of one setting."""
         from comfyui_agd.benchmarks.experiment import SampledAt
         from comfyui_agd.benchmarks.metrics import mean_and_error
-        from comfyui_agd.examples.toy.measure import omega_star
 
         own = self.experiment.samples(self.name, self.method, SampledAt(omega, steps))
         # What has no guidance scale is compared with CFG at its best.
-        target = self.experiment.samples("cfg", self.cfg, SampledAt(omega if omega > 1 else omega_star()))
+        at = SampledAt(omega if omega > 1 else self.experiment.best_omega)
+        target = self.experiment.samples("cfg", self.cfg, at)
         measured = {"seconds_per_image": mean_and_error(own.seconds)} | picture_metrics(self.experiment, own, target)
         row = {
-            "model": "toy",
+            "model": self.experiment.base.name,
             "method": self.name,
             "omega": omega,
             "steps": steps,
@@ -110,14 +112,13 @@ def measure(experiment, name: str) -> None:
     """Every row of a method, into the work folder."""
     from comfyui_agd.benchmarks.experiment import BUDGETS, setting_name
     from comfyui_agd.benchmarks.methods import METHODS
-    from comfyui_agd.examples.toy.measure import omega_star
     from comfyui_agd.examples.toy.sampling import STEPS
 
     measurement = MethodMeasurement(experiment, name)
     for omega in METHODS[name].omegas or experiment.sizes.omegas:
         row = measurement.row(omega, STEPS)
         rows = [row]
-        if omega in (1.0, omega_star()):  # at equal numbers of evaluations
+        if omega in (1.0, experiment.best_omega):  # at equal numbers of evaluations
             fewer = {max(1, round(budget / row["evaluations_per_step"])) for budget in BUDGETS}
             rows += [measurement.row(omega, steps) for steps in sorted(fewer) if steps < STEPS]
         experiment.work.save_rows(setting_name(name, omega), rows)
@@ -142,6 +143,7 @@ def measure_all(experiment, names) -> list[str]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, quick="few methods, few pictures, hardly trained")
+    parser.add_argument("--base", choices=("toy", "toy-dit"), default="toy", help="the base to measure on")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods; default: all")
     parser.add_argument("--list", action="store_true", help="say which methods there are, and do nothing")
     add_work(parser, "quality")
@@ -158,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     use_comfyui(cpu=args.device == "cpu")
     from comfyui_agd.benchmarks import report
     from comfyui_agd.benchmarks.experiment import QUICK_SIZES, Sizes, ToyExperiment
-    from comfyui_agd.benchmarks.methods import METHODS, QUICK
+    from comfyui_agd.benchmarks.methods import METHODS, QUICK, methods_for
     from comfyui_agd.benchmarks.work_folder import WorkFolder
 
     if args.list:
@@ -168,17 +170,21 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"There is no method {', '.join(unknown)}; --list says which there are.")
     given = {key: getattr(args, key) for key in _SIZES if getattr(args, key) is not None}
     sizes = dataclasses.replace(QUICK_SIZES if args.quick else Sizes(), **given)
-    experiment = ToyExperiment(WorkFolder(work_path(args, "quality")), sizes)
-    failed = measure_all(experiment, args.only or (QUICK if args.quick else METHODS))
+    name = "quality" if args.base == "toy" else f"quality-{args.base}"
+    experiment = ToyExperiment(WorkFolder(work_path(args, name)), sizes, args.base)
+    there = methods_for(experiment)
+    if without := sorted(set(args.only or ()) - there.keys()):
+        sys.exit(f"On {args.base} there is no {', '.join(without)}: it is for a UNet.")
+    failed = measure_all(experiment, args.only or ([each for each in QUICK if each in there] if args.quick else there))
     rows = report.in_order(experiment.work.rows())
     print(*report.plain(rows), sep="\n")
     if args.json:
         write_rows(args.json, rows)
     folder = results_folder(args)
     if folder and rows:
-        page = report.page(rows, row_of_real(experiment), sizes, made_on(args.device))
-        write_page(folder, "quality", page, rows)
-        report.plot(rows).save(folder / "quality.png")
+        page = report.page(rows, row_of_real(experiment), sizes, experiment.base, made_on(args.device))
+        write_page(folder, name, page, rows)
+        report.plot(rows, experiment.best_omega).save(folder / f"{name}.png")
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}; the same command tries again.")
 

@@ -10,8 +10,9 @@ from comfyui_agd.benchmarks import metrics
 from comfyui_agd.benchmarks.experiment import BLOCKS, BUDGETS, REUSE, TRAINING_BATCH, Sizes
 from comfyui_agd.benchmarks.methods import BUDGET, METHODS
 from comfyui_agd.benchmarks.output import Figure, columns_of
+from comfyui_agd.examples.toy.bases import Base
 from comfyui_agd.examples.toy.measure import omega_star
-from comfyui_agd.examples.toy.sampling import SAMPLER, SCHEDULER, STEPS
+from comfyui_agd.examples.toy.sampling import SAMPLER, STEPS
 from comfyui_agd.examples.toy.scenes import HELD_OUT_UNWANTED
 from comfyui_agd.examples.toy.standard_errors import BLOCKS as JACKKNIFE_BLOCKS
 from comfyui_agd.examples.toy.tables import Column, console_table, markdown_table
@@ -94,7 +95,7 @@ def significantly_better(row: dict, other: dict) -> bool:
 
 def _dominance(rows: list[dict]) -> list[dict]:
     """The rows at omega*, where all numbers of steps are, each with the rows that are better for no more, as text."""
-    own = [row for row in rows if row["omega"] in (1.0, omega_star())]
+    own = [row for row in rows if row["omega"] in (1.0, omega_star(row["model"]))]
     named = {id(row): f"`{row['method']}` at {row['steps']} steps" for row in own}
     found = []
     for row in own:
@@ -148,17 +149,18 @@ def _budgets(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def page(rows: list[dict], real: dict, sizes: Sizes, made: str) -> str:
+def page(rows: list[dict], real: dict, sizes: Sizes, base: Base, made: str) -> str:
     """quality.md. `real`: the row of real pictures; `made`: when and on what."""
+    name, how = ("quality", "") if base.name == "toy" else (f"quality-{base.name}", f" --base {base.name}")
     pictures = "/".join(map(str, sorted({row["pictures"] for row in rows})))
     return f"""# How good guidance in one pass is
 
-`python benchmarks/quality.py`, {made}. The toy, {pictures} pictures per row.
+`python benchmarks/quality.py{how}`, {made}. {base.title.capitalize()}, {pictures} pictures per row.
 Written by the command; each value with its standard error.
 
 ## At equal sampler steps
 
-{STEPS} steps of {SAMPLER}/{SCHEDULER}.
+{STEPS} steps of {SAMPLER}/{base.scheduler}.
 
 {_table(_SETTING, _FIGURES, [real, *_at_equal_steps(rows)])}
 
@@ -180,7 +182,7 @@ noise.
 
 {_table(_DOMINATED, _COMPARED, _dominance(rows))}
 
-![prompt accuracy and Fréchet distance against evaluations per picture](quality.png)
+![prompt accuracy and Fréchet distance against evaluations per picture]({name}.png)
 
 {_about_methods(rows, sizes)}
 {_about_measurements(sizes)}"""
@@ -211,7 +213,7 @@ def _about_measurements(sizes: Sizes) -> str:
     left_out = ", ".join(f'"{word}"' for word in HELD_OUT_UNWANTED)
     return f"""## What is measured
 
-- **Evaluations** are counted: rows that reach the UNet. Seconds are those inside KSampler and depend on what else the
+- **Evaluations** are counted: rows that reach the model. Seconds are those inside KSampler and depend on what else the
   machine did.
 - **Prompt accuracy**: pictures in which the judge sees every attribute of a held-out caption.
 - **Fréchet distance** in the judge's 128 features, to 4096 real held-out pictures and to CFG's pictures of the same
@@ -231,9 +233,9 @@ def _about_measurements(sizes: Sizes) -> str:
 """
 
 
-def plot(rows: list[dict]) -> Image.Image:
+def plot(rows: list[dict], best_omega: float) -> Image.Image:
     """Prompt accuracy and Fréchet distance against evaluations per picture, of the main methods at omega*."""
-    rows = [row for row in rows if row["method"] in _PLOTTED and row["omega"] in (1.0, omega_star())]
+    rows = [row for row in rows if row["method"] in _PLOTTED and row["omega"] in (1.0, best_omega)]
     names = list(dict.fromkeys(row["method"] for row in rows))
     colours = {name: _colour(i, len(names)) for i, name in enumerate(names)}
     diagrams = stacked([_diagram(rows, colours, plot) for plot in _PLOTS], sideways=True)

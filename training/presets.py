@@ -22,13 +22,18 @@ def settings_for(base: BaseInfo, chosen: dict) -> TrainConfig:
     A family of which nothing is known is trained as SD 1.5.
     """
     family = find_family(base.family) or Family(base.family, base.family)
-    suited: dict = _ANY | (_FLOW if base.prediction == "FLOW" else {})
+    suited: dict = _ANY | trajectories_of(base)
     suited |= _adapter_for(base, chosen.get("kind")) | _suited(family)
     if chosen.get("kind") == "scale":
         suited |= _SCALE
     if "width" in chosen or "height" in chosen:
         suited |= {"aspect_ratios": ()}
     return TrainConfig(**{**suited, **chosen})
+
+
+def trajectories_of(base: BaseInfo) -> dict:
+    """The settings of trajectories that are other ones than most bases'."""
+    return dict(_FLOW) if base.prediction == "FLOW" else {}
 
 
 def _adapter_for(base: BaseInfo, kind: str | None) -> dict:

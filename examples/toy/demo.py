@@ -60,7 +60,15 @@ _LARGEST_ERROR = 0.1  # of the speed-up, over itself: with a larger one it is no
 # What suits each base: the adapter, and how fast it may learn.
 _SETTINGS: dict[str, dict] = {
     "toy": {"hidden": 28, "encoder_width": 32, "learning_rate": 3e-3},
-    "toy-dit": {"kind": "low_rank", "hidden": 16, "learning_rate": 3e-3, "schedulers": ("simple", "normal")},
+    "toy-dit": {
+        "hidden": 32,
+        "rank": 4,
+        "vector": 64,
+        "encoder_width": 32,
+        "learning_rate": 3e-3,
+        "schedulers": ("simple", "normal"),
+        "solvers": ("euler", "dpmpp_2m"),
+    },
 }
 _TITLES = {"unguided": "unguided", "cfg": "CFG", "cfg_half": f"CFG, {STEPS // 2} steps", "agd": "AGD"}
 
