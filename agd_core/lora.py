@@ -43,6 +43,11 @@ def lora(info: AdapterInfo, weights: dict[str, torch.Tensor], omega: float) -> d
     if not isinstance(kind, LowRankConfig) or kind.modulated:
         shown = f"{kind.name} with modulation by t and omega" if isinstance(kind, LowRankConfig) else kind.name
         raise ValueError(f"This adapter is {shown}, which no LoRA can express: train one with --kind low_rank.")
+    if kind.vector:
+        raise ValueError(
+            "This adapter also changes the timestep's vector, which no LoRA can: train one with --kind low_rank "
+            "--vector 0."
+        )
     if not 0 < omega < math.inf:
         raise ValueError(f"omega is {omega:g}, but must be a number above 0.")
     return low_rank_as_lora(info, weights, omega - 1)

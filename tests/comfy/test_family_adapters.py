@@ -1,0 +1,258 @@
+"""Adapters of every transformer family: sampled, chained, exported and trained, on tiny models in their true layout."""
+
+import dataclasses
+
+import comfy.lora
+import comfy.sd
+import pytest
+import torch
+from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.adapter_file import AdapterFileError
+from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel, block_attention
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
+from comfyui_agd.agd_core.comfyui.sampling import merging, messages
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
+from comfyui_agd.agd_core.lora import lora
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS
+from comfyui_agd.tests.support.family_adapters import TinyClip, adapted, adapter_of, base_of, config_of
+from comfyui_agd.tests.support.runtime import CFG, STEPS, Prompts, ksampler, ksampler_advanced, rows_of
+from comfyui_agd.tests.support.small import randomised
+from comfyui_agd.tests.support.tiny_families import TINY_FAMILIES, conditioning, empty_latent, flat, tiny_model
+from comfyui_agd.training.presets import settings_for
+from comfyui_agd.training.trainer import train
+
+each_family = pytest.mark.parametrize("name", TINY_FAMILIES)
+NOT_TRAINED = ("ltx-2",)
+UNREACHED = ("pixart", "hunyuan-dit", "ernie-image")  # whose attentions ask no one
+TRAINED = [name for name in TINY_FAMILIES if name not in NOT_TRAINED]
+
+
+def prompts(name: str, negative: str = "blurry, dark", positive: str = "a fox") -> Prompts:
+    return Prompts(conditioning(name, positive), conditioning(name, negative))
+
+
+def sample(name: str, model, given: Prompts | None = None, batch: int = 1, **options) -> torch.Tensor:
+    return flat(ksampler(model, given or prompts(name), at=empty_latent(name, batch), **options))
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@each_family
+def test_it_guides_in_one_evaluation_per_step_and_the_negative_prompt_matters(name):
+    base = tiny_model(name)
+    model = adapted(name, base)
+    guided, other = sample(name, model), sample(name, model, prompts(name, negative=""))
+    assert rows_of(model, sample_rows, name)[-STEPS:] == [1] * STEPS
+    assert guided.isfinite().all()
+    assert apart(guided, sample(name, base, cfg=1.0)) > 0.05
+    assert apart(guided, other) > 0.02
+
+
+def sample_rows(model, name: str) -> torch.Tensor:
+    return sample(name, model)
+
+
+@each_family
+def test_where_it_has_nothing_to_do_the_picture_is_the_bases_to_the_bit(name):
+    base = tiny_model(name)
+    plain, guided = sample(name, base, cfg=1.0), sample(name, base)
+    assert torch.equal(sample(name, adapted(name, base), cfg=1.0), plain)
+    assert torch.equal(sample(name, adapted(name, base, strength=0.0)), guided)
+    assert torch.equal(sample(name, adapted(name, base, guidance_scale=1.0)), plain)
+    assert torch.equal(sample(name, base), guided)  # bypassed: nothing stays behind
+
+
+@each_family
+def test_merged_into_the_weights_it_is_what_it_is_beside_them(name, monkeypatch):
+    base = tiny_model(name)
+    merged = sample(name, adapted(name, base))
+    monkeypatch.setattr(merging, "can_merge", lambda guider, lora: False)
+    assert apart(sample(name, adapted(name, base)), merged) < 1e-4
+
+
+@each_family
+def test_split_attention_gives_what_whole_attention_does(name, monkeypatch):
+    base = tiny_model(name)
+    split = sample(name, adapted(name, base))
+    monkeypatch.setattr(block_attention, "can_split", lambda q, channels: False)
+    assert apart(sample(name, adapted(name, base)), split) < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in TINY_FAMILIES if name not in UNREACHED])
+def test_equal_prompts_have_no_difference(name):
+    base, same = tiny_model(name), prompts(name, negative="a fox")
+    assert apart(sample(name, adapted(name, base, "scale"), same), sample(name, base, same, cfg=1.0)) < 1e-5
+
+
+@each_family
+def test_pictures_of_a_batch_and_of_several_prompts_are_right(name):
+    base = tiny_model(name)
+    model = adapted(name, base)
+    alone, both = sample(name, model), sample(name, model, batch=2)
+    if name != "ltx-2":  # whose noise is drawn for both latents at once
+        assert apart(both[:1], alone) < 1e-4
+    one, other = prompts(name), prompts(name, negative="ugly", positive="a dog")
+    combined = Prompts(one.positive + one.positive, one.negative + one.negative)
+    assert apart(sample(name, model, combined), alone) < 1e-4  # the same twice is once
+    mixed = sample(name, model, Prompts(one.positive + other.positive, one.negative + other.negative))
+    assert mixed.isfinite().all()
+    assert apart(mixed, alone) > 1e-3
+
+
+@each_family
+def test_a_sampling_in_two_parts_is_the_whole_and_it_may_begin_anywhere(name):
+    base, given = tiny_model(name), prompts(name)
+    model = adapted(name, base)
+    first = ksampler_advanced(model, given, empty_latent(name), end=2)
+    parts, whole = (
+        ksampler_advanced(model, given, at, start=start) for at, start in ((first, 2), (empty_latent(name), 0))
+    )
+    assert apart(flat(parts["samples"]), flat(whole["samples"])) < 1e-4
+    assert sample(name, model, denoise=0.5).isfinite().all()
+
+
+@each_family
+def test_a_file_holds_it_and_another_familys_is_refused_with_both_named(name, tmp_path):
+    info, weights = adapter_of(name)
+    adapter = Adapter(info.config)
+    adapter.load_state_dict(weights)
+    found, loaded = adapter_file.load_weights(adapter_file.save(tmp_path / "a.safetensors", adapter, info))
+    assert found == info
+    assert all(torch.equal(value, loaded[key]) for key, value in weights.items())
+    other = "flux" if name.startswith("sd3") else "sd3"
+    with pytest.raises(AdapterFileError, match=rf"is for {base_of(name).family_name}.*your checkpoint is") as refused:
+        adapted(name, tiny_model(other))
+    assert base_of(other).family_name in str(refused.value)
+
+
+@each_family
+def test_as_a_lora_it_is_taken_by_the_core_loader_whole_and_gives_the_same(name):
+    base, (info, weights) = tiny_model(name), adapter_of(name, "low_rank", vector=0)
+    exported = lora(info, weights, CFG)
+    keys = comfy.lora.model_lora_keys_unet(base.model, {})
+    assert {key.rpartition(".lora_")[0] or key.rpartition(".alpha")[0] for key in exported} <= keys.keys()
+    patched, _ = comfy.sd.load_lora_for_models(base, None, exported, 1.0, 0.0)
+    assert len(patched.patches) == sum(len(layer.linears) for layer in info.config.layers)
+    ours = apply_adapter(base, info, weights, source="the file", notify=lambda message: None)
+    assert apart(sample(name, ours), sample(name, patched, cfg=1.0)) < 1e-4
+
+
+def test_what_no_lora_can_express_is_not_exported():
+    with pytest.raises(
+        ValueError, match=r"changes the timestep's vector, which no LoRA can: train one with --vector 0"
+    ):
+        lora(*adapter_of("sd3", "low_rank"), CFG)
+
+
+@each_family
+def test_a_lora_before_or_behind_it_is_the_same(name):
+    base = tiny_model(name)
+    info, weights = adapter_of(name, "low_rank", vector=0)
+    others = {key: 0.3 * value for key, value in lora(info, weights, 2.0).items()}
+
+    def with_lora(model):
+        return comfy.sd.load_lora_for_models(model, None, others, 1.0, 0.0)[0]
+
+    before, behind = adapted(name, with_lora(base)), with_lora(adapted(name, base))
+    assert torch.equal(sample(name, before), sample(name, behind))
+
+
+@pytest.mark.parametrize("name", ["flux2", "qwen-image", "omnigen2"])
+def test_pictures_to_edit_stand_beside_the_image(name):
+    reference = torch.randn(1, *TINY_FAMILIES[name].latent, generator=torch.Generator().manual_seed(0))
+    given = prompts(name)
+    for entries in (*given.positive, *given.negative):
+        entries[1]["reference_latents"] = [reference]
+    base = tiny_model(name)
+    model = adapted(name, base)
+    edited = sample(name, model, given)
+    assert rows_of(model, ksampler, given, at=empty_latent(name))[-STEPS:] == [1] * STEPS
+    assert edited.isfinite().all()
+    assert apart(edited, sample(name, model)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan2.1-t2v"])
+def test_compiled_it_runs_uncompiled_and_says_so(name):
+    base, said = tiny_model(name), []
+    compiled = TorchCompileModel.execute(base, "eager").args[0]
+    found = sample(name, adapted(name, compiled, notify=said.append))
+    assert messages.UNCOMPILED_FOR_HOOKS in said
+    assert apart(found, sample(name, adapted(name, base))) < 1e-5
+
+
+# Training.
+
+
+def training(name: str, **settings):
+    model = ComfyModel(tiny_model(name), TinyClip(name))
+    small = {"batch", "pool", "encoder_width", "steps_min", "steps_max", "held_out", "evaluate_every"}
+    small |= {"preview_every", "save_every"}
+    chosen = {key: value for key, value in dataclasses.asdict(CONFIG).items() if key in small}
+    side = 512 if name == "pixart" else 64 if name in ("flux2", "lens") else 128  # which has positions from there on
+    chosen |= {"iterations": 20, "learning_rate": 2e-3, "omega_max": 6.0, "vector": 8, "width": side, "height": side}
+    config = settings_for(model.base, chosen | {"reuse": 1, **settings})
+    rank = {"hidden": 2} if config.kind == "low_rank" else {"hidden": 8, "rank": 2}
+    return train(model, PROMPTS, dataclasses.replace(config, **rank))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_closes_a_part_of_the_gap_and_moves_every_parameter(name):
+    trained = training(name, checkpointing="on")
+    assert trained.evaluation.gap_closed[min(trained.evaluation.gap_closed)] > 0
+    assert [key for key, parameter in trained.adapter.trained() if not parameter.any()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3", "flux", "ltxv", "anima", "z-image", "wan2.1-i2v"])
+def test_checkpointed_it_is_the_same_training(name):
+    kept, again = (training(name, iterations=4, checkpointing=how) for how in ("off", "on"))
+    for (key, one), (_, other) in zip(kept.adapter.trained(), again.adapter.trained(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", [name for name in TRAINED if name != "cogvideox"])  # whose first step says too little
+def test_gradients_are_those_of_finite_differences(name, checkpointing):
+    """What a network overwrites, or computes without gradients, would show here: through low-rank changes alone, for
+    what attention keeps of the prompts has no gradients on purpose."""
+    model = ComfyModel(tiny_model(name), TinyClip(name))
+    denoiser, adapter = model.denoiser, randomised(Adapter(config_of(name, "low_rank")), seed=1)
+    side = 512 if name == "pixart" else 64
+    shape = denoiser.latent_shape(side, side)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 2, *shape, generator=generator)
+    positive, negative = (model.text_encoder.encode([text] * 2) for text in ("a fox", "dark"))
+    sigma = denoiser.sigmas("simple", 4)[1].expand(2)
+    parameters = [parameter for _, parameter in adapter.trained()]
+    steps = [torch.randn(p.shape, generator=generator) * p.std() for p in parameters]
+
+    def loss() -> torch.Tensor:
+        out = denoiser.student(adapter, x, sigma, positive, negative, torch.tensor([2.0, 3.0]))
+        return (out * weight).sum()
+
+    with denoiser.session(checkpointing=checkpointing):
+        found = torch.autograd.grad(loss(), parameters)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for parameter, step in zip(parameters, steps, strict=True):
+                    parameter.add_(sign * 2e-3 * step)
+                values.append(loss().double())
+                for parameter, step in zip(parameters, steps, strict=True):
+                    parameter.sub_(sign * 2e-3 * step)
+    expected = float((values[0] - values[1]) / 4e-3)
+    along = float(sum((grad * step).sum() for grad, step in zip(found, steps, strict=True)))
+    assert along == pytest.approx(expected, rel=0.02, abs=0.01 * float(values[0].abs()) ** 0.5)
+
+
+@pytest.mark.parametrize("name", NOT_TRAINED)
+def test_where_latents_are_several_there_is_no_training_yet(name):
+    with pytest.raises(UnsupportedModel, match=r"LTX-2 can't be trained yet: its latents are several"):
+        training(name)
