@@ -16,16 +16,17 @@ from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.sampling import merging, messages
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.lora import lora
-from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS
 from comfyui_agd.tests.support.family_adapters import TinyClip, adapted, adapter_of, base_of, config_of
 from comfyui_agd.tests.support.runtime import CFG, STEPS, Prompts, ksampler, ksampler_advanced, rows_of
 from comfyui_agd.tests.support.small import randomised
 from comfyui_agd.tests.support.tiny_families import TINY_FAMILIES, conditioning, empty_latent, flat, tiny_model
 from comfyui_agd.training.presets import settings_for
+from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import train
 
 each_family = pytest.mark.parametrize("name", TINY_FAMILIES)
 NOT_TRAINED = ("ltx-2",)
+PROMPTS = ["a fox", "a green door"]
 UNREACHED = ("pixart", "hunyuan-dit", "ernie-image")  # whose attentions ask no one
 TRAINED = [name for name in TINY_FAMILIES if name not in NOT_TRAINED]
 
@@ -104,7 +105,7 @@ def test_pictures_of_a_batch_and_of_several_prompts_are_right(name):
     assert apart(mixed, alone) > 1e-3
 
 
-@each_family
+@pytest.mark.parametrize("name", TRAINED)  # ComfyUI itself can't go on with latents that are several
 def test_a_sampling_in_two_parts_is_the_whole_and_it_may_begin_anywhere(name):
     base, given = tiny_model(name), prompts(name)
     model = adapted(name, base)
@@ -189,15 +190,16 @@ def test_compiled_it_runs_uncompiled_and_says_so(name):
 
 
 def training(name: str, **settings):
+    """A short one, measured on the prompts that it learns from: networks of random weights have nothing in common from
+    prompt to prompt."""
     model = ComfyModel(tiny_model(name), TinyClip(name))
-    small = {"batch", "pool", "encoder_width", "steps_min", "steps_max", "held_out", "evaluate_every"}
-    small |= {"preview_every", "save_every"}
-    chosen = {key: value for key, value in dataclasses.asdict(CONFIG).items() if key in small}
-    side = 512 if name == "pixart" else 64 if name in ("flux2", "lens") else 128  # which has positions from there on
-    chosen |= {"iterations": 20, "learning_rate": 2e-3, "omega_max": 6.0, "vector": 8, "width": side, "height": side}
-    config = settings_for(model.base, chosen | {"reuse": 1, **settings})
+    side = 512 if name == "pixart" else 64 if name in ("flux2", "lens") else 128  # where its positions begin
+    chosen = {"iterations": 16, "batch": 2, "pool": 2, "steps_min": 3, "steps_max": 4, "evaluate_every": 0}
+    chosen |= {"learning_rate": 2e-3, "omega_max": 6.0, "width": side, "height": side, "reuse": 1, "preview_every": 0}
+    config = settings_for(model.base, chosen | {"encoder_width": 8, "vector": 8, **settings})
     rank = {"hidden": 2} if config.kind == "low_rank" else {"hidden": 8, "rank": 2}
-    return train(model, PROMPTS, dataclasses.replace(config, **rank))
+    options = RunOptions(negative=["", "dark"], held_out=PROMPTS)
+    return train(model, PROMPTS, dataclasses.replace(config, **rank), options=options)
 
 
 @pytest.mark.slow
@@ -217,8 +219,12 @@ def test_checkpointed_it_is_the_same_training(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", [name for name in TRAINED if name != "cogvideox"])  # whose first step says too little
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    # CogVideoX's first step says too little of the prompt.
+    [(name, True) for name in TRAINED if name != "cogvideox"]
+    + [(name, False) for name in ("sd3", "flux", "ltxv", "anima", "qwen-image")],
+)
 def test_gradients_are_those_of_finite_differences(name, checkpointing):
     """What a network overwrites, or computes without gradients, would show here: through low-rank changes alone, for
     what attention keeps of the prompts has no gradients on purpose."""
