@@ -23,6 +23,7 @@ from ..sampling.compile_guard import without_compile
 from ..sampling.negatives import WeightedNegative
 from . import tracing
 from .activation_checkpointing import checkpointed
+from .differentiable import differentiable
 from .text_encoder import EncodedPrompt
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ class ComfyDenoiser:
         `checkpointing`: compute activations again in the backward pass. `memory`: bytes of the device to leave free, if
         need be by leaving a part of the base in system memory; 0 loads all of it.
         """
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), differentiable():
             comfy.model_management.load_models_gpu(
                 [self._model],
                 memory_required=memory,
