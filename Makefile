@@ -14,7 +14,7 @@ MATRIX := 0.16.3 0.18.2 0.26.0
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # All of the unit tests, and of every other folder what is quickest.
 FAST := tests/unit \
-  tests/comfy/test_architectures.py tests/comfy/test_sampling.py tests/comfy/test_solvers.py tests/comfy/test_flops.py \
+  tests/comfy/test_architectures.py tests/comfy/test_sampling.py tests/comfy/test_solvers.py tests/comfy/test_step_cost.py \
   tests/comfy/compatibility/test_table.py::test_the_documented_table_is_what_is_tested \
   tests/toy/test_toy.py tests/server/test_server.py::test_the_pack_loads_without_complaint
 

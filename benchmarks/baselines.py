@@ -14,9 +14,9 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
+from comfyui_agd.agd_core.comfyui.fused_attention import FUSED_ATTENTION
 from comfyui_agd.agd_core.comfyui.guided_step import KEY as AGD
 from comfyui_agd.agd_core.comfyui.model.text_encoder import EncodedPrompt
-from comfyui_agd.agd_core.comfyui.model.tracing import FUSED_ATTENTION
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.comfyui.sampling.guider import with_cfg
 from comfyui_agd.agd_core.config import BaseInfo

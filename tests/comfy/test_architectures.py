@@ -23,7 +23,8 @@ from comfyui_agd.agd_core.comfyui.backbones import (
 )
 from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.lora import lora_key
-from comfyui_agd.tests.support.checkpoints import ARCHITECTURES, on_meta
+from comfyui_agd.tests.support.architectures import UNETS
+from comfyui_agd.tests.support.checkpoints import on_meta
 from comfyui_agd.tests.support.small import config_for, info_for
 
 # ComfyUI's own x4 upscaler.
@@ -91,7 +92,7 @@ def let_go_of_the_models():
 
 
 def test_the_table_is_complete():
-    assert EXPECTED.keys() == ARCHITECTURES.keys() - {"SVD"}
+    assert EXPECTED.keys() == UNETS.keys() - {"SVD"}
 
 
 @pytest.mark.parametrize("name", EXPECTED)

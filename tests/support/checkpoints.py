@@ -6,7 +6,6 @@ Names and shapes come from ComfyUI's own modules; what a checkpoint is, ComfyUI 
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import comfy.model_base
@@ -15,117 +14,18 @@ import comfy.ops
 import comfy.supported_models_base
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-_UNET = "model.diffusion_model."
-_SD = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 320,
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": [1, 2, 4, 4],
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_middle": 1,
-    "transformer_depth_output": [1] * 9 + [0] * 3,
-    "num_heads": 8,
-}
-_Y = {"num_classes": "sequential", "adm_in_channels": 2816}
-_SD15 = {**_SD, "context_dim": 768}
-_SD2 = {**_SD, "context_dim": 1024, "use_linear_in_transformer": True}
-_SDXL = {
-    **_SD2,
-    **_Y,
-    "context_dim": 2048,
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": [1, 2, 4],
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_middle": 10,
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-}
-_REFINER = {
-    **_SD2,
-    **_Y,
-    "adm_in_channels": 2560,
-    "context_dim": 1280,
-    "model_channels": 384,
-    "transformer_depth": [0, 0, 4, 4, 4, 4, 0, 0],
-    "transformer_depth_middle": 4,
-    "transformer_depth_output": [0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0],
-}
-_SSD1B = {
-    **_SDXL,
-    "transformer_depth": [0, 0, 2, 2, 4, 4],
-    "transformer_depth_middle": -1,
-    "transformer_depth_output": [0, 0, 0, 1, 1, 2, 10, 4, 4],
-}
-_VEGA = {
-    **_SDXL,
-    "transformer_depth": [0, 0, 1, 1, 2, 2],
-    "transformer_depth_middle": -1,
-    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
-}
-_KOALA = {
-    **_SDXL,
-    "num_res_blocks": [1, 1, 1],
-    "transformer_depth": [0, 2, 5],
-    "transformer_depth_middle": -2,
-    "transformer_depth_output": [0, 0, 2, 2, 5, 5],
-}
-_X4 = {**_SD2, "in_channels": 7, "model_channels": 256, "channel_mult": [1, 2, 2, 4], "num_classes": 1000}
-_X4 |= {"transformer_depth": [0, 0] + [1] * 6, "transformer_depth_output": [0] * 3 + [1] * 9}
-_SVD = {**_SD2, "in_channels": 8, "num_classes": "sequential", "adm_in_channels": 768}
-_SVD |= {"use_temporal_attention": True, "use_temporal_resblock": True, "extra_ff_mix_layer": True}
-_SVD |= {"use_spatial_context": True, "merge_strategy": "learned_with_images", "merge_factor": 0.0}
-_SVD |= {"video_kernel_size": [3, 1, 1], "disable_temporal_crossattention": False}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """`unet`: the arguments of ComfyUI's UNetModel; `marks`: further tensors that its checkpoints carry."""
-
-    unet: dict
-    marks: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-_NOTHING = torch.tensor([])
-# By this ComfyUI recognises SD 2.x with v-prediction: the values of this bias spread more there.
-_SD2_BIAS = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
-_SD2_EPS, _SD2_V = ({_SD2_BIAS: torch.linspace(-spread, spread, 320)} for spread in (0.1, 0.2))
-_ZERO123 = {"cc_projection.weight": torch.zeros(768, 772), "cc_projection.bias": torch.zeros(768)}
-
-ARCHITECTURES = {
-    "SD 1.5": Architecture(_SD15),
-    "SD 1.5 inpainting": Architecture({**_SD15, "in_channels": 9}),
-    "SD 1.5 InstructPix2Pix": Architecture({**_SD15, "in_channels": 8}),
-    "Stable Zero123": Architecture({**_SD15, "in_channels": 8}, _ZERO123),
-    "SD 2.1 base": Architecture(_SD2, _SD2_EPS),
-    "SD 2.1": Architecture(_SD2, _SD2_V),
-    "SD 2 inpainting": Architecture({**_SD2, "in_channels": 9}, _SD2_EPS),
-    "SD 2.1 unCLIP H": Architecture({**_SD2, **_Y, "adm_in_channels": 2048}, _SD2_V),
-    "SD x4 upscaler": Architecture(_X4),
-    "SDXL": Architecture(_SDXL),
-    "SDXL v": Architecture(_SDXL, {"v_pred": _NOTHING}),
-    "SDXL v zsnr": Architecture(_SDXL, {"v_pred": _NOTHING, "ztsnr": _NOTHING}),
-    "SDXL inpainting": Architecture({**_SDXL, "in_channels": 9}),
-    "SDXL InstructPix2Pix": Architecture({**_SDXL, "in_channels": 8}),
-    "CosXL": Architecture(_SDXL, {"edm_vpred.sigma_max": torch.tensor(120.0)}),
-    "Playground 2.5": Architecture(_SDXL, {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}),
-    "SDXL refiner": Architecture(_REFINER),
-    "SSD-1B": Architecture(_SSD1B),
-    "Segmind Vega": Architecture(_VEGA),
-    "KOALA 700M": Architecture(_KOALA),
-    "SVD": Architecture(_SVD),
-}
+from comfyui_agd.tests.support.architectures import ARCHITECTURES
+from comfyui_agd.tests.support.architectures import UNET_PREFIX as _UNET
 
 
 def names_and_shapes(name: str) -> dict[str, torch.Tensor]:
     """The diffusion model of a checkpoint file: tensors on the meta device, but for those that show what it is."""
     architecture = ARCHITECTURES[name]
-    unet = UNetModel(**architecture.unet, device="meta", operations=comfy.ops.disable_weight_init)
-    state = {f"{_UNET}{key}": value for key, value in unet.state_dict().items()}
+    network = architecture.network_class()(
+        **architecture.arguments, device="meta", operations=comfy.ops.disable_weight_init
+    )
+    state = {f"{_UNET}{key}": value for key, value in network.state_dict().items()}
     return state | architecture.marks
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from ...adapter import Adapter, Prepared
+from ..fused_attention import fused
 from ..guided_step import GuidedStep
 from ..prompt import KeysValues
 from .split_attention import can_split, joined, look
@@ -227,7 +228,7 @@ class GuidedAttention:
         kept = prompt_keys_values(self.step, self.name, len(q), self.uuids, call.axis)
         if number != kept.call:
             return call.run()
-        if self.place.joint and self.before is None and can_split(q, call.head_channels):
+        if self.place.joint and self.before in (None, fused) and can_split(q, call.head_channels):
             return self._guided(call, SplitLooks(call, self.place, kept), kept)
         return self._guided(call, WholeLooks(call, self.place, kept), kept)
 

@@ -18,11 +18,11 @@ from ...config import AdapterConfig
 from ...guidance import per_row
 from ..apply_model import register
 from ..backbones import Backbone, backbone_of, check_adapter
+from ..fused_attention import FUSED_ATTENTION
 from ..guided_step import ActiveAdapter, GuidedStep, with_step
 from ..prompt import Prompt
 from ..sampling.compile_guard import without_compile
 from ..sampling.negatives import WeightedNegative
-from . import tracing
 from .activation_checkpointing import checkpointed
 from .text_encoder import EncodedPrompt
 from .trainable import trainable
@@ -53,7 +53,7 @@ def options_of(model: comfy.model_patcher.ModelPatcher) -> dict:
     options = comfy.model_patcher.create_model_options_clone(model.model_options)["transformer_options"]
     merge_nested_dicts(options.setdefault("wrappers", {}), model.wrappers, copy_dict1=False)
     merge_nested_dicts(options.setdefault("callbacks", {}), model.callbacks, copy_dict1=False)
-    return {**without_compile(options), **tracing.FUSED_ATTENTION}
+    return {**without_compile(options), **FUSED_ATTENTION}
 
 
 def at_sigma(options: dict, sigma: torch.Tensor) -> dict:

@@ -9,11 +9,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
-import comfy.ldm.modules.attention
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -33,21 +33,17 @@ class Traced:
     flops: int
 
 
-def _fused(function, *args, **kwargs):
-    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
-
-
-# For the transformer_options of training, traced or real: SageAttention and the like have no gradients, and on a CPU
-# ComfyUI cuts attention into pieces, which would allocate otherwise than a GPU's.
-FUSED_ATTENTION = {"optimized_attention_override": _fused}
-
-
 def _attention(q, k, v, *args, **kwargs) -> int:
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
+    return sdpa_flop_count(q.shape, _shared(k, q), _shared(v, q))
 
 
 def _attention_backward(grad, q, k, v, *args, **kwargs) -> int:
-    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+    return sdpa_backward_flop_count(grad.shape, q.shape, _shared(k, q), _shared(v, q))
+
+
+def _shared(keys: torch.Tensor, q: torch.Tensor) -> tuple[int, ...]:
+    """The shape of keys or values that several heads may share, as for each head of `q`."""
+    return (keys.shape[0], q.shape[1], *keys.shape[2:])
 
 
 _aten = torch.ops.aten
@@ -95,6 +91,8 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True if args[0].dtype == torch.bool else 1  # of a tensor without values
         if function is torch.ops.prim.device.default:  # fake tensors ask for it all the time
             return function(*args, **kwargs)
         self._know((args, tuple(kwargs.values())), cost=False)
@@ -117,20 +115,28 @@ def _frozen(tensor: torch.Tensor | None) -> nn.Parameter | None:
 @contextmanager
 def _fake_weights(model: nn.Module) -> Iterator[None]:
     """Inside, the parameters and buffers of `model` are fake; the real ones, untouched, are back afterwards."""
-    kept = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
-    # Where ComfyUI keeps a layer's place in its dynamic VRAM: with it, a layer on a CPU would copy its weights.
-    places = {module: vars(module).pop("_v") for module, *_ in kept if "_v" in vars(module)}
+    modules = list(model.modules())
+    kept = [(dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in modules]
     try:
-        for module, parameters, buffers in kept:
+        for module, (_, parameters, buffers) in zip(modules, kept, strict=True):
             module._parameters.update({name: _frozen(_fake(value)) for name, value in parameters.items()})
             module._buffers.update({name: _fake(value) for name, value in buffers.items()})
+            # Where ComfyUI keeps a layer's place in its dynamic VRAM: with it, a layer on a CPU would copy its weights.
+            vars(module).pop("_v", None)
+            # Some networks bring a part of theirs to a device: all are on one here, and fake ones can't be moved.
+            vars(module)["to"] = partial(_stays, module)
         yield
     finally:
-        for module, parameters, buffers in kept:
+        for module, (attributes, parameters, buffers) in zip(modules, kept, strict=True):
+            vars(module).clear()  # some networks keep tensors of their last evaluation
+            vars(module).update(attributes)
             module._parameters.update(parameters)
             module._buffers.update(buffers)
-        for module, place in places.items():
-            module._v = place
+
+
+def _stays(module: nn.Module, *args, **kwargs) -> nn.Module:
+    """In place of `module.to`."""
+    return module
 
 
 @contextmanager

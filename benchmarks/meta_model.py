@@ -1,0 +1,89 @@
+"""A base at its true size on the meta device: as a plan of training asks for it, and as sampling evaluates it.
+
+Nothing is computed or allocated. Costs are counted on fake tensors by `agd_core/comfyui/model/tracing.py`.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from comfyui_agd.agd_core.config import AdapterConfig
+
+CPU = torch.device("cpu")
+# How weights are stored, and what they are cast to for computing.
+DTYPES = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "fp8": (torch.float8_e4m3fn, torch.bfloat16),
+}
+OMEGA = 7.0
+
+
+class MetaModel:
+    """Implements what a plan needs of `training.model.Model`, of a model in `tests.support.architectures`.
+
+    `frames`: of a video's latents; 1 is a picture. Each cost is traced once.
+    """
+
+    def __init__(self, name: str, dtype: str = "bf16", frames: int = 1):
+        import comfy.model_patcher
+
+        from comfyui_agd.agd_core.comfyui.backbones import describe_base
+        from comfyui_agd.agd_core.comfyui.model.denoiser import ComfyDenoiser
+        from comfyui_agd.agd_core.comfyui.model.memory import ComfyMemory
+        from comfyui_agd.agd_core.comfyui.model.text_encoder import ComfyTextEncoder, EncodedPrompt
+        from comfyui_agd.tests.support.architectures import ARCHITECTURES
+        from comfyui_agd.tests.support.checkpoints import on_meta
+
+        self.model, self.frames = on_meta(name, *DTYPES[dtype]), frames
+        self.patcher = comfy.model_patcher.ModelPatcher(self.model, load_device=CPU, offload_device=CPU)
+        self.base = describe_base(self.model)
+        self._denoiser, encoder = ComfyDenoiser(self.patcher), ComfyTextEncoder(None, self.patcher)
+        encoder.last_encoded = EncodedPrompt(ARCHITECTURES[name].prompt.condition(), "positive")
+        self._prompt, self.memory = encoder.last_encoded, ComfyMemory(self.patcher, self._denoiser, encoder)
+        for trace in ("trace_base", "trace_student"):
+            setattr(self.memory, trace, functools.cache(getattr(self.memory, trace)))
+        self.memory.matmul_rate = lambda: 0.0  # it is on no device: what that computes in a second is unknown
+
+    @property
+    def denoiser(self) -> "MetaModel":
+        return self
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """(c, h, w), of video (c, frames, h, w)."""
+        channels, *times, rows, columns = self._denoiser.latent_shape(width, height)
+        return (channels, *(self.frames for _ in times), rows, columns)
+
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.diffusion_model.parameters())
+
+    def flops(self, shape: Sequence[int], config: AdapterConfig | None, steps: int) -> int:
+        """Of so many steps of one sampling of a latent of `shape`, with an adapter of this config or without one."""
+        from comfyui_agd.agd_core.comfyui.model import tracing
+        from comfyui_agd.agd_core.comfyui.model.denoiser import options_of
+
+        conds, options = self._denoiser.conditions([self._prompt], (1, *shape)), options_of(self.patcher)
+
+        def evaluate(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            own = options if config is None else _with_adapter(options, config, conds)
+            for _ in range(steps):
+                out = self._denoiser.evaluate(x, sigma, conds, own)
+            return out
+
+        return tracing.base(self.model, evaluate, tuple(shape), 1).flops
+
+
+def _with_adapter(options: dict, config: AdapterConfig, conds: dict) -> dict:
+    """As a sampler has it: what can be in the base's weights is there."""
+    from comfyui_agd.agd_core.adapter import Adapter
+    from comfyui_agd.agd_core.comfyui.guided_step import ActiveAdapter, GuidedStep, with_step
+    from comfyui_agd.agd_core.comfyui.prompt import Prompt
+    from comfyui_agd.agd_core.comfyui.sampling.negatives import WeightedNegative
+    from comfyui_agd.agd_core.mixed_precision import MixedPrecision
+
+    adapter = Adapter(config, MixedPrecision)
+    negatives = (WeightedNegative(Prompt(conds)),) if adapter.uses_negative else ()
+    prompts = {None: Prompt(conds)} if adapter.guides_attention else {}
+    active = ActiveAdapter(adapter, torch.full((1,), OMEGA), torch.ones(1), negatives, merged=config.kind.merges)
+    return with_step(options, GuidedStep((active,), prompts=prompts))
