@@ -15,6 +15,7 @@ from .compile_fallback import CompileFallback
 from .cond_batch import CondBatch
 from .conditions import are_prompt_and_negative, belong_to
 from .guider import CfgOverride, name_of_guider
+from .kept_memory import KeptMemory
 from .messages import Notify
 from .other_evaluations import OtherEvaluations
 from .post_cfg_watch import PostCfgCall, unwatch_post_cfg, watch_post_cfg
@@ -71,6 +72,8 @@ class GuidedSampling(SharedByDeepcopy):
         # Without a negative ComfyUI has zeros for the unconditional, with which no cfg but 1 makes sense.
         overrides = [CfgOverride(self._cfg_of_step)] if self.guider.conds.get("negative") else []
         inner["wrappers"].setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = overrides
+        kept = [KeptMemory([applied for applied, _ in self.adapters]) for _ in ours]
+        inner["wrappers"].setdefault(WrappersMP.PREPARE_SAMPLING, {})[KEY] = kept
         inner[KEY] = self
         options[PRE_CFG] = [s.check_scale for s in ours] + pre_cfg
         unwatch_post_cfg(options)
