@@ -10,7 +10,7 @@ import importlib
 import math
 import types
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -467,10 +467,12 @@ def _replaced_sizes(row: TinyFamily) -> Iterator[None]:
         yield
 
 
-def tiny_model(name: str) -> comfy.model_patcher.ModelPatcher:
-    """A fresh one each time, always with the same weights."""
+def tiny_model(
+    name: str, stored: Callable[[dict[str, torch.Tensor]], dict] = dict, **model_options: Any
+) -> comfy.model_patcher.ModelPatcher:
+    """A fresh one each time, always with the same weights. `stored`: those as another file has them."""
     with _replaced_sizes(TINY_FAMILIES[name]):
-        return comfy.sd.load_diffusion_model_state_dict(dict(_state_dict(name)))
+        return comfy.sd.load_diffusion_model_state_dict(stored(_state_dict(name)), model_options=model_options)
 
 
 def conditioning(name: str, prompt: str, length: int | None = None) -> list:
