@@ -96,12 +96,13 @@ def test_the_prompts_own_keys_give_what_the_base_has(by_head, last):
 @pytest.mark.parametrize("last", [True, False])
 def test_of_a_blocks_joint_attentions_the_one_with_the_prompts_tokens_is_kept(by_head, last):
     """SD 3.5 medium has one of the image alone behind it."""
-    place, keeping = Place(joint=True, last=last), KeepingAttention(None)
+    place = Place(joint=True, last=last)
+    keeping = KeepingAttention(None, place, lambda: M)
     q, k, v = (tokens(IMAGE + M, by_head, seed) for seed in range(3))
     keeping(attention, q, k, v, HEADS, skip_reshape=by_head)
     alone = (tokens(IMAGE, by_head, seed) for seed in range(3))
     keeping(attention, *alone, HEADS, skip_reshape=by_head)
-    found = keeping.keys_values(place, M)
+    found = keeping.keys_values()
     _, prompt = place.split(IMAGE + M, M)
     axis = 2 if by_head else 1
     assert found.call == 0
@@ -110,12 +111,20 @@ def test_of_a_blocks_joint_attentions_the_one_with_the_prompts_tokens_is_kept(by
 
 
 def test_of_cross_attentions_it_is_the_first_that_is_not_the_images_own():
-    keeping = KeepingAttention(None)
+    keeping, other = (KeepingAttention(None, Place(joint=False), lambda m=m: m) for m in (M, M + 1))
     for keys in (IMAGE, 7, M, M):  # itself, a picture's tokens, the prompt's; the sound's behind it
         q, k, v = tokens(IMAGE, False, 0), tokens(keys, False, 1), tokens(keys, False, 2)
-        keeping(attention, q, k, v, HEADS)
-    assert keeping.keys_values(Place(joint=False), M).call == 2
-    assert keeping.keys_values(Place(joint=False), M + 1) is None
+        for each in (keeping, other):
+            each(attention, q, k, v, HEADS)
+    assert keeping.keys_values().call == 2
+    assert other.keys_values() is None
+
+
+def test_where_the_image_has_as_many_tokens_as_the_prompt_it_is_the_second():
+    keeping = KeepingAttention(None, Place(joint=False), lambda: M)
+    for seed in range(2):
+        keeping(attention, *(tokens(M, False, seed) for _ in range(3)), HEADS)
+    assert keeping.keys_values().call == 1
 
 
 def test_prompts_of_several_conditions_are_repeated_to_one_length():

@@ -144,9 +144,7 @@ def test_as_a_lora_it_is_taken_by_the_core_loader_whole_and_gives_the_same(name)
 
 
 def test_what_no_lora_can_express_is_not_exported():
-    with pytest.raises(
-        ValueError, match=r"changes the timestep's vector, which no LoRA can: train one with --vector 0"
-    ):
+    with pytest.raises(ValueError, match=r"timestep's vector, which no LoRA can: .*--vector 0"):
         lora(*adapter_of("sd3", "low_rank"), CFG)
 
 

@@ -147,31 +147,38 @@ class Place:
 
 @dataclass
 class KeepingAttention:
-    """An override that keeps a block's calls, to find the one with the prompt's tokens among them."""
+    """An override that keeps what one of a block's attentions makes of the prompt's tokens.
+
+    `tokens` says how many those are. Of joint attentions it is the longest, of others the first that isn't the image's
+    to itself, of which there may be as many keys.
+    """
 
     before: Callable | None
-    calls: list[AttentionCall] = field(default_factory=list)
+    place: Place
+    tokens: Callable[[], int]
+    calls: int = 0
+    longest: int = 0
+    found: list[tuple[bool, KeysValues]] = field(default_factory=list)
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
-        call = AttentionCall(_attending(self.before, function), q, k, v, heads, args, kwargs)
-        self.calls.append(call)
+        call, m = AttentionCall(_attending(self.before, function), q, k, v, heads, args, kwargs), self.tokens()
+        if self.place.joint and call.queries == call.keys > max(m, self.longest):
+            self.longest, self.found = call.keys, [(True, self._of_prompt(call, m))]
+        elif not self.place.joint and call.keys == m:
+            self.found.append((call.queries != m, self._of_prompt(call, m)))
+        self.calls += 1
         return call.run()
 
-    def keys_values(self, place: Place, m: int) -> KeysValues | None:
-        """Of the prompt's m tokens; None where no attention looks at them."""
-        if place.joint:
-            longest = max((call.keys for call in self.calls if call.queries == call.keys), default=0)
-            found = [i for i, call in enumerate(self.calls) if call.keys == call.queries == longest > m]
-        else:  # behind the image's attention to itself, of which there may be as many keys
-            found = [i for i, call in enumerate(self.calls) if call.keys == m]
-            found = [i for i in found if self.calls[i].queries != m] or found[1:]
-        if not found:
-            return None
-        call = self.calls[found[0]]
-        image, prompt = place.split(call.keys, m) if place.joint else (slice(0, call.queries), slice(0, m))
+    def _of_prompt(self, call: AttentionCall, m: int) -> KeysValues:
+        image, prompt = self.place.split(call.keys, m) if self.place.joint else (slice(0, 1), slice(0, m))
         mask = call.mask(slice(image.start, image.start + 1), prompt)
         keys, values = (_part(each, call.axis, prompt).clone() for each in (call.k, call.v))
-        return KeysValues(keys, values, mask, found[0])
+        return KeysValues(keys, values, mask, self.calls)
+
+    def keys_values(self) -> KeysValues | None:
+        """None where no attention looks at the prompt."""
+        sure = [kept for is_sure, kept in self.found if is_sure]
+        return next(iter(sure or [kept for _, kept in self.found[1:]]), None)
 
 
 def _part(tokens: torch.Tensor, axis: int, part: slice) -> torch.Tensor:

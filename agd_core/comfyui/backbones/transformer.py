@@ -35,8 +35,6 @@ from .linears import adapted_linears
 # the attention may depend on the length, and hardly anything on what is in the picture where it is all noise.
 _STRIP = 2
 _SEED = 0
-
-
 # What networks call the first layer that the prompt's tokens come to.
 _PROMPT_LAYER = re.compile(r"^(?!.*time).*?(^|[._])(txt|text|context|caption|cap|prompt|cond|encoder)([._]|$)")
 
@@ -76,22 +74,24 @@ class Transformer(Backbone):
     def layers(self) -> tuple[AdapterLayer, ...]:
         prompt_layer: Any = self.network.get_submodule(self.row.prompt_layer)
         context_dim, found = prompt_layer.in_features * self.row.prompt_parts, []
-        guided = self._lists_with_prompt()
-        for name in self.row.blocks:
-            blocks = list(self.network.get_submodule(name).children())
-            for index, block in enumerate(blocks):
-                left_out = self.row.left_out + (self.row.unread if index == len(blocks) - 1 else ())
-                linears = tuple(each for each in self._linears(block) if not _is_inside(each.path, left_out))
-                layer = AdapterLayer(
-                    f"{name.replace('.', '_')}_{index}",
-                    f"{name}.{index}",
-                    _width(linears),
-                    context_dim,
-                    linears=linears,
-                    reads_prompt=name in guided,
+        for each in self.row.blocks:
+            blocks = self._listed((each,))
+            for (name, path), block in blocks.items():
+                left_out = self.row.left_out + (self.row.unread if block is list(blocks.values())[-1] else ())
+                linears = tuple(linear for linear in self._linears(block) if not _is_inside(linear.path, left_out))
+                reads = each in self._lists_with_prompt()
+                found.append(
+                    AdapterLayer(name, path, _width(linears), context_dim, linears=linears, reads_prompt=reads)
                 )
-                found.append(layer)
         return tuple(found)
+
+    def _listed(self, lists: tuple[str, ...]) -> dict[tuple[str, str], nn.Module]:
+        """The blocks of those lists, by their adapter layer's name and their path."""
+        return {
+            (f"{path.replace('.', '_')}_{index}", f"{path}.{index}"): block
+            for path in lists
+            for index, block in enumerate(self.network.get_submodule(path).children())
+        }
 
     def _lists_with_prompt(self) -> tuple[str, ...]:
         """The lists of blocks in which the image looks at the prompt."""
@@ -149,7 +149,7 @@ class Transformer(Backbone):
         return Place(self.row.attention == "joint", self.row.prompt_last)
 
     def _blocks_with_prompt(self) -> dict[str, nn.Module]:
-        return {layer.name: self.block(layer) for layer in self.layers() if layer.reads_prompt}
+        return {name: block for (name, _), block in self._listed(self._lists_with_prompt()).items()}
 
     def keys_values(
         self, model: Any, arguments: dict[str, Any], x: torch.Tensor, step: GuidedStep
@@ -165,15 +165,16 @@ class Transformer(Backbone):
         )
         kept: dict[str, KeepingAttention] = {}
 
+        tokens = _TokensSeen(self.network, self.row.prompt_at)
+
         def keeping(name: str, before: Callable | None) -> KeepingAttention:
-            return kept.setdefault(name, KeepingAttention(before))
+            return kept.setdefault(name, KeepingAttention(before, self._place(), lambda: tokens.count))
 
         given = {key: strip.of(value) for key, value in arguments.items() if not _are_pictures(value)}
-        tokens = _TokensSeen(self.network, self.row.prompt_at)
         with self._alone(step, rows), tokens, overridden_attention(self._blocks_with_prompt(), keeping):
             model._apply_model(start, sigmas, transformer_options=marked({"sigmas": sigmas}), **given)
         for name, attention in kept.items():
-            found = attention.keys_values(self._place(), tokens.count)
+            found = attention.keys_values()
             if found is not None:
                 yield name, found
 
@@ -318,16 +319,18 @@ class _TokensSeen:
         self.module, self.count = network.get_submodule(self.path), 0
 
     def __enter__(self) -> "_TokensSeen":
-        hook = self._see_argument if self.argument else self._see_output
-        self._handle = self.module.register_forward_hook(hook, with_kwargs=True)
+        if self.argument:
+            self._handle = self.module.register_forward_pre_hook(self._see_argument, with_kwargs=True)
+        else:
+            self._handle = self.module.register_forward_hook(self._see_output)
         return self
 
     def __exit__(self, *error) -> None:
         self._handle.remove()
 
-    def _see_output(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+    def _see_output(self, module: nn.Module, args: tuple, out: torch.Tensor) -> None:
         self.count = out.shape[1]
 
-    def _see_argument(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+    def _see_argument(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         value = args[int(self.argument)] if self.argument.isdigit() else kwargs[self.argument]
         self.count = value.shape[1]
