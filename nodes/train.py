@@ -292,6 +292,31 @@ class AGDTrain(io.ComfyNode):
                         "Samplers have them in the model's weights, as a LoRA, so that they cost no step any time."
                     ),
                 ),
+                io.Model.Input(
+                    "other_expert",
+                    optional=True,
+                    tooltip=(
+                        "Of a model of two experts (Wan 2.2 14B) the one that isn't trained here. Set sigma_from or "
+                        "sigma_to as well: trajectories go through both, and those noise levels are learnt."
+                    ),
+                ),
+                _number(
+                    io.Float,
+                    "sigma_from",
+                    1000.0,
+                    "Learn at this noise level and above only: 0.875 for Wan 2.2's high-noise expert (0.9 of image to "
+                    "video).",
+                    suited=False,
+                    step=0.005,
+                ),
+                _number(
+                    io.Float,
+                    "sigma_to",
+                    1000.0,
+                    "Learn below this noise level only: 0.875 for Wan 2.2's low-noise expert. 0: at any.",
+                    suited=False,
+                    step=0.005,
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the previews; without it they are approximate."),
             ],
             outputs=[
@@ -321,6 +346,7 @@ class AGDTrain(io.ComfyNode):
         negative,
         prompt_count,
         start,
+        other_expert=None,
         vae=None,
         **settings,
     ) -> io.NodeOutput:
@@ -330,7 +356,9 @@ class AGDTrain(io.ComfyNode):
         usual = {"kind": _AUTO, "hidden": _DEFAULTS.hidden, "rank": _DEFAULTS.rank}
         chosen = {key: value for key, value in chosen.items() if key not in usual or usual[key] != value}
         chosen |= {"seed": seed, "memory": CARDS.get(card, 0.0)}
-        trainable = ComfyModel(model, clip, autocast=TrainConfig(**chosen).autocast, vae=vae)
+        early = TrainConfig(**chosen)
+        other = None if other_expert is None else (other_expert, early.learns_at)
+        trainable = ComfyModel(model, clip, autocast=early.autocast, vae=vae, other_expert=other)
         chosen |= {"aspect_ratios": COMMON_RATIOS} if aspect_ratios and "width" in chosen else {}
         chosen |= {} if aspect_ratios else {"aspect_ratios": ()}
         config = settings_for(trainable.base, chosen)

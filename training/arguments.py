@@ -48,6 +48,7 @@ def _add_base(parser: argparse.ArgumentParser) -> None:
         "--loader", metavar="MODULE:FUNCTION", help="or a Python function: (MODEL, CLIP) or (MODEL, CLIP, VAE)"
     )
     base.add_argument("--lora", nargs="+", metavar="FILE[:STRENGTH]", help="LoRAs that are part of the base")
+    _add_file(base, "--other-expert", "of a model of two experts the other's file: see --sigma-from and --sigma-to")
     base.add_argument("--base-dtype", choices=_DTYPES, help="of its weights in memory; default: ComfyUI's choice")
     _add_folder(base, "--comfyui", "ComfyUI's folder, if it is not found by itself")
 

@@ -177,8 +177,14 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
     use_comfyui(args.comfyui)
     from ..agd_core.comfyui.model.comfy_model import ComfyModel
 
-    loaded = _load_base(args)
-    model = ComfyModel(loaded.model, loaded.clip, autocast=TrainConfig(**chosen).autocast, vae=loaded.vae)
+    loaded, early, other = _load_base(args), TrainConfig(**chosen), None
+    if args.other_expert:
+        from ..agd_core.comfyui.model.loading import load_expert
+
+        if not args.other_expert.is_file():
+            raise UsageError(f"There is no expert {args.other_expert}.")
+        other = load_expert(args.other_expert, args.base_dtype), early.learns_at
+    model = ComfyModel(loaded.model, loaded.clip, autocast=early.autocast, vae=loaded.vae, other_expert=other)
     config = settings_for(model.base, chosen)
     if recording is not None:
         own = recording.config(config)

@@ -59,6 +59,8 @@ class TrainConfig:
     on_policy: float = option(0.0, "share of trajectories that follow the student instead of the teacher")
     on_policy_from: float = option(0.25, "share of the iterations before any trajectory follows the student")
     precision: str = option("base", "compute in the base's own dtype, or in bf16 where the device has it", PRECISIONS)
+    sigma_from: float = option(0.0, "learn at this noise level and above only, as one of a model's two experts")
+    sigma_to: float = option(0.0, "learn below this noise level only; 0: at any")
     seed: int = option(0, "seed of everything random")
     held_out: int = option(8, "prompts kept out of training to measure gap closed on; 0 measures nothing")
     evaluate_every: int = option(250, "iterations between two measurements; the best adapter is kept; 0: at the end")
@@ -83,6 +85,8 @@ class TrainConfig:
         wrong = [*self._wrong_choices(), *self._wrong_numbers()]
         if not 0 < self.omega_min <= self.omega_max or self.omega_max <= 1:
             wrong.append(f"omega goes from {self.omega_min} to {self.omega_max}, but must rise from above 0 to above 1")
+        if self.sigma_to and not self.sigma_from < self.sigma_to:
+            wrong.append(f"states go from sigma {self.sigma_from} to {self.sigma_to}, but must rise")
         if self.steps_max < self.steps_min:
             wrong.append(f"steps_max is {self.steps_max}, less than steps_min, {self.steps_min}")
         if not self.interval_sigma_max > self.interval_sigma_min:
@@ -110,7 +114,7 @@ class TrainConfig:
         ]
         counts = [
             *("held_out", "evaluate_every", "patience", "save_every", "preview_every", "micro_batch", "memory"),
-            *("interval_sigma_min", "apg_threshold"),
+            *("interval_sigma_min", "apg_threshold", "sigma_from", "sigma_to"),
         ]
         shares = ["warmup", "on_policy", "on_policy_from", "ema", "rescale_phi", "apg_eta"]
         values = {name: getattr(self, name) for name in positive + counts + shares}
@@ -135,6 +139,15 @@ class TrainConfig:
             eta=self.apg_eta,
             threshold=self.apg_threshold or math.inf,
         )
+
+    @property
+    def learns_everywhere(self) -> bool:
+        """Whether states of all noise levels are learnt from."""
+        return self.sigma_from == self.sigma_to == 0
+
+    def learns_at(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Whether states at these noise levels are learnt from."""
+        return (sigma >= self.sigma_from) & (sigma < (self.sigma_to or math.inf))
 
     def buckets(self) -> list[tuple[int, int]]:
         """(width, height) of the pictures of training: width x height, or one of that area per aspect ratio."""

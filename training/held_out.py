@@ -58,9 +58,11 @@ class HeldOutEvaluation:
 
     def _follow_teacher(self, progress: ProgressCallback) -> list[TrajectoryState]:
         prompts, config = self.prompts, self.config
-        trajectories = Trajectories(self.shape, omegas_of(config), rule=config.rule, keep=_KEPT_STEPS)
+        keep = _KEPT_STEPS if config.learns_everywhere else None
+        trajectories = Trajectories(self.shape, omegas_of(config), rule=config.rule, keep=keep)
         rows, negative = max(1, self.both.rows // 2), prompts.negative_of_measured()
-        return follow_teacher(self.model.denoiser, prompts.measured, negative, trajectories, rows, progress)
+        states = follow_teacher(self.model.denoiser, prompts.measured, negative, trajectories, rows, progress)
+        return [state for state in states if config.learns_at(torch.tensor(state.sigma))]
 
     @torch.no_grad()
     def show(self, adapter: Adapter, step: int, progress: ProgressCallback) -> Image.Image:

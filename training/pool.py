@@ -123,6 +123,7 @@ class TrajectoryPool:
                 self._step(column, rows, batch, batch.target)
                 spent += 2 * len(rows)
                 progress(column * (self.config.steps_max - 1) + i + 1, total)
+            spent += self._reach_what_is_learnt(column)
         progress(total, total)
         return spent
 
@@ -149,7 +150,29 @@ class TrajectoryPool:
         if self.config.reuse > 1:
             # More than are rolled out at a time: neighbours on a trajectory are learnt by heart, as one batch would be.
             self.visited = [*self.visited, batch][-self.config.reuse_from :]
-        return 2 * len(batch.x)
+        return 2 * len(batch.x) + self._reach_what_is_learnt(batch.column)
+
+    def _reach_what_is_learnt(self, column: int) -> int:
+        """Bring trajectories on to where the config learns, through what another expert evaluates, and start those anew
+        that are past it. Returns the evaluations (rows) that it cost. Raises `ValueError` where they never get there.
+        """
+        rows, spent = torch.arange(len(self.generators)), 0
+        if self.config.learns_everywhere:
+            return spent
+        for _ in range(2 * self.config.steps_max + 1):
+            sigma = self._sigma(rows, column)
+            for row in rows[sigma < self.config.sigma_from].tolist():
+                self._start(row, column)
+            before = rows[~self.config.learns_at(self._sigma(rows, column))]
+            if not len(before):
+                return spent
+            batch = self._evaluate(column, before)
+            self._step(column, before, batch, batch.target)
+            spent += 2 * len(before)
+        raise ValueError(
+            f"No state of a trajectory is at a noise level from {self.config.sigma_from:g} to {self.config.sigma_to:g} "
+            f"in {self.config.steps_min} to {self.config.steps_max} steps: choose a wider range, or more steps."
+        )
 
     # Saved under the keys that earlier versions gave them, so that their runs and recordings go on.
 

@@ -256,6 +256,15 @@ def test_gradients_are_those_of_finite_differences(name, checkpointing):
     assert along == pytest.approx(expected, rel=0.02, abs=0.01 * float(values[0].abs()) ** 0.5)
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_its_latents_have_a_preview(name):
+    model = ComfyModel(tiny_model(name), TinyClip(name))
+    latent = torch.randn(1, *model.denoiser.latent_shape(64, 64), generator=torch.Generator().manual_seed(0))
+    shown = model.picture(latent)
+    assert shown.size[0] % latent.shape[-1] == shown.size[1] % latent.shape[-2] == 0
+    assert len(shown.getcolors(1_000_000)) > 10
+
+
 @pytest.mark.parametrize("name", NOT_TRAINED)
 def test_where_latents_are_several_there_is_no_training_yet(name):
     with pytest.raises(UnsupportedModel, match=r"LTX-2 can't be trained yet: its latents are several"):

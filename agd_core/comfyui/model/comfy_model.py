@@ -1,5 +1,6 @@
 """A ComfyUI MODEL, CLIP and VAE as the trainer sees them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from ..backbones import describe_base, fingerprint
 from .denoiser import ComfyDenoiser
+from .experts import TwoExperts
 from .memory import ComfyMemory
 from .previews import picture_of
 from .text_encoder import ComfyTextEncoder
@@ -24,15 +26,20 @@ class ComfyModel:
         *,
         autocast: torch.dtype | None = None,
         vae: Any = None,
+        other_expert: tuple[comfy.model_patcher.ModelPatcher, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     ):
         """`autocast`: of the evaluations, see `ComfyDenoiser`. `vae`: decodes previews; without it they are ComfyUI's
-        fast approximation.
+        fast approximation. `other_expert`: of a model of two, and which noise levels are not its own (`TwoExperts`).
         """
         described = describe_base(model.model, model.get_model_object("model_sampling"))
         self.base = replace(described, fingerprint=fingerprint(model.model))
         self.base_patches: dict[str, Any] = {"patched_weights": len(model.patches)} if model.patches else {}
         self._model, self._vae = model.clone(), vae
-        self.denoiser = ComfyDenoiser(self._model, autocast)
+        if other_expert is None:
+            self.denoiser = ComfyDenoiser(self._model, autocast)
+        else:
+            other, is_own = other_expert
+            self.denoiser = TwoExperts(self._model, other.clone(), is_own, autocast)
         self.text_encoder = ComfyTextEncoder(clip, self._model)
         self.memory = ComfyMemory(self._model, self.denoiser, self.text_encoder)
 

@@ -218,7 +218,7 @@ class ComfyDenoiser:
         parts = {}
         for rows, (conds,) in self._together(x.shape, prompts):
             parts[tuple(rows)] = self.evaluate(x[rows], sigma[rows], conds, self._options)
-        return _in_order(parts)
+        return in_order(parts)
 
     def student(
         self,
@@ -237,10 +237,10 @@ class ComfyDenoiser:
         ):
             options = with_adapter(self._options, adapter, omega[rows], wanted, *unwanted)
             parts[tuple(rows)] = self.evaluate(x[rows], sigma[rows], wanted, options)
-        return _in_order(parts)
+        return in_order(parts)
 
 
-def _in_order(parts: dict[tuple[int, ...], torch.Tensor]) -> torch.Tensor:
+def in_order(parts: dict[tuple[int, ...], torch.Tensor]) -> torch.Tensor:
     """Parts of a batch, by the numbers of their rows, as the batch."""
     if len(parts) == 1:
         return next(iter(parts.values()))

@@ -44,6 +44,15 @@ def load_checkpoint(
     return LoadedCheckpoint(model, clip, vae)
 
 
+def load_expert(path: Path, dtype: str | None = None) -> Any:
+    """A MODEL from a file of a diffusion model alone, or of a full checkpoint. Raises `ValueError`."""
+    options = {"dtype": BASE_DTYPES[dtype]} if dtype else {}
+    try:
+        return comfy.sd.load_diffusion_model(str(path), model_options=options)
+    except Exception as error:  # ComfyUI lets through whatever its readers raise
+        raise ValueError(f"{path} can't be read as a diffusion model ({error}).") from error
+
+
 def _load_lora(file: Path) -> dict[str, torch.Tensor]:
     try:
         return comfy.utils.load_torch_file(str(file), safe_load=True)

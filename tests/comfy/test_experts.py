@@ -1,0 +1,59 @@
+"""Two experts, as Wan 2.2 14B has them: each is trained on the states that it sees, reached through the other."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
+from comfyui_agd.tests.support.family_adapters import TinyClip
+from comfyui_agd.tests.support.tiny_families import tiny_model
+from comfyui_agd.training.presets import settings_for
+from comfyui_agd.training.run_setup import RunOptions
+from comfyui_agd.training.trainer import train
+
+NAME, PROMPTS, BOUNDARY = "wan2.1-t2v", ["a fox", "a green door"], 0.9
+
+
+class Watched:
+    """An expert's network, and the noise levels of its evaluations."""
+
+    def __init__(self, seed: int):
+        self.patcher, self.seen = tiny_model(NAME), set()
+        with torch.no_grad():
+            head = self.patcher.model.diffusion_model.head.head.weight
+            head.add_(torch.randn(head.shape, generator=torch.Generator().manual_seed(seed)) * head.std())
+        self.patcher.model.diffusion_model.register_forward_pre_hook(self._see)
+
+    def _see(self, network, inputs) -> None:
+        self.seen |= {round(float(t) / 1000, 3) for t in inputs[1]}
+
+
+def config_of(model: ComfyModel, **settings):
+    chosen = {"iterations": 6, "batch": 2, "pool": 2, "steps_min": 5, "steps_max": 6, "evaluate_every": 0, "reuse": 1}
+    chosen |= {"width": 64, "height": 64, "preview_every": 3, "vector": 8, "encoder_width": 8, "learning_rate": 2e-3}
+    config = settings_for(model.base, chosen | settings)
+    return dataclasses.replace(config, hidden=8, rank=2)
+
+
+@pytest.mark.parametrize(("own", "is_high"), [({"sigma_from": BOUNDARY}, True), ({"sigma_to": BOUNDARY}, False)])
+def test_an_adapter_learns_where_its_expert_is_and_trajectories_go_through_both(own, is_high):
+    experts = Watched(1), Watched(2)
+    early = config_of(ComfyModel(experts[0].patcher, TinyClip(NAME)), **own)
+    model = ComfyModel(experts[0].patcher, TinyClip(NAME), other_expert=(experts[1].patcher, early.learns_at))
+    trained = train(model, PROMPTS, early, options=RunOptions(negative=["", "dark"], held_out=PROMPTS))
+    measured = [sigma for pairs in trained.evaluation.by_sigma.values() for sigma, _ in pairs]
+    learnt, others = experts[0].seen, experts[1].seen
+    if is_high:
+        assert min(learnt) >= BOUNDARY > max(others)
+        assert min(measured) >= BOUNDARY
+    else:  # but for the strip of noise, from which the trained expert keeps what it makes of prompts
+        assert max(learnt - {1.0}) < BOUNDARY <= min(others)
+        assert max(measured) < BOUNDARY
+
+
+def test_a_range_that_no_trajectory_comes_to_is_refused():
+    model = ComfyModel(tiny_model(NAME), TinyClip(NAME))
+    config = config_of(model, sigma_from=0.5001, sigma_to=0.5002)
+    with pytest.raises(ValueError, match=r"No state of a trajectory is at a noise level from 0.5001 to 0.5002"):
+        train(model, PROMPTS, config, options=RunOptions(negative=[""], held_out=PROMPTS))
