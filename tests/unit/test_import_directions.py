@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "comfyui_agd"
 TORCH_ONLY = {"torch", "einops", "safetensors"}
 STANDARD = set(sys.stdlib_module_names)
-COMFYUI = {"comfy", "comfyui_version", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server"}
+COMFYUI = {"comfy", "comfy_kitchen", "comfyui_version", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server"}
 
 
 def relative_imports(node: ast.ImportFrom, file: Path) -> set[str]:
