@@ -6,7 +6,8 @@ the image's queries look at them in place of the prompt's own,
 
     delta = A(q, [k_image, k_prompt]) - A(q, [k_image, k_negative])
 
-with both prompts' kept alike, so that equal prompts give exactly zero. Attentions are reached through ComfyUI's
+with both prompts' kept alike, so that equal prompts give exactly zero; where they don't depend on the step, the
+prompt's own are those of the evaluation. Attentions are reached through ComfyUI's
 `optimized_attention_override`, which is put into the `transformer_options` of one block's run: each run counts its own
 calls, also when it is computed again in a backward pass.
 
@@ -133,10 +134,14 @@ def _attending(before: Callable | None, function: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the prompt's tokens are in an attention: `joint` with the image's, and then `last` or before them."""
+    """Where the prompt's tokens are in an attention: `joint` with the image's, and then `last` or before them.
+
+    `changes`: whether what it makes of them is another in every step.
+    """
 
     joint: bool
     last: bool = False
+    changes: bool = True
 
     def split(self, tokens: int, m: int) -> tuple[slice, slice]:
         """Those of the image and those of the prompt, m, of so many tokens."""
@@ -241,7 +246,7 @@ class GuidedAttention:
 
     def _guided(self, call: AttentionCall, looks: "Looks", kept: KeysValues) -> torch.Tensor:
         own = h = _part(looks.attended, 1, looks.queries)
-        towards = looks.at(kept)
+        towards = looks.at(kept) if self.place.changes else h
         for active, (adapter, shared) in zip(self.step.active, self.prepared, strict=True):
             if adapter.guides_attention:
                 parts = []

@@ -146,7 +146,8 @@ class Transformer(Backbone):
         return kept
 
     def _place(self) -> Place:
-        return Place(self.row.attention == "joint", self.row.prompt_last)
+        joint, own_blocks = self.row.attention == "joint", bool(self.row.sites)  # of the prompt, before the image's
+        return Place(joint, self.row.prompt_last, changes=joint or own_blocks)
 
     def _blocks_with_prompt(self) -> dict[str, nn.Module]:
         return {name: block for (name, _), block in self._listed(self._lists_with_prompt()).items()}
