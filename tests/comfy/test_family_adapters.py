@@ -13,6 +13,7 @@ from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel, block_attention
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
+from comfyui_agd.agd_core.comfyui.model.sampler import ComfySampler
 from comfyui_agd.agd_core.comfyui.sampling import merging, messages
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.lora import lora
@@ -20,6 +21,7 @@ from comfyui_agd.tests.support.family_adapters import TinyClip, adapted, adapter
 from comfyui_agd.tests.support.runtime import CFG, STEPS, Prompts, ksampler, ksampler_advanced, rows_of
 from comfyui_agd.tests.support.small import randomised
 from comfyui_agd.tests.support.tiny_families import TINY_FAMILIES, conditioning, empty_latent, flat, tiny_model
+from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, assess
 from comfyui_agd.training.presets import settings_for
 from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import train
@@ -269,3 +271,14 @@ def test_its_latents_have_a_preview(name):
 def test_where_latents_are_several_there_is_no_training_yet(name):
     with pytest.raises(UnsupportedModel, match=r"LTX-2 can't be trained yet: its latents are several"):
         training(name)
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v", "qwen-image", "flux2", "z-image", "anima"])
+def test_it_is_evaluated_beside_the_models_own_guidance(name):
+    base, (info, weights) = tiny_model(name), adapter_of(name)
+    model, sampler = ComfyModel(base, TinyClip(name)), ComfySampler(base, info, weights, source="the file")
+    config = AssessConfig(omegas=(3.0,), steps=2, count=2, width=64, height=64)
+    found = assess(
+        model, sampler, Candidate(info, weights, "the file"), PromptTexts(["a fox", "a dog"], ["dark"]), config
+    )
+    assert found.costs["guided"].evaluations_per_step == 2 * found.costs["agd"].evaluations_per_step == 2
