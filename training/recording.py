@@ -34,6 +34,8 @@ SETTINGS = (
 # The rule that the trajectories followed. Both predictions are stored, so training may take another for its target.
 _FOLLOWED = ("teacher", "interval_sigma_min", "interval_sigma_max", "rescale_phi", "apg_eta", "apg_threshold")
 
+_RANGE = ("sigma_from", "sigma_to")
+
 
 class RecordingError(AGDError, ValueError):
     """A folder that is no usable recording, or not the one that is asked for."""
@@ -57,7 +59,9 @@ def checksum_of(path: Path) -> str:
 
 
 def _settings(config: TrainConfig) -> dict:
-    return {key: value for key, value in config.result_settings().items() if key in SETTINGS + _FOLLOWED}
+    """A range of noise levels only if there is one: recordings from before there was have none."""
+    named = SETTINGS + _FOLLOWED + (() if config.learns_everywhere else _RANGE)
+    return {key: value for key, value in config.result_settings().items() if key in named}
 
 
 @dataclass

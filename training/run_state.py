@@ -10,6 +10,7 @@ import torch
 from ..agd_core.adapter import Adapter
 from ..agd_core.errors import AGDError
 from ..agd_core.older_formats import rename_weights
+from .config import TrainConfig
 from .distributed import Ranks
 from .gap import Measurement
 from .pool import BatchSource
@@ -105,8 +106,12 @@ class RunState:
 
 
 def check_same_run(saved: dict[str, Any], identity: dict, folder: object) -> None:
-    """Raises `DifferentRun` if the run state that was saved in `folder` is another run's."""
+    """Raises `DifferentRun` if the run state that was saved in `folder` is another run's.
+
+    Settings that there were none of then had what is the default now.
+    """
     then = saved.get("identity", {})
+    then = TrainConfig().result_settings() | then if then else then
     if saved.get("version") not in _READABLE or then != identity:
         raise DifferentRun(
             "A training of this name was begun with other settings: use those to go on with it, or delete its folder "

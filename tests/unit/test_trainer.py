@@ -235,6 +235,19 @@ def test_a_run_that_was_saved_with_the_names_of_format_1_goes_on_to_the_same_res
     assert_same(train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder)), whole)
 
 
+def test_a_run_that_was_saved_before_there_were_some_settings_goes_on(folder, whole):
+    with pytest.raises(Stopped):
+        train(AnalyticModel(), PROMPTS, VARIED, stop_after(7), options=RunOptions(folder=folder))
+    file = max(folder.glob("state-*"))
+    saved = torch.load(file, weights_only=True)
+    for name in ("vector", "sigma_from", "sigma_to"):
+        del saved["identity"][name]
+    torch.save(saved, file)
+    assert_same(train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder)), whole)
+    with pytest.raises(DifferentRun, match=r"sigma_from: 0.0 then, 0.5 now"):
+        train(AnalyticModel(), PROMPTS, replace(VARIED, sigma_from=0.5), options=RunOptions(folder=folder))
+
+
 def test_how_a_run_is_kept_may_change_in_between(folder, whole):
     with pytest.raises(Stopped):
         train(AnalyticModel(), PROMPTS, VARIED, stop_after(7), options=RunOptions(folder=folder))
