@@ -308,6 +308,7 @@ class AGDTrain(io.ComfyNode):
                     "video).",
                     suited=False,
                     step=0.005,
+                    optional=True,  # workflows of before there were experts have none
                 ),
                 _number(
                     io.Float,
@@ -316,6 +317,7 @@ class AGDTrain(io.ComfyNode):
                     "Learn below this noise level only: 0.875 for Wan 2.2's low-noise expert. 0: at any.",
                     suited=False,
                     step=0.005,
+                    optional=True,
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the previews; without it they are approximate."),
             ],
