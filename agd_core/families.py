@@ -43,7 +43,6 @@ class Family:
     blocks: tuple[str, ...] = ()
     prompt_layer: str = ""
     prompt_parts: int = 1
-    prompt_linears: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     several_latents: bool = False

@@ -100,7 +100,7 @@ class Transformer(Backbone):
     def _linears(self, block: nn.Module) -> Iterator[Linear]:
         for path, module in block.named_modules():
             if hasattr(module, "in_features") and hasattr(module, "out_features"):
-                yield Linear(path, module.in_features, module.out_features, path in self.row.prompt_linears)
+                yield Linear(path, module.in_features, module.out_features)
 
     @contextmanager
     def intercept(self, step: GuidedStep) -> Iterator[dict[str, Any]]:
