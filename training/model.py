@@ -39,8 +39,9 @@ class Denoiser(Protocol):
     def check_schedulers(self, names: Sequence[str]) -> None:
         """Raises `ValueError` for one that there isn't."""
 
-    def session(self, *, checkpointing: bool = ..., memory: int = ...) -> AbstractContextManager[None]:
-        """Inside, the base is loaded and ready for gradients; `memory` bytes of the device are left free."""
+    def session(self, *, checkpointing: bool = ..., memory: int = ..., work: int = ...) -> AbstractContextManager[None]:
+        """Inside, the base is loaded and ready for gradients; `memory` bytes of the device are left free, and by what
+        is loaded beside the base at least `work`."""
 
     def sigmas(self, scheduler: str, steps: int) -> torch.Tensor:
         """(steps + 1,) noise levels, the last one 0."""

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import comfy.model_management as mm
+import comfy.ops
 import pytest
 import torch
 
@@ -57,3 +59,29 @@ def test_a_range_that_no_trajectory_comes_to_is_refused():
     config = config_of(model, sigma_from=0.5001, sigma_to=0.5002)
     with pytest.raises(ValueError, match=r"No state of a trajectory is at a noise level from 0.5001 to 0.5002"):
         train(model, PROMPTS, config, options=RunOptions(negative=[""], held_out=PROMPTS))
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [(0.4, 0, 0.03), (2.0, 0.2, 0.9), (3.0, 1, 1)])
+def test_the_other_expert_has_what_the_trained_one_and_a_step_leave_and_can_be_evaluated(
+    monkeypatch, share, least, most
+):
+    own, other = tiny_model(NAME), tiny_model(NAME)
+    size, work = own.model_size(), own.model_size() // 10
+    real, card = mm.get_free_memory, share * own.model_size()
+
+    def free(device=None, torch_free_too=False):
+        return real(device, True) if torch_free_too else max(0, card - own.loaded_size() - other.loaded_size())
+
+    monkeypatch.setattr(mm, "get_free_memory", free)
+    monkeypatch.setattr(mm, "minimum_inference_memory", lambda: 0)
+    model = ComfyModel(own, TinyClip(NAME), other_expert=(other, lambda sigma: sigma >= BOUNDARY))
+    x, sigma, prompt = torch.ones(1, *model.denoiser.latent_shape(64, 64)), torch.full((1,), 0.5), "a fox"
+    with model.denoiser.session(work=work):
+        found = model.denoiser.denoise(x, sigma, model.text_encoder.encode([prompt]))
+        assert least <= other.loaded_size() / size <= most
+        layers = [layer for layer in other.model.modules() if isinstance(layer, comfy.ops.CastWeightBiasOp)]
+        assert any(layer.comfy_cast_weights for layer in layers) == (least < 1)
+    assert other.loaded_size() == 0
+    alone = ComfyModel(tiny_model(NAME), TinyClip(NAME))
+    with alone.denoiser.session():
+        assert torch.equal(found, alone.denoiser.denoise(x, sigma, alone.text_encoder.encode([prompt])))

@@ -30,15 +30,31 @@ from .trainable import trainable
 log = logging.getLogger(__name__)
 
 
-def _without_inference_tensors(module: nn.Module) -> None:
-    """Replace parameters that were made under `torch.inference_mode`, as ComfyUI's loader nodes make them.
+@contextmanager
+def _without_inference_tensors(module: nn.Module) -> Iterator[None]:
+    """Inside, parameters that were made under `torch.inference_mode`, as ComfyUI's loader nodes make them, are copies.
 
     Autograd refuses to save such tensors for the backward pass, even frozen. The values stay the same to the bit.
     """
+    replaced = []
     for child in module.modules():
         for name, parameter in child._parameters.items():
             if parameter is not None and parameter.is_inference():
-                child._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
+                child._parameters[name] = _copied(parameter)
+                replaced.append((child, name))
+    try:
+        yield
+    finally:
+        # Quantised weights go back: in inference mode, as nodes run, ComfyUI can't move those that weren't made there.
+        with torch.inference_mode():
+            for child, name in replaced:
+                parameter = child._parameters[name]
+                if parameter is not None and type(parameter) is not nn.Parameter:
+                    child._parameters[name] = _copied(parameter)
+
+
+def _copied(parameter: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.clone(), requires_grad=False)
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -126,30 +142,37 @@ class ComfyDenoiser:
                 raise ValueError(f"There is no scheduler {name!r}; ComfyUI has {known}.")
 
     @contextmanager
-    def session(self, *, checkpointing: bool = False, memory: int = 0) -> Iterator[None]:
+    def session(self, *, checkpointing: bool = False, memory: int = 0, work: int = 0) -> Iterator[None]:
         """The base is loaded and ready for gradients inside; what was set up for that is undone after.
 
         `checkpointing`: compute activations again in the backward pass. `memory`: bytes of the device to leave free, if
-        need be by leaving a part of the base in system memory; 0 loads all of it.
+        need be by leaving a part of the base in system memory; 0 loads all of it. `work`: bytes that what is loaded
+        beside the base leaves free.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            comfy.model_management.load_models_gpu(
-                [self._model],
-                memory_required=memory,
-                minimum_memory_required=memory or None,
-                force_full_load=not memory,
-            )
-            _without_inference_tensors(self._model.model)
+            self._load(memory)
             self._model.model.requires_grad_(False)  # ComfyUI itself freezes its models from 0.30 on
             self._model.pre_run()
             self._options = options_of(self._model)
             twice = checkpointing or not self._is_fully_loaded()
             try:
-                with trainable(self._backbone), checkpointed(self._backbone) if twice else nullcontext():
+                with (
+                    _without_inference_tensors(self._model.model),
+                    trainable(self._backbone),
+                    checkpointed(self._backbone) if twice else nullcontext(),
+                ):
                     yield
             finally:
                 self._model.cleanup()
                 self._options = {}
+
+    def _load(self, memory: int) -> None:
+        comfy.model_management.load_models_gpu(
+            [self._model],
+            memory_required=memory,
+            minimum_memory_required=memory or None,
+            force_full_load=not memory,
+        )
 
     def _is_fully_loaded(self) -> bool:
         """Whether all weights stay on the device. Others come into a buffer that the next layer's overwrite, and what

@@ -6,6 +6,7 @@ An adapter is trained for one of them, on the states that it sees: reached throu
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -13,6 +14,33 @@ from ...adapter import Adapter
 from ...guidance import per_row
 from .denoiser import ComfyDenoiser, in_order
 from .text_encoder import EncodedPrompt
+
+
+class OtherExpert(ComfyDenoiser):
+    """Takes of the device what the trained expert leaves free. The rest of its weights are fetched as it runs."""
+
+    @contextmanager
+    def session(self, *, checkpointing: bool = False, memory: int = 0, work: int = 0) -> Iterator[None]:
+        """`memory`: bytes of the device to leave free."""
+        try:
+            with super().session(checkpointing=checkpointing, memory=memory):
+                yield
+        finally:
+            if not any(each.is_clone(self._model) for each in comfy.model_management.loaded_models()):
+                self._model.detach()
+
+    def _load(self, memory: int) -> None:
+        if getattr(self._model, "is_dynamic", lambda: False)():  # ComfyUI's dynamic VRAM makes room as models run
+            super()._load(memory)
+            return
+        # Not by `load_models_gpu`, which makes room for all of one model by moving out all of the other: that one
+        # couldn't be evaluated then.
+        reserve = memory + comfy.model_management.minimum_inference_memory()
+        room = comfy.model_management.get_free_memory(self.device) - reserve
+        self._model.model_patches_to(self.device)
+        self._model.model_patches_to(self._model.model_dtype())
+        # With nothing loaded, it is made ready to fetch its weights by being given some room.
+        self._model.partially_load(self.device, max(room, 0.1 - self._model.loaded_size()))
 
 
 class TwoExperts(ComfyDenoiser):
@@ -27,12 +55,12 @@ class TwoExperts(ComfyDenoiser):
     ):
         """`is_own`: sigma (b,) -> bool (b,), which noise levels are `model`'s."""
         super().__init__(model, autocast)
-        self.other, self.is_own = ComfyDenoiser(other, autocast), is_own
+        self.other, self.is_own = OtherExpert(other, autocast), is_own
 
     @contextmanager
-    def session(self, *, checkpointing: bool = False, memory: int = 0) -> Iterator[None]:
-        # The other one first: where there is no room for both, it is the one that goes back to system memory.
-        with self.other.session(memory=memory), super().session(checkpointing=checkpointing, memory=memory):
+    def session(self, *, checkpointing: bool = False, memory: int = 0, work: int = 0) -> Iterator[None]:
+        own = super().session(checkpointing=checkpointing, memory=memory, work=work)
+        with own, self.other.session(memory=max(memory, work)):
             yield
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:
