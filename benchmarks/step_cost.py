@@ -146,7 +146,7 @@ FLOPs, over those of one evaluation of the base. *Per sampling*: once, for the p
 
 ## Distilling the default adapter on a card of {CARD}
 
-By the plan of `agd train`, batch 4: what the student's step takes at its peak beside the base's weights, how many
+By the plan of `agd train`, batch 4: the device's memory at its peak, the base's weights on it included, how many
 states at once, and what has to stay in system memory. *no*: not even so.
 
 {markdown_table(_TRAINING, plans)}
