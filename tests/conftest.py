@@ -42,6 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A new layer's weights are random: they are the same whatever ran before."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_finish() -> None:
     # What was imported stays: without it, tests that collect garbage take a tenth of the time.
     gc.collect()
@@ -60,5 +66,4 @@ def info(base) -> AdapterInfo:
 
 @pytest.fixture
 def adapter(info) -> Adapter:
-    torch.manual_seed(0)
     return randomised(Adapter(info.config))
