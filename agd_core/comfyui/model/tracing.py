@@ -53,6 +53,8 @@ _FLOPS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+# Where they are given a mask, its values say how much there is.
+_BY_INDEX = (_aten.index.Tensor, _aten.index_put_.default)
 
 
 class Counter(TorchDispatchMode):
@@ -64,6 +66,7 @@ class Counter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.live_bytes = self.peak_bytes = self.flops = 0
+        self._experts = 1
         self._known: dict[int, weakref.ref] = {}
 
     def traced(self) -> Traced:
@@ -89,12 +92,22 @@ class Counter(TorchDispatchMode):
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
+    def _share(self, index: torch.Tensor | None) -> torch.Tensor | None:
+        """What a mask without values picks: each expert is taken to get an even share of the routed tokens."""
+        if index is None or index.dtype != torch.bool:
+            return index
+        return index.new_empty(max(1, index.numel() // self._experts), dtype=torch.long)
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True if args[0].dtype == torch.bool else 1  # of a tensor without values
         if function is torch.ops.prim.device.default:  # fake tensors ask for it all the time
             return function(*args, **kwargs)
+        if function is _aten.topk.default:
+            self._experts = args[0].shape[-1]
+        elif function in _BY_INDEX and isinstance(args[0], FakeTensor):
+            args = (args[0], [self._share(index) for index in args[1]], *args[2:])
         self._know((args, tuple(kwargs.values())), cost=False)
         result = function(*args, **kwargs)
         self._know((result,), cost=True)
