@@ -55,7 +55,8 @@ class GuidedStep:
 
     `areas`: of conditions that have one, by their uuid; `visited` lists the adapter layers of the last evaluation;
     `attentions`: heads and precision of the layers' attentions, for adapters that work inside them. `prompts`: the
-    positive ones by their conditions' uuid, or by None where all rows are of one, if the base's attentions need them.
+    positive ones by their conditions' uuid, or by None where all rows are of one, if the base's attentions need them;
+    `compile_options`: of torch.compile, if the base is to be compiled with what adapters do in it.
     """
 
     active: tuple[ActiveAdapter, ...]
@@ -63,6 +64,7 @@ class GuidedStep:
     visited: list[str] = field(default_factory=list)
     attentions: dict[str, tuple] = field(default_factory=dict)
     prompts: dict[Any, Prompt] = field(default_factory=dict)
+    compile_options: dict[str, Any] | None = None
 
     def layer_names(self) -> list[str]:
         """All adapter layers in the order of evaluation."""
@@ -94,6 +96,10 @@ class GuidedStep:
             return self
         areas = [self.areas.get(uuid) for uuid in transformer_options.get("uuids") or [None]]
         return replace(self, active=tuple(active.for_rows(areas, x.shape) for active in self.active))
+
+    def positives(self, uuids: list) -> list[Prompt]:
+        """The positive prompts of an evaluation of conditions with those uuids, in the order of its rows."""
+        return [self.prompts[None]] if None in self.prompts else [self.prompts[uuid] for uuid in uuids]
 
     def negatives(self) -> list[Prompt]:
         """The negative prompts whose keys and values are used."""

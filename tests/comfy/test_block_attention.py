@@ -14,7 +14,6 @@ from comfyui_agd.agd_core.comfyui.backbones.block_attention import (
     token_grid,
 )
 from comfyui_agd.agd_core.comfyui.backbones.split_attention import can_split, joined, look
-from comfyui_agd.agd_core.comfyui.guided_step import GuidedStep
 from comfyui_agd.agd_core.comfyui.prompt import KeysValues, Prompt, difference_of, mean_token
 
 B, HEADS, D, IMAGE, M = 2, 3, 8, 10, 4
@@ -128,11 +127,11 @@ def test_where_the_image_has_as_many_tokens_as_the_prompt_it_is_the_second():
 
 
 def test_prompts_of_several_conditions_are_repeated_to_one_length():
-    prompts = {}
-    for uuid, m in (("a", 2), ("b", 3)):
+    prompts = []
+    for m in (3, 2):
         own = KeysValues(torch.full((1, m, 4), float(m)), torch.full((1, m, 4), -float(m)))
-        prompts[uuid] = Prompt({}, {"block": own})
-    found = prompt_keys_values(GuidedStep((), prompts=prompts), "block", 4, ["b", "a"], axis=1)
+        prompts.append(Prompt({}, {"block": own}))
+    found = prompt_keys_values(prompts, "block", 4, axis=1)
     assert found.keys.shape == (4, 6, 4)
     assert found.keys[:, 0, 0].tolist() == [3, 3, 2, 2]
     assert torch.equal(found.values, -found.keys)

@@ -6,7 +6,6 @@ import comfy.lora
 import comfy.sd
 import pytest
 import torch
-from comfy_extras.nodes_torch_compile import TorchCompileModel
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
@@ -14,7 +13,7 @@ from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel, block_attention
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.model.sampler import ComfySampler
-from comfyui_agd.agd_core.comfyui.sampling import merging, messages
+from comfyui_agd.agd_core.comfyui.sampling import merging
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.lora import lora
 from comfyui_agd.tests.support.family_adapters import TinyClip, adapted, adapter_of, base_of, config_of
@@ -175,15 +174,6 @@ def test_pictures_to_edit_stand_beside_the_image(name):
     assert rows_of(model, ksampler, given, at=empty_latent(name))[-STEPS:] == [1] * STEPS
     assert edited.isfinite().all()
     assert apart(edited, sample(name, model)) > 1e-3
-
-
-@pytest.mark.parametrize("name", ["sd3", "wan2.1-t2v"])
-def test_compiled_it_runs_uncompiled_and_says_so(name):
-    base, said = tiny_model(name), []
-    compiled = TorchCompileModel.execute(base, "eager").args[0]
-    found = sample(name, adapted(name, compiled, notify=said.append))
-    assert messages.UNCOMPILED_FOR_HOOKS in said
-    assert apart(found, sample(name, adapted(name, base))) < 1e-5
 
 
 # Training.

@@ -107,8 +107,13 @@ class Backbone(ABC):
         return 0
 
     def runs_compiled(self, step: GuidedStep) -> bool:
-        """Whether the network may run compiled with this step: torch.compile doesn't see hooks come and go."""
+        """Whether the network may run with this step as it was compiled without: torch.compile doesn't see hooks come
+        and go."""
         return not step.changes_linears
+
+    def compiles(self, step: GuidedStep) -> bool:
+        """Whether `intercept` has the network compiled anew with this step, where it can't run as it was compiled."""
+        return False
 
     def timesteps(self, t: torch.Tensor) -> torch.Tensor:
         """The network's own timesteps (b,) on a scale from 0 to 1000, which adapters know."""

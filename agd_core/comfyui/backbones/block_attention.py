@@ -17,7 +17,7 @@ Shapes: b rows, n image tokens, m prompt tokens, w channels, as ComfyUI's attent
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,8 +26,9 @@ from torch import nn
 
 from ...adapter import Adapter, Prepared
 from ..fused_attention import fused
-from ..guided_step import GuidedStep
-from ..prompt import KeysValues
+from ..guided_step import ActiveAdapter
+from ..prompt import KeysValues, Prompt
+from .module_hooks import hooked_before
 from .split_attention import can_split, joined, look
 
 OVERRIDE = "optimized_attention_override"
@@ -37,36 +38,42 @@ _OPTIONAL = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 OverrideFor = Callable[[str, Callable | None], Callable]
 
 
+# In the transformer_options of an evaluation in which attentions are overridden: networks hand them on in many ways.
+_OVERRIDE_FOR = "agd_attention"
+
+
+def with_override(arguments: dict[str, Any], override: OverrideFor) -> dict[str, Any]:
+    """A network's arguments, with which its blocks inside `overridden_attention` have an `override` each."""
+    options = {**arguments["transformer_options"], _OVERRIDE_FOR: override}
+    return {**arguments, "transformer_options": options}
+
+
+def without_override(arguments: dict[str, Any]) -> tuple[dict[str, Any], OverrideFor | None]:
+    """The inverse of `with_override`."""
+    options = dict(arguments.get("transformer_options", {}))
+    override = options.pop(_OVERRIDE_FOR, None)
+    return {**arguments, "transformer_options": options}, override
+
+
 @contextmanager
-def overridden_attention(blocks: dict[str, nn.Module], override: OverrideFor) -> Iterator[None]:
-    """Inside, the attentions of each block, by adapter layer, go through an `override` of their own."""
+def overridden_attention(blocks: dict[str, nn.Module]) -> Iterator[None]:
+    """Inside, the attentions of each block, by adapter layer, go through what `with_override` says."""
 
     def hook_of(name: str) -> Callable:
         def hook(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return tuple(map(own, args)), {key: own(value) for key, value in kwargs.items()}
+            return tuple(own(value) for value in args), {key: own(value) for key, value in kwargs.items()}
 
         def own(value):
-            if not (isinstance(value, dict) and _OURS in value):
+            if not (isinstance(value, dict) and _OVERRIDE_FOR in value):
                 return value
-            return {**value, OVERRIDE: override(name, value.get(OVERRIDE))}
+            return {**value, OVERRIDE: value[_OVERRIDE_FOR](name, value.get(OVERRIDE))}
 
         return hook
 
-    handles = [block.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, block in blocks.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, block in blocks.items():
+            hooks.enter_context(hooked_before(block, hook_of(name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# In the transformer_options of an evaluation in which attentions are overridden: networks hand them on in many ways.
-_OURS = "agd_attention"
-
-
-def marked(transformer_options: dict) -> dict:
-    """A copy of `transformer_options` by which `overridden_attention` knows them among a block's arguments."""
-    return {**transformer_options, _OURS: True}
 
 
 class AttentionCall:
@@ -190,14 +197,12 @@ def _part(tokens: torch.Tensor, axis: int, part: slice) -> torch.Tensor:
     return tokens.narrow(axis, part.start, part.stop - part.start)
 
 
-def prompt_keys_values(step: GuidedStep, name: str, rows: int, uuids: list, axis: int) -> KeysValues:
+def prompt_keys_values(prompts: list[Prompt], name: str, rows: int, axis: int) -> KeysValues:
     """Of the positive prompts at an adapter layer, in the order of the rows: of several, all as long as the longest.
 
     ComfyUI repeats shorter prompts that it evaluates together with longer ones, to a common multiple of their lengths.
     """
-    if None in step.prompts:
-        return step.prompts[None].keys_values_at(name, rows)
-    each = [step.prompts[uuid].keys_values_at(name, rows // len(uuids)) for uuid in uuids]
+    each = [prompt.keys_values_at(name, rows // len(prompts)) for prompt in prompts]
     if len(each) == 1:
         return each[0]
     length = math.lcm(*(kept.keys.shape[axis] for kept in each))
@@ -217,37 +222,47 @@ def _repeated(kept: KeysValues, length: int, axis: int) -> KeysValues:
     return KeysValues(keys, values, mask, kept.call)
 
 
+@dataclass(frozen=True)
+class GuidedAttentions:
+    """The override of each block's run in an evaluation. `prompts`: the positive ones, in the order of the rows."""
+
+    place: Place
+    active: tuple[ActiveAdapter, ...]
+    prepared: list[tuple[Adapter, Prepared]]
+    prompts: list[Prompt]
+
+    def __call__(self, name: str, before: Callable | None) -> "GuidedAttention":
+        return GuidedAttention(self, name, before)
+
+
 @dataclass
 class GuidedAttention:
     """An override that adds what adapters have to say of both prompts to what the image's tokens get."""
 
-    before: Callable | None
+    all: GuidedAttentions
     name: str
-    place: Place
-    step: GuidedStep
-    prepared: list[tuple[Adapter, Prepared]]
-    uuids: list
+    before: Callable | None
     calls: int = 0
 
     def again(self) -> "GuidedAttention":
         """For another run of the block."""
-        return GuidedAttention(self.before, self.name, self.place, self.step, self.prepared, self.uuids)
+        return GuidedAttention(self.all, self.name, self.before)
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
         call = AttentionCall(_attending(self.before, function), q, k, v, heads, args, kwargs)
         number = self.calls
         self.calls += 1
-        kept = prompt_keys_values(self.step, self.name, len(q), self.uuids, call.axis)
+        kept, place = prompt_keys_values(self.all.prompts, self.name, len(q), call.axis), self.all.place
         if number != kept.call:
             return call.run()
-        if self.place.joint and self.before in (None, fused) and can_split(q, call.head_channels):
-            return self._guided(call, SplitLooks(call, self.place, kept), kept)
-        return self._guided(call, WholeLooks(call, self.place, kept), kept)
+        if place.joint and self.before in (None, fused) and can_split(q, call.head_channels):
+            return self._guided(call, SplitLooks(call, place, kept), kept)
+        return self._guided(call, WholeLooks(call, place, kept), kept)
 
     def _guided(self, call: AttentionCall, looks: "Looks", kept: KeysValues) -> torch.Tensor:
         own = h = _part(looks.attended, 1, looks.queries)
-        towards = looks.at(kept) if self.place.changes else h
-        for active, (adapter, shared) in zip(self.step.active, self.prepared, strict=True):
+        towards = looks.at(kept) if self.all.place.changes else h
+        for active, (adapter, shared) in zip(self.all.active, self.all.prepared, strict=True):
             if adapter.guides_attention:
                 parts = []
                 for each in active.negatives:

@@ -9,27 +9,30 @@ An evaluation is intercepted by hooks on modules, which every such network runs 
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...adapter import Adapter, Prepared
 from ...config import AdapterLayer, Linear
 from ...families import Family
 from ..guided_step import GuidedStep
 from ..prompt import KeysValues
 from .backbone import Backbone, UnsupportedModel
 from .block_attention import (
-    GuidedAttention,
+    GuidedAttentions,
     KeepingAttention,
     Place,
     block_run,
-    marked,
     overridden_attention,
+    with_override,
 )
+from .compiled_network import compiled
 from .linears import adapted_linears
+from .module_hooks import hooked_before, hooked_behind
 
 # The latents of which a prompt's keys and values are kept: noise, as long as the picture and this wide. Positions in
 # the attention may depend on the length, and hardly anything on what is in the picture where it is all noise.
@@ -104,40 +107,41 @@ class Transformer(Backbone):
 
     @contextmanager
     def intercept(self, step: GuidedStep) -> Iterator[dict[str, Any]]:
-        with ExitStack() as evaluation:
+        with ExitStack() as hooks, self._compiled(step):
 
             def prepare(network: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
                 """Before the network's forward(x, timesteps, context=...), as ComfyUI calls all of them."""
                 x, timesteps = args[:2]
                 step.visited[:] = step.layer_names()
-                evaluation.close()  # the one before, where a model takes several
+                hooks.close()  # the one before, where a model takes several
                 if self.runs_compiled(step):
                     return args, kwargs
                 context, mask = kwargs.get("context"), kwargs.get("attention_mask")
                 prepared = step.prepare(self.timesteps(timesteps), context, _dtype(x), mask)
                 if step.changes_linears:
-                    evaluation.enter_context(adapted_linears(self, prepared))
-                for _, shared in prepared:
-                    if shared.vector is not None:
-                        evaluation.enter_context(self._added_to_vector(shared.vector))
-                if not step.guides_attention:
-                    return args, kwargs
-                options = kwargs.get("transformer_options", {})
+                    hooks.enter_context(adapted_linears(self, prepared))
+                if step.changes_vector:
+                    hooks.enter_context(self._added_to_vector(prepared))
+                if step.guides_attention:
+                    hooks.enter_context(overridden_attention(self._blocks_with_prompt()))
+                    prompts = step.positives(kwargs["transformer_options"].get("uuids") or [])
+                    kwargs = with_override(kwargs, GuidedAttentions(self._place(), step.active, prepared, prompts))
+                return args, kwargs
 
-                def guided(name: str, before: Callable | None) -> GuidedAttention:
-                    return GuidedAttention(before, name, self._place(), step, prepared, options.get("uuids") or [])
-
-                evaluation.enter_context(overridden_attention(self._blocks_with_prompt(), guided))
-                return args, {**kwargs, "transformer_options": marked(options)}
-
-            handle = self.network.register_forward_pre_hook(prepare, with_kwargs=True)
-            try:
+            with hooked_before(self.network, prepare):
                 yield {}
-            finally:
-                handle.remove()
+
+    def _compiled(self, step: GuidedStep) -> AbstractContextManager:
+        """Inside, the network is compiled with the step's work in it, where the step says how."""
+        if step.compile_options is None:
+            return nullcontext()
+        return compiled(self.network, step.changes_vector, step.compile_options)
 
     def runs_compiled(self, step: GuidedStep) -> bool:
         return not (step.changes_linears or step.changes_vector or step.guides_attention)
+
+    def compiles(self, step: GuidedStep) -> bool:
+        return not step.changes_linears
 
     def block_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         kept = super().block_arguments(kwargs)
@@ -172,8 +176,10 @@ class Transformer(Backbone):
             return kept.setdefault(name, KeepingAttention(before, self._place(), lambda: tokens.count))
 
         given = {key: strip.of(value) for key, value in arguments.items() if not _are_pictures(value)}
-        with self._alone(step, rows), tokens, overridden_attention(self._blocks_with_prompt(), keeping):
-            model._apply_model(start, sigmas, transformer_options=marked({"sigmas": sigmas}), **given)
+        with self._alone(step, rows), tokens, overridden_attention(self._blocks_with_prompt()):
+            model._apply_model(
+                start, sigmas, **with_override({**given, "transformer_options": {"sigmas": sigmas}}, keeping)
+            )
         for name, attention in kept.items():
             found = attention.keys_values()
             if found is not None:
@@ -184,30 +190,27 @@ class Transformer(Backbone):
         """Inside, only what the step's adapters do to linear layers is done."""
         with ExitStack() as evaluation:
 
-            def prepare(network: nn.Module, args: tuple, kwargs: dict) -> None:
+            def prepare(network: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
                 x, timesteps = args[:2]
                 prepared = step.prepare(self.timesteps(timesteps), kwargs.get("context"), _dtype(x))
                 evaluation.enter_context(adapted_linears(self, prepared))
+                return args, kwargs
 
-            handle = self.network.register_forward_pre_hook(prepare, with_kwargs=True) if step.changes_linears else None
-            try:
-                yield
-            finally:
-                if handle is not None:
-                    handle.remove()
+            if step.changes_linears:
+                evaluation.enter_context(hooked_before(self.network, prepare))
+            yield
 
     @contextmanager
-    def _added_to_vector(self, change: torch.Tensor) -> Iterator[None]:
-        """Inside, `change` (b, e) is added to the vector of the timestep."""
+    def _added_to_vector(self, prepared: list[tuple[Adapter, Prepared]]) -> Iterator[None]:
+        """Inside, adapters add (b, e) to the vector of the timestep."""
+        changes = [shared.vector for _, shared in prepared if shared.vector is not None]
+        change = sum(changes[1:], changes[0])
 
         def hook(module: nn.Module, inputs: tuple, out: torch.Tensor) -> torch.Tensor:
             return _added(out, change)
 
-        handle = self.network.get_submodule(self.row.time_embedding).register_forward_hook(hook)
-        try:
+        with hooked_behind(self.network.get_submodule(self.row.time_embedding), hook):
             yield
-        finally:
-            handle.remove()
 
     def vector(self) -> int:
         if not self.row.time_embedding:

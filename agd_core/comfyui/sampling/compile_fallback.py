@@ -1,12 +1,13 @@
-"""Whether a compiled model runs compiled with its adapters."""
+"""How a compiled model runs with its adapters."""
 
 from dataclasses import dataclass
 
 import torch
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
 from ..backbones import backbone_of
 from ..guided_step import GuidedStep
-from ..sampling.compile_guard import GraphBreak, is_compiled, without_compile
+from ..sampling.compile_guard import NotCompiled, is_compiled, without_compile
 from . import messages
 from .cond_batch import CondBatch
 from .messages import Notify
@@ -24,17 +25,19 @@ class CompileFallback:
 
     def evaluate(self, batch: CondBatch, step: GuidedStep) -> list[torch.Tensor]:
         options = batch.model_options["transformer_options"]
-        unseen = is_compiled(options) and not backbone_of(batch.model).runs_compiled(step)
-        if unseen:
+        if not is_compiled(options):
+            return batch.evaluate()
+        backbone, as_it_is = backbone_of(batch.model), batch.with_transformer_options(without_compile(options))
+        unseen, compile_options = not backbone.runs_compiled(step), batch.model_options.get(TORCH_COMPILE_KWARGS)
+        if unseen and not (compile_options and backbone.compiles(step)):
             self.notify(messages.UNCOMPILED_FOR_HOOKS)
-        if self.usable and not unseen:
+        elif self.usable:
             try:
-                return batch.evaluate()
-            except GraphBreak:
-                self.usable = False
-                # What has just been compiled would run for the model without adapters, too.
-                torch.compiler.reset()
-                self.notify(messages.UNCOMPILED_FOR_GRAPH_BREAKS)
-        if is_compiled(options):
-            batch = batch.with_transformer_options(without_compile(options))
-        return batch.evaluate()
+                if not unseen:
+                    return batch.evaluate()
+                step.compile_options = compile_options
+                return as_it_is.evaluate()
+            except NotCompiled as error:
+                self.usable, step.compile_options = False, None
+                self.notify(str(error))
+        return as_it_is.evaluate()

@@ -7,13 +7,16 @@ others, and code compiled with adapters for the model without them. Whole graphs
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from comfy.patcher_extension import WrappersMP
+
+from .messages import UNCOMPILED_FOR_GRAPH_BREAKS
 
 _COMPILE = "torch.compile"  # ComfyUI's key of what its compile nodes register
 
 
-class GraphBreak(Exception):
-    """torch.compile did not make one graph of the model with its adapters."""
+class NotCompiled(Exception):
+    """torch.compile did not make one graph of the model with its adapters. Its text is for the user."""
 
 
 def is_compiled(transformer_options: dict) -> bool:
@@ -35,11 +38,13 @@ def _graph_breaks() -> int:
 
 @contextmanager
 def in_one_graph(transformer_options: dict, all_layers_visited: Callable[[], bool]) -> Iterator[None]:
-    """Inside, a compiled model is evaluated once. Raises `GraphBreak` where that was not all one graph."""
+    """Inside, a compiled model is evaluated once. Raises `NotCompiled` where that was not all one graph."""
     if not is_compiled(transformer_options):
         yield
         return
     before = _graph_breaks()
     yield
     if not all_layers_visited() or _graph_breaks() > before:
-        raise GraphBreak
+        # What has just been compiled would run for the model without adapters, too.
+        torch.compiler.reset()
+        raise NotCompiled(UNCOMPILED_FOR_GRAPH_BREAKS)

@@ -1,0 +1,128 @@
+"""Core's TorchCompileModel on transformers with adapters. Attention is PyTorch's own, as on NVIDIA cards."""
+
+import pytest
+import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_torch_compile import TorchCompileModel
+from torch._dynamo.utils import counters
+
+from comfyui_agd.agd_core.comfyui.fused_attention import FUSED_ATTENTION
+from comfyui_agd.agd_core.comfyui.sampling import messages
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.settings import GuidanceSettings
+from comfyui_agd.tests.support.family_adapters import adapted, adapter_of
+from comfyui_agd.tests.support.runtime import Prompts, ksampler
+from comfyui_agd.tests.support.tiny_families import TINY_FAMILIES, conditioning, empty_latent, flat, tiny_model
+
+JOINT, CROSS = "sd3", "wan2.1-t2v"
+# HunyuanVideo 1.5 and LTX-2 are more than one graph in themselves; Hunyuan-DiT stops the compiler with an error.
+ONE_GRAPH = [name for name in TINY_FAMILIES if name not in ("hunyuan-video-1.5", "ltx-2", "hunyuan-dit")]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+    counters.clear()
+
+
+def compiling(model):
+    return TorchCompileModel.execute(model, "eager").args[0]
+
+
+def fused(model):
+    model = model.clone()
+    model.model_options["transformer_options"].update(FUSED_ATTENTION)
+    return model
+
+
+def sample(name: str, model, negative: str = "blurry, dark", wider: int = 1, **options) -> torch.Tensor:
+    prompts = Prompts(conditioning(name, "a fox"), conditioning(name, negative))
+    return flat(ksampler(model, prompts, at=empty_latent(name, wider=wider), **options))
+
+
+def with_adapter(model, adapter, omega=None, notify=lambda message: None):
+    return apply_adapter(model, *adapter, GuidanceSettings(guidance_scale=omega), source="the file", notify=notify)
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [JOINT, CROSS] + [pytest.param(name, marks=pytest.mark.matrix) for name in ONE_GRAPH if name not in (JOINT, CROSS)],
+)
+def test_a_transformer_is_one_graph_with_its_adapter(name):
+    """Another omega, another negative prompt and the same adapter loaded again are no other graphs; an adapter without
+    a change of the vector, or with nothing else, is."""
+    base, said = fused(tiny_model(name)), []
+    compiled = compiling(base)
+
+    def check(made: int, adapter=adapter_of(name), negative: str = "blurry, dark", omega: float | None = None) -> None:
+        expected = sample(name, with_adapter(base, adapter, omega), negative)
+        found = sample(name, with_adapter(compiled, adapter, omega, said.append), negative)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert graphs() == made
+
+    check(1)
+    check(1, omega=2.0)
+    check(1, negative="a green one")
+    check(2, adapter_of(name, vector=0))
+    check(3, adapter_of(name, "low_rank"))
+    check(3)
+    plain = sample(name, base, cfg=1.0)
+    assert torch.equal(sample(name, adapted(name, compiled), cfg=1.0), plain)
+    assert torch.equal(sample(name, compiled, cfg=1.0), plain)
+    assert said == []
+
+
+def test_where_blocks_are_compiled_one_by_one_the_whole_network_is():
+    base, said = fused(tiny_model(JOINT)), []
+    compiled = base.clone()
+    keys = [f"diffusion_model.joint_blocks.{index}" for index in range(2)]
+    set_torch_compile_wrapper(compiled, backend="eager", keys=keys)
+    found = sample(JOINT, adapted(JOINT, compiled, notify=said.append))
+    torch.testing.assert_close(found, sample(JOINT, adapted(JOINT, base)), rtol=1e-4, atol=1e-4)
+    assert (graphs(), said) == (1, [])
+
+
+def test_another_nodes_forward_is_compiled_too_and_stays():
+    base = fused(tiny_model(JOINT))
+    network = base.model.diffusion_model
+    own = type(network).forward.__get__(network)
+
+    def doubled(*args, **kwargs):
+        return 2 * own(*args, **kwargs)
+
+    network.forward = doubled
+    found, expected = sample(JOINT, adapted(JOINT, compiling(base))), sample(JOINT, adapted(JOINT, base))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert network.forward is doubled
+    del network.forward
+    assert not torch.allclose(found, sample(JOINT, adapted(JOINT, base)))
+
+
+def test_what_is_not_one_graph_runs_uncompiled_and_says_so():
+    name = "hunyuan-video-1.5"
+    base, said = fused(tiny_model(name)), []
+    found = sample(name, adapted(name, compiling(base), notify=said.append))
+    assert said == [messages.UNCOMPILED_FOR_GRAPH_BREAKS]
+    torch.testing.assert_close(found, sample(name, adapted(name, base)), rtol=1e-4, atol=1e-4)
+
+
+def test_after_too_many_sizes_it_runs_uncompiled_and_says_so(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    base, said = fused(tiny_model(JOINT)), []
+    model = adapted(JOINT, compiling(base), notify=said.append)
+    sample(JOINT, model)
+    assert said == []
+    found = sample(JOINT, model, wider=2)
+    assert said == [messages.UNCOMPILED_FOR_TOO_MANY_GRAPHS]
+    torch.testing.assert_close(found, sample(JOINT, adapted(JOINT, base), wider=2), rtol=1e-4, atol=1e-4)
+
+
+def test_changes_that_cannot_be_merged_run_uncompiled():
+    base, said = fused(tiny_model(JOINT)), []
+    twice = adapted(JOINT, adapted(JOINT, compiling(base), guidance_scale=3.0), guidance_scale=2.0, notify=said.append)
+    sample(JOINT, twice)
+    assert messages.UNCOMPILED_FOR_HOOKS in said
