@@ -27,7 +27,8 @@ class Backbone(ABC):
     `wrappers`: of ComfyUI's, by their type, that `intercept` counts on; `kinds`: of adapters that have a place in these
     networks, all if None; `prompts_pass_blocks`: whether the prompt's tokens go through the blocks beside the image's,
     so that what an attention makes of them depends on all that is before it; `overwrites`: whether blocks overwrite
-    what a backward pass needs, or have kernels without one. Works on the meta device.
+    what a backward pass needs, or have kernels without one; `compiles`: whether `intercept` has the network compiled
+    with a step in it, by the step's `compile_options`. Works on the meta device.
     """
 
     layout: ClassVar[str]
@@ -35,6 +36,7 @@ class Backbone(ABC):
     wrappers: ClassVar[dict[str, Callable]] = {}
     prompts_pass_blocks: ClassVar[bool] = False
     overwrites: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, family: Family | None = None):
         self.network, self.family = network, family
@@ -110,10 +112,6 @@ class Backbone(ABC):
         """Whether the network may run with this step as it was compiled without: torch.compile doesn't see hooks come
         and go."""
         return not step.changes_linears
-
-    def compiles(self, step: GuidedStep) -> bool:
-        """Whether `intercept` has the network compiled anew with this step, where it can't run as it was compiled."""
-        return False
 
     def timesteps(self, t: torch.Tensor) -> torch.Tensor:
         """The network's own timesteps (b,) on a scale from 0 to 1000, which adapters know."""

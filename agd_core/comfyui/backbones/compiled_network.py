@@ -18,21 +18,18 @@ from .block_attention import OverrideFor, with_override, without_override
 _compiled: dict[str, Callable] = {}  # by torch.compile's options; what it has compiled stays while the process lives
 
 
-def _evaluate(
-    forward: Callable, override: OverrideFor | None, changes_vector: bool, args: tuple, kwargs: dict[str, Any]
-) -> Any:
-    # Both are read here: what a function reads the compiler checks when it is called again.
-    assert changes_vector or override is not None
+def _evaluate(forward: Callable, hooks: str, override: OverrideFor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+    assert hooks  # what a function reads the compiler checks when it is called again
     if override is not None:
         kwargs = with_override(kwargs, override)
     return forward(*args, **kwargs)
 
 
 @contextmanager
-def compiled(network: nn.Module, changes_vector: bool, options: dict[str, Any]) -> Iterator[None]:
+def compiled(network: nn.Module, hooks: str, options: dict[str, Any]) -> Iterator[None]:
     """Inside, the network is compiled, with torch.compile's `options`, with the hooks that it has when it is called.
 
-    These may be those of attentions and of the timestep's vector. Raises `NotCompiled` where it can't be one graph.
+    `hooks` names them, so that others are another graph. Raises `NotCompiled` where it can't be one graph.
     """
     run = _compiled.setdefault(repr(options), torch.compile(_evaluate, **{**options, "fullgraph": True}))
     before, forward = vars(network).get("forward"), network.forward
@@ -42,7 +39,7 @@ def compiled(network: nn.Module, changes_vector: bool, options: dict[str, Any]) 
 
         given, override = without_override(kwargs)
         try:
-            return run(forward, override, changes_vector, args, given)
+            return run(forward, hooks, override, args, given)
         except exc.Unsupported as error:
             raise NotCompiled(messages.UNCOMPILED_FOR_GRAPH_BREAKS) from error
         except getattr(exc, "FailOnRecompileLimitHit", ()) as error:  # older releases call it unsupported

@@ -1,7 +1,7 @@
 """Low-rank changes of a base's linear layers while they are evaluated: forward hooks, there for one evaluation only."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from ...adapter import Adapter, Prepared
 from ...config import AdapterConfig, AdapterLayer
 from .backbone import Backbone, UnsupportedModel
+from .module_hooks import hooked_behind
 
 
 def linear_modules(block: nn.Module, layer: AdapterLayer) -> dict[str, nn.Module]:
@@ -45,29 +46,29 @@ def check_adapter(backbone: Backbone, config: AdapterConfig) -> None:
 
 @dataclass(frozen=True)
 class LinearHook:
-    """A forward hook: what an adapter adds to the linear layer `path` of the adapter layer `name`."""
+    """A forward hook: what adapters add to the linear layer `path` of the adapter layer `name`."""
 
-    adapter: Adapter
     name: str
     path: str
-    shared: Prepared
+    adapters: list[tuple[Adapter, Prepared]]
 
     def __call__(self, module: nn.Module, inputs: tuple, out: torch.Tensor) -> torch.Tensor:
-        return self.adapter.add_at_linear(self.name, self.path, out, inputs[0], self.shared)
+        for adapter, shared in self.adapters:
+            out = adapter.add_at_linear(self.name, self.path, out, inputs[0], shared)
+        return out
 
 
 @contextmanager
 def adapted_linears(backbone: Backbone, prepared: list[tuple[Adapter, Prepared]]) -> Iterator[None]:
     """Inside, adapters of low rank add to what the linear layers of the backbone's blocks return."""
-    handles = []
-    try:
-        for adapter, shared in prepared:
-            for layer in adapter.config.layers if adapter.config.changes_linears else ():
-                modules = linear_modules(backbone.block(layer), layer)
-                for linear in adapter.kind.linears(layer):
-                    hook = LinearHook(adapter, layer.name, linear.path, shared)
-                    handles.append(modules[linear.path].register_forward_hook(hook))
+    hooks: dict[nn.Module, LinearHook] = {}
+    for adapter, shared in prepared:
+        for layer in adapter.config.layers if adapter.config.changes_linears else ():
+            modules = linear_modules(backbone.block(layer), layer)
+            for linear in adapter.kind.linears(layer):
+                hook = hooks.setdefault(modules[linear.path], LinearHook(layer.name, linear.path, []))
+                hook.adapters.append((adapter, shared))
+    with ExitStack() as hooked:
+        for module, hook in hooks.items():
+            hooked.enter_context(hooked_behind(module, hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -51,6 +51,7 @@ class Transformer(Backbone):
     layout = "transformer"
     prompts_pass_blocks = True
     overwrites = True
+    compiles = True
 
     def __init__(self, network: nn.Module, family: Family | None = None):
         super().__init__(network, family)
@@ -135,13 +136,17 @@ class Transformer(Backbone):
         """Inside, the network is compiled with the step's work in it, where the step says how."""
         if step.compile_options is None:
             return nullcontext()
-        return compiled(self.network, step.changes_vector, step.compile_options)
+        linears = [
+            f"{layer.name} {linear.path}"
+            for each in step.active
+            for layer in (each.adapter.config.layers if each.changes_linears else ())
+            for linear in each.adapter.kind.linears(layer)
+        ]
+        hooks = ["vector"] * step.changes_vector + ["attention"] * step.guides_attention + linears
+        return compiled(self.network, ", ".join(hooks), step.compile_options)
 
     def runs_compiled(self, step: GuidedStep) -> bool:
         return not (step.changes_linears or step.changes_vector or step.guides_attention)
-
-    def compiles(self, step: GuidedStep) -> bool:
-        return not step.changes_linears
 
     def block_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         kept = super().block_arguments(kwargs)

@@ -2,7 +2,7 @@
 price of a second forward pass."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import comfy.ops
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backbones import Backbone
 from ..backbones.linears import LinearHook
+from ..backbones.module_hooks import hooked_behind
 
 
 def _adapter_hooks(block: nn.Module) -> list[tuple[nn.Module, Callable]]:
@@ -23,12 +24,10 @@ def _adapter_hooks(block: nn.Module) -> list[tuple[nn.Module, Callable]]:
 @contextmanager
 def _hooked(hooks: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
     """Inside, those hooks are on their layers again: the evaluation that had them is over by then."""
-    handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
-    try:
+    with ExitStack() as again:
+        for layer, hook in hooks:
+            again.enter_context(hooked_behind(layer, hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _checkpointed(module: nn.Module, keep: Callable[[dict], dict], when: Callable[..., bool] | None = None) -> Callable:

@@ -29,7 +29,7 @@ class CompileFallback:
             return batch.evaluate()
         backbone, as_it_is = backbone_of(batch.model), batch.with_transformer_options(without_compile(options))
         unseen, compile_options = not backbone.runs_compiled(step), batch.model_options.get(TORCH_COMPILE_KWARGS)
-        if unseen and not (compile_options and backbone.compiles(step)):
+        if unseen and not (compile_options and backbone.compiles):
             self.notify(messages.UNCOMPILED_FOR_HOOKS)
         elif self.usable:
             try:

@@ -6,12 +6,17 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from torch._dynamo.utils import counters
 
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.adapter_file import AdapterInfo
 from comfyui_agd.agd_core.comfyui.fused_attention import FUSED_ATTENTION
-from comfyui_agd.agd_core.comfyui.sampling import messages
+from comfyui_agd.agd_core.comfyui.sampling import merging, messages
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.comfyui.sampling.settings import GuidanceSettings
-from comfyui_agd.tests.support.family_adapters import adapted, adapter_of
+from comfyui_agd.agd_core.config import AdapterConfig
+from comfyui_agd.agd_core.kinds import kind_config
+from comfyui_agd.tests.support.family_adapters import adapted, adapter_of, base_of
 from comfyui_agd.tests.support.runtime import Prompts, ksampler
+from comfyui_agd.tests.support.small import randomised
 from comfyui_agd.tests.support.tiny_families import TINY_FAMILIES, conditioning, empty_latent, flat, tiny_model
 
 JOINT, CROSS = "sd3", "wan2.1-t2v"
@@ -42,6 +47,12 @@ def sample(name: str, model, negative: str = "blurry, dark", wider: int = 1, **o
 
 def with_adapter(model, adapter, omega=None, notify=lambda message: None):
     return apply_adapter(model, *adapter, GuidanceSettings(guidance_scale=omega), source="the file", notify=notify)
+
+
+def adapter_of_first_block(name: str):
+    base = base_of(name)
+    config = AdapterConfig(base.layers[:1], kind_config("low_rank", rank=2), 8)
+    return AdapterInfo(config, base, (1.0, 12.0)), randomised(Adapter(config)).state_dict()
 
 
 def graphs() -> int:
@@ -110,8 +121,8 @@ def test_what_is_not_one_graph_runs_uncompiled_and_says_so():
     torch.testing.assert_close(found, sample(name, adapted(name, base)), rtol=1e-4, atol=1e-4)
 
 
-def test_after_too_many_sizes_it_runs_uncompiled_and_says_so(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_after_too_many_sizes_it_runs_uncompiled_and_says_so():
     base, said = fused(tiny_model(JOINT)), []
     model = adapted(JOINT, compiling(base), notify=said.append)
     sample(JOINT, model)
@@ -121,8 +132,15 @@ def test_after_too_many_sizes_it_runs_uncompiled_and_says_so(monkeypatch):
     torch.testing.assert_close(found, sample(JOINT, adapted(JOINT, base), wider=2), rtol=1e-4, atol=1e-4)
 
 
-def test_changes_that_cannot_be_merged_run_uncompiled():
+def test_changes_beside_the_layers_are_in_the_graph(monkeypatch):
+    """As on quantised bases. Two adapters that change other layers are other graphs."""
     base, said = fused(tiny_model(JOINT)), []
-    twice = adapted(JOINT, adapted(JOINT, compiling(base), guidance_scale=3.0), guidance_scale=2.0, notify=said.append)
-    sample(JOINT, twice)
-    assert messages.UNCOMPILED_FOR_HOOKS in said
+    compiled, first, second = compiling(base), adapter_of(JOINT, "low_rank", vector=0), adapter_of_first_block(JOINT)
+    monkeypatch.setattr(merging, "can_merge", lambda guider, lora: False)
+    for adapters, made in (([first], 1), ([second], 2), ([first, second], 3), ([first], 3)):
+        expected, found = base, compiled
+        for adapter in adapters:
+            expected, found = with_adapter(expected, adapter, 2.0), with_adapter(found, adapter, 2.0, said.append)
+        torch.testing.assert_close(sample(JOINT, found), sample(JOINT, expected), rtol=1e-4, atol=1e-4)
+        assert graphs() == made
+    assert not [message for message in said if "ncompiled" in message]
