@@ -9,6 +9,7 @@ from typing import Any
 from ..agd_core.attention_guidance import NAME as ATTENTION_GUIDANCE
 from ..agd_core.errors import AGDError
 from .assess import AssessConfig
+from .base_source import LOADER_NODES
 from .config import TrainConfig
 from .presets import CARDS
 
@@ -18,7 +19,7 @@ else:  # ComfyUI's own requirements bring it
     import tomli as tomllib
 
 Group = argparse._ActionsContainer  # a parser, or a group of its flags
-_DTYPES = ("fp32", "fp16", "bf16", "fp8")
+_DTYPES = ("fp32", "fp16", "bf16", "fp8", "fp8_e5m2")
 
 
 class UsageError(AGDError):
@@ -41,16 +42,22 @@ def _add_negative(group: Group) -> None:
     group.add_argument("--negative", metavar="TEXT", nargs="+", help="negative prompts of the guidance")
 
 
-def _add_base(parser: argparse.ArgumentParser) -> None:
-    base = parser.add_argument_group("the base")
+def _add_base(parser: argparse.ArgumentParser) -> Group:
+    """The fields of `BaseSource`, all but `other_expert`."""
+    base = parser.add_argument_group("the base", "A checkpoint, a model's separate files, or a function that loads it.")
     _add_file(base, "--checkpoint", "a full checkpoint file: diffusion model and text encoder")
+    _add_file(base, "--diffusion-model", "or a file of the diffusion model alone, with the text encoder's beside it")
+    base.add_argument("--text-encoder", type=Path, nargs="+", metavar="FILE", help="its text encoder, up to four files")
+    clip_type = f"how the text encoder is used: the type of {LOADER_NODES}, qwen_image for example"
+    base.add_argument("--clip-type", metavar="TYPE", help=clip_type)
+    _add_file(base, "--vae", "decodes previews and pictures; a checkpoint has its own")
     base.add_argument(
         "--loader", metavar="MODULE:FUNCTION", help="or a Python function: (MODEL, CLIP) or (MODEL, CLIP, VAE)"
     )
     base.add_argument("--lora", nargs="+", metavar="FILE[:STRENGTH]", help="LoRAs that are part of the base")
-    _add_file(base, "--other-expert", "of a model of two experts the other's file: see --sigma-from and --sigma-to")
     base.add_argument("--base-dtype", choices=_DTYPES, help="of its weights in memory; default: ComfyUI's choice")
     _add_folder(base, "--comfyui", "ComfyUI's folder, if it is not found by itself")
+    return base
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +105,8 @@ def _add_setting(group: Group, f: Field) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     """What the commands that visit trajectories have in common."""
     _add_file(parser, "--config", "a TOML file with any of these flags by name; flags win")
-    _add_base(parser)
+    other = "of a model of two experts the other's file: see --sigma-from and --sigma-to"
+    _add_file(_add_base(parser), "--other-expert", other)
     _add_prompts(parser)
     _add_settings(parser)
 

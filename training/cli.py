@@ -1,7 +1,6 @@
 """The `agd` command. ComfyUI is loaded, through the bridge, only once a command needs it."""
 
 import argparse
-import importlib
 import json
 import logging
 import math
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,6 +21,7 @@ from ..agd_core.attention_guidance import attention_guidance
 from . import prompts as prompt_sources
 from .arguments import UsageError, parse
 from .assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
+from .base_source import BaseSource
 from .config import TrainConfig
 from .distributed import Ranks
 from .gap import Evaluation
@@ -122,68 +122,23 @@ def _negatives(args: argparse.Namespace, seed: int, count: int) -> list[str]:
     return list(args.negative or [])
 
 
-class _Base(NamedTuple):
-    """ComfyUI's MODEL, CLIP, VAE or None, and names of LoRAs."""
-
-    model: Any
-    clip: Any
-    vae: Any
-    loras: list[str]
-
-
-def _load_base(args: argparse.Namespace, *, with_vae: bool = False) -> _Base:
-    if bool(args.loader) == bool(args.checkpoint):
-        raise UsageError("Give the base: either --checkpoint FILE or --loader MODULE:FUNCTION.")
-    loras = [_lora(text) for text in args.lora or []]
-    for path in [args.checkpoint, *(path for path, _ in loras)] if args.checkpoint else []:
-        if not path.is_file():
-            raise UsageError(f"There is no {'checkpoint' if path == args.checkpoint else 'LoRA'} {path}.")
-    if args.checkpoint:
-        from ..agd_core.comfyui.model.loading import load_checkpoint
-
-        loaded = load_checkpoint(args.checkpoint, loras, args.base_dtype, with_vae=with_vae)
-        return _Base(*loaded, [f"{path.name}:{strength:g}" for path, strength in loras])
-    if loras or args.base_dtype:
-        raise UsageError("--lora and --base-dtype belong to --checkpoint; a --loader function sees to that itself.")
-    module, _, function = args.loader.partition(":")
-    try:
-        load = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"--loader {args.loader} names no function MODULE:FUNCTION ({error}).") from error
-    model, clip, *vae = load()
-    return _Base(model, clip, vae[0] if vae else None, [])
-
-
-def _lora(text: str) -> tuple[Path, float]:
-    path, _, strength = text.rpartition(":")
-    try:
-        return (Path(path), float(strength)) if path else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0  # the colon is the path's own
-
-
 def _job(args: argparse.Namespace, output: Path, recording: Recording | None = None) -> Job:
     """Everything a run needs, checked as far as it can be before the base is loaded."""
     from ..agd_core.comfyui.runtime import use_comfyui
 
-    chosen = _chosen(args)
-    TrainConfig(**chosen)  # refused early, if it can't work with any base
+    chosen, source = _chosen(args), BaseSource.given(args)
+    early = TrainConfig(**chosen)  # refused now, if it can't work with any base
     seed = chosen.get("seed", TrainConfig.seed)
     if recording is None:
         prompts = _prompts(args, seed)
         negative = _negatives(args, seed, len(prompts))
     else:
         prompts, negative = recording.identity["prompts"], recording.identity["negative"]
-    use_comfyui(args.comfyui)
+    use_comfyui(source.comfyui)
     from ..agd_core.comfyui.model.comfy_model import ComfyModel
 
-    loaded, early, other = _load_base(args), TrainConfig(**chosen), None
-    if args.other_expert:
-        from ..agd_core.comfyui.model.loading import load_expert
-
-        if not args.other_expert.is_file():
-            raise UsageError(f"There is no expert {args.other_expert}.")
-        other = load_expert(args.other_expert, args.base_dtype), early.learns_at
+    loaded = source.load()
+    other = None if loaded.other_expert is None else (loaded.other_expert, early.learns_at)
     model = ComfyModel(loaded.model, loaded.clip, autocast=early.autocast, vae=loaded.vae, other_expert=other)
     config = settings_for(model.base, chosen)
     if recording is not None:
@@ -195,7 +150,7 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
             raise UsageError(f"The recording {recording.folder} is of another base model.")
         config = own
     if loaded.loras:
-        model.base_patches["loras"] = loaded.loras
+        model.base_patches["loras"] = list(loaded.loras)
     return Job(model, prompts, config, output, negative, recording, getattr(args, "start", None))
 
 
@@ -223,9 +178,8 @@ def _train(args: argparse.Namespace) -> None:
 
 def _rerun(args: argparse.Namespace) -> dict[str, Any]:
     """What `--config` has to hold besides the settings, the prompts and the output, to repeat this run."""
-    paths = {name: getattr(args, name) for name in ("checkpoint", "recording", "comfyui")}
-    settings = {name: str(path.absolute()) for name, path in paths.items() if path}
-    return settings | {"loader": args.loader, "lora": args.lora, "base_dtype": args.base_dtype}
+    recording = {"recording": str(args.recording.absolute())} if args.recording else {}
+    return BaseSource.given(args).settings() | recording
 
 
 def _record(args: argparse.Namespace) -> None:
@@ -259,19 +213,20 @@ def _evaluate(args: argparse.Namespace) -> None:
                 f"{path} can't be written: it must end in {' or '.join(suffixes)}, in a folder that exists."
             )
     prompts = PromptTexts(_given(args.prompts, config), args.negative or [""])
+    source = BaseSource.given(args)
     from_file = None if str(args.adapter) == ATTENTION_GUIDANCE else adapter_file.load_weights(args.adapter)
-    use_comfyui(args.comfyui)
+    use_comfyui(source.comfyui)
     from ..agd_core.comfyui.model.comfy_model import ComfyModel
     from ..agd_core.comfyui.model.sampler import ComfySampler
 
-    loaded = _load_base(args, with_vae=args.picture is not None)
-    source, bar = str(args.adapter), ProgressBar()
+    loaded = source.load(with_vae=args.picture is not None)
+    name, bar = str(args.adapter), ProgressBar()
     model = ComfyModel(loaded.model, loaded.clip, vae=loaded.vae)
     info, weights = from_file or attention_guidance(model.base)
-    sampler = ComfySampler(loaded.model, info, weights, source=source, rule=rule_of(info))
+    sampler = ComfySampler(loaded.model, info, weights, source=name, rule=rule_of(info))
     try:
         with bar.stopped_by_signals():
-            found = assess(model, sampler, Candidate(info, weights, source), prompts, config, bar)
+            found = assess(model, sampler, Candidate(info, weights, name), prompts, config, bar)
     except KeyboardInterrupt:
         raise UsageError("Stopped; nothing was written.") from None
     print(found.report(), end="")

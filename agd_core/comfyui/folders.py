@@ -1,9 +1,12 @@
-"""`models/agd`, where adapters live, as one of ComfyUI's model folders."""
+"""`models/agd`, where adapters live, as one of ComfyUI's model folders; and files in its others."""
 
+import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import folder_paths
+from utils.extra_config import load_extra_path_config
 
 from ..adapter_name import AdapterNameError, file_name, why_invalid
 
@@ -77,3 +80,26 @@ def new_adapter_path(name: str) -> Path:
 def name_of(path: Path) -> str:
     """The name under which the loader lists a file of `models/agd`."""
     return os.path.relpath(path, _own_folder())
+
+
+@functools.cache
+def _read_extra_model_paths() -> None:
+    """What ComfyUI itself does when it starts, which a command doesn't start."""
+    file = os.path.join(folder_paths.base_path, "extra_model_paths.yaml")
+    if os.path.isfile(file):
+        load_extra_path_config(file)
+
+
+def model_folders(kinds: Sequence[str]) -> list[str]:
+    """ComfyUI's folders of these kinds of models, "checkpoints" for example; for commands."""
+    _read_extra_model_paths()
+    return [folder for kind in kinds for folder in folder_paths.get_folder_paths(kind)]
+
+
+def find_model_file(path: Path, kinds: Sequence[str]) -> Path | None:
+    """The file itself, or the one that has this name in ComfyUI's lists of these kinds of models; for commands."""
+    _read_extra_model_paths()
+    if path.is_file():
+        return path
+    found = (folder_paths.get_full_path(kind, str(path)) for kind in kinds)
+    return next((Path(each) for each in found if each), None)

@@ -8,7 +8,9 @@ import torch
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.backbones import backbone_of
 from comfyui_agd.agd_core.comfyui.guided_step import ActiveAdapter, GuidedStep
+from comfyui_agd.agd_core.comfyui.model import tracing
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
+from comfyui_agd.agd_core.comfyui.model.denoiser import with_adapter
 from comfyui_agd.tests.support.family_adapters import TinyClip, adapted, base_of, config_of
 from comfyui_agd.tests.support.quantised import WAYS, quantised_model
 from comfyui_agd.tests.support.runtime import Prompts, ksampler, since
@@ -63,6 +65,41 @@ def test_with_matrix_products_in_fp8_it_can_be_trained_and_planned(name, way, mo
     model = ComfyModel(quantised_model(name, way), TinyClip(name))
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients(name, model, True))
     assert model.memory.trace_student(config_of(name), model.denoiser.latent_shape(64, 64), 1, True).peak_bytes > 0
+
+
+def computed(name: str, model: ComfyModel, checkpointing: bool) -> tracing.Traced:
+    """The student's forward and backward pass for a row, counted while it is computed."""
+    adapter = randomised(Adapter(config_of(name)))
+    for parameter in adapter.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x = torch.randn(1, *model.denoiser.latent_shape(64, 64))
+    with model.denoiser.session(checkpointing=checkpointing):
+        conds = model.denoiser.conditions(model.text_encoder.encode(["a fox"]), x.shape)
+        options = with_adapter(model.denoiser._options, adapter, torch.full((1,), 4.0), conds, conds)
+        with tracing.Counter() as counter:
+            (model.denoiser.evaluate(x, torch.ones(1), conds, options) - x).square().mean().backward()
+    return counter.traced()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["sd3", "wan2.1-t2v"])
+@pytest.mark.parametrize("way", ["fp8-scaled", "int8"])
+def test_the_copies_that_layers_unpack_are_planned(name, way, checkpointing):
+    model, plain = ComfyModel(quantised_model(name, way), TinyClip(name)), ComfyModel(tiny_model(name), TinyClip(name))
+    plain.text_encoder.encode(["a fox"])
+    real, costs = computed(name, model, checkpointing), (config_of(name), model.denoiser.latent_shape(64, 64), 1)
+    found = model.memory.trace_student(*costs, checkpointing)
+    assert found.flops == real.flops
+    assert found.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
+    # Kept for the backward pass, or of one block of two at a time.
+    unpacked = sum(weight.nbytes for weight in blocks_linears(plain)) / (2 if checkpointing else 1)
+    assert 0.6 * unpacked < found.peak_bytes - plain.memory.trace_student(*costs, checkpointing).peak_bytes
+
+
+def blocks_linears(model: ComfyModel) -> list[torch.Tensor]:
+    network = model._model.model.diffusion_model
+    layers = [f"{layer.path}.{linear.path}" for layer in model.base.layers for linear in layer.linears]
+    return [network.get_submodule(layer).weight for layer in layers]
 
 
 @each

@@ -10,7 +10,7 @@ import importlib
 import math
 import types
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -443,13 +443,22 @@ def _random(key: str, shape: torch.Size, generator: torch.Generator) -> torch.Te
     return 1.5 + noise / 10 if key.endswith((".weight", ".scale")) else noise / 10
 
 
-@functools.cache
-def _state_dict(name: str) -> dict[str, torch.Tensor]:
-    row = TINY_FAMILIES[name]
+def random_weights(shapes: Mapping[str, torch.Tensor], seed: str) -> dict[str, torch.Tensor]:
+    """Of these names and shapes, always the same for a seed."""
+    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+    return {key: _random(key, value.shape, generator) for key, value in shapes.items()}
+
+
+def shapes_of(row: TinyFamily) -> Mapping[str, torch.Tensor]:
+    """What a file of it holds, on the meta device."""
     with row.smaller():
         network = _network_class(row)(**row.config, device="meta", operations=comfy.ops.disable_weight_init)
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return {key: _random(key, value.shape, generator) for key, value in network.state_dict().items()}
+    return network.state_dict()
+
+
+@functools.cache
+def _state_dict(name: str) -> dict[str, torch.Tensor]:
+    return random_weights(shapes_of(TINY_FAMILIES[name]), name)
 
 
 @contextlib.contextmanager

@@ -147,9 +147,3 @@ def test_a_folder_that_is_no_recording_is_refused(folder, capsys):
 def test_what_is_no_adapter_is_not_inspected(folder, capsys):
     (folder / "lora.safetensors").write_bytes(b"nothing")
     fails(capsys, "is not a readable safetensors file", "inspect", "lora.safetensors")
-
-
-def test_a_lora_may_have_a_strength_and_a_drive_letter():
-    assert cli._lora("style.safetensors:0.5") == (Path("style.safetensors"), 0.5)
-    assert cli._lora("style.safetensors") == (Path("style.safetensors"), 1.0)
-    assert cli._lora("C:/style.safetensors") == (Path("C:/style.safetensors"), 1.0)

@@ -11,6 +11,7 @@ PACKAGE = "comfyui_agd"
 TORCH_ONLY = {"torch", "einops", "safetensors"}
 STANDARD = set(sys.stdlib_module_names)
 COMFYUI = {"comfy", "comfy_kitchen", "comfyui_version", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server"}
+COMFYUI |= {"utils"}
 
 
 def relative_imports(node: ast.ImportFrom, file: Path) -> set[str]:

@@ -1,5 +1,6 @@
 """A ComfyUI CLIP as the trainer sees it."""
 
+import functools
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import torch
 
-from ..backbones import backbone_of
+from ...families import find_family
+from ..backbones import backbone_of, describe_base
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,25 @@ class ComfyTextEncoder:
                 conds = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))
                 cond = comfy.sampler_helpers.convert_cond(conds)[0]
                 cond = backbone_of(self._model.model).condition_of(self._model.model, cond)
+                self._check_width(cond["cross_attn"])
                 # As the model will cast them; thousands of prompts wait in memory.
                 encoded.append(EncodedPrompt({**cond, "cross_attn": cond["cross_attn"].to("cpu", dtype)}, kind))
         self.last_encoded = encoded[-1] if encoded else self.last_encoded
         return encoded
+
+    @functools.cached_property
+    def _width(self) -> int | None:
+        """What the base takes, in channels of the prompt's tokens; None where only its structure tells."""
+        base = describe_base(self._model.model)
+        return base.layers[0].context_dim if base.layers and find_family(base.family) else None
+
+    def _check_width(self, tokens: torch.Tensor) -> None:
+        """Of a prompt (1, m, d). Raises `ValueError`."""
+        if self._width not in (None, tokens.shape[-1]):
+            raise ValueError(
+                f"This text encoder makes prompts of {tokens.shape[-1]} channels, and the model takes {self._width}: "
+                "choose the text encoder of the model, with the type that its workflows have."
+            )
 
     def release(self) -> None:
         """No prompts will be encoded any more: the text encoder leaves the device, and memory if it is ours alone."""

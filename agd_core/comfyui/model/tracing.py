@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ...adapter import Adapter
@@ -118,7 +118,13 @@ class Counter(TorchDispatchMode):
 
 
 def _fake(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype)
+    if tensor is None:
+        return None
+    if is_traceable_wrapper_subclass(tensor):  # a quantised weight: values and scales, which its layer unpacks
+        names, rest = tensor.__tensor_flatten__()
+        parts = {name: _fake(getattr(tensor, name)) for name in names}
+        return type(tensor).__tensor_unflatten__(parts, rest, tensor.shape, tensor.stride())
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 def _frozen(tensor: torch.Tensor | None) -> nn.Parameter | None:
