@@ -8,8 +8,9 @@ the image's queries look at them in place of the prompt's own,
 
 with both prompts' kept alike, so that equal prompts give exactly zero; where they don't depend on the step, the
 prompt's own are those of the evaluation. Attentions are reached through ComfyUI's
-`optimized_attention_override`, which is put into the `transformer_options` of one block's run: each run counts its own
-calls, also when it is computed again in a backward pass.
+`optimized_attention_override`, which is put into the `transformer_options` of one block's run (or of its module's that
+has the attention, `unhooked_attention.py`): each run counts its own calls, also when it is computed again in a backward
+pass.
 
 Shapes: b rows, n image tokens, m prompt tokens, w channels, as ComfyUI's attention functions take them: (b, n, w), or
 (b, heads, n, w / heads) with `skip_reshape`.
@@ -19,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +31,7 @@ from ..fused_attention import fused
 from ..guided_step import GuidedStep
 from ..prompt import KeysValues
 from .split_attention import can_split, joined, look
+from .unhooked_attention import HookedForward, hooked
 
 OVERRIDE = "optimized_attention_override"
 _OPTIONAL = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
@@ -38,8 +41,16 @@ OverrideFor = Callable[[str, Callable | None], Callable]
 
 
 @contextmanager
-def overridden_attention(blocks: dict[str, nn.Module], override: OverrideFor) -> Iterator[None]:
-    """Inside, the attentions of each block, by adapter layer, go through an `override` of their own."""
+def overridden_attention(blocks: dict[str, nn.Module], override: OverrideFor, unhooked: str = "") -> Iterator[None]:
+    """Inside, the attentions of each block, by adapter layer, go through an `override` of their own.
+
+    `unhooked`: the path in a block of the module whose attention is meant, where it asks for none by itself.
+    """
+    if unhooked:
+        modules = {name: block.get_submodule(unhooked) for name, block in blocks.items()}
+        with hooked([HookedForward(modules[name], partial(_options, name, override)) for name in modules]):
+            yield
+        return
 
     def hook_of(name: str) -> Callable:
         def hook(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -58,6 +69,10 @@ def overridden_attention(blocks: dict[str, nn.Module], override: OverrideFor) ->
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _options(name: str, override: OverrideFor) -> dict:
+    return {OVERRIDE: override(name, None)}
 
 
 # In the transformer_options of an evaluation in which attentions are overridden: networks hand them on in many ways.
