@@ -448,12 +448,17 @@ def _state_dict(name: str) -> dict[str, torch.Tensor]:
     row = TINY_FAMILIES[name]
     with row.smaller():
         network = _network_class(row)(**row.config, device="meta", operations=comfy.ops.disable_weight_init)
+    return random_weights(network, name)
+
+
+def random_weights(network: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """A state dict for a network that may be on the meta device, always the same for a name."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return {key: _random(key, value.shape, generator) for key, value in network.state_dict().items()}
 
 
 @contextlib.contextmanager
-def _replaced_sizes(row: TinyFamily) -> Iterator[None]:
+def replaced_sizes(row: TinyFamily) -> Iterator[None]:
     """What ComfyUI takes for granted once it knows the family is as in `row`."""
     detect = comfy.model_detection.model_config_from_unet
 
@@ -471,7 +476,7 @@ def tiny_model(
     name: str, stored: Callable[[dict[str, torch.Tensor]], dict] = dict, **model_options: Any
 ) -> comfy.model_patcher.ModelPatcher:
     """A fresh one each time, always with the same weights. `stored`: those as another file has them."""
-    with _replaced_sizes(TINY_FAMILIES[name]):
+    with replaced_sizes(TINY_FAMILIES[name]):
         return comfy.sd.load_diffusion_model_state_dict(stored(_state_dict(name)), model_options=model_options)
 
 
