@@ -23,15 +23,17 @@ class Family:
     timestep, which modulates the blocks and the output: [b, e] (or [b, ..., e]). `timestep_scale`: the factor that
     makes the network's timesteps go from 0 to 1000.
 
-    `attention`: how the image reads the prompt where ComfyUI's `optimized_attention_override` is run: "joint" (its
-    tokens are keys beside the image's) or "cross" (it has an attention of its own); else "". `sites`: those of `blocks`
-    where it does, by default all. `prompt_at`: where the prompt's tokens are seen as they come to the attentions, [b,
-    tokens, width]: the output of a module, or of "path:argument" an argument that a module gets, by position or by
-    keyword. `prompt_last`: joint: its keys come after the image's.
+    `attention`: how the image reads the prompt: "joint" (its tokens are keys beside the image's) or "cross" (it has an
+    attention of its own); "" where it isn't known. `attention_module`: of a block the module that has this attention,
+    where it doesn't ask ComfyUI's `optimized_attention_override`. `sites`: those of `blocks` where it does, by default
+    all. `prompt_at`: where the prompt's tokens are seen as they come to the attentions, [b, ..., tokens, width]: the
+    output of a module, or of "path:argument" an argument that a module gets, by position or by keyword. `prompt_last`:
+    joint: its keys come after the image's.
 
     Of the blocks' linear layers, those (or what contains them) that low-rank changes are not for: `left_out`, where
     the rows of a batch are put together otherwise, and `unread`, of a list's last block, what no one looks at any more.
-    `several_latents`: of unlike sizes, packed into one.
+    `several_latents`: of unlike sizes, packed into one. `least_sides`: what a latent's height and width have to be
+    together at least.
     """
 
     name: str
@@ -46,9 +48,11 @@ class Family:
     left_out: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     several_latents: bool = False
+    least_sides: int = 0
     time_embedding: str = ""
     timestep_scale: float = 1.0
     attention: str = ""
+    attention_module: str = ""
     sites: tuple[str, ...] = ()
     prompt_at: str = ""
     prompt_last: bool = False
@@ -138,20 +142,25 @@ FAMILIES = (
         timestep_scale=1000.0,
         prompt_at="double_layers.0:0",
     ),
-    _transformer(
+    _cross(
         "PixArtSigma",
         "PixArt Sigma",
         blocks=("blocks",),
         prompt_layer="y_embedder.y_proj.fc1",
         left_out=("cross_attn.kv_linear",),
         time_embedding="t_embedder",
+        attention_module="cross_attn",
+        prompt_at="y_embedder",
+        least_sides=66,  # of smaller ones its positions are not finite
     ),
-    _transformer(
+    _cross(
         "HunyuanDiT",
         "Hunyuan-DiT",
         blocks=("blocks",),
         prompt_layer="blocks.0.attn2.kv_proj",
         time_embedding="t_embedder",
+        attention_module="attn2",
+        prompt_at="blocks.0:2",
     ),
     _flux("Flux", "Flux"),
     _flux("FluxSchnell", "Flux without guidance"),
@@ -226,12 +235,15 @@ FAMILIES = (
         time_embedding="time_embedding_linear_2",
         prompt_at="blocks.0:encoder_hidden_states",
     ),
-    _transformer(
+    _joint(
         "ErnieImage",
         "ERNIE-Image",
         blocks=("layers",),
         prompt_layer="text_proj",
         time_embedding="time_embedding",
+        attention_module="self_attention",
+        prompt_at="text_proj",
+        prompt_last=True,
     ),
     _joint(
         "Krea2",

@@ -44,7 +44,12 @@ class Prompt:
 
     def mean_token(self) -> torch.Tensor:
         """(r, d), fp32."""
-        return mean_token(self.context, self.arguments.get("attention_mask"))
+        return mean_token(self.context, token_mask(self.arguments))
+
+
+def token_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
+    """(r, m), which of a prompt's tokens count, if its condition says so: by another name in Hunyuan-DiT."""
+    return next((arguments[key] for key in ("attention_mask", "text_embedding_mask") if key in arguments), None)
 
 
 def mean_token(context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Every transformer family that people run with CFG, as a tiny model in its true layout: what its row says is so."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from comfyui_agd.agd_core.comfyui.backbones.block_attention import overridden_unhooked
 from comfyui_agd.agd_core.families import Family, find_family
 from comfyui_agd.tests.support.runtime import STEPS, Prompts, ksampler, rows_of
 from comfyui_agd.tests.support.tiny_families import TINY_FAMILIES, conditioning, empty_latent, flat, tiny_model
@@ -76,7 +77,7 @@ class Trace:
     @property
     def tokens(self) -> int:
         assert self.prompt is not None
-        return self.prompt.shape[1]
+        return self.prompt.shape[-2]
 
 
 @contextmanager
@@ -94,7 +95,8 @@ def _watch(modules: dict[str, nn.Module], enter, leave) -> Iterator[None]:
             handle.remove()
 
 
-def trace(name: str, **how) -> Trace:
+def trace(name: str, hooked: bool = True, **how) -> Trace:
+    """`hooked`: modules that don't ask for an override by themselves do."""
     row, model = row_of(name), tiny_model(name).clone()
     network, found, inside = model.model.diffusion_model, Trace(), []
     prompt_path, _, argument = row.prompt_at.partition(":")
@@ -122,7 +124,11 @@ def trace(name: str, **how) -> Trace:
     watched = {"": network, **blocks_of(network, row.blocks)}
     if row.prompt_at:
         watched[prompt_path] = network.get_submodule(prompt_path)
-    with _watch(watched, enter, leave):
+    asking: AbstractContextManager = nullcontext()
+    if hooked and row.attention_module:
+        blocks = blocks_of(network, row.sites or row.blocks)
+        asking = overridden_unhooked(blocks, row.attention_module, lambda *given: override)
+    with _watch(watched, enter, leave), asking:
         evaluate(name, model, **how)
     return found
 
@@ -247,13 +253,24 @@ def test_the_prompts_keys_come_first_or_last_as_the_row_says(name):
 
 @those_with("cross")
 def test_the_first_attention_with_the_prompts_keys_is_the_images(name):
-    for length in (6, 9):
+    fixed = TINY_FAMILIES[name].config.get("text_len")
+    for length in (fixed,) if fixed else (6, 9):
         found = trace(name, length=length)
         for path in site_blocks(name):
             keys = [call.keys.shape[1] for call in found.calls_in(path)]
-            assert keys.index(found.tokens) > 0  # behind its attention to itself
+            # Behind its attention to itself, but where the row names the module.
+            assert (keys.index(found.tokens) == 0) == bool(row_of(name).attention_module)
 
 
-@those_with("")
-def test_where_the_row_names_no_attention_none_can_be_asked(name):
-    assert trace(name).calls == []
+@pytest.mark.parametrize("name", [name for name in TINY_FAMILIES if row_of(name).attention_module])
+def test_where_the_row_names_the_attentions_module_it_asks_for_no_override_by_itself(name):
+    assert trace(name, hooked=False).calls == []
+    model = tiny_model(name)
+    plain = flat(evaluate(name, model))
+    assert trace(name).calls != []
+    assert torch.equal(flat(evaluate(name, model)), plain)
+
+
+@each_family
+def test_the_row_says_how_the_prompt_is_read(name):
+    assert row_of(name).attention in ("joint", "cross")

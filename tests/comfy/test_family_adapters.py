@@ -10,11 +10,13 @@ import torch
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
+from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel, block_attention
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.model.sampler import ComfySampler
 from comfyui_agd.agd_core.comfyui.sampling import merging
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
+from comfyui_agd.agd_core.kinds.scale import START
 from comfyui_agd.agd_core.lora import lora
 from comfyui_agd.tests.support.family_adapters import TinyClip, adapted, adapter_of, base_of, config_of
 from comfyui_agd.tests.support.runtime import CFG, STEPS, Prompts, ksampler, ksampler_advanced, rows_of
@@ -28,7 +30,6 @@ from comfyui_agd.training.trainer import train
 each_family = pytest.mark.parametrize("name", TINY_FAMILIES)
 NOT_TRAINED = ("ltx-2",)
 PROMPTS = ["a fox", "a green door"]
-UNREACHED = ("pixart", "hunyuan-dit", "ernie-image")  # whose attentions ask no one
 TRAINED = [name for name in TINY_FAMILIES if name not in NOT_TRAINED]
 
 
@@ -85,10 +86,58 @@ def test_split_attention_gives_what_whole_attention_does(name, monkeypatch):
     assert apart(sample(name, adapted(name, base)), split) < 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in TINY_FAMILIES if name not in UNREACHED])
+@each_family
 def test_equal_prompts_have_no_difference(name):
     base, same = tiny_model(name), prompts(name, negative="a fox")
     assert apart(sample(name, adapted(name, base, "scale"), same), sample(name, base, same, cfg=1.0)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "out"),
+    [("wan2.1-t2v", "cross_attn", "o"), ("pixart", "cross_attn", "proj"), ("hunyuan-dit", "attn2", "out_proj")],
+)
+def test_a_cross_attention_hands_on_what_leads_from_the_negatives_to_the_prompts(name, module, out):
+    base, given, called, handed_on = tiny_model(name), prompts(name), [], []
+    attention = base.model.diffusion_model.blocks[0].get_submodule(module)
+    attention.register_forward_pre_hook(lambda m, args, kwargs: called.append((args, kwargs)), with_kwargs=True)
+    attention.get_submodule(out).register_forward_pre_hook(lambda m, args: handed_on.append(args[0].clone()))
+    for positive in (given.negative, given.positive):
+        sample(name, base, Prompts(positive, given.negative), cfg=1.0, steps=1)
+    ((_, unwanted, *_), _), ((x, _, *others), kwargs) = called
+    with torch.inference_mode():
+        attention(x, unwanted, *others, **kwargs)
+    _, towards, away = handed_on
+    model = apply_adapter(base, *attention_guidance(base_of(name)), source="the file", notify=lambda message: None)
+    sample(name, model, given, steps=1)
+    torch.testing.assert_close(handed_on[-1], towards + (CFG - 1) * START * (towards - away))
+
+
+@pytest.mark.parametrize("kind", ["delta", "low_rank"])
+@pytest.mark.parametrize("name", ["hunyuan-dit", "ltxv"])
+def test_what_stands_in_hidden_tokens_makes_no_difference(name, kind):
+    model, given, other = adapted(name, tiny_model(name), kind), prompts(name), prompts(name)
+    for (cond, entries), *_ in (other.positive, other.negative):
+        cond[entries["attention_mask"] == 0] += 1.0
+    assert apart(sample(name, model, other), sample(name, model, given)) < 1e-5
+
+
+def test_of_small_latents_prompts_are_kept_too():
+    """PixArt's positions are not finite where the sides are too short."""
+    model, at = adapted("pixart", tiny_model("pixart")), {"samples": torch.zeros(1, 4, 30, 36)}
+    assert ksampler(model, prompts("pixart"), at=at).isfinite().all()
+
+
+def test_where_another_node_has_replaced_the_attention_it_is_refused():
+    base, given = tiny_model("pixart"), prompts("pixart")
+    model, plain = adapted("pixart", base), sample("pixart", base, given)
+    attention = base.model.diffusion_model.blocks[1].cross_attn
+    attention.forward = lambda x, *args, **kwargs: type(attention).forward(attention, x, *args, **kwargs)
+    with pytest.raises(UnsupportedModel, match="Another node has replaced this model's attention to the prompt"):
+        sample("pixart", model, given)
+    with pytest.raises(UnsupportedModel, match="train one of kind low_rank"):
+        adapted("pixart", base)
+    assert torch.equal(sample("pixart", base, given), plain)  # and the node's own is still there
+    assert "forward" in vars(attention)
 
 
 @each_family
@@ -201,7 +250,9 @@ def test_a_training_closes_a_part_of_the_gap_and_moves_every_parameter(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd3", "flux", "ltxv", "anima", "z-image", "wan2.1-i2v"])
+@pytest.mark.parametrize(
+    "name", ["sd3", "flux", "ltxv", "anima", "z-image", "wan2.1-i2v", "pixart", "hunyuan-dit", "ernie-image"]
+)
 def test_checkpointed_it_is_the_same_training(name):
     kept, again = (training(name, iterations=4, checkpointing=how) for how in ("off", "on"))
     for (key, one), (_, other) in zip(kept.adapter.trained(), again.adapter.trained(), strict=True):
@@ -210,16 +261,17 @@ def test_checkpointed_it_is_the_same_training(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "checkpointing"),
+    ("name", "checkpointing", "kind"),
     # CogVideoX's first step says too little of the prompt.
-    [(name, True) for name in TRAINED if name != "cogvideox"]
-    + [(name, False) for name in ("sd3", "flux", "ltxv", "anima", "qwen-image")],
+    [(name, True, "low_rank") for name in TRAINED if name != "cogvideox"]
+    + [(name, False, "low_rank") for name in ("sd3", "flux", "ltxv", "anima", "qwen-image")]
+    + [(name, True, "delta") for name in ("wan2.1-t2v", "pixart", "hunyuan-dit")],
 )
-def test_gradients_are_those_of_finite_differences(name, checkpointing):
-    """What a network overwrites, or computes without gradients, would show here: through low-rank changes alone, for
-    what attention keeps of the prompts has no gradients on purpose."""
-    model = ComfyModel(tiny_model(name), TinyClip(name))
-    denoiser, adapter = model.denoiser, randomised(Adapter(config_of(name, "low_rank")), seed=1)
+def test_gradients_are_those_of_finite_differences(name, checkpointing, kind):
+    """What a network overwrites, or computes without gradients, would show: through low-rank changes alone, or none
+    of them, for what attention keeps of the prompts changes with them, and has no gradients on purpose."""
+    model, rank = ComfyModel(tiny_model(name), TinyClip(name)), {"low_rank": 2, "delta": 0}[kind]
+    denoiser, adapter = model.denoiser, randomised(Adapter(config_of(name, kind, rank=rank)), seed=1)
     side = 512 if name == "pixart" else 64
     shape = denoiser.latent_shape(side, side)
     generator = torch.Generator().manual_seed(0)

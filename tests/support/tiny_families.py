@@ -462,7 +462,7 @@ def _state_dict(name: str) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _replaced_sizes(row: TinyFamily) -> Iterator[None]:
+def replaced_sizes(row: TinyFamily) -> Iterator[None]:
     """What ComfyUI takes for granted once it knows the family is as in `row`."""
     detect = comfy.model_detection.model_config_from_unet
 
@@ -480,7 +480,7 @@ def tiny_model(
     name: str, stored: Callable[[dict[str, torch.Tensor]], dict] = dict, **model_options: Any
 ) -> comfy.model_patcher.ModelPatcher:
     """A fresh one each time, always with the same weights. `stored`: those as another file has them."""
-    with _replaced_sizes(TINY_FAMILIES[name]):
+    with replaced_sizes(TINY_FAMILIES[name]):
         return comfy.sd.load_diffusion_model_state_dict(stored(_state_dict(name)), model_options=model_options)
 
 

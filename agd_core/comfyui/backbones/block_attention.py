@@ -8,8 +8,9 @@ the image's queries look at them in place of the prompt's own,
 
 with both prompts' kept alike, so that equal prompts give exactly zero; where they don't depend on the step, the
 prompt's own are those of the evaluation. Attentions are reached through ComfyUI's
-`optimized_attention_override`, which is put into the `transformer_options` of one block's run: each run counts its own
-calls, also when it is computed again in a backward pass.
+`optimized_attention_override`, which is put into the `transformer_options` of one block's run (or of its module's that
+has the attention, `unhooked_attention.py`): each run counts its own calls, also when it is computed again in a backward
+pass.
 
 Shapes: b rows, n image tokens, m prompt tokens, w channels, as ComfyUI's attention functions take them: (b, n, w), or
 (b, heads, n, w / heads) with `skip_reshape`.
@@ -19,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +32,7 @@ from ..guided_step import ActiveAdapter
 from ..prompt import KeysValues, Prompt
 from .module_hooks import hooked_before
 from .split_attention import can_split, joined, look
+from .unhooked_attention import HookedForward, hooked
 
 OVERRIDE = "optimized_attention_override"
 _OPTIONAL = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
@@ -74,6 +77,21 @@ def overridden_attention(blocks: dict[str, nn.Module]) -> Iterator[None]:
         for name, block in blocks.items():
             hooks.enter_context(hooked_before(block, hook_of(name)))
         yield
+
+
+@contextmanager
+def overridden_unhooked(blocks: dict[str, nn.Module], path: str, override: OverrideFor) -> Iterator[None]:
+    """As `overridden_attention`, of an attention that asks for no override by itself: of the module at `path` in each
+    block."""
+    forwards = [
+        HookedForward(block.get_submodule(path), partial(_options, name, override)) for name, block in blocks.items()
+    ]
+    with hooked(forwards):
+        yield
+
+
+def _options(name: str, override: OverrideFor) -> dict:
+    return {OVERRIDE: override(name, None)}
 
 
 class AttentionCall:

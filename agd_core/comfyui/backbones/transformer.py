@@ -20,19 +20,22 @@ from ...adapter import Adapter, Prepared
 from ...config import AdapterLayer, Linear
 from ...families import Family
 from ..guided_step import GuidedStep
-from ..prompt import KeysValues
+from ..prompt import KeysValues, token_mask
 from .backbone import Backbone, UnsupportedModel
 from .block_attention import (
     GuidedAttentions,
     KeepingAttention,
+    OverrideFor,
     Place,
     block_run,
     overridden_attention,
+    overridden_unhooked,
     with_override,
 )
 from .compiled_network import compiled
 from .linears import adapted_linears
 from .module_hooks import hooked_before, hooked_behind
+from .unhooked_attention import can_hook
 
 # The latents of which a prompt's keys and values are kept: noise, as long as the picture and this wide. Positions in
 # the attention may depend on the length, and hardly anything on what is in the picture where it is all noise.
@@ -51,7 +54,6 @@ class Transformer(Backbone):
     layout = "transformer"
     prompts_pass_blocks = True
     overwrites = True
-    compiles = True
 
     def __init__(self, network: nn.Module, family: Family | None = None):
         super().__init__(network, family)
@@ -73,7 +75,17 @@ class Transformer(Backbone):
     @property
     def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
         """Those that work at a cross-attention's input and output have no place where one attention is for all."""
-        return ("delta", "low_rank", "scale") if self.row.attention else ("low_rank",)
+        return ("delta", "low_rank", "scale") if self._reaches_attention() else ("low_rank",)
+
+    @property
+    def compiles(self) -> bool:  # type: ignore[override]
+        return not self.row.attention_module
+
+    def _reaches_attention(self) -> bool:
+        if not self.row.attention_module:
+            return bool(self.row.attention)
+        blocks = self._blocks_with_prompt().values()
+        return all(can_hook(block.get_submodule(self.row.attention_module)) for block in blocks)
 
     def layers(self) -> tuple[AdapterLayer, ...]:
         prompt_layer: Any = self.network.get_submodule(self.row.prompt_layer)
@@ -117,16 +129,17 @@ class Transformer(Backbone):
                 hooks.close()  # the one before, where a model takes several
                 if self.runs_compiled(step):
                     return args, kwargs
-                context, mask = kwargs.get("context"), kwargs.get("attention_mask")
+                context, mask = kwargs.get("context"), token_mask(kwargs)
                 prepared = step.prepare(self.timesteps(timesteps), context, _dtype(x), mask)
                 if step.changes_linears:
                     hooks.enter_context(adapted_linears(self, prepared))
                 if step.changes_vector:
                     hooks.enter_context(self._added_to_vector(prepared))
                 if step.guides_attention:
-                    hooks.enter_context(overridden_attention(self._blocks_with_prompt()))
                     prompts = step.positives(kwargs["transformer_options"].get("uuids") or [])
-                    kwargs = with_override(kwargs, GuidedAttentions(self._place(), step.active, prepared, prompts))
+                    guided = GuidedAttentions(self._place(), step.active, prepared, prompts)
+                    hooks.enter_context(self._overridden(guided))
+                    kwargs = with_override(kwargs, guided)
                 return args, kwargs
 
             with hooked_before(self.network, prepare):
@@ -161,11 +174,23 @@ class Transformer(Backbone):
     def _blocks_with_prompt(self) -> dict[str, nn.Module]:
         return {name: block for (name, _), block in self._listed(self._lists_with_prompt()).items()}
 
+    def _overridden(self, override: OverrideFor) -> AbstractContextManager[None]:
+        """Inside, attentions to the prompt have an `override`, in an evaluation of arguments that have it too."""
+        if not self.row.attention_module:
+            return overridden_attention(self._blocks_with_prompt())
+        if not self._reaches_attention():
+            raise UnsupportedModel(
+                "Another node has replaced this model's attention to the prompt, where the adapter works: bypass it, "
+                f"or train an adapter of kind low_rank. Details: {self.row.attention_module} of a block of "
+                f"{type(self.network).__name__}."
+            )
+        return overridden_unhooked(self._blocks_with_prompt(), self.row.attention_module, override)
+
     def keys_values(
         self, model: Any, arguments: dict[str, Any], x: torch.Tensor, step: GuidedStep
     ) -> Iterator[tuple[str, KeysValues]]:
         """From an evaluation of the base on a strip of noise, with the step's changes of linear layers."""
-        strip, sigma = _strip(x), model.model_sampling.sigma_max
+        strip, sigma = _strip(x, self.row.least_sides), model.model_sampling.sigma_max
         rows = len(arguments["c_crossattn"])
         noise = torch.randn(1, *strip.of(x).shape[1:], generator=torch.Generator().manual_seed(_SEED))
         noise = noise.to(x.device, torch.float32).expand(rows, *noise.shape[1:])
@@ -181,10 +206,9 @@ class Transformer(Backbone):
             return kept.setdefault(name, KeepingAttention(before, self._place(), lambda: tokens.count))
 
         given = {key: strip.of(value) for key, value in arguments.items() if not _are_pictures(value)}
-        with self._alone(step, rows), tokens, overridden_attention(self._blocks_with_prompt()):
-            model._apply_model(
-                start, sigmas, **with_override({**given, "transformer_options": {"sigmas": sigmas}}, keeping)
-            )
+        given["transformer_options"] = {"sigmas": sigmas}
+        with self._alone(step, rows), tokens, self._overridden(keeping):
+            model._apply_model(start, sigmas, **with_override(given, keeping))
         for name, attention in kept.items():
             found = attention.keys_values()
             if found is not None:
@@ -308,12 +332,16 @@ def _are_pictures(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(each, torch.Tensor) for each in value)
 
 
-def _strip(x: torch.Tensor) -> _Strip:
-    """For latents x (b, c, h, w) or (b, c, t, h, w); several that ComfyUI has packed into one stay whole."""
+def _strip(x: torch.Tensor, least_sides: int) -> _Strip:
+    """For latents x (b, c, h, w) or (b, c, t, h, w); several that ComfyUI has packed into one stay whole.
+
+    `least_sides`: what height and width have to be together.
+    """
     if x.ndim < 4:
         return _Strip(tuple((size, size) for size in x.shape[2:]))
     *times, height, width = x.shape[2:]
-    kept = (height, min(width, _STRIP)) if height > width else (min(height, _STRIP), width)
+    short = max(_STRIP, least_sides - max(height, width))
+    kept = (height, min(width, short)) if height > width else (min(height, short), width)
     return _Strip((*((frames, 1) for frames in times), (height, kept[0]), (width, kept[1])))
 
 
@@ -338,8 +366,8 @@ class _TokensSeen:
         self._handle.remove()
 
     def _see_output(self, module: nn.Module, args: tuple, out: torch.Tensor) -> None:
-        self.count = out.shape[1]
+        self.count = out.shape[-2]
 
     def _see_argument(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         value = args[int(self.argument)] if self.argument.isdigit() else kwargs[self.argument]
-        self.count = value.shape[1]
+        self.count = value.shape[-2]

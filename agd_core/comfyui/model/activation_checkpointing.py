@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..backbones import Backbone
 from ..backbones.linears import LinearHook
 from ..backbones.module_hooks import hooked_behind
+from ..backbones.unhooked_attention import HookedForward, hooked, hooked_in
 
 
 def _adapter_hooks(block: nn.Module) -> list[tuple[nn.Module, Callable]]:
@@ -22,11 +23,12 @@ def _adapter_hooks(block: nn.Module) -> list[tuple[nn.Module, Callable]]:
 
 
 @contextmanager
-def _hooked(hooks: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
+def _hooked(hooks: list[tuple[nn.Module, Callable]], attentions: list[HookedForward]) -> Iterator[None]:
     """Inside, those hooks are on their layers again: the evaluation that had them is over by then."""
     with ExitStack() as again:
         for layer, hook in hooks:
             again.enter_context(hooked_behind(layer, hook))
+        again.enter_context(hooked(attentions))
         yield
 
 
@@ -40,13 +42,14 @@ def _checkpointed(module: nn.Module, keep: Callable[[dict], dict], when: Callabl
     def run(*args, **kwargs):
         if not torch.is_grad_enabled() or (when is not None and not when(*args)):
             return forward(*args, **kwargs)
-        first, later, hooks = iter([kwargs]), keep(kwargs), _adapter_hooks(module)
+        first, later = iter([kwargs]), keep(kwargs)
+        hooks, attentions = _adapter_hooks(module), hooked_in(module)
 
         def compute(*args):
             now = next(first, None)
             if now is not None:
                 return forward(*args, **now)
-            with _hooked(hooks):
+            with _hooked(hooks, attentions):
                 return forward(*args, **keep(later))
 
         # Nothing in a frozen base is random, so there is no generator's state to preserve.
