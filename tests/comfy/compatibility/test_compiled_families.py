@@ -20,8 +20,9 @@ from comfyui_agd.tests.support.small import randomised
 from comfyui_agd.tests.support.tiny_families import TINY_FAMILIES, conditioning, empty_latent, flat, tiny_model
 
 JOINT, CROSS = "sd3", "wan2.1-t2v"
-# HunyuanVideo 1.5 and LTX-2 are more than one graph in themselves; Hunyuan-DiT stops the compiler with an error.
-ONE_GRAPH = [name for name in TINY_FAMILIES if name not in ("hunyuan-video-1.5", "ltx-2", "hunyuan-dit")]
+# Those that aren't: two are several graphs in themselves, and the attentions of three don't ask for an override.
+SEVERAL_GRAPHS, UNHOOKED = ("hunyuan-video-1.5", "ltx-2"), ("pixart", "hunyuan-dit", "ernie-image")
+ONE_GRAPH = [name for name in TINY_FAMILIES if name not in SEVERAL_GRAPHS + UNHOOKED]
 
 
 @pytest.fixture(autouse=True)
@@ -113,11 +114,15 @@ def test_another_nodes_forward_is_compiled_too_and_stays():
     assert not torch.allclose(found, sample(JOINT, adapted(JOINT, base)))
 
 
-def test_what_is_not_one_graph_runs_uncompiled_and_says_so():
-    name = "hunyuan-video-1.5"
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(name, messages.UNCOMPILED_FOR_GRAPH_BREAKS) for name in SEVERAL_GRAPHS]
+    + [(name, messages.UNCOMPILED_FOR_HOOKS) for name in UNHOOKED],
+)
+def test_what_is_not_one_graph_runs_uncompiled_and_says_so(name, message):
     base, said = fused(tiny_model(name)), []
     found = sample(name, adapted(name, compiling(base), notify=said.append))
-    assert said == [messages.UNCOMPILED_FOR_GRAPH_BREAKS]
+    assert said == [message]
     torch.testing.assert_close(found, sample(name, adapted(name, base)), rtol=1e-4, atol=1e-4)
 
 
