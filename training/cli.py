@@ -184,7 +184,15 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
         if not args.other_expert.is_file():
             raise UsageError(f"There is no expert {args.other_expert}.")
         other = load_expert(args.other_expert, args.base_dtype), early.learns_at
-    model = ComfyModel(loaded.model, loaded.clip, autocast=early.autocast, vae=loaded.vae, other_expert=other)
+    early = early if recording is None else recording.config(early)
+    model = ComfyModel(
+        loaded.model,
+        loaded.clip,
+        autocast=early.autocast,
+        frames=early.frames,
+        vae=loaded.vae,
+        other_expert=other,
+    )
     config = settings_for(model.base, chosen)
     if recording is not None:
         own = recording.config(config)
