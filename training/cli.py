@@ -139,7 +139,9 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
 
     loaded = source.load()
     other = None if loaded.other_expert is None else (loaded.other_expert, early.learns_at)
-    model = ComfyModel(loaded.model, loaded.clip, autocast=early.autocast, vae=loaded.vae, other_expert=other)
+    early = early if recording is None else recording.config(early)
+    how: dict[str, Any] = {"autocast": early.autocast, "frames": early.frames}
+    model = ComfyModel(loaded.model, loaded.clip, **how, vae=loaded.vae, other_expert=other)
     config = settings_for(model.base, chosen)
     if recording is not None:
         own = recording.config(config)

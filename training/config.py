@@ -46,6 +46,7 @@ class TrainConfig:
     apg_threshold: float = option(15.0, "apg: largest norm of the guidance, of SDXL-sized latents; 0: any")
     width: int = option(512, "of the pictures, in pixels")
     height: int = option(512, "of the pictures, in pixels")
+    frames: int = option(1, "of a video, as many as its latent has; 1: a picture")
     aspect_ratios: tuple[str, ...] = option(
         (), "train at these ratios, such as 1:1 3:2 2:3, of pictures with the area of width x height"
     )
@@ -110,7 +111,7 @@ class TrainConfig:
     def _wrong_numbers(self) -> list[str]:
         positive = [
             *("iterations", "batch", "learning_rate", "clip", "width", "height", "pool", "reuse", "steps_min"),
-            *("reuse_from", "keep_states"),
+            *("reuse_from", "keep_states", "frames"),
         ]
         counts = [
             *("held_out", "evaluate_every", "patience", "save_every", "preview_every", "micro_batch", "memory"),

@@ -29,7 +29,7 @@ _HALVES, _EXACT = ("x", "cond", "uncond"), ("sigma", "omega", "positive", "negat
 # The settings that decide what is visited; training from a recording takes these from it.
 SETTINGS = (
     *("batch", "omega_min", "omega_max", "omega_sampling", "width", "height", "aspect_ratios", "pool", "steps_min"),
-    *("steps_max", "schedulers", "solvers", "seed", "held_out"),
+    *("steps_max", "schedulers", "solvers", "seed", "held_out", "frames"),
 )
 # The rule that the trajectories followed. Both predictions are stored, so training may take another for its target.
 _FOLLOWED = ("teacher", "interval_sigma_min", "interval_sigma_max", "rescale_phi", "apg_eta", "apg_threshold")
@@ -106,7 +106,7 @@ class Recording:
 
     def config(self, config: TrainConfig) -> TrainConfig:
         """`config` with the recording's own settings in place of its."""
-        own: dict[str, Any] = {}
+        own: dict[str, Any] = {"frames": 1}  # of recordings from before there were several
         for key, value in self.identity.items():
             own[key] = tuple(value) if isinstance(value, list) else value
         return replace(config, **{key: own[key] for key in SETTINGS})

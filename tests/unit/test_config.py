@@ -23,6 +23,7 @@ from comfyui_agd.training.pool import draw_omega
         ({"on_policy": -0.1}, "on_policy is -0.1, but is a share"),
         ({"patience": -1}, "patience is -1, but must not be negative"),
         ({"keep_states": 0}, "keep_states is 0, but must be above 0"),
+        ({"frames": 0}, "frames is 0, but must be above 0"),
         ({"schedulers": ()}, "schedulers is empty"),
         ({"solvers": ()}, "solvers is empty"),
         ({"solvers": ("euler", "heun")}, "no sampler 'heun' for trajectories, choose from euler, euler_ancestral, dpm"),

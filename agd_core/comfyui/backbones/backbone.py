@@ -121,13 +121,15 @@ class Backbone(ABC):
         """A text encoder's condition, as it has to be kept for training; `model`: ComfyUI's BaseModel."""
         return cond
 
-    def latent_shape(self, latent_format, width: int, height: int) -> tuple[int, ...]:
-        """Of the latent of a picture of width x height pixels: (c, h, w), with a time axis of 1 for video (c, 1, h, w).
+    def latent_shape(self, latent_format, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        """Of the latent of a picture of width x height pixels: (c, h, w), of video (c, t, h, w) with so many `frames`.
 
         `latent_format`: ComfyUI's.
         """
+        if frames > 1 and latent_format.latent_dimensions == 2:
+            raise UnsupportedModel(f"This model makes pictures, not videos, so there can't be {frames} frames.")
         factor = latent_format.spacial_downscale_ratio
-        time = [1] * (latent_format.latent_dimensions - 2)
+        time = [frames] * (latent_format.latent_dimensions - 2)
         return (latent_format.latent_channels, *time, height // factor, width // factor)
 
     def prediction_unit(self, sigma: torch.Tensor) -> torch.Tensor:

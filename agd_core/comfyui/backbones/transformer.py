@@ -255,10 +255,10 @@ class Transformer(Backbone):
         kept = {key: value for key, value in cond.items() if key not in ("t5xxl_ids", "t5xxl_weights")}
         return {**kept, "cross_attn": mapped.clone()}
 
-    def latent_shape(self, latent_format, width: int, height: int) -> tuple[int, ...]:
+    def latent_shape(self, latent_format, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
         if self.row.several_latents:
             raise UnsupportedModel(f"{self.row.title} can't be trained yet: its latents are several, of unlike sizes.")
-        return super().latent_shape(latent_format, width, height)
+        return super().latent_shape(latent_format, width, height, frames)
 
     def timesteps(self, t: Any) -> torch.Tensor:
         t = t[0] if isinstance(t, (tuple, list)) else t  # of video and sound

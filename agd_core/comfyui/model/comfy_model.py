@@ -25,10 +25,11 @@ class ComfyModel:
         clip: Any,
         *,
         autocast: torch.dtype | None = None,
+        frames: int = 1,
         vae: Any = None,
         other_expert: tuple[comfy.model_patcher.ModelPatcher, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     ):
-        """`autocast`: of the evaluations, see `ComfyDenoiser`. `vae`: decodes previews; without it they are ComfyUI's
+        """`autocast`, `frames`: see `ComfyDenoiser`. `vae`: decodes previews; without it they are ComfyUI's
         fast approximation. `other_expert`: of a model of two, and which noise levels are not its own (`TwoExperts`).
         """
         described = describe_base(model.model, model.get_model_object("model_sampling"))
@@ -36,10 +37,10 @@ class ComfyModel:
         self.base_patches: dict[str, Any] = {"patched_weights": len(model.patches)} if model.patches else {}
         self._model, self._vae = model.clone(), vae
         if other_expert is None:
-            self.denoiser = ComfyDenoiser(self._model, autocast)
+            self.denoiser = ComfyDenoiser(self._model, autocast, frames)
         else:
             other, is_own = other_expert
-            self.denoiser = TwoExperts(self._model, other.clone(), is_own, autocast)
+            self.denoiser = TwoExperts(self._model, other.clone(), is_own, autocast, frames)
         self.text_encoder = ComfyTextEncoder(clip, self._model)
         self.memory = ComfyMemory(self._model, self.denoiser, self.text_encoder)
 

@@ -95,13 +95,14 @@ def with_adapter(
 class ComfyDenoiser:
     """Implements `training.model.Denoiser`."""
 
-    def __init__(self, model: comfy.model_patcher.ModelPatcher, autocast: torch.dtype | None = None):
-        """`autocast`: compute the evaluations in this dtype; None leaves the base as ComfyUI loaded it.
+    def __init__(self, model: comfy.model_patcher.ModelPatcher, autocast: torch.dtype | None = None, frames: int = 1):
+        """`autocast`: compute the evaluations in this dtype; None leaves the base as ComfyUI loaded it. `frames`: of a
+        video's latents.
 
         On a CPU that would only emulate bf16 the base's own precision is used instead, and the log says so.
         """
         self.device = model.load_device
-        self._model = model
+        self._model, self._frames = model, frames
         if autocast is torch.bfloat16 and not computes_bf16(self.device):
             log.warning("AGD: this CPU can't compute in bf16, so the model's own precision is used, which is faster.")
             autocast = None
@@ -127,8 +128,9 @@ class ComfyDenoiser:
         return self._model.get_model_object("model_sampling")
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        """Of the latent of a picture of width x height pixels: (c, h, w), of video (c, 1, h, w)."""
-        return self._backbone.latent_shape(self._model.get_model_object("latent_format"), width, height)
+        """Of the latent of a picture of width x height pixels: (c, h, w), of video (c, t, h, w)."""
+        latent_format = self._model.get_model_object("latent_format")
+        return self._backbone.latent_shape(latent_format, width, height, self._frames)
 
     def check_adapter(self, config: AdapterConfig) -> None:
         """Raises `UnsupportedModel` where the base has no place for such an adapter."""

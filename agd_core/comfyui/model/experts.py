@@ -52,9 +52,10 @@ class TwoExperts(ComfyDenoiser):
         other: ModelPatcher,
         is_own: Callable[[torch.Tensor], torch.Tensor],
         autocast: torch.dtype | None = None,
+        frames: int = 1,
     ):
         """`is_own`: sigma (b,) -> bool (b,), which noise levels are `model`'s."""
-        super().__init__(model, autocast)
+        super().__init__(model, autocast, frames)
         self.other, self.is_own = OtherExpert(other, autocast), is_own
 
     @contextmanager
