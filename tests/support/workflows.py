@@ -70,8 +70,8 @@ class Row:
     `needs_both`: what needs both predictions, as the message names it; `own_evaluation`: what evaluates the prompts
     in its own way, likewise; `as_base`: the result is the base's own; `since`: the oldest tested ComfyUI that has it,
     and has it so; `warns`: whether training-free guidance has a message about it, `within`: how exactly it keeps its
-    number whatever the variant. Without `run` the row is tested in compatibility/test_compile.py, which needs processes
-    of its own.
+    number whatever the variant; `says`: how a message about an adapter begins that is none of those. Without `run` the
+    row is tested in compatibility/test_compile.py, which needs processes of its own.
     """
 
     what: str
@@ -86,6 +86,7 @@ class Row:
     training_free: float | None = None
     warns: bool = False
     within: float = 0.005
+    says: str | None = None
 
     @property
     def with_training_free(self) -> float:
@@ -108,18 +109,21 @@ def row(what: str, without: float, with_agd: float, variants=("",), **kind):
 
 
 class EvaluationCounter:
-    """Counts rows of the diffusion model against the pictures that predictions were asked for."""
+    """Counts rows of the diffusion model against the pictures that predictions were asked for.
 
-    def __init__(self):
+    `at`: the wrapper that sees those rows. Not every transformer runs the one around the diffusion model.
+    """
+
+    def __init__(self, at: str = WrappersMP.DIFFUSION_MODEL):
         self.rows: list[int] = []
-        self.pictures = 0
+        self.pictures, self.at = 0, at
 
     @property
     def evaluations(self) -> float:
         return sum(self.rows) / self.pictures
 
     def __call__(self, model):
-        def diffusion_model(executor, x, *args, **kwargs):
+        def evaluate(executor, x, *args, **kwargs):
             self.rows.append(x.shape[0])
             return executor(x, *args, **kwargs)
 
@@ -134,10 +138,7 @@ class EvaluationCounter:
             return predicted
 
         clone = model.clone()
-        for kind, wrapper in (
-            (WrappersMP.DIFFUSION_MODEL, diffusion_model),
-            (WrappersMP.PREDICT_NOISE, predict_noise),
-        ):
+        for kind, wrapper in ((self.at, evaluate), (WrappersMP.PREDICT_NOISE, predict_noise)):
             clone.remove_wrappers_with_key(kind, "evaluation_counter")
             clone.add_wrapper_with_key(kind, "evaluation_counter", wrapper)
         return clone

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from comfyui_agd.agd_core import alternating
 from comfyui_agd.tests.support import workflows
 from comfyui_agd.tests.support.runtime import ksampler, patched, since, training_free
+from comfyui_agd.tests.support.transformer_workflows import TRANSFORMER_ROWS
 from comfyui_agd.tests.support.workflows import AROUND, PROMPTS, ROWS, EvaluationCounter, Row, no_agd
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "compatibility.md"
@@ -96,12 +98,15 @@ def test_row_with_training_free_guidance(base, plain, row, variant, monkeypatch)
     assert torch.equal(ksampler(base, PROMPTS, steps=1), plain)
 
 
-def table() -> dict[str, tuple[float, float, float]]:
-    """Evaluations without AGD, with an adapter and training-free for each row of the documentation's table."""
-    rows = [line.strip("| ") for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    cells = [re.split(r"\s*\|\s*", row) for row in rows[2:]]
-    return {what: tuple(0.0 if n == "refused" else float(n) for n in counts[:3]) for what, *counts in cells}
+def tables() -> Iterator[dict[str, tuple[float, float, float]]]:
+    """Of the documentation's tables, evaluations without AGD, with an adapter and training-free for each row."""
+    for table in re.findall(r"(?:^\|.*\n)+", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        cells = [re.split(r"\s*\|\s*", line.strip("| ")) for line in table.splitlines()[2:]]
+        yield {what: tuple(0.0 if n == "refused" else float(n) for n in counts[:3]) for what, *counts in cells}
 
 
-def test_the_documented_table_is_what_is_tested():
-    assert table() == {row.what: (row.without, row.with_agd, row.with_training_free) for row in ROWS}
+def test_the_documented_tables_are_what_is_tested():
+    assert list(tables()) == [
+        {row.what: (row.without, row.with_agd, row.with_training_free) for row in rows}
+        for rows in (ROWS, TRANSFORMER_ROWS)
+    ]
