@@ -101,8 +101,14 @@ class DeviceMemory(Protocol):
 
     def base_bytes(self) -> int: ...
 
+    def other_expert_bytes(self) -> int:
+        """Of a model of two experts, the weights of the one that isn't trained; 0 where there is none."""
+
+    def other_expert_bytes_on_device(self, free: int) -> int:
+        """Of these, what is on a device with `free` bytes beside the base and a step."""
+
     def largest_block_bytes(self) -> int:
-        """Of the base, what has to be on the device at a time."""
+        """Of the base, or of the other expert, what has to be on the device at a time."""
 
     def trace_student(self, config: AdapterConfig, shape: Shape, rows: int, checkpointing: bool) -> Cost:
         """What the student's forward and backward pass take for `rows` latents; nothing is computed."""

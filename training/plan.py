@@ -34,7 +34,8 @@ class Plan:
     """Evaluations are rows through the base, those of training itself: measurements and previews come on top.
 
     `peak_bytes` is what the device will hold at most, `base_bytes_on_device` of it the base's weights; with less than
-    `base_bytes` there, the base has to leave `reserve` bytes of the device free (0: it is loaded whole). `disk_bytes`:
+    `base_bytes` there, the base has to leave `reserve` bytes of the device free (0: it is loaded whole). `other_bytes`,
+    `other_bytes_on_device`: of a model of two experts, the weights of the one that isn't trained. `disk_bytes`:
     saved states and the adapter file. `seconds`: what the arithmetic takes at the least; None where that is unknown.
     """
 
@@ -47,6 +48,8 @@ class Plan:
     checkpointing: bool
     base_bytes: int
     base_bytes_on_device: int
+    other_bytes: int
+    other_bytes_on_device: int
     reserve: int
     peak_bytes: int
     memory: int | None
@@ -55,14 +58,14 @@ class Plan:
     def describe(self) -> str:
         """A few lines for `agd train --dry-run`."""
         available = "" if self.memory is None else f" of {_gigabytes(self.memory)}"
-        base = f"{_gigabytes(self.base_bytes_on_device)} of them the base"
-        if self.base_bytes_on_device < self.base_bytes:
-            base += f", {_gigabytes(self.base_bytes - self.base_bytes_on_device)} of it stay in system memory"
+        weights = _weights("the base", self.base_bytes_on_device, self.base_bytes)
+        if self.other_bytes:
+            weights += f"; {_weights('the other expert', self.other_bytes_on_device, self.other_bytes)}"
         twice = ", activations computed twice" if self.checkpointing else ""
         lines = [
             f"adapter      {self.adapter_parameters:,} parameters",
             f"evaluations  {self.teacher_evaluations:,} of the teacher, {self.student_evaluations:,} of the student",
-            f"memory       {_gigabytes(self.peak_bytes)}{available}, {base}",
+            f"memory       {_gigabytes(self.peak_bytes)}{available}, {weights}",
             f"at once      {self.micro_batch} student, {self.teacher_rows} teacher{twice}",
             f"disk         {_gigabytes(self.disk_bytes)}",
         ]
@@ -71,6 +74,11 @@ class Plan:
                 f"time         at least {_duration(self.seconds)}, if all ran as fast as a large matrix product"
             )
         return "\n".join(lines)
+
+
+def _weights(title: str, on_device: int, whole: int) -> str:
+    elsewhere = f", {_gigabytes(whole - on_device)} of it stay in system memory" if on_device < whole else ""
+    return f"{_gigabytes(on_device)} of them {title}{elsewhere}"
 
 
 def _gigabytes(count: float) -> str:
@@ -124,15 +132,32 @@ class _Costs:
         with torch.device("meta"):
             return Adapter(self.adapter).parameter_count()
 
-    def working_bytes(self, micro_batch: int, teacher_rows: int, checkpointing: bool) -> int:
-        """What a step takes beside the base: the adapter's state, and the most that a part of the step needs."""
+    def working_bytes(self, micro_batch: int, teacher_rows: int, checkpointing: bool, fetched: int = 0) -> int:
+        """What a step takes beside the weights: the adapter's state, and the most that a part of the step needs.
+
+        `fetched`: bytes of weights in system memory that the teacher needs on the device at a time.
+        """
         parameters = self.parameters
         parts = (
             self.student(checkpointing).peak_bytes(micro_batch),
-            self.teacher.peak_bytes(teacher_rows),
+            self.teacher.peak_bytes(teacher_rows) + fetched,
             _BYTES_OF_OPTIMISER_STEP * parameters,
         )
         return _BYTES_ON_DEVICE * parameters + max(parts)
+
+    def beside_base(
+        self, free: int | None, micro_batch: int, teacher_rows: int, checkpointing: bool
+    ) -> tuple[int, int]:
+        """(`working_bytes`, bytes of the other expert's weights) on a device with `free` bytes beside the base.
+
+        None is no limit.
+        """
+        other, rows = self.memory.other_expert_bytes(), (micro_batch, teacher_rows, checkpointing)
+        work = self.working_bytes(*rows)
+        if not other or free is None or self.memory.other_expert_bytes_on_device(free - work) == other:
+            return work, other
+        work = self.working_bytes(*rows, fetched=self.memory.largest_block_bytes())
+        return work, self.memory.other_expert_bytes_on_device(free - work)
 
 
 def _halvings(count: int) -> Iterator[int]:
@@ -163,6 +188,7 @@ class StepLayout:
     teacher_rows: int
     checkpointing: bool
     base_bytes_on_device: int = 0
+    other_bytes_on_device: int = 0
     reserve: int = 0
     peak_bytes: int = 0
 
@@ -177,10 +203,11 @@ def _with_base_on_device(
 ) -> StepLayout | None:
     """With all of the base on the device, and as many of the teacher's rows at once as there is memory for."""
     base = costs.memory.base_bytes()
+    free = None if memory is None else memory - base
     for teacher_rows in _halvings(2 * batch):
-        peak = base + costs.working_bytes(micro_batch, teacher_rows, checkpointing)
-        if memory is None or peak <= memory * (1 - SAFETY):
-            return StepLayout(micro_batch, teacher_rows, checkpointing, base, 0, peak)
+        work, other = costs.beside_base(free, micro_batch, teacher_rows, checkpointing)
+        if memory is None or base + work <= memory * (1 - SAFETY):
+            return StepLayout(micro_batch, teacher_rows, checkpointing, base, other, 0, base + other + work)
     return None
 
 
@@ -203,7 +230,8 @@ def _offloaded(costs: _Costs, memory: int, batch: int) -> StepLayout | None:
         return None
     # What stays unused is a share of the reserve: ComfyUI fills all the rest.
     base, work = min(costs.memory.base_bytes(), memory - reserve), math.ceil(reserve * (1 - SAFETY))
-    return StepLayout(micro_batch, 1, checkpointing, base, reserve, base + work)
+    other = costs.memory.other_expert_bytes_on_device(memory - base - reserve)
+    return StepLayout(micro_batch, 1, checkpointing, base, other, reserve, base + other + work)
 
 
 def _choose(costs: _Costs, memory: int | None, batch: int) -> StepLayout | None:
@@ -245,6 +273,7 @@ def plan(model: Model, config: TrainConfig, memory: int | None, *, ranks: int = 
         student_evaluations=student,
         disk_bytes=(config.keep_states + 1) * state + parameters * 2 * 4,  # one more state while it is written
         base_bytes=model.memory.base_bytes(),
+        other_bytes=model.memory.other_expert_bytes(),
         memory=memory,
         seconds=_seconds(costs, layout, teacher / ranks, student / ranks),
         **vars(layout),

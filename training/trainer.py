@@ -130,7 +130,7 @@ def train(
     encoded = RunPrompts.encode(texts, model.text_encoder, callbacks.of_phase("encode"))
 
     layout = options.plan or StepLayout.of_config(config, len(rows))
-    work = max(0, layout.peak_bytes - layout.base_bytes_on_device)
+    work = max(0, layout.peak_bytes - layout.base_bytes_on_device - layout.other_bytes_on_device)
     with model.denoiser.session(checkpointing=layout.checkpointing, memory=layout.reserve, work=work):
         adapter_config = config.adapter_config(model.base, prompt_tokens=encoded.shortest)
         model.denoiser.check_adapter(adapter_config)

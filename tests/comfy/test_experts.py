@@ -7,9 +7,11 @@ import comfy.ops
 import pytest
 import torch
 
+from comfyui_agd.agd_core.comfyui.model import tracing
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.tests.support.family_adapters import TinyClip
 from comfyui_agd.tests.support.tiny_families import tiny_model
+from comfyui_agd.training.plan import plan
 from comfyui_agd.training.presets import settings_for
 from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import train
@@ -85,3 +87,50 @@ def test_the_other_expert_has_what_the_trained_one_and_a_step_leave_and_can_be_e
     alone = ComfyModel(tiny_model(NAME), TinyClip(NAME))
     with alone.denoiser.session():
         assert torch.equal(found, alone.denoiser.denoise(x, sigma, alone.text_encoder.encode([prompt])))
+
+
+def weights_of(model: ComfyModel) -> list[torch.Tensor]:
+    both = model.denoiser.model.model, model.denoiser.other.model.model
+    return [tensor for network in both for tensor in network.state_dict().values()]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float8_e4m3fn])
+def test_the_plan_counts_the_other_expert_as_a_training_holds_it(stored):
+    own, other = tiny_model(NAME), tiny_model(NAME, dtype=stored)
+    model = ComfyModel(own, TinyClip(NAME), other_expert=(other, lambda sigma: sigma >= BOUNDARY))
+    config = dataclasses.replace(config_of(model), checkpointing="on")
+    prompts = model.text_encoder.encode(["a fox"] * 4)
+    alone = ComfyModel(own, TinyClip(NAME))
+    alone.text_encoder.encode(["a fox"])
+    found, without = plan(model, config, None), plan(alone, config, None)
+    assert found.other_bytes == found.other_bytes_on_device == other.model_size()
+    state, held = 20 * found.adapter_parameters, sum(tensor.nbytes for tensor in weights_of(model))
+    x = torch.ones(4, *model.denoiser.latent_shape(64, 64))
+    with model.denoiser.session(checkpointing=True), tracing.Counter() as counter:
+        model.denoiser.denoise(x, torch.full((4,), 0.5), prompts)
+    # Other weights are cast when they are asked: that may be the most that a step takes.
+    step = max(counter.peak_bytes, without.peak_bytes - state - own.model_size())
+    assert found.peak_bytes == pytest.approx(held + state + step, rel=0.02)
+    assert (counter.peak_bytes == step) == (stored != torch.float32)
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [(1.3, 0, 0), (2.2, 0.3, 0.8), (4.0, 1, 1)])
+def test_on_a_card_the_other_expert_is_loaded_as_planned(monkeypatch, share, least, most):
+    name = "sd3"  # whose layers are all small
+    own, other = tiny_model(name), tiny_model(name)
+    real, card = mm.get_free_memory, int(share * own.model_size())
+
+    def free(device=None, torch_free_too=False):
+        return real(device, True) if torch_free_too else max(0, card - own.loaded_size() - other.loaded_size())
+
+    monkeypatch.setattr(mm, "get_free_memory", free)
+    monkeypatch.setattr(mm, "minimum_inference_memory", lambda: own.model_size() // 20)
+    model = ComfyModel(own, TinyClip(name), other_expert=(other, lambda sigma: sigma >= BOUNDARY))
+    model.text_encoder.encode(["a fox"])
+    found = plan(model, config_of(model, kind="scale", rank=0, vector=0), card)
+    assert least <= found.other_bytes_on_device / found.other_bytes <= most
+    work = found.peak_bytes - found.base_bytes_on_device - found.other_bytes_on_device
+    with model.denoiser.session(checkpointing=found.checkpointing, memory=found.reserve, work=work):
+        # ComfyUI leaves out whole layers, and has a buffer for those that it fetches.
+        layers = max(parameter.nbytes for parameter in other.model.parameters())
+        assert found.other_bytes_on_device - 3 * layers <= other.loaded_size() <= found.other_bytes_on_device

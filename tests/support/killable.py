@@ -47,7 +47,7 @@ def _serve(log: Path) -> None:
     import comfyui_agd.examples.toy.model  # noqa: F401
 
     # Planning takes longer than all of a small run.
-    job.plan = lambda *_, **__: Plan(0, 0, 0, 0, 4, 8, False, 0, 0, 0, 0, None, None)
+    job.plan = lambda *_, **__: Plan(0, 0, 0, 0, 4, 8, False, 0, 0, 0, 0, 0, 0, None, None)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

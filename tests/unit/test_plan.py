@@ -31,6 +31,7 @@ class PlainModel:
 
     base: BaseInfo = field(default_factory=lambda: BaseInfo("Plain", "EPS", LAYERS))
     traced: list = field(default_factory=list)
+    other: float = 0.0
 
     @property
     def denoiser(self):
@@ -46,6 +47,12 @@ class PlainModel:
 
     def largest_block_bytes(self):
         return int(0.1 * GB)
+
+    def other_expert_bytes(self):
+        return int(self.other * GB)
+
+    def other_expert_bytes_on_device(self, free):
+        return max(0, min(self.other_expert_bytes(), int(free - 0.2 * GB)))
 
     def _cost(self, what, shape, rows, each, flops):
         self.traced.append((what, rows))
@@ -128,6 +135,37 @@ def test_a_part_of_the_base_stays_in_system_memory_at_last(model):
     assert found.base_bytes_on_device + found.reserve == memory
     assert found.base_bytes_on_device < found.peak_bytes < memory
     assert "of it stay in system memory" in found.describe()
+
+
+def test_the_other_expert_is_on_the_device_as_far_as_it_fits_beside_the_base_and_a_step(model):
+    alone, model.other = plan(model, CONFIG, None), 2.0
+    whole = plan(model, CONFIG, None)
+    assert whole.other_bytes_on_device == whole.other_bytes == 2 * GB
+    assert whole.peak_bytes == alone.peak_bytes + 2 * GB
+    assert plan(model, CONFIG, int(alone.peak_bytes + 2.3 * GB)).peak_bytes == pytest.approx(whole.peak_bytes, abs=10)
+    memory = int(alone.peak_bytes + 1.5 * GB)
+    part = plan(model, CONFIG, memory)
+    assert part.base_bytes_on_device == part.base_bytes
+    assert part.other_bytes_on_device == pytest.approx(1.3 * GB, abs=10)
+    assert part.peak_bytes == pytest.approx(memory - 0.2 * GB, abs=10)
+    assert "2.0 GB of them the base; 1.3 GB of them the other expert, 0.7 GB of it stay in" in part.describe()
+
+
+def test_the_other_expert_stays_in_system_memory_with_a_part_of_the_base(model):
+    model.other, memory = 2.0, room_for(model, PARTS[1], base=1.2)
+    found = plan(model, CONFIG, memory)
+    assert 1.0 * GB < found.base_bytes_on_device < 1.3 * GB
+    assert found.other_bytes_on_device == 0
+    assert found.peak_bytes < memory
+    assert "0.0 MB of them the other expert, 2.0 GB of it stay in system memory" in found.describe()
+
+
+def test_a_block_of_the_other_expert_comes_to_the_device_when_it_is_asked(model):
+    memory = room_for(model, PARTS[8])  # as much as the teacher takes for 16 rows
+    assert plan(model, CONFIG, memory).teacher_rows == 16
+    model.other = 2.0
+    assert plan(model, CONFIG, memory).teacher_rows == 8
+    assert plan(model, CONFIG, memory + int(0.2 * GB)).teacher_rows == 16
 
 
 def test_without_checkpointing_no_part_of_the_base_can_stay_behind(model):

@@ -102,7 +102,7 @@ class ComfyDenoiser:
         On a CPU that would only emulate bf16 the base's own precision is used instead, and the log says so.
         """
         self.device = model.load_device
-        self._model, self._frames = model, frames
+        self.model, self._frames = model, frames
         if autocast is torch.bfloat16 and not computes_bf16(self.device):
             log.warning("AGD: this CPU can't compute in bf16, so the model's own precision is used, which is faster.")
             autocast = None
@@ -117,24 +117,24 @@ class ComfyDenoiser:
     @property
     def computes_in(self) -> torch.dtype:
         """The dtype of the base's activations."""
-        return self._autocast or self._model.model.get_dtype_inference()
+        return self._autocast or self.model.model.get_dtype_inference()
 
     @property
-    def _backbone(self) -> Backbone:
-        return backbone_of(self._model.model)
+    def backbone(self) -> Backbone:
+        return backbone_of(self.model.model)
 
     @property
     def _sampling(self) -> Any:
-        return self._model.get_model_object("model_sampling")
+        return self.model.get_model_object("model_sampling")
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """Of the latent of a picture of width x height pixels: (c, h, w), of video (c, t, h, w)."""
-        latent_format = self._model.get_model_object("latent_format")
-        return self._backbone.latent_shape(latent_format, width, height, self._frames)
+        latent_format = self.model.get_model_object("latent_format")
+        return self.backbone.latent_shape(latent_format, width, height, self._frames)
 
     def check_adapter(self, config: AdapterConfig) -> None:
         """Raises `UnsupportedModel` where the base has no place for such an adapter."""
-        check_adapter(self._backbone, config)
+        check_adapter(self.backbone, config)
 
     def check_schedulers(self, names: Sequence[str]) -> None:
         """Raises `ValueError` for one that ComfyUI doesn't have."""
@@ -153,24 +153,24 @@ class ComfyDenoiser:
         """
         with torch.inference_mode(False), torch.enable_grad():
             self._load(memory)
-            self._model.model.requires_grad_(False)  # ComfyUI itself freezes its models from 0.30 on
-            self._model.pre_run()
-            self._options = options_of(self._model)
+            self.model.model.requires_grad_(False)  # ComfyUI itself freezes its models from 0.30 on
+            self.model.pre_run()
+            self._options = options_of(self.model)
             twice = checkpointing or not self._is_fully_loaded()
             try:
                 with (
-                    _without_inference_tensors(self._model.model),
-                    trainable(self._backbone),
-                    checkpointed(self._backbone) if twice else nullcontext(),
+                    _without_inference_tensors(self.model.model),
+                    trainable(self.backbone),
+                    checkpointed(self.backbone) if twice else nullcontext(),
                 ):
                     yield
             finally:
-                self._model.cleanup()
+                self.model.cleanup()
                 self._options = {}
 
     def _load(self, memory: int) -> None:
         comfy.model_management.load_models_gpu(
-            [self._model],
+            [self.model],
             memory_required=memory,
             minimum_memory_required=memory or None,
             force_full_load=not memory,
@@ -180,8 +180,8 @@ class ComfyDenoiser:
         """Whether all weights stay on the device. Others come into a buffer that the next layer's overwrite, and what
         autograd kept of them would be wrong in the backward pass; checkpointed, they are fetched again.
         """
-        dynamic = getattr(self._model, "is_dynamic", lambda: False)()  # ComfyUI's dynamic VRAM may move any of them
-        return not dynamic and self._model.loaded_size() >= self._model.model_size()
+        dynamic = getattr(self.model, "is_dynamic", lambda: False)()  # ComfyUI's dynamic VRAM may move any of them
+        return not dynamic and self.model.loaded_size() >= self.model.model_size()
 
     def sigmas(self, scheduler: str, steps: int) -> torch.Tensor:
         """(steps + 1,) noise levels of one of ComfyUI's schedulers, the last one 0."""
@@ -193,7 +193,7 @@ class ComfyDenoiser:
 
     def prediction_unit(self, sigma: torch.Tensor) -> torch.Tensor:
         """The error of the denoised prediction (b,) at sigma (b,) that an error of 1 in what the loss is of makes."""
-        return self._backbone.prediction_unit(sigma)
+        return self.backbone.prediction_unit(sigma)
 
     def conditions(self, prompts: Sequence[EncodedPrompt], shape: Sequence[int]) -> dict:
         """The arguments of `apply_model` for one prompt per row of latents of `shape` (b, c, h, w).
@@ -207,7 +207,7 @@ class ComfyDenoiser:
         noise, rows = torch.zeros(1, *shape[1:]), []
         for prompt in prompts:
             made = comfy.samplers.encode_model_conds(
-                self._model.model.extra_conds, [prompt.cond], noise, self.device, prompt.kind,
+                self.model.model.extra_conds, [prompt.cond], noise, self.device, prompt.kind,
                 latent_image=noise, denoise_mask=None,
             )[0]["model_conds"]  # fmt: skip
             rows.append({key: cond.process_cond(batch_size=1, area=None) for key, cond in made.items()})
@@ -234,7 +234,7 @@ class ComfyDenoiser:
         """The model's denoised prediction, fp32, with those conditions and transformer_options."""
         options = at_sigma(options, sigma)
         with torch.autocast(x.device.type, self._autocast, enabled=self._autocast is not None):
-            return self._model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
+            return self.model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
 
     @torch.no_grad()
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:

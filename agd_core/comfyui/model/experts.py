@@ -19,6 +19,14 @@ from .text_encoder import EncodedPrompt
 class OtherExpert(ComfyDenoiser):
     """Takes of the device what the trained expert leaves free. The rest of its weights are fetched as it runs."""
 
+    def base_bytes(self) -> int:
+        """What its weights take."""
+        return self.model.model_size()
+
+    def bytes_on_device(self, free: int) -> int:
+        """Of these, what is on a device with `free` bytes beside the trained expert and a step."""
+        return max(0, min(self.base_bytes(), _room(free)))
+
     @contextmanager
     def session(self, *, checkpointing: bool = False, memory: int = 0, work: int = 0) -> Iterator[None]:
         """`memory`: bytes of the device to leave free."""
@@ -26,21 +34,25 @@ class OtherExpert(ComfyDenoiser):
             with super().session(checkpointing=checkpointing, memory=memory):
                 yield
         finally:
-            if not any(each.is_clone(self._model) for each in comfy.model_management.loaded_models()):
-                self._model.detach()
+            if not any(each.is_clone(self.model) for each in comfy.model_management.loaded_models()):
+                self.model.detach()
 
     def _load(self, memory: int) -> None:
-        if getattr(self._model, "is_dynamic", lambda: False)():  # ComfyUI's dynamic VRAM makes room as models run
+        if getattr(self.model, "is_dynamic", lambda: False)():  # ComfyUI's dynamic VRAM makes room as models run
             super()._load(memory)
             return
         # Not by `load_models_gpu`, which makes room for all of one model by moving out all of the other: that one
         # couldn't be evaluated then.
-        reserve = memory + comfy.model_management.minimum_inference_memory()
-        room = comfy.model_management.get_free_memory(self.device) - reserve
-        self._model.model_patches_to(self.device)
-        self._model.model_patches_to(self._model.model_dtype())
+        room = _room(comfy.model_management.get_free_memory(self.device) - memory)
+        self.model.model_patches_to(self.device)
+        self.model.model_patches_to(self.model.model_dtype())
         # With nothing loaded, it is made ready to fetch its weights by being given some room.
-        self._model.partially_load(self.device, max(room, 0.1 - self._model.loaded_size()))
+        self.model.partially_load(self.device, max(room, 0.1 - self.model.loaded_size()))
+
+
+def _room(free: int) -> int:
+    """For weights, of `free` bytes: ComfyUI wants some for itself."""
+    return free - comfy.model_management.minimum_inference_memory()
 
 
 class TwoExperts(ComfyDenoiser):

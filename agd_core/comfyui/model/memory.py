@@ -10,10 +10,10 @@ import torch
 
 from ...adapter import Adapter
 from ...config import AdapterConfig
-from ..backbones import backbone_of
 from . import tracing
 from .activation_checkpointing import largest_block_bytes
 from .denoiser import ComfyDenoiser, options_of, with_adapter
+from .experts import TwoExperts
 from .text_encoder import ComfyTextEncoder
 
 
@@ -24,6 +24,7 @@ class ComfyMemory:
         self, model: comfy.model_patcher.ModelPatcher, denoiser: ComfyDenoiser, text_encoder: ComfyTextEncoder
     ):
         self._model, self._denoiser, self._text_encoder = model, denoiser, text_encoder
+        self._other = denoiser.other if isinstance(denoiser, TwoExperts) else None
         self.device = denoiser.device
 
     def is_out_of_memory(self, error: BaseException) -> bool:
@@ -51,9 +52,21 @@ class ComfyMemory:
         """What the base's weights take."""
         return self._model.model_size()
 
+    def other_expert_bytes(self) -> int:
+        """What the other expert's weights take; 0 where there is none."""
+        return 0 if self._other is None else self._other.base_bytes()
+
+    def other_expert_bytes_on_device(self, free: int) -> int:
+        """Of these, what is on a device with `free` bytes beside the base and a step."""
+        return 0 if self._other is None else self._other.bytes_on_device(free)
+
     def largest_block_bytes(self) -> int:
-        """What the largest part of the base takes that has to be on the device at a time."""
-        return largest_block_bytes(backbone_of(self._model.model))
+        """What the largest part of the base, or of the other expert, takes that has to be on the device at a time."""
+        return max(largest_block_bytes(denoiser.backbone) for denoiser in self._experts)
+
+    @property
+    def _experts(self) -> list[ComfyDenoiser]:
+        return [self._denoiser, *([] if self._other is None else [self._other])]
 
     def trace_student(
         self, config: AdapterConfig, shape: tuple[int, ...], rows: int, checkpointing: bool
@@ -63,7 +76,7 @@ class ComfyMemory:
         Here and in `trace_base` the prompt is the last that was encoded.
         """
         self._denoiser.check_adapter(config)
-        conds, options = self._example_conditions(shape, rows), options_of(self._model)
+        conds, options = self._example_conditions(self._denoiser, shape, rows), options_of(self._model)
 
         def evaluate(adapter: Adapter, x: torch.Tensor, sigma: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
             return self._denoiser.evaluate(x, sigma, conds, with_adapter(options, adapter, omega, conds, conds))
@@ -71,19 +84,23 @@ class ComfyMemory:
         return tracing.student(self._model.model, evaluate, config, shape, rows, checkpointing=checkpointing)
 
     def trace_base(self, shape: tuple[int, ...], rows: int) -> tracing.Traced:
-        """As `trace_student`, for an evaluation of the base."""
-        conds, options = self._example_conditions(shape, rows), options_of(self._model)
+        """As `trace_student`, for an evaluation of the base: of two experts by the one that takes more."""
+        found = [self._trace(denoiser, shape, rows) for denoiser in self._experts]
+        return tracing.Traced(max(each.peak_bytes for each in found), max(each.flops for each in found))
+
+    def _trace(self, denoiser: ComfyDenoiser, shape: tuple[int, ...], rows: int) -> tracing.Traced:
+        conds, options = self._example_conditions(denoiser, shape, rows), options_of(denoiser.model)
 
         def evaluate(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            return self._denoiser.evaluate(x, sigma, conds, options)
+            return denoiser.evaluate(x, sigma, conds, options)
 
-        return tracing.base(self._model.model, evaluate, shape, rows)
+        return tracing.base(denoiser.model.model, evaluate, shape, rows)
 
-    def _example_conditions(self, shape: tuple[int, ...], rows: int) -> dict:
+    def _example_conditions(self, denoiser: ComfyDenoiser, shape: tuple[int, ...], rows: int) -> dict:
         example = self._text_encoder.last_encoded
         if example is None:
             raise ValueError("Evaluations are traced with the last prompt that was encoded; encode one before.")
-        return self._denoiser.conditions([example] * rows, (rows, *shape))
+        return denoiser.conditions([example] * rows, (rows, *shape))
 
     def matmul_rate(self) -> float:
         """FLOP/s of a large matrix product in the dtype that the base computes in."""
