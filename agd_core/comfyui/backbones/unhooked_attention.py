@@ -26,7 +26,12 @@ class HookedForward:
         forward = type(self.module).forward
         names = forward.__globals__
         attention = partial(names[_FUNCTION], transformer_options=self.options())
-        own = FunctionType(forward.__code__, {**names, _FUNCTION: attention}, argdefs=forward.__defaults__)
+        own = FunctionType(
+            forward.__code__,
+            {**names, _FUNCTION: attention},
+            argdefs=forward.__defaults__,
+            closure=forward.__closure__,
+        )
         return own(self.module, *args, **kwargs)
 
 
