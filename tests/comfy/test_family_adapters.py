@@ -231,7 +231,7 @@ def test_pictures_to_edit_stand_beside_the_image(name):
 def training(name: str, **settings):
     """A short one, measured on the prompts that it learns from: networks of random weights have nothing in common from
     prompt to prompt."""
-    model = ComfyModel(tiny_model(name), TinyClip(name))
+    model = ComfyModel(tiny_model(name), TinyClip(name), frames=settings.get("frames", 1))
     side = 512 if name == "pixart" else 64 if name in ("flux2", "lens") else 128  # where its positions begin
     chosen = {"iterations": 16, "batch": 2, "pool": 2, "steps_min": 3, "steps_max": 4, "evaluate_every": 0}
     chosen |= {"learning_rate": 2e-3, "omega_max": 6.0, "width": side, "height": side, "reuse": 1, "preview_every": 0}
@@ -247,6 +247,21 @@ def test_a_training_closes_a_part_of_the_gap_and_moves_every_parameter(name):
     trained = training(name, checkpointing="on")
     assert trained.evaluation.gap_closed[min(trained.evaluation.gap_closed)] > 0
     assert [key for key, parameter in trained.adapter.trained() if not parameter.any()] == []
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v", "hunyuan-video"])
+def test_a_video_is_trained_on_as_many_frames_as_asked(name):
+    model = ComfyModel(tiny_model(name), TinyClip(name), frames=3)
+    assert model.denoiser.latent_shape(64, 64) == (16, 3, 8, 8)
+    trained = training(name, frames=3, width=64, height=64)
+    assert trained.info.training["config"]["frames"] == 3
+    assert trained.evaluation.gap_closed[min(trained.evaluation.gap_closed)] > 0
+
+
+def test_a_picture_has_no_frames():
+    model = ComfyModel(tiny_model("sd3"), TinyClip("sd3"), frames=3)
+    with pytest.raises(UnsupportedModel, match="makes pictures, not videos, so there can't be 3 frames"):
+        model.denoiser.latent_shape(64, 64)
 
 
 @pytest.mark.slow
