@@ -1,6 +1,7 @@
 """AGD Train: MODEL, CLIP and prompts in, an adapter file and an account of the training out."""
 
 import time
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -88,9 +89,8 @@ def _number(kind, name: str, high, tooltip: str, *, suited: bool = True, **optio
     """A setting of TrainConfig; where it is `suited`, 0 stands for what suits the model's family."""
     default = 0 if suited else getattr(_DEFAULTS, name)
     tooltip += _SUITED if suited else ""
-    return kind.Input(
-        name, default=default, min=0, max=high, tooltip=tooltip, **{"step": 1, "advanced": True, **options}
-    )
+    chosen = {"min": 0, "step": 1, "advanced": True, **options}
+    return kind.Input(name, default=default, max=high, tooltip=tooltip, **chosen)
 
 
 class AGDTrain(io.ComfyNode):
@@ -319,6 +319,16 @@ class AGDTrain(io.ComfyNode):
                     step=0.005,
                     optional=True,
                 ),
+                _number(
+                    io.Int,
+                    "frames",
+                    257,
+                    "Of a video model: learn on so many frames of its latent, which takes memory for all of them. "
+                    "1: on a picture.",
+                    suited=False,
+                    min=1,
+                    optional=True,
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the previews; without it they are approximate."),
             ],
             outputs=[
@@ -360,7 +370,8 @@ class AGDTrain(io.ComfyNode):
         chosen |= {"seed": seed, "memory": CARDS.get(card, 0.0)}
         early = TrainConfig(**chosen)
         other = None if other_expert is None else (other_expert, early.learns_at)
-        trainable = ComfyModel(model, clip, autocast=early.autocast, vae=vae, other_expert=other)
+        how: dict[str, Any] = {"autocast": early.autocast, "frames": early.frames}
+        trainable = ComfyModel(model, clip, **how, vae=vae, other_expert=other)
         chosen |= {"aspect_ratios": COMMON_RATIOS} if aspect_ratios and "width" in chosen else {}
         chosen |= {} if aspect_ratios else {"aspect_ratios": ()}
         config = settings_for(trainable.base, chosen)

@@ -76,3 +76,9 @@ def card(monkeypatch):
         monkeypatch.setattr(mm, "MIN_WEIGHT_MEMORY_RATIO", 1.0)
 
     return have
+
+
+@pytest.fixture
+def no_dead_models():
+    """ComfyUI's ControlNets load all again that is loaded, and fail at clones of which a test has left nothing else."""
+    mm.current_loaded_models[:] = [loaded for loaded in mm.current_loaded_models if not loaded.is_dead()]

@@ -16,6 +16,8 @@ from comfyui_agd.tests.support.tiny_families import conditioning, empty_latent, 
 
 each_control = pytest.mark.parametrize("name", TINY_CONTROLS)
 
+pytestmark = pytest.mark.usefixtures("no_dead_models")
+
 
 def prompts(name: str, negative: str = "blurry, dark") -> Prompts:
     family = TINY_CONTROLS[name].family

@@ -10,6 +10,7 @@ import torch
 from comfy_extras import nodes_cfg, nodes_context_windows, nodes_differential_diffusion, nodes_model_advanced, nodes_slg
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
+from comfyui_agd.agd_core.comfyui.fused_attention import FUSED_ATTENTION
 from comfyui_agd.agd_core.lora import lora as lora_of
 
 from .family_adapters import adapter_of
@@ -186,7 +187,10 @@ def strength_0(agd, base, family):
 
 
 def _compiled(family, model):
-    return TorchCompileModel.execute(model, "eager").args[0]
+    """With PyTorch's attention, as on NVIDIA cards: ComfyUI's for CPUs breaks graphs."""
+    compiled = TorchCompileModel.execute(model, "eager").args[0]
+    compiled.model_options["transformer_options"].update(FUSED_ATTENTION)
+    return compiled
 
 
-row("torch.compile (TorchCompileModel)", 2, 1, around(*BOTH), says="Runs uncompiled: torch")(beside(_compiled))
+row("torch.compile (TorchCompileModel)", 2, 1, around(*BOTH))(beside(_compiled))

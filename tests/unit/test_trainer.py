@@ -240,7 +240,7 @@ def test_a_run_that_was_saved_before_there_were_some_settings_goes_on(folder, wh
         train(AnalyticModel(), PROMPTS, VARIED, stop_after(7), options=RunOptions(folder=folder))
     file = max(folder.glob("state-*"))
     saved = torch.load(file, weights_only=True)
-    for name in ("vector", "sigma_from", "sigma_to"):
+    for name in ("vector", "frames", "sigma_from", "sigma_to"):
         del saved["identity"][name]
     torch.save(saved, file)
     assert_same(train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder)), whole)

@@ -24,6 +24,8 @@ from comfyui_agd.tests.support.tiny_families import flat, tiny_model
 from comfyui_agd.tests.support.transformer_workflows import TRANSFORMER_ROWS
 from comfyui_agd.tests.support.workflows import EvaluationCounter, Row, no_agd
 
+pytestmark = pytest.mark.usefixtures("no_dead_models")
+
 
 def cases() -> Iterator[Any]:
     """Every row and variant; that a node behind the loader is the same as before it, the one of "before" finds."""
