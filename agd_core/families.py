@@ -7,6 +7,8 @@ A new family whose network is laid out like one of `backbones.LAYOUTS` needs a r
 from dataclasses import dataclass, field
 from functools import partial
 
+from .sound import Sound
+
 
 @dataclass(frozen=True)
 class Family:
@@ -32,8 +34,8 @@ class Family:
 
     Of the blocks' linear layers, those (or what contains them) that low-rank changes are not for: `left_out`, where
     the rows of a batch are put together otherwise, and `unread`, of a list's last block, what no one looks at any more.
-    `several_latents`: of unlike sizes, packed into one. `least_sides`: what a latent's height and width have to be
-    together at least.
+    `sound`: of videos, with a latent of its own. `least_sides`: what a latent's height and width have to be together
+    at least.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Family:
     prompt_parts: int = 1
     left_out: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
-    several_latents: bool = False
+    sound: Sound | None = None
     least_sides: int = 0
     time_embedding: str = ""
     timestep_scale: float = 1.0
@@ -185,14 +187,14 @@ FAMILIES = (
     _wan("WAN21_I2V", "Wan 2.1 / 2.2 image to video", side=640),
     _wan("WAN22_T2V", "Wan 2.2 5B", side=960),
     _ltx("LTXV", "LTX-Video", side=640, prompt_at="transformer_blocks.0:context"),
-    # A part for the video and one for the sound.
+    # A part for the video and one for the sound, whose latent has a step for each picture of the video at 25 a second.
     _ltx(
         "LTXAV",
         "LTX-2",
         side=960,
         prompt_parts=2,
         prompt_at="transformer_blocks.0:v_context",
-        several_latents=True,
+        sound=Sound(channels=8, bins=16, per_frame=8),
     ),
     _joint(
         "HiDream",

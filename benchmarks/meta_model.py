@@ -36,10 +36,10 @@ class MetaModel:
         from comfyui_agd.tests.support.architectures import ARCHITECTURES
         from comfyui_agd.tests.support.checkpoints import on_meta
 
-        self.model, self.frames = on_meta(name, *DTYPES[dtype]), frames
+        self.model = on_meta(name, *DTYPES[dtype])
         self.patcher = comfy.model_patcher.ModelPatcher(self.model, load_device=CPU, offload_device=CPU)
         self.base = describe_base(self.model)
-        self._denoiser, encoder = ComfyDenoiser(self.patcher), ComfyTextEncoder(None, self.patcher)
+        self._denoiser, encoder = ComfyDenoiser(self.patcher, frames=frames), ComfyTextEncoder(None, self.patcher)
         encoder.last_encoded = EncodedPrompt(ARCHITECTURES[name].prompt.condition(), "positive")
         self._prompt, self.memory = encoder.last_encoded, ComfyMemory(self.patcher, self._denoiser, encoder)
         for trace in ("trace_base", "trace_student"):
@@ -52,8 +52,7 @@ class MetaModel:
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """(c, h, w), of video (c, frames, h, w)."""
-        channels, *times, rows, columns = self._denoiser.latent_shape(width, height)
-        return (channels, *(self.frames for _ in times), rows, columns)
+        return self._denoiser.latent_shape(width, height)
 
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.diffusion_model.parameters())

@@ -165,9 +165,11 @@ def _trajectories(model: Model, info: AdapterInfo, config: AssessConfig) -> Traj
 def _shape(model: Model, info: AdapterInfo, config: AssessConfig) -> Shape:
     """Of a latent: the size that was chosen, or else the first one of the training."""
     suited, latent_shape = settings_for(model.base, {}), model.denoiser.latent_shape
-    *channels, height, width = latent_shape(config.width or suited.width, config.height or suited.height)
-    trained = info.resolutions[0] if info.resolutions else (height, width)
-    return *channels, height if config.height else trained[0], width if config.width else trained[1]
+    width, height = suited.width, suited.height
+    if info.resolutions:  # of latents
+        *_, rows, columns = latent_shape(width, height)
+        height, width = info.resolutions[0][0] * height // rows, info.resolutions[0][1] * width // columns
+    return latent_shape(config.width or width, config.height or height)
 
 
 def _gap_of_training(info: AdapterInfo) -> dict[float, float]:

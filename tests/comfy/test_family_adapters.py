@@ -23,14 +23,14 @@ from comfyui_agd.tests.support.runtime import CFG, STEPS, Prompts, ksampler, ksa
 from comfyui_agd.tests.support.small import randomised
 from comfyui_agd.tests.support.tiny_families import TINY_FAMILIES, conditioning, empty_latent, flat, tiny_model
 from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, assess
+from comfyui_agd.training.euler_sample import SampleSettings
+from comfyui_agd.training.euler_sample import sample as training_sample
 from comfyui_agd.training.presets import settings_for
 from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import train
 
 each_family = pytest.mark.parametrize("name", TINY_FAMILIES)
-NOT_TRAINED = ("ltx-2",)
 PROMPTS = ["a fox", "a green door"]
-TRAINED = [name for name in TINY_FAMILIES if name not in NOT_TRAINED]
 
 
 def prompts(name: str, negative: str = "blurry, dark", positive: str = "a fox") -> Prompts:
@@ -155,7 +155,8 @@ def test_pictures_of_a_batch_and_of_several_prompts_are_right(name):
     assert apart(mixed, alone) > 1e-3
 
 
-@pytest.mark.parametrize("name", TRAINED)  # ComfyUI itself can't go on with latents that are several
+# ComfyUI itself can't go on with latents that are several.
+@pytest.mark.parametrize("name", [name for name in TINY_FAMILIES if name != "ltx-2"])
 def test_a_sampling_in_two_parts_is_the_whole_and_it_may_begin_anywhere(name):
     base, given = tiny_model(name), prompts(name)
     model = adapted(name, base)
@@ -242,7 +243,7 @@ def training(name: str, **settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINED)
+@each_family
 def test_a_training_closes_a_part_of_the_gap_and_moves_every_parameter(name):
     trained = training(name, checkpointing="on")
     assert trained.evaluation.gap_closed[min(trained.evaluation.gap_closed)] > 0
@@ -278,9 +279,9 @@ def test_checkpointed_it_is_the_same_training(name):
 @pytest.mark.parametrize(
     ("name", "checkpointing", "kind"),
     # CogVideoX's first step says too little of the prompt.
-    [(name, True, "low_rank") for name in TRAINED if name != "cogvideox"]
+    [(name, True, "low_rank") for name in TINY_FAMILIES if name != "cogvideox"]
     + [(name, False, "low_rank") for name in ("sd3", "flux", "ltxv", "anima", "qwen-image")]
-    + [(name, True, "delta") for name in ("wan2.1-t2v", "pixart", "hunyuan-dit")],
+    + [(name, True, "delta") for name in ("wan2.1-t2v", "pixart", "hunyuan-dit", "ltx-2")],
 )
 def test_gradients_are_those_of_finite_differences(name, checkpointing, kind):
     """What a network overwrites, or computes without gradients, would show: through low-rank changes alone, or none
@@ -315,7 +316,7 @@ def test_gradients_are_those_of_finite_differences(name, checkpointing, kind):
     assert along == pytest.approx(expected, rel=0.02, abs=0.01 * float(values[0].abs()) ** 0.5)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@each_family
 def test_its_latents_have_a_preview(name):
     model = ComfyModel(tiny_model(name), TinyClip(name))
     latent = torch.randn(1, *model.denoiser.latent_shape(64, 64), generator=torch.Generator().manual_seed(0))
@@ -324,13 +325,46 @@ def test_its_latents_have_a_preview(name):
     assert len(shown.getcolors(1_000_000)) > 10
 
 
-@pytest.mark.parametrize("name", NOT_TRAINED)
-def test_where_latents_are_several_there_is_no_training_yet(name):
-    with pytest.raises(UnsupportedModel, match=r"LTX-2 can't be trained yet: its latents are several"):
-        training(name)
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("name", ["ltxv", "ltx-2"])
+def test_trainings_own_sample_is_comfyuis(name, frames):
+    base, (info, weights) = tiny_model(name), adapter_of(name)
+    model, sampler = ComfyModel(base, TinyClip(name), frames=frames), ComfySampler(base, info, weights, source="it")
+    positive, negative = (model.text_encoder.encode([text])[0] for text in ("a fox", "dark"))
+    settings = SampleSettings(model.denoiser.latent_shape(96, 64), omega=CFG, steps=STEPS)
+    noise = torch.randn(1, *settings.shape, generator=torch.Generator().manual_seed(settings.seed))
+    theirs, _ = sampler("guided", noise, (positive, negative), omega=CFG, steps=STEPS, progress=lambda: None)
+    with model.denoiser.session():
+        ours = training_sample(model.denoiser, positive, negative, settings)
+    assert theirs.shape == ours.shape
+    assert apart(ours, theirs) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["wan2.1-t2v", "qwen-image", "flux2", "z-image", "anima"])
+def test_of_a_video_with_sound_another_size_than_the_trained_ones_is_told():
+    info, weights = adapter_of("ltx-2")
+    for trained, told in (((4, 4), []), ((8, 8), ["Latent 4x4 is far from what the adapter was trained at, 8x8."])):
+        messages = []
+        described = dataclasses.replace(info, resolutions=(trained,))
+        sample("ltx-2", apply_adapter(tiny_model("ltx-2"), described, weights, source="it", notify=messages.append))
+        assert [message for message in messages if "far from" in message] == told
+
+
+def test_ltx_2s_tokens_are_mapped_once_for_all_steps():
+    class Unmapped(TinyClip):
+        def encode_from_tokens_scheduled(self, text: str) -> list:
+            ((cond, entries),) = super().encode_from_tokens_scheduled(text)
+            return [[cond[..., :48], {**entries, "unprocessed_ltxav_embeds": True}]]
+
+    base, clip = tiny_model("ltx-2"), Unmapped("ltx-2")
+    (kept,) = ComfyModel(base, clip).text_encoder.encode(["a fox"])
+    ((tokens, entries),) = clip.encode_from_tokens_scheduled("a fox")
+    mapped = base.model.extra_conds(cross_attn=tokens, device=tokens.device, **entries)["c_crossattn"].cond
+    assert torch.equal(kept.cond["cross_attn"], mapped)
+    again = base.model.extra_conds(**kept.cond, device=tokens.device)["c_crossattn"].cond
+    assert torch.equal(again, mapped)
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v", "qwen-image", "flux2", "z-image", "anima", "ltx-2"])
 def test_it_is_evaluated_beside_the_models_own_guidance(name):
     base, (info, weights) = tiny_model(name), adapter_of(name)
     model, sampler = ComfyModel(base, TinyClip(name)), ComfySampler(base, info, weights, source="the file")

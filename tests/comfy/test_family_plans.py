@@ -13,7 +13,6 @@ from comfyui_agd.tests.support.tiny_families import TINY_FAMILIES, tiny_model
 from comfyui_agd.training.plan import plan
 from comfyui_agd.training.presets import settings_for
 
-NAMES = [name for name in TINY_FAMILIES if name != "ltx-2"]  # whose latents are several: it isn't trained
 ROWS = 2
 
 
@@ -36,7 +35,7 @@ def computed(model: ComfyModel, name: str, shape: tuple[int, ...]) -> tracing.Tr
     return counter.traced()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TINY_FAMILIES)
 def test_the_student_costs_what_it_costs_when_it_is_computed(name):
     model = model_of(name)
     shape = model.denoiser.latent_shape(*([512] * 2 if name == "pixart" else [64] * 2))

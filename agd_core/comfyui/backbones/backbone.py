@@ -121,8 +121,18 @@ class Backbone(ABC):
         """A text encoder's condition, as it has to be kept for training; `model`: ComfyUI's BaseModel."""
         return cond
 
+    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The latents that one of training, x (b, c, h, w), stands for: itself, but for models of several."""
+        return [x]
+
+    def join(self, latents: list[torch.Tensor]) -> torch.Tensor:
+        """The opposite of `split`."""
+        (latent,) = latents
+        return latent
+
     def latent_shape(self, latent_format, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
-        """Of the latent of a picture of width x height pixels: (c, h, w), of video (c, t, h, w) with so many `frames`.
+        """Of training's latent of a picture of width x height pixels: (c, h, w); of video, with so many `frames`,
+        (c, t, h, w).
 
         `latent_format`: ComfyUI's.
         """

@@ -41,6 +41,8 @@ from .unhooked_attention import can_hook
 # the attention may depend on the length, and hardly anything on what is in the picture where it is all noise.
 _STRIP = 2
 _SEED = 0
+# What a condition says of tokens that the model has still to map.
+_OF_UNMAPPED = ("t5xxl_ids", "t5xxl_weights", "unprocessed_ltxav_embeds")
 # What networks call the first layer that the prompt's tokens come to.
 _PROMPT_LAYER = re.compile(r"^(?!.*time).*?(^|[._])(txt|text|context|caption|cap|prompt|cond|encoder)([._]|$)")
 
@@ -247,18 +249,23 @@ class Transformer(Backbone):
         return _outputs(self.network.get_submodule(self.row.time_embedding))
 
     def condition_of(self, model: Any, cond: dict) -> dict:
-        """Anima maps its tokens by a part of its own, but not where gradients may come: so it is done here."""
-        if "t5xxl_ids" not in cond:
+        """Anima and LTX-2 map tokens by a part of their own, Anima not where gradients may come: so it is done here."""
+        if "t5xxl_ids" not in cond and not self.row.sound:
             return cond
         with torch.inference_mode():
             mapped = model.extra_conds(**cond, device=next(self.network.parameters()).device)["c_crossattn"].cond
-        kept = {key: value for key, value in cond.items() if key not in ("t5xxl_ids", "t5xxl_weights")}
+        kept = {key: value for key, value in cond.items() if key not in _OF_UNMAPPED}
         return {**kept, "cross_attn": mapped.clone()}
 
     def latent_shape(self, latent_format, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
-        if self.row.several_latents:
-            raise UnsupportedModel(f"{self.row.title} can't be trained yet: its latents are several, of unlike sizes.")
-        return super().latent_shape(latent_format, width, height, frames)
+        channels, *sizes = super().latent_shape(latent_format, width, height, frames)
+        return channels + (self.row.sound.extra_channels(sizes) if self.row.sound else 0), *sizes
+
+    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return list(self.row.sound.split(x)) if self.row.sound else super().split(x)
+
+    def join(self, latents: list[torch.Tensor]) -> torch.Tensor:
+        return self.row.sound.join(*latents) if self.row.sound else super().join(latents)
 
     def timesteps(self, t: Any) -> torch.Tensor:
         t = t[0] if isinstance(t, (tuple, list)) else t  # of video and sound

@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.samplers
+import comfy.utils
 import torch
 from comfy.patcher_extension import merge_nested_dicts
 from torch import nn
@@ -128,7 +129,10 @@ class ComfyDenoiser:
         return self.model.get_model_object("model_sampling")
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        """Of the latent of a picture of width x height pixels: (c, h, w), of video (c, t, h, w)."""
+        """Of the latent of a picture of width x height pixels: (c, h, w), of video (c, t, h, w).
+
+        Further channels hold the sound of a video, where it has one.
+        """
         latent_format = self.model.get_model_object("latent_format")
         return self.backbone.latent_shape(latent_format, width, height, self._frames)
 
@@ -204,11 +208,12 @@ class ComfyDenoiser:
 
     def _rows_of(self, prompts: Sequence[EncodedPrompt], shape: Sequence[int]) -> list[dict]:
         """Each prompt's conditions, for one row."""
-        noise, rows = torch.zeros(1, *shape[1:]), []
+        noise, latent_shapes = self._packed(torch.zeros(1, *shape[1:]))
+        rows = []
         for prompt in prompts:
             made = comfy.samplers.encode_model_conds(
                 self.model.model.extra_conds, [prompt.cond], noise, self.device, prompt.kind,
-                latent_image=noise, denoise_mask=None,
+                latent_image=noise, denoise_mask=None, latent_shapes=latent_shapes,
             )[0]["model_conds"]  # fmt: skip
             rows.append({key: cond.process_cond(batch_size=1, area=None) for key, cond in made.items()})
         return rows
@@ -233,8 +238,15 @@ class ComfyDenoiser:
     def evaluate(self, x: torch.Tensor, sigma: torch.Tensor, conds: dict, options: dict) -> torch.Tensor:
         """The model's denoised prediction, fp32, with those conditions and transformer_options."""
         options = at_sigma(options, sigma)
+        packed, latent_shapes = self._packed(x)
         with torch.autocast(x.device.type, self._autocast, enabled=self._autocast is not None):
-            return self.model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
+            out = self.model.model.apply_model(packed, sigma, transformer_options=options, **conds).float()
+        return self.backbone.join(comfy.utils.unpack_latents(out, latent_shapes))
+
+    def _packed(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Size]]:
+        """x as ComfyUI's samplers have it, several latents packed into one, and the shapes of its latents."""
+        latents = self.backbone.split(x)
+        return comfy.utils.pack_latents(latents) if len(latents) > 1 else (x, [x.shape])
 
     @torch.no_grad()
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:

@@ -7,9 +7,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..backbones import backbone_of
+
 
 def picture_of(latent: torch.Tensor, model: comfy.model_patcher.ModelPatcher, vae: Any = None) -> Image.Image:
-    """A latent (1, c, h, w) as the sampler of that MODEL leaves it, as a picture; of video its first frame."""
+    """A latent (1, c, h, w) of that MODEL, as training has it, as a picture; of video its first frame."""
+    latent = backbone_of(model.model).split(latent)[0]
     if vae is not None:
         image = vae.decode(model.model.process_latent_out(latent.float()))[0]
         image = image[0] if image.ndim == 4 else image

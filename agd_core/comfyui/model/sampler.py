@@ -1,14 +1,17 @@
 """Whole samples as ComfyUI's KSampler makes them, unguided, with CFG and with an adapter; what they cost is counted."""
 
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_patcher
+import comfy.nested_tensor
 import comfy.sample
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...adapter_file import AdapterInfo
 from ...guidance import GuidanceRule
+from ..backbones import backbone_of
 from ..counting import counted
 from ..guided_step import KEY
 from ..sampling.apply import apply_adapter
@@ -73,21 +76,28 @@ class ComfySampler:
         model, counter = self._models[method]
         counter.clear()
         positive, negative = map(_conditioning, prompts)
+        backbone = backbone_of(model.model)
         latent = comfy.sample.sample(
             model,
-            noise,
+            _as_samples(backbone.split(noise)),
             steps,
             1.0 if method == "unguided" else omega,
             "euler",
             "normal",
             positive,
             negative,
-            torch.zeros_like(noise),
+            _as_samples(backbone.split(torch.zeros_like(noise))),
             callback=lambda step, denoised, x, steps: progress(),
             disable_pbar=True,
             seed=0,
         )
-        return model.model.process_latent_in(latent.float().cpu()), counter.total
+        latents = latent.unbind() if latent.is_nested else [latent]
+        return model.model.process_latent_in(backbone.join(latents).float().cpu()), counter.total
+
+
+def _as_samples(latents: list[torch.Tensor]) -> Any:
+    """As a LATENT has them."""
+    return comfy.nested_tensor.NestedTensor(latents) if len(latents) > 1 else latents[0]
 
 
 def _conditioning(prompt: EncodedPrompt) -> list[list]:

@@ -38,6 +38,14 @@ def with_text(conds: list[dict] | None) -> list[dict]:
     return [cond for cond in conds or () if "c_crossattn" in cond["model_conds"] and tokens_of(cond).any()]
 
 
+def latent_size(x: torch.Tensor, conds: list[dict] | None) -> torch.Size:
+    """(h, w) of latents x (b, c, h, w) under those conditions; of several that ComfyUI has packed, the first one's."""
+    packed = [
+        cond["model_conds"]["latent_shapes"].cond for cond in conds or () if "latent_shapes" in cond["model_conds"]
+    ]
+    return (packed[0][0] if packed else x.shape)[-2:]
+
+
 def mean_token(cond: dict) -> torch.Tensor:
     """(d,), fp32, on the CPU."""
     return tokens_of(cond).float().mean(dim=(0, 1)).cpu()

@@ -13,7 +13,7 @@ from . import messages
 from .applied_adapter import AppliedAdapter
 from .compile_fallback import CompileFallback
 from .cond_batch import CondBatch
-from .conditions import are_prompt_and_negative, belong_to
+from .conditions import are_prompt_and_negative, belong_to, latent_size
 from .guider import CfgOverride, name_of_guider
 from .kept_memory import KeptMemory
 from .messages import Notify
@@ -208,7 +208,7 @@ class GuidedSampling(SharedByDeepcopy):
             self.step = None
         if not self.step_warnings.seen_first and not step.visited and (step.changes_linears or step.at_attention):
             self.other_evaluations.restart_unguided(messages.NO_PLACE_FOR_ADAPTERS)
-        self.step_warnings.after_step(guiding, batch.x, step)
+        self.step_warnings.after_step(guiding, latent_size(batch.x, batch.conds[0]), step)
         return prediction
 
     def _on_uncond_use(self, call: PostCfgCall) -> None:

@@ -43,10 +43,10 @@ class StepWarnings:
         if self.seen_first:
             self._check_omegas(adapters)
 
-    def after_step(self, adapters: list[AdapterAtOmega], x: torch.Tensor, step: GuidedStep) -> None:
-        """Keep the first one, for later a step cache may leave out what there is to see; x: (b, c, h, w)."""
+    def after_step(self, adapters: list[AdapterAtOmega], size: torch.Size, step: GuidedStep) -> None:
+        """Keep the first one, for later a step cache may leave out what there is to see; `size`: of latents, (h, w)."""
         if not self.seen_first:
-            self.seen_first, self.waiting = True, _FirstStep(adapters, x.shape[-2:], step)
+            self.seen_first, self.waiting = True, _FirstStep(adapters, size, step)
 
     def send_waiting(self) -> None:
         first, self.waiting = self.waiting, None
