@@ -4,10 +4,13 @@
 
 Nothing is computed, whatever the `--device`: the models are on the meta device. A step's time has more in it, on a GPU
 above all what launching many small operations costs (`inference.py` measures that). What is needed once per sampling,
-the keys and values of the prompts, is listed apart. The second table is the plan of `agd train` for a card of 24 GB.
+the keys and values of the prompts, is listed apart. The second table is the plan of `agd train` for a card of 24 GB,
+the third what a training step takes for one state. With --only the page's other rows stay.
 """
 
+import json
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -49,6 +52,7 @@ SIZES = (
     TrueSize("Wan 2.2 14B", 832, 480),
     TrueSize("Wan 2.2 14B", 832, 480, frames=21),
     TrueSize("HunyuanVideo 1.5", 848, 480),
+    TrueSize("HunyuanVideo 1.5", 848, 480, frames=16),
 )
 _STEP = (
     Column("model", lambda row: row["model"], -17),
@@ -64,6 +68,16 @@ _TRAINING = (
     Column("base, B parameters", lambda row: f"{row['base_parameters'] / 1e9:.2f}", 20),
     Column("TFLOP per evaluation", lambda row: f"{row['unguided_flops'] / 1e12:.1f}", 22),
     *(Column(f"{dtype} base on {CARD}", lambda row, dtype=dtype: row[f"fits_{dtype}"], 44) for dtype in BASE_DTYPES),
+)
+
+
+_PEAKS = (
+    Column("model", lambda row: row["model"], -17),
+    Column("size", lambda row: row["size"], 20),
+    Column("kept, GB", lambda row: f"{row['step_bytes'] / 1e9:.1f}", 10),
+    Column("computed twice, GB", lambda row: f"{row['step_bytes_checkpointed'] / 1e9:.1f}", 20),
+    Column("kept, x FLOPs", lambda row: f"{row['step_flops'] / row['unguided_flops']:.1f}", 15),
+    Column("computed twice, x FLOPs", lambda row: f"{row['step_flops_checkpointed'] / row['unguided_flops']:.1f}", 24),
 )
 
 
@@ -133,7 +147,31 @@ def _fits(at: TrueSize, dtype: str) -> str:
     return ", ".join(parts)
 
 
-def page(rows: list[dict], plans: list[dict], made: str) -> str:
+def peaks(at: TrueSize) -> dict:
+    """What a training step of the default adapter takes for one state beside the weights, with a base in bf16."""
+    from comfyui_agd.training.presets import settings_for
+
+    model, found = MetaModel(at.name, "bf16", at.frames), {}
+    config = settings_for(model.base, {"width": at.width, "height": at.height}).adapter_config(model.base, 77)
+    for suffix, checkpointing in (("", False), ("_checkpointed", True)):
+        step = model.memory.trace_student(config, model.latent_shape(at.width, at.height), 1, checkpointing)
+        found |= {f"step_bytes{suffix}": step.peak_bytes, f"step_flops{suffix}": step.flops}
+    return found
+
+
+def with_kept(folder: Path, rows: list[dict]) -> list[dict]:
+    """`rows`, and those of the page in `folder` that they don't take the place of, in the order of `SIZES`."""
+    file, own = folder / "step_cost.json", {(row["model"], row["size"]) for row in rows}
+    kept = json.loads(file.read_text()) if file.exists() else []
+    order = {(at.name, at.size): place for place, at in enumerate(SIZES)}
+    stay = [row for row in kept if (row["model"], row["size"]) in order.keys() - own]
+    return sorted(stay + rows, key=lambda row: order[row["model"], row["size"]])
+
+
+def page(every: list[dict]) -> str:
+    plans = [row for row in every if "step_bytes" in row]
+    rows = [row for row in every if "step_bytes" not in row]
+    made = "; ".join(dict.fromkeys(row["made"] for row in plans))
     return f"""# What a step and a training cost
 
 `python benchmarks/step_cost.py`, {made}. Counted on the meta device at true sizes; no weights, no card.
@@ -150,6 +188,15 @@ By the plan of `agd train`, batch 4: the device's memory at its peak, the base's
 states at once, and what has to stay in system memory. *no*: not even so.
 
 {markdown_table(_TRAINING, plans)}
+
+## A training step for one state
+
+What the student's forward and backward pass take beside the weights, with a base in bf16 and the default adapter:
+memory at its peak, and FLOPs over those of one evaluation of the base. *Kept*: all activations until the backward pass;
+*computed twice*: a block's at a time (`--checkpointing`), which is what makes a step fit. Where prompt and image share
+one attention, the image looks at all keys three times in training.
+
+{markdown_table(_PEAKS, plans)}
 """
 
 
@@ -162,17 +209,18 @@ def main() -> None:
     names = [at.name for at in SIZES]
     asked = args.only or (["SD 1.5", "SD3.5 medium"] if args.quick else [""])
     chosen = [SIZES[i] for i in selected(names, asked, "model")]
-    rows, plans = [], []
+    rows = []
     for at in chosen:
         own = count(at)
-        rows += own
-        plans.append(own[-1] | planned(at))
-        print(*console_table(_STEP, own), *console_table(_TRAINING, plans[-1:]), sep="\n", flush=True)
+        plan = own[-1] | planned(at) | peaks(at) | {"made": made_on("cpu")}
+        tables = ((_STEP, own), (_TRAINING, [plan]), (_PEAKS, [plan]))
+        print(*(line for columns, lines in tables for line in console_table(columns, lines)), sep="\n", flush=True)
+        rows += [*own, plan]
     if args.json:
-        write_rows(args.json, [*rows, *plans])
-    folder = results_folder(args)
-    if folder and not args.only:
-        write_page(folder, "step_cost", page(rows, plans, made_on("cpu")), [*rows, *plans])
+        write_rows(args.json, rows)
+    if folder := results_folder(args):
+        every = with_kept(folder, rows)
+        write_page(folder, "step_cost", page(every), every)
 
 
 if __name__ == "__main__":

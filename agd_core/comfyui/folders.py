@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import folder_paths
-from utils.extra_config import load_extra_path_config
 
 from ..adapter_name import AdapterNameError, file_name, why_invalid
 
@@ -87,6 +86,8 @@ def _read_extra_model_paths() -> None:
     """What ComfyUI itself does when it starts, which a command doesn't start."""
     file = os.path.join(folder_paths.base_path, "extra_model_paths.yaml")
     if os.path.isfile(file):
+        from utils.extra_config import load_extra_path_config  # not above: inside ComfyUI others may be called `utils`
+
         load_extra_path_config(file)
 
 

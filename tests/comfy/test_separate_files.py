@@ -183,6 +183,8 @@ def test_folders_of_extra_model_paths_are_searched_too(tmp_path, monkeypatch):
     (tmp_path / "elsewhere" / "far.safetensors").touch()
     (tmp_path / "extra_model_paths.yaml").write_text(f"mine:\n  base_path: {tmp_path}\n  vae: elsewhere\n")
     monkeypatch.setattr(folder_paths, "base_path", str(tmp_path))
+    # In older releases `nodes`, which no command imports, puts another `utils` before ComfyUI's.
+    monkeypatch.syspath_prepend(Path(folder_paths.__file__).parent)
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "vae", ([], {".safetensors"}))
     folders._read_extra_model_paths.cache_clear()
     try:

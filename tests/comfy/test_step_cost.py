@@ -1,8 +1,11 @@
 """benchmarks/step_cost.py: what an adapter adds to a step, counted on the meta device."""
 
+import json
+
 import pytest
 
 from comfyui_agd.benchmarks import step_cost
+from comfyui_agd.benchmarks.meta_model import MetaModel
 from comfyui_agd.tests.support.checkpoints import on_meta
 
 # Billions of parameters, fixed positions included, and ComfyUI's class.
@@ -43,3 +46,61 @@ def test_in_a_transformer_the_default_adds_less_than_a_twentieth_to_a_step():
     assert rows["low_rank, vector"]["added_per_step"] < 1e-4
     assert 0.005 < rows["default"]["added_per_step"] < 0.05
     assert rows["default"]["added_per_sampling"] < 0.1
+
+
+def weights_in(network, *names: str, without: tuple[str, ...] = ()) -> int:
+    """Of the linear layers that have one of the names in theirs: what each token is multiplied with."""
+    layers = {name: layer for name, layer in network.named_modules() if hasattr(layer, "in_features")}
+    own = (layer for name, layer in layers.items() if any(each in name for each in names))
+    left_out = (layer for name, layer in layers.items() if any(each in name for each in without))
+    return sum(layer.weight.numel() for layer in {*own} - {*left_out})
+
+
+def joint_flops(network, image: int, prompt: int) -> int:
+    """SD 3.5 medium's blocks: both have layers of their own, look at all tokens, and some images at themselves too."""
+    modulation = ("adaLN_modulation",)
+    of_image = weights_in(network, "x_block", without=modulation)
+    of_prompt = weights_in(network, "context_block", without=modulation)
+    blocks, alone = len(network.joint_blocks), len(network.x_block_self_attn_layers)
+    pairs = blocks * (image + prompt) ** 2 + alone * image**2
+    return 2 * (of_image * image + of_prompt * prompt) + 4 * network.hidden_size * pairs
+
+
+def cross_flops(network, image: int, prompt: int) -> int:
+    """Wan's blocks: the image looks at itself and at the prompt, whose keys and values alone are computed."""
+    of_prompt = weights_in(network, "cross_attn.k", "cross_attn.v")
+    of_image = weights_in(network, "blocks.") - of_prompt
+    pairs = len(network.blocks) * image * (image + prompt)
+    return 2 * (of_image * image + of_prompt * prompt) + 4 * network.dim * pairs
+
+
+@pytest.mark.parametrize(
+    ("formula", "name", "size", "frames", "tokens"),
+    [
+        (joint_flops, "SD3.5 medium", (1024, 1024), 1, (64 * 64, 154)),
+        (cross_flops, "Wan 2.2 14B", (832, 480), 1, (52 * 30, 512)),
+        (cross_flops, "Wan 2.2 14B", (832, 480), 21, (21 * 52 * 30, 512)),
+    ],
+)
+def test_what_is_counted_is_what_the_architecture_says(formula, name, size, frames, tokens):
+    model = MetaModel(name, frames=frames)
+    expected = formula(model.model.diffusion_model, *tokens)
+    # What comes before and after the blocks, and modulates them, is not in the formula.
+    assert expected < model.flops(model.latent_shape(*size), None, 1) < 1.002 * expected
+
+
+@pytest.mark.slow
+def test_a_step_is_counted_with_activations_kept_and_computed_twice():
+    found = step_cost.peaks(step_cost.TrueSize("SD 1.5", 512, 512))
+    assert found["step_bytes_checkpointed"] < 0.5 * found["step_bytes"]
+    assert found["step_flops"] < found["step_flops_checkpointed"] < 1.6 * found["step_flops"]
+
+
+def test_the_pages_other_rows_stay(tmp_path):
+    old = [{"model": name, "size": "512x512", "method": "old"} for name in ("SD 1.5", "gone")]
+    old += [{"model": "SDXL", "size": "1024x1024", "method": "old"}]
+    new = [{"model": "SDXL", "size": "1024x1024", "method": "new"}]
+    assert step_cost.with_kept(tmp_path, new) == new
+    (tmp_path / "step_cost.json").write_text(json.dumps(old))
+    found = step_cost.with_kept(tmp_path, new)
+    assert [(row["model"], row["method"]) for row in found] == [("SD 1.5", "old"), ("SDXL", "new")]
