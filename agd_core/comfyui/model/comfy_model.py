@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ..backbones import describe_base, fingerprint
+from ..compiled_parts import with_original_parts
 from .denoiser import ComfyDenoiser
 from .experts import TwoExperts
 from .memory import ComfyMemory
@@ -32,15 +33,15 @@ class ComfyModel:
         """`autocast`, `frames`: see `ComfyDenoiser`. `vae`: decodes previews; without it they are ComfyUI's
         fast approximation. `other_expert`: of a model of two, and which noise levels are not its own (`TwoExperts`).
         """
+        self._model, self._vae = with_original_parts(model).clone(), vae
         described = describe_base(model.model, model.get_model_object("model_sampling"))
         self.base = replace(described, fingerprint=fingerprint(model.model))
         self.base_patches: dict[str, Any] = {"patched_weights": len(model.patches)} if model.patches else {}
-        self._model, self._vae = model.clone(), vae
         if other_expert is None:
             self.denoiser = ComfyDenoiser(self._model, autocast, frames)
         else:
             other, is_own = other_expert
-            self.denoiser = TwoExperts(self._model, other.clone(), is_own, autocast, frames)
+            self.denoiser = TwoExperts(self._model, with_original_parts(other).clone(), is_own, autocast, frames)
         self.text_encoder = ComfyTextEncoder(clip, self._model)
         self.memory = ComfyMemory(self._model, self.denoiser, self.text_encoder)
 

@@ -100,6 +100,10 @@ UNCOMPILED_FOR_HOOKS = "Runs uncompiled: torch.compile doesn't see what this ada
 UNCOMPILED_FOR_GRAPH_BREAKS = (
     "Runs uncompiled: torch.compile breaks this model into several graphs, in which patches don't work rightly."
 )
+UNCOMPILED_FOR_REPLACED_PARTS = (
+    "Runs uncompiled: a node has put compiled parts in the model's place, which adapters can't reach. The core node "
+    "TorchCompileModel works with them."
+)
 UNCOMPILED_FOR_TOO_MANY_GRAPHS = (
     "Runs uncompiled: torch.compile has made as many graphs for other sizes and adapters as it may; a restart of "
     "ComfyUI clears them."

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from comfy.samplers import CFGGuider, Sampler
 
+from ..compiled_parts import with_original_parts
 from . import messages
 from .applied_adapter import AppliedAdapter, check_adapters
 from .compile_fallback import CompileFallback
@@ -38,6 +39,17 @@ class AdapterGuidance(SharedByDeepcopy):
         self.compile_fallback = CompileFallback(self.notify)
 
     def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs) -> torch.Tensor:
+        guider = executor.class_obj
+        given = guider.model_patcher
+        guider.model_patcher = with_original_parts(given)
+        if guider.model_patcher is not given:
+            self.notify(messages.UNCOMPILED_FOR_REPLACED_PARTS)
+        try:
+            return self._sample(executor, noise, latent_image, sampler, *args, **kwargs)
+        finally:
+            guider.model_patcher = given
+
+    def _sample(self, executor, noise, latent_image, sampler, *args, **kwargs) -> torch.Tensor:
         guider = executor.class_obj
         check_adapters(self.adapters, guider.model_patcher)
         adapters = [(applied, applied.settings.span_for(guider.model_patcher)) for applied in self.adapters]

@@ -9,12 +9,13 @@ from torch._dynamo.utils import counters
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterInfo
 from comfyui_agd.agd_core.comfyui.fused_attention import FUSED_ATTENTION
+from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.sampling import merging, messages
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.comfyui.sampling.settings import GuidanceSettings
 from comfyui_agd.agd_core.config import AdapterConfig
 from comfyui_agd.agd_core.kinds import kind_config
-from comfyui_agd.tests.support.family_adapters import adapted, adapter_of, base_of
+from comfyui_agd.tests.support.family_adapters import TinyClip, adapted, adapter_of, base_of
 from comfyui_agd.tests.support.runtime import Prompts, ksampler
 from comfyui_agd.tests.support.small import randomised
 from comfyui_agd.tests.support.tiny_families import TINY_FAMILIES, conditioning, empty_latent, flat, tiny_model
@@ -149,3 +150,27 @@ def test_changes_beside_the_layers_are_in_the_graph(monkeypatch):
         torch.testing.assert_close(sample(JOINT, found), sample(JOINT, expected), rtol=1e-4, atol=1e-4)
         assert graphs() == made
     assert not [message for message in said if "ncompiled" in message]
+
+
+@pytest.mark.parametrize("parts", [["diffusion_model"], ["diffusion_model.joint_blocks.0"]], ids=["whole", "a block"])
+def test_where_a_node_has_put_compiled_parts_in_place_the_originals_run_and_it_says_so(parts):
+    """As compile nodes of other packs do, by object patches: a LoRA's names are others there, and hooks unseen."""
+    base, said = fused(tiny_model(JOINT)), []
+    compiled = base.clone()
+    for part in parts:
+        compiled.add_object_patch(part, torch.compile(base.get_model_object(part), backend="eager"))
+    plain = sample(JOINT, compiled, cfg=1.0)  # which leaves them in place
+    assert torch.equal(sample(JOINT, adapted(JOINT, compiled, notify=said.append)), sample(JOINT, adapted(JOINT, base)))
+    assert said == [messages.UNCOMPILED_FOR_REPLACED_PARTS]
+    before = graphs()
+    assert torch.equal(sample(JOINT, compiled, cfg=1.0), plain)
+    assert graphs() == before > 0
+
+
+def test_a_training_of_compiled_parts_is_of_the_originals():
+    base = tiny_model(JOINT)
+    compiled, part = base.clone(), "diffusion_model.joint_blocks.0"
+    compiled.add_object_patch(part, torch.compile(base.get_model_object(part), backend="eager"))
+    sample(JOINT, compiled, cfg=1.0)
+    ComfyModel(compiled, TinyClip(JOINT))
+    assert base.model.diffusion_model.joint_blocks[0] is base.get_model_object(part)
