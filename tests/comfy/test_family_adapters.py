@@ -364,6 +364,18 @@ def test_ltx_2s_tokens_are_mapped_once_for_all_steps():
     assert torch.equal(again, mapped)
 
 
+def test_ltx_2_3_is_refused_for_what_it_is(monkeypatch):
+    """Its tokens come mapped to the blocks: no layer is as wide as they are."""
+    config = {**TINY_FAMILIES["ltx-2"].config, "caption_proj_before_connector": True, "cross_attention_adaln": True}
+    config |= {"caption_projection_first_linear": False, "connector_attention_head_dim": 64}
+    config |= {"audio_connector_attention_head_dim": 32}
+    row = dataclasses.replace(TINY_FAMILIES["ltx-2"], config=config, width=128 + 64, assumed=tuple(config))
+    monkeypatch.setitem(TINY_FAMILIES, "ltx-2.3", row)
+    assert sample("ltx-2.3", tiny_model("ltx-2.3")).isfinite().all()
+    with pytest.raises(ValueError, match=r"prompts have 192 channels.* its family needs a row in agd_core/families.py"):
+        training("ltx-2.3", vector=0)
+
+
 @pytest.mark.parametrize("name", ["wan2.1-t2v", "qwen-image", "flux2", "z-image", "anima", "ltx-2"])
 def test_it_is_evaluated_beside_the_models_own_guidance(name):
     base, (info, weights) = tiny_model(name), adapter_of(name)

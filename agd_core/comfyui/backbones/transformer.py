@@ -42,7 +42,7 @@ from .unhooked_attention import can_hook
 _STRIP = 2
 _SEED = 0
 # What a condition says of tokens that the model has still to map.
-_OF_UNMAPPED = ("t5xxl_ids", "t5xxl_weights", "unprocessed_ltxav_embeds")
+_OF_UNMAPPED = {"t5xxl_ids", "t5xxl_weights", "unprocessed_ltxav_embeds"}
 # What networks call the first layer that the prompt's tokens come to.
 _PROMPT_LAYER = re.compile(r"^(?!.*time).*?(^|[._])(txt|text|context|caption|cap|prompt|cond|encoder)([._]|$)")
 
@@ -250,7 +250,7 @@ class Transformer(Backbone):
 
     def condition_of(self, model: Any, cond: dict) -> dict:
         """Anima and LTX-2 map tokens by a part of their own, Anima not where gradients may come: so it is done here."""
-        if "t5xxl_ids" not in cond and not self.row.sound:
+        if not cond.keys() & _OF_UNMAPPED:
             return cond
         with torch.inference_mode():
             mapped = model.extra_conds(**cond, device=next(self.network.parameters()).device)["c_crossattn"].cond

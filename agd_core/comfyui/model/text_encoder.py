@@ -11,7 +11,6 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import torch
 
-from ...families import find_family
 from ..backbones import backbone_of, describe_base
 
 
@@ -50,8 +49,8 @@ class ComfyTextEncoder:
     @functools.cached_property
     def _width(self) -> int | None:
         """What the base takes, in channels of the prompt's tokens; None where only its structure tells."""
-        base = describe_base(self._model.model)
-        return base.layers[0].context_dim if base.layers and find_family(base.family) else None
+        layers = describe_base(self._model.model).layers
+        return layers[0].context_dim if layers and backbone_of(self._model.model).family else None
 
     def _check_width(self, tokens: torch.Tensor) -> None:
         """Of a prompt (1, m, d). Raises `ValueError`."""
