@@ -12,6 +12,7 @@ from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel
 from comfyui_agd.agd_core.comfyui.runtime import ComfyUINotFound, ComfyUITooOld
 from comfyui_agd.agd_core.errors import AGDError
 from comfyui_agd.training.arguments import UsageError
+from comfyui_agd.training.base_source import BaseSourceError
 from comfyui_agd.training.job import JobError
 from comfyui_agd.training.plan import DoesNotFit
 from comfyui_agd.training.prompts import PromptError
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ERRORS = {
     AdapterFileError: ValueError,
     AdapterNameError: ValueError,
+    BaseSourceError: ValueError,
     ComfyUINotFound: RuntimeError,
     ComfyUITooOld: RuntimeError,
     DifferentRun: ValueError,
