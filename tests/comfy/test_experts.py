@@ -1,6 +1,7 @@
 """Two experts, as Wan 2.2 14B has them: each is trained on the states that it sees, reached through the other."""
 
 import dataclasses
+import gc
 
 import comfy.model_management as mm
 import comfy.ops
@@ -9,6 +10,7 @@ import torch
 
 from comfyui_agd.agd_core.comfyui.model import tracing
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
+from comfyui_agd.agd_core.comfyui.model.loading import loaded_models
 from comfyui_agd.tests.support.family_adapters import TinyClip
 from comfyui_agd.tests.support.tiny_families import tiny_model
 from comfyui_agd.training.plan import plan
@@ -134,3 +136,14 @@ def test_on_a_card_the_other_expert_is_loaded_as_planned(monkeypatch, share, lea
         # ComfyUI leaves out whole layers, and has a buffer for those that it fetches.
         layers = max(parameter.nbytes for parameter in other.model.parameters())
         assert found.other_bytes_on_device - 3 * layers <= other.loaded_size() <= found.other_bytes_on_device
+
+
+def test_a_model_that_is_gone_while_something_has_its_network_is_not_among_the_loaded():
+    model = tiny_model(NAME)
+    network = model.model
+    mm.load_models_gpu([model])
+    del model
+    gc.collect()
+    assert None in mm.loaded_models()
+    assert network is not None
+    assert None not in loaded_models()

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from torch._subclasses.fake_tensor import FakeTensor
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter, Prepared
@@ -379,10 +380,15 @@ def fifty(files: list[str]) -> list[Setting]:
     ]
 
 
+def _is_real(kind: type) -> bool:
+    """Whether objects of it are tensors with memory: those that compilers have traced with have none."""
+    return issubclass(kind, torch.Tensor) and not issubclass(kind, FakeTensor)
+
+
 def tensors_alive() -> tuple[int, int]:
     """The number of live tensors, and the bytes of memory behind them."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and each.device.type == "cpu"]
+    tensors = [each for each in gc.get_objects() if _is_real(type(each)) and each.device.type == "cpu"]
     return len(tensors), sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 

@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from ...adapter import Adapter
 from ...guidance import per_row
 from .denoiser import ComfyDenoiser, in_order
+from .loading import loaded_models
 from .text_encoder import EncodedPrompt
 
 
@@ -34,7 +35,7 @@ class OtherExpert(ComfyDenoiser):
             with super().session(checkpointing=checkpointing, memory=memory):
                 yield
         finally:
-            if not any(each.is_clone(self.model) for each in comfy.model_management.loaded_models()):
+            if not any(each.is_clone(self.model) for each in loaded_models()):
                 self.model.detach()
 
     def _load(self, memory: int) -> None:

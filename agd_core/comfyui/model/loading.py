@@ -1,10 +1,12 @@
-"""Files of models, with LoRAs, as ComfyUI's loader nodes load them."""
+"""Files of models, with LoRAs, as ComfyUI's loader nodes load them; what is loaded."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -128,3 +130,8 @@ def _is_text_encoder(path: Path) -> bool:
         names = file.keys()
         state = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
     return "transformer.resblocks.0.ln_1.weight" in state or comfy.sd.detect_te_model(state) is not None
+
+
+def loaded_models() -> list[comfy.model_patcher.ModelPatcher]:
+    """ComfyUI's, without the places of MODELs that are gone while others have their network."""
+    return [model for model in comfy.model_management.loaded_models() if model is not None]

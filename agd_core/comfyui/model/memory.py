@@ -14,6 +14,7 @@ from . import tracing
 from .activation_checkpointing import largest_block_bytes
 from .denoiser import ComfyDenoiser, options_of, with_adapter
 from .experts import TwoExperts
+from .loading import loaded_models
 from .text_encoder import ComfyTextEncoder
 
 
@@ -44,8 +45,7 @@ class ComfyMemory:
         """The bytes that training could have on the device, with every other model moved out; None on a CPU."""
         if self.device.type == "cpu":
             return None
-        loaded = comfy.model_management.loaded_models()
-        movable = sum(model.loaded_size() for model in loaded if model.load_device == self.device)
+        movable = sum(model.loaded_size() for model in loaded_models() if model.load_device == self.device)
         return comfy.model_management.get_free_memory(self.device) + movable
 
     def base_bytes(self) -> int:
