@@ -6,11 +6,12 @@ The metadata key `agd` holds the adapter's config, what base it was made for and
 
 import datetime
 import json
+import math
 import os
 import tempfile
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,92 +20,121 @@ from torch import nn
 
 from . import older_formats
 from .adapter import Adapter
-from .config import AdapterConfig, AdapterLayer, BaseInfo, Linear
+from .checked import Between, Numeral, OneOf, Printable, depth, read
+from .config import AdapterConfig, BaseInfo, LayerName
 from .errors import AGDError
-from .kinds import KINDS, kind_config
+from .guidance import RULES
+from .kinds import KINDS
 
 FORMAT_VERSION = 3
 _KEY = "agd"
 _LISTED = 8  # offenders named in full in one error
+# Characters; the longest that there are have a hundred thousand. Nobody waits for a stranger's file to be read.
+_LONGEST_DESCRIPTION, _LONGEST_ERROR, _LONGEST_LINE, _DEEPEST = 4_000_000, 1_000, 2_000, 20
+_Positive = Annotated[float, Between(0, 1_000_000)]
+_Scale = Annotated[float, Between(1e-6, 1_000_000)]
+_Omega = Annotated[str, Numeral(1e-6, 1_000_000)]
+_DTYPES = ("F32", "F16", "BF16")
+_LONGEST_NAME = 200
+_Word = Annotated[str, Printable(100)]
+_Side = Annotated[int, Between(1, 1_000_000)]
 
 
 class AdapterFileError(AGDError, ValueError):
     """A file that is no usable adapter."""
 
 
-@dataclass(frozen=True)
-class AdapterInfo:
+class BasePatches(TypedDict, total=False):
+    """What the base was made of besides its own weights; it may say more."""
+
+    patched_weights: Annotated[int, Between(0, 1_000_000_000)]
+
+
+class TeacherSettings(TypedDict, total=False):
+    """The guidance that was learnt, of the training's settings, which are all there. See `GuidanceRule`."""
+
+    teacher: Annotated[str, OneOf(RULES)]
+    interval_sigma_min: _Positive
+    interval_sigma_max: _Positive
+    rescale_phi: Annotated[float, Between(0, 1)]
+    apg_eta: Annotated[float, Between(0, 1)]
+    apg_threshold: _Positive
+
+
+class TrainingSummary(TypedDict, total=False):
+    """What a training was, as far as anything depends on it: a file may say more, which is only shown."""
+
+    gap_closed: dict[_Omega, Annotated[float, Between(-1_000_000, 1)]]
+    direction_cosine: dict[_Omega, Annotated[float, Between(-1, 1)]]
+    base_patches: BasePatches
+    config: TeacherSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """What an adapter file says besides its adapter's config."""
+
+    base: BaseInfo
+    omega_range: tuple[_Scale, _Scale]
+    unconditional: Annotated[str, Printable(100_000)] = "empty prompt"  # what f(x, sigma, c_neg) was in training
+    # Whether a negative prompt has an effect.
+    negative_mode: Annotated[str, OneOf(("used", "ignored"))] = "ignored"
+    # (height, width) of the latents it was trained at
+    resolutions: Annotated[tuple[tuple[_Side, _Side], ...], Between(0, 1_000)] = ()
+    training: dict[_Word, Any] = field(default_factory=dict)  # see `TrainingSummary`
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterInfo(_About):
     """Everything an adapter file says of itself besides its weights."""
 
     config: AdapterConfig
-    base: BaseInfo
-    omega_range: tuple[float, float]
-    unconditional: str = "empty prompt"  # what f(x, sigma, c_neg) was in training
-    negative_mode: str = "ignored"  # whether a negative prompt has an effect: "used" or "ignored"
-    resolutions: tuple[tuple[int, int], ...] = ()  # (height, width) of the latents it was trained at
-    training: dict = field(default_factory=dict)  # a summary: iterations, evaluations, loss, gap closed, ...
 
 
-def _config_to_json(config: AdapterConfig) -> dict[str, Any]:
-    """The base's description has the layers themselves."""
-    return {
-        "kind": config.kind.name,
-        "settings": asdict(config.kind),
-        "layers": [layer.name for layer in config.layers],
-        "prompt_tokens": config.prompt_tokens,
-        "vector": config.vector,
-    }
+@dataclass(frozen=True)
+class _Config:
+    """An `AdapterConfig` in a file, where the base's description has the layers themselves."""
+
+    kind: Annotated[str, OneOf(tuple(KINDS))]
+    settings: dict[str, Any]
+    layers: tuple[LayerName, ...]
+    prompt_tokens: Annotated[int, Between(1, 1_000_000)]
+    vector: Annotated[int, Between(0, 1_000_000)]
+
+    @classmethod
+    def of(cls, config: AdapterConfig) -> "_Config":
+        layers = tuple(layer.name for layer in config.layers)
+        return cls(config.kind.name, asdict(config.kind), layers, config.prompt_tokens, config.vector)
+
+    def for_base(self, base: BaseInfo) -> AdapterConfig:
+        """The inverse of `of`. Raises `ValueError` naming what is wrong."""
+        layers = {layer.name: layer for layer in base.layers}
+        if unknown := [name for name in self.layers if name not in layers]:
+            raise ValueError(f"the base has no layers {unknown[:_LISTED]}")
+        kind = read(KINDS[self.kind].Config, self.settings, "config.settings")
+        return AdapterConfig(tuple(layers[name] for name in self.layers), kind, self.prompt_tokens, self.vector)
 
 
-def _config_from_json(data: dict[str, Any], base: BaseInfo) -> AdapterConfig:
-    """The inverse of `_config_to_json`. Raises `ValueError` naming what is wrong."""
-    _check_fields("adapter", {"kind", "settings", "layers", "prompt_tokens", "vector"}, data)
-    layers = {layer.name: layer for layer in base.layers}
-    if data["kind"] in KINDS:
-        _check_fields(data["kind"], {f.name for f in fields(KINDS[data["kind"]].Config)}, data["settings"])
-    if unknown := [name for name in data["layers"] if name not in layers]:
-        raise ValueError(f"the base has no layers {unknown[:_LISTED]}")
-    chosen = tuple(layers[name] for name in data["layers"])
-    return AdapterConfig(chosen, kind_config(data["kind"], **data["settings"]), data["prompt_tokens"], data["vector"])
+@dataclass(frozen=True, kw_only=True)
+class _Description(_About):
+    """The JSON of a file."""
 
+    format_version: int
+    config: _Config
 
-def _base_to_json(base: BaseInfo) -> dict[str, Any]:
-    layers = [{**vars(layer), "linears": [astuple(linear) for linear in layer.linears]} for layer in base.layers]
-    return {**vars(base), "layers": layers}
-
-
-def _base_from_json(data: dict[str, Any]) -> BaseInfo:
-    """The inverse of `_base_to_json`. Raises `ValueError` naming missing or unknown fields."""
-    _check_fields("base", {f.name for f in fields(BaseInfo)}, data)
-    for layer in data["layers"]:
-        _check_fields("layer", {f.name for f in fields(AdapterLayer)}, layer)
-    layers = (
-        AdapterLayer(**{**layer, "linears": tuple(Linear(*linear) for linear in layer["linears"])})
-        for layer in data["layers"]
-    )
-    return BaseInfo(**{**data, "layers": tuple(layers)})
-
-
-def _check_fields(what: str, expected: set[str], found: dict[str, Any]) -> None:
-    if set(found) != expected:
-        missing, unknown = sorted(expected - set(found)), sorted(set(found) - expected)
-        raise ValueError(f"{what}: missing fields {missing}, unknown fields {unknown}")
+    def info(self) -> AdapterInfo:
+        """Raises `ValueError`."""
+        read(TrainingSummary, self.training, "training")
+        about = {f.name: getattr(self, f.name) for f in fields(_About)}
+        return AdapterInfo(config=self.config.for_base(self.base), **about)
 
 
 def _to_metadata(info: AdapterInfo, title: str) -> dict[str, str]:
     prediction = {"EPS": "epsilon", "V_PREDICTION": "v"}.get(info.base.prediction, info.base.prediction.lower())
-    described = {
-        "format_version": FORMAT_VERSION,
-        "config": _config_to_json(info.config),
-        "base": _base_to_json(info.base),
-        "omega_range": info.omega_range,
-        "unconditional": info.unconditional,
-        "negative_mode": info.negative_mode,
-        "resolutions": info.resolutions,
-        "training": info.training,
-    }
+    about = {f.name: getattr(info, f.name) for f in fields(_About)}
+    described = _Description(format_version=FORMAT_VERSION, config=_Config.of(info.config), **about)
     return {
-        _KEY: json.dumps(described),
+        _KEY: json.dumps(asdict(described)),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{info.base.family.lower()}/agd-adapter",
         "modelspec.implementation": "agd-adapters",
@@ -123,31 +153,33 @@ def _from_metadata(path: Path, metadata: dict[str, str]) -> AdapterInfo:
             f"into their own folders. Details: {path} has no {_KEY!r} in its metadata (found: {found})."
         )
     try:
-        data = json.loads(metadata[_KEY])
-        version = data["format_version"]
-        if version > FORMAT_VERSION:
-            raise AdapterFileError(
-                f"This adapter is of a newer AGD: update the node pack. Details: {path} has format {version}, this "
-                f"version reads up to {FORMAT_VERSION}."
-            )
-        data = older_formats.upgraded(data)
-        base = _base_from_json(data["base"])
-        return AdapterInfo(
-            config=_config_from_json(data["config"], base),
-            base=base,
-            omega_range=tuple(data["omega_range"]),
-            unconditional=data["unconditional"],
-            negative_mode=data["negative_mode"],
-            resolutions=tuple(map(tuple, data["resolutions"])),
-            training=data["training"],
-        )
-    except AdapterFileError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return _parse(metadata[_KEY], path)
+    except ValueError as error:
+        if isinstance(error, AdapterFileError):
+            raise
         raise AdapterFileError(
-            f"This adapter file is damaged: copy or train it again. Details: what {path} says of itself can't be used "
-            f"({error})."
+            "This adapter file can't be used, for what it says of itself is wrong: copy or train it again. Details: "
+            f"{path}: {error!s:.{_LONGEST_ERROR}}."
         ) from error
+
+
+def _parse(text: str, path: Path) -> AdapterInfo:
+    """Raises `ValueError` naming what is wrong, or `AdapterFileError` for a newer format."""
+    if len(text) > _LONGEST_DESCRIPTION:
+        raise ValueError(f"its description has {len(text):,} characters, and at most {_LONGEST_DESCRIPTION:,} are read")
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise ValueError("its description is nested too deeply") from None
+    if depth(data) > _DEEPEST:
+        raise ValueError("its description is nested too deeply")
+    version = read(dict[str, Any], data, "its description").get("format_version")
+    if read(Annotated[int, Between(1, math.inf)], version, "format_version") > FORMAT_VERSION:
+        raise AdapterFileError(
+            f"This adapter is of a newer AGD: update the node pack. Details: {path} has format {version}, this "
+            f"version reads up to {FORMAT_VERSION}."
+        )
+    return read(_Description, older_formats.upgraded(data), "its description").info()
 
 
 def _open(path: Path):
@@ -169,14 +201,17 @@ def read_info(path: str | Path) -> AdapterInfo:
         return _from_metadata(path, file.metadata() or {})
 
 
-def _mismatches(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
-    wrong = [f"{key}: missing" for key in expected.keys() - found.keys()]
-    wrong += [f"{key}: unknown" for key in found.keys() - expected.keys()]
-    for key in expected.keys() & found.keys():
-        if expected[key].shape != found[key].shape:
-            wrong.append(f"{key}: shape {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}")
-        elif not found[key].isfinite().all():
-            wrong.append(f"{key}: holds NaN or infinity")
+def _mismatches(expected: dict[str, torch.Tensor], file: Any) -> list[str]:
+    """What is wrong with the weights that an open file has, by their names of today; none of them is loaded."""
+    names = {older_formats.name_of_today(name): name for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    wrong = [f"{key}: missing" for key in expected.keys() - names.keys()]
+    wrong += [f"{key[:_LONGEST_NAME]}: unknown" for key in names.keys() - expected.keys()]
+    for key in expected.keys() & names.keys():
+        found, shape = file.get_slice(names[key]), list(expected[key].shape)
+        if found.get_shape() != shape:
+            wrong.append(f"{key}: shape {tuple(found.get_shape())} instead of {tuple(shape)}")
+        elif found.get_dtype() not in _DTYPES:
+            wrong.append(f"{key}: {found.get_dtype()} numbers instead of {', '.join(_DTYPES)}")
     return sorted(wrong)
 
 
@@ -185,18 +220,22 @@ def load_weights(path: str | Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]
     path = Path(path)
     with _open(path) as file:
         info = _from_metadata(path, file.metadata() or {})
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    weights = older_formats.rename_weights(weights)
-    with torch.device("meta"):
-        expected = Adapter(info.config).state_dict()
-    wrong = _mismatches(expected, weights)
+        with torch.device("meta"):
+            expected = Adapter(info.config).state_dict()
+        _refuse(path, _mismatches(expected, file))
+        weights = {older_formats.name_of_today(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _refuse(path, [f"{key}: holds NaN or infinity" for key, value in weights.items() if not value.isfinite().all()])
+    return info, weights
+
+
+def _refuse(path: Path, wrong: list[str]) -> None:
+    """Raises `AdapterFileError` where anything is wrong with the weights."""
     if wrong:
         more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise AdapterFileError(
             f"This adapter file is damaged: copy or train it again. Details: {path} does not hold the weights that its "
             f"own description asks for: {'; '.join(wrong[:_LISTED])}{more}."
         )
-    return info, weights
 
 
 def load(path: str | Path, operations=nn) -> tuple[AdapterInfo, Adapter]:
@@ -255,7 +294,8 @@ def check_base(info: AdapterInfo, base: BaseInfo, path: str | Path) -> None:
         return
     theirs, yours = _distinguish(info.base, base)
     differ = sorted({layer.name for layer in set(info.base.layers) ^ set(base.layers)})
-    layers = f" Layers that differ: {', '.join(differ)}." if differ else ""
+    more = f" and {len(differ) - _LISTED} more" if len(differ) > _LISTED else ""
+    layers = f" Layers that differ: {', '.join(differ[:_LISTED])}{more}." if differ else ""
     raise AdapterFileError(
         f"This adapter is for {theirs}, your checkpoint is {yours}. Choose an adapter that was made for such a "
         "checkpoint, or train one with AGD Train, or choose 'training-free' in AGD Adapter Loader, which needs none. "
@@ -290,4 +330,4 @@ def describe(info: AdapterInfo, path: str | Path) -> str:
     }
     lines |= {f"training: {key}": json.dumps(value) for key, value in info.training.items()}
     width = max(map(len, lines))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
+    return "\n".join(f"{key:<{width}}  {value!s:.{_LONGEST_LINE}}" for key, value in lines.items())

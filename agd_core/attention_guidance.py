@@ -16,5 +16,5 @@ def attention_guidance(base: BaseInfo) -> tuple[AdapterInfo, dict[str, torch.Ten
     """A new scale adapter: info and weights, as from a file. It needs a negative prompt to guide away from."""
     adapter = Adapter(AdapterConfig(base.layers, ScaleConfig(), prompt_tokens=1, vector=base.vector))
     base = replace(base, fingerprint="")  # it is of no checkpoint in particular
-    info = AdapterInfo(adapter.config, base, omega_range=(1.0, 6.0), unconditional="", negative_mode="used")
+    info = AdapterInfo(config=adapter.config, base=base, omega_range=(1.0, 6.0), unconditional="", negative_mode="used")
     return info, adapter.state_dict()

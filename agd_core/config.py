@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
+from .checked import Between, Like, Multiple, OneOf, Printable, wrong_fields
 from .families import title_of
 
 OMEGA_EMBEDDINGS = ("log", "fourier")
 MOST_CHANNELS = 512  # of what is inside an adapter layer, and the largest LoRA rank
+_MOST_LAYERS, _MOST_LINEARS = 2_000, 10_000  # several times those of the largest bases
 # What users call the predictions that have other names in ComfyUI's code.
 PREDICTION_NAMES = {
     "EPS": "eps-prediction",
@@ -24,16 +26,24 @@ PREDICTION_NAMES = {
 _LAYERS_OF = {"unet": "cross-attentions", "transformer": "blocks"}
 
 
-@dataclass(frozen=True)
-class Linear:
+# What a file may say. Channels of a prompt's tokens are many where a text encoder's layers stand side by side.
+Channels = Annotated[int, Between(1, 1_000_000)]
+InnerChannels = Annotated[int, Between(1, MOST_CHANNELS)]
+OptionalInnerChannels = Annotated[int, Between(0, MOST_CHANNELS)]
+LayerName = Annotated[str, Between(1, 200), Like(r"[A-Za-z][A-Za-z0-9_]*_[0-9]+", "input_1_0")]
+_Path = Annotated[str, Between(1, 200), Like(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", "attn1.to_q")]
+_Title = Annotated[str, Printable(100)]
+
+
+class Linear(NamedTuple):
     """A linear layer of a base, which low-rank changes may be for.
 
     `path`: in its block; `inputs`, `outputs`: channels; `reads_prompt`: whether its input is the prompt's tokens.
     """
 
-    path: str
-    inputs: int
-    outputs: int
+    path: _Path
+    inputs: Channels
+    outputs: Channels
     reads_prompt: bool = False
 
 
@@ -47,10 +57,10 @@ class AdapterLayer:
     changes them (`backbones.check_adapter`). `reads_prompt`: whether an attention to the prompt is in the block.
     """
 
-    name: str
-    path: str
-    width: int
-    context_dim: int
+    name: LayerName
+    path: _Path
+    width: Channels
+    context_dim: Channels
     innermost: bool = False
     linears: tuple[Linear, ...] = field(default=(), compare=False)
     reads_prompt: bool = True
@@ -77,7 +87,7 @@ class KindConfig:
 
     def validation_errors(self) -> Iterator[str]:
         """What can't work, a phrase each."""
-        yield from ()
+        yield from wrong_fields(self)
 
     @property
     def lora_rank(self) -> int:
@@ -116,23 +126,11 @@ class EncodedKindConfig(KindConfig):
     `encoder_width`: channels inside the encoder.
     """
 
-    omega_embedding: str = "log"
-    encoder_width: int = 128
-
-    def validation_errors(self) -> Iterator[str]:
-        if self.omega_embedding not in OMEGA_EMBEDDINGS:
-            yield f"omega_embedding {self.omega_embedding!r} is none of {', '.join(OMEGA_EMBEDDINGS)}"
-        if self.encoder_width < 2 or self.encoder_width % 2 != 0:
-            yield f"encoder_width is {self.encoder_width}, but must be even and positive"
+    omega_embedding: Annotated[str, OneOf(OMEGA_EMBEDDINGS)] = "log"
+    encoder_width: Annotated[int, Between(2, 8_192), Multiple(2)] = 128
 
     def encoders(self, layers: int) -> int:
         return 1
-
-
-def out_of_range(name: str, value: int, least: int) -> Iterator[str]:
-    """The error of a number of channels or a rank outside of its limits."""
-    if not least <= value <= MOST_CHANNELS:
-        yield f"{name} is {value}, but must be from {least} to {MOST_CHANNELS}"
 
 
 @dataclass(frozen=True)
@@ -153,12 +151,16 @@ class AdapterConfig:
         checks = {
             f"prompt_tokens is {self.prompt_tokens}, but must be positive": self.prompt_tokens < 1,
             "there are no layers": not self.layers,
+            f"there are more than {_MOST_LINEARS:,} linear layers": self._linears() > _MOST_LINEARS,
             "the layers' context_dim differ": len({layer.context_dim for layer in self.layers}) > 1,
             "two layers have the same name": len({layer.name for layer in self.layers}) != len(self.layers),
             "this base has no vector of the timestep that an adapter could change": without_vector,
         }
         if wrong := [message for message, fails in checks.items() if fails]:
             raise ValueError(f"This is no valid adapter config: {'; '.join(wrong)}.")
+
+    def _linears(self) -> int:
+        return sum(len(layer.linears) for layer in self.layers)
 
     @property
     def context_dim(self) -> int:
@@ -181,13 +183,13 @@ class BaseInfo:
     for information only: it tells one sibling's weights from another's.
     """
 
-    family: str
-    prediction: str
-    layers: tuple[AdapterLayer, ...]
-    architecture: dict = field(default_factory=dict)
-    fingerprint: str = ""
-    layout: str = "unet"
-    vector: int = 0
+    family: _Title
+    prediction: _Title
+    layers: Annotated[tuple[AdapterLayer, ...], Between(1, _MOST_LAYERS)]
+    architecture: dict[_Title, Any] = field(default_factory=dict)
+    fingerprint: _Title = ""
+    layout: Annotated[str, OneOf(tuple(_LAYERS_OF))] = "unet"
+    vector: Annotated[int, Between(0, 1_000_000)] = 0
 
     @property
     def family_name(self) -> str:

@@ -19,10 +19,13 @@ _SETTINGS = {
 
 
 def upgraded(data: dict[str, Any]) -> dict[str, Any]:
-    """A description as one of format 3. Raises `ValueError`, `KeyError` or `TypeError` if it is damaged."""
-    if data["format_version"] == 1:
-        data = _format_2(data)
-    return _format_3(data) if data["format_version"] == 2 else data
+    """A description as one of format 3, to be checked as such. Raises `ValueError` where nothing can be made of it."""
+    version = data["format_version"]
+    try:
+        data = _format_2(data) if version == 1 else data
+        return _format_3(data) if data["format_version"] == 2 else data
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"it is no description of format {version} ({type(error).__name__}: {error})") from error
 
 
 def _format_3(data: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +76,11 @@ def _layer(site: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def name_of_today(weight: str) -> str:
+    """Format 1 had other names of weights."""
+    return f"kind.{weight.removeprefix('sites.')}" if weight.startswith("sites.") else weight
+
+
 def rename_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights by the names of today; format 1 had others."""
-    return {f"kind.{key[len('sites.') :]}" if key.startswith("sites.") else key: v for key, v in weights.items()}
+    """Weights by the names of today."""
+    return {name_of_today(key): value for key, value in weights.items()}

@@ -76,9 +76,12 @@ class AssessConfig:
 
 
 def rule_of(info: AdapterInfo) -> GuidanceRule:
-    """The guidance that an adapter learnt: what its file says, or plain CFG."""
+    """The guidance that an adapter learnt: what its file says, or plain CFG. Raises `ValueError` for none such."""
     settings = info.training.get("config", {})
-    return TrainConfig(**{name: settings[name] for name in _RULE if name in settings}).rule
+    try:
+        return TrainConfig(**{name: settings[name] for name in _RULE if name in settings}).rule
+    except ValueError as error:
+        raise ValueError(f"The adapter's file says of a teacher that there can't be: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,17 @@ Shapes: b rows, n image tokens, m prompt tokens, d their channels (`context_dim`
 S layers, E encoders of (omega, t): 1, or S if every layer has its own.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from ..config import MOST_CHANNELS, AdapterConfig, EncodedKindConfig
+from ..checked import Between, Multiple
+from ..config import MOST_CHANNELS, AdapterConfig, EncodedKindConfig, InnerChannels
 from ..layers import Guidance, zero_init
 from .adapter_kind import AdapterKind
 
@@ -24,7 +26,7 @@ HEADS = 4
 class PaperKindConfig(EncodedKindConfig):
     """Of the paper's two. `hidden`: H. `shared_encoder`: one omega/t encoder for all layers; the paper has one each."""
 
-    hidden: int = 128
+    hidden: InnerChannels = 128
     shared_encoder: bool = True
 
     def encoders(self, layers: int) -> int:
@@ -34,14 +36,10 @@ class PaperKindConfig(EncodedKindConfig):
         return f"{self.name}, hidden {self.hidden}"
 
 
+@dataclass(frozen=True)
 class CrossAttentionConfig(PaperKindConfig):
     name = "cross_attention"
-
-    def validation_errors(self) -> Iterator[str]:
-        yield from super().validation_errors()
-        # Four heads, each small enough for fused attention kernels.
-        if self.hidden % HEADS != 0 or not HEADS <= self.hidden <= MOST_CHANNELS:
-            yield f"hidden is {self.hidden}, but must be a multiple of {HEADS} from {HEADS} to {MOST_CHANNELS}"
+    hidden: Annotated[int, Between(HEADS, MOST_CHANNELS), Multiple(HEADS)] = 128
 
 
 class CrossAttentionAdapter(AdapterKind):

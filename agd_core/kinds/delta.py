@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import AdapterConfig, AdapterLayer, EncodedKindConfig, Linear, out_of_range
+from ..config import AdapterConfig, AdapterLayer, EncodedKindConfig, InnerChannels, Linear, OptionalInnerChannels
 from ..layers import Guidance, zero_init
 from .adapter_kind import AdapterKind
 from .low_rank import LowRankAdapter, LowRankConfig, describe_rank, describe_vector
@@ -36,16 +36,13 @@ class DeltaConfig(EncodedKindConfig):
     """
 
     name = "delta"
-    hidden: int = 128
-    rank: int = 0
+    hidden: InnerChannels = 128
+    rank: OptionalInnerChannels = 0
     modulated: bool = False
-    vector: int = 0
+    vector: OptionalInnerChannels = 0
 
     def validation_errors(self) -> Iterator[str]:
         yield from super().validation_errors()
-        yield from out_of_range("hidden", self.hidden, least=1)
-        yield from out_of_range("rank", self.rank, least=0)
-        yield from out_of_range("vector", self.vector, least=0)
         if self.rank and not self.modulated and not self.gain:
             yield "delta's low-rank changes with neither modulated nor gain would be the same for every omega"
 

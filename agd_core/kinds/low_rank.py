@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import AdapterConfig, AdapterLayer, EncodedKindConfig, Linear, out_of_range
+from ..config import AdapterConfig, AdapterLayer, EncodedKindConfig, InnerChannels, Linear, OptionalInnerChannels
 from ..layers import Guidance, zero_init
 from .adapter_kind import AdapterKind
 
@@ -29,14 +29,12 @@ class LowRankConfig(EncodedKindConfig):
     """
 
     name = "low_rank"
-    rank: int = 16
+    rank: InnerChannels = 16
     modulated: bool = False
-    vector: int = 0
+    vector: OptionalInnerChannels = 0
 
     def validation_errors(self) -> Iterator[str]:
         yield from super().validation_errors()
-        yield from out_of_range("rank", self.rank, least=1)
-        yield from out_of_range("vector", self.vector, least=0)
         if not self.modulated and not self.gain:
             yield "low_rank with neither modulated nor gain would be the same for every omega"
 

@@ -1,13 +1,13 @@
 """The paper's other adapter (arXiv 2503.07274). Shapes as in cross_attention.py."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ..config import AdapterConfig, out_of_range
+from ..config import AdapterConfig
 from ..layers import Guidance, zero_init
 from .adapter_kind import AdapterKind
 from .cross_attention import PaperKindConfig
@@ -15,10 +15,6 @@ from .cross_attention import PaperKindConfig
 
 class OffsetConfig(PaperKindConfig):
     name = "offset"
-
-    def validation_errors(self) -> Iterator[str]:
-        yield from super().validation_errors()
-        yield from out_of_range("hidden", self.hidden, least=1)
 
 
 class OffsetAdapter(AdapterKind):

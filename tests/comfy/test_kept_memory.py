@@ -47,7 +47,10 @@ def test_a_unets_negatives_are_counted(asked):
     info = describe_base(base.model)
     config = config_for(info.layers, "delta", hidden=4, encoder_width=8, rank=0)
     model = apply_adapter(
-        base, AdapterInfo(config, info, (1.0, 9.0)), randomised(Adapter(config)).state_dict(), source="the file"
+        base,
+        AdapterInfo(config=config, base=info, omega_range=(1.0, 9.0)),
+        randomised(Adapter(config)).state_dict(),
+        source="the file",
     )
     ksampler(base, given)
     plain = asked.pop()

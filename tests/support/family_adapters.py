@@ -57,7 +57,7 @@ def adapter_of(name: str, kind: str | None = None, **settings) -> tuple[AdapterI
     with torch.random.fork_rng():
         torch.manual_seed(3)
         weights = randomised(Adapter(config)).state_dict()
-    return AdapterInfo(config, base_of(name), (1.0, 12.0), negative_mode="used"), weights
+    return AdapterInfo(config=config, base=base_of(name), omega_range=(1.0, 12.0), negative_mode="used"), weights
 
 
 def adapted(name: str, model, kind: str | None = None, notify=lambda message: None, **settings):

@@ -52,4 +52,4 @@ def config_for(
 
 
 def info_for(base: BaseInfo, kind: str = "delta", **settings) -> AdapterInfo:
-    return AdapterInfo(config_for(base.layers, kind, **settings), base, omega_range=(1.0, 12.0))
+    return AdapterInfo(config=config_for(base.layers, kind, **settings), base=base, omega_range=(1.0, 12.0))

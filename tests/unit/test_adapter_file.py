@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -112,7 +113,7 @@ def test_every_offending_key_is_named(file):
         del state["encoders.0.omega.0.bias"]
         state["stranger"] = torch.zeros(1)
         state["kind.down.middle_0_0.bias"] = torch.zeros(5)
-        state["kind.down.input_1_0.bias"][0] = float("nan")
+        state["kind.from_h.input_1_0.weight"] = state["kind.from_h.input_1_0.weight"].to(torch.float8_e4m3fn)
 
     rewrite(file, damage)
     with pytest.raises(AdapterFileError) as error:
@@ -121,9 +122,23 @@ def test_every_offending_key_is_named(file):
         "encoders.0.omega.0.bias: missing",
         "stranger: unknown",
         "kind.down.middle_0_0.bias: shape (5,) instead of (8,)",
-        "kind.down.input_1_0.bias: holds NaN",
+        "kind.from_h.input_1_0.weight: F8_E4M3 numbers instead of F32, F16, BF16",
     ):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused(file, value):
+    rewrite(file, lambda state: state["kind.down.input_1_0.bias"].fill_(value))
+    with pytest.raises(AdapterFileError, match=r"own description asks for: kind.down.input_1_0.bias: holds NaN"):
+        adapter_file.load(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_taken(file, adapter, dtype):
+    rewrite(file, lambda state: state.update({key: value.to(dtype) for key, value in state.items()}))
+    loaded = adapter_file.load(file)[1].state_dict()
+    assert all(torch.equal(value.to(dtype), loaded[key].to(dtype)) for key, value in adapter.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -10,23 +10,9 @@ from safetensors.torch import save_file
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
-from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.kinds import KINDS
-from comfyui_agd.tests.support.small import config_for, randomised, small_layers
-
-BASE = BaseInfo("SD15", "EPS", small_layers(), {"model_channels": 320}, "abc")
-SITES = [{"name": layer.name, "width": layer.width, "context_dim": layer.context_dim} for layer in BASE.layers]
-FLAT = {
-    "sites": SITES,
-    "hidden": 8,
-    "gain": True,
-    "omega_embedding": "log",
-    "shared_encoder": True,
-    "encoder_width": 8,
-    "prompt_tokens": 5,
-    "modulated": False,
-    "rank": 0,
-}
+from comfyui_agd.tests.support.older_files import BASE, as_format_2, write_format_1
+from comfyui_agd.tests.support.small import config_for, randomised
 
 
 @pytest.fixture
@@ -34,27 +20,8 @@ def write(tmp_path):
     """A function: a file of format 1 with these changes of its config, and the adapter that is in it."""
 
     def of(kind: str, **changes):
-        flat = {**FLAT, "kind": kind, **changes}
-        settings = {key: value for key, value in flat.items() if key != "sites"}
-        if kind == "low_rank":
-            settings["rank"] = flat["hidden"]
-        config = config_for(BASE.layers, **settings)
-        adapter = randomised(Adapter(config))
-        described = {
-            "format_version": 1,
-            "config": flat,
-            "base": {"family": "SD15", "prediction": "EPS", "sites": SITES, "architecture": BASE.architecture}
-            | {"fingerprint": "abc"},
-            "omega_range": [1.0, 12.0],
-            "unconditional": "empty prompt",
-            "negative_mode": "used" if adapter.uses_negative else "ignored",
-            "resolutions": [[64, 64]],
-            "training": {"iterations": 3, "teacher": {"patched_weights": 2}, "config": {"teacher": "cfg"}},
-        }
-        weights = {key.replace("kind.", "sites.", 1): value for key, value in adapter.state_dict().items()}
         file = tmp_path / f"{kind}.safetensors"
-        save_file(weights, str(file), {"agd": json.dumps(described)})
-        return file, adapter
+        return file, write_format_1(file, kind, **changes)
 
     return of
 
@@ -84,7 +51,11 @@ def test_saved_again_it_is_a_file_of_today(write, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"kind": "lora"}, "kind 'lora' is none of"), ({"modulated": None, "more": 1}, r"unknown fields \['more'\]")],
+    [
+        ({"kind": "lora"}, "kind is 'lora', but must be a text of these: cross_attention"),
+        ({"modulated": None, "more": 1}, r"unknown fields \['more'\]"),
+        ({"sites": None}, r"it is no description of format 1 \(TypeError"),
+    ],
 )
 def test_a_damaged_description_says_so(write, changes, message):
     file, _ = write("delta")
@@ -92,23 +63,19 @@ def test_a_damaged_description_says_so(write, changes, message):
         data = json.loads(opened.metadata()["agd"])
     data["config"] |= changes
     save_file({}, str(file), {"agd": json.dumps(data)})
-    with pytest.raises(AdapterFileError, match=rf"This adapter file is damaged: .*{message}"):
+    with pytest.raises(AdapterFileError, match=rf"what it says of itself is wrong: .*{message}"):
         adapter_file.load(file)
 
 
 def test_format_2_knew_no_vector_of_the_timestep(tmp_path):
     config = config_for(BASE.layers, hidden=8, encoder_width=8, rank=2)
     adapter = randomised(Adapter(config))
-    info = adapter_file.AdapterInfo(config, BASE, omega_range=(1.0, 12.0))
+    info = adapter_file.AdapterInfo(config=config, base=BASE, omega_range=(1.0, 12.0))
     file = adapter_file.save(tmp_path / "new.safetensors", adapter, info)
     with safe_open(str(file), "pt") as opened:
-        described = json.loads(opened.metadata()["agd"])
-    described["format_version"] = 2
-    del described["config"]["vector"], described["config"]["settings"]["vector"], described["base"]["vector"]
-    for layer in described["base"]["layers"]:
-        del layer["reads_prompt"]
+        described = opened.metadata()["agd"]
     old = tmp_path / "old.safetensors"
-    save_file(adapter.state_dict(), str(old), {"agd": json.dumps(described)})
+    save_file(adapter.state_dict(), str(old), {"agd": as_format_2(described)})
     found, weights = adapter_file.load_weights(old)
     assert found == info
     assert all(torch.equal(value, weights[key]) for key, value in adapter.state_dict().items())

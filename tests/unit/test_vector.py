@@ -58,7 +58,9 @@ def test_with_it_the_negative_prompt_has_an_effect(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_holds_it(kind, tmp_path):
     made = config(kind)
-    info = AdapterInfo(made, BaseInfo("Small", "FLOW", small_layers(), vector=CHANNELS), omega_range=(1.0, 12.0))
+    info = AdapterInfo(
+        config=made, base=BaseInfo("Small", "FLOW", small_layers(), vector=CHANNELS), omega_range=(1.0, 12.0)
+    )
     adapter = randomised(Adapter(made))
     found, loaded = adapter_file.load(adapter_file.save(tmp_path / "a.safetensors", adapter, info))
     assert found == info
@@ -74,5 +76,5 @@ def test_a_base_without_one_is_refused():
 
 @pytest.mark.parametrize("vector", [-1, 4096])
 def test_its_width_has_limits(vector):
-    with pytest.raises(ValueError, match=rf"vector is {vector}, but must be from 0 to 512"):
+    with pytest.raises(ValueError, match=rf"vector is {vector}, but must be a whole number from 0 to 512"):
         kind_config("low_rank", vector=vector)

@@ -54,7 +54,7 @@ def with_adapter(model, adapter, omega=None, notify=lambda message: None):
 def adapter_of_first_block(name: str):
     base = base_of(name)
     config = AdapterConfig(base.layers[:1], kind_config("low_rank", rank=2), 8)
-    return AdapterInfo(config, base, (1.0, 12.0)), randomised(Adapter(config)).state_dict()
+    return AdapterInfo(config=config, base=base, omega_range=(1.0, 12.0)), randomised(Adapter(config)).state_dict()
 
 
 def graphs() -> int:
