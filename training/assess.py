@@ -14,6 +14,7 @@ from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo, check_base
 from ..agd_core.guidance import GapErrors, GuidanceRule, square_norm
 from ..agd_core.mixed_precision import MixedPrecision
+from ..agd_core.seeds import LARGEST_SEED, seeded_generator
 from .assessment_report import METHODS, Assessment, Cost, Estimate, OmegaResult, SigmaResult, Transfer
 from .config import TrainConfig, option
 from .gap import Trajectories, TrajectoryState, errors_by_omega, follow_teacher, omegas_of, predict
@@ -71,6 +72,8 @@ class AssessConfig:
         small = {name: value for name, value in given.items() if value < _SMALLEST[name]}
         wrong = [f"{name} is {value}, but must be {_SMALLEST[name]} or more" for name, value in small.items()]
         wrong += [f"cfg is {omega:g}, but guidance begins above 1" for omega in self.omegas if not omega > 1]
+        if not 0 <= self.seed <= LARGEST_SEED:
+            wrong.append(f"seed is {self.seed}, but must be from 0 to {LARGEST_SEED}")
         if wrong:
             raise ValueError(f"This can't be evaluated: {'; '.join(wrong)}.")
 
@@ -296,7 +299,7 @@ class _Samples:
                     self.shown.append({"unguided": unguided, "guided": guided, "agd": agd})
 
     def _draw(self, method: str, image: int, omega: float, steps: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.trajectories.seed + image)
+        generator = seeded_generator(self.trajectories.seed + image)
         noise, start = torch.randn(1, *self.trajectories.shape, generator=generator), time.perf_counter()
         latent, evaluations = self.sampler(
             method, noise, self.prompts[image], omega=omega, steps=steps, progress=self._count_step
