@@ -65,6 +65,7 @@ class TrainingSummary(TypedDict, total=False):
     """What a training was, as far as anything depends on it: a file may say more, which is only shown."""
 
     gap_closed: dict[_Omega, Annotated[float, Between(-1_000_000, 1)]]
+    gap_closed_se: dict[_Omega, _Positive]
     direction_cosine: dict[_Omega, Annotated[float, Between(-1, 1)]]
     base_patches: BasePatches
     config: TeacherSettings

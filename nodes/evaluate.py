@@ -10,6 +10,7 @@ from comfy_api.v0_0_2 import io
 
 from ..agd_core.comfyui.model.comfy_model import ComfyModel
 from ..agd_core.comfyui.model.sampler import ComfySampler
+from ..agd_core.seeds import LARGEST_SEED
 from ..training import prompts as prompt_sources
 from ..training.assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
 from ..training.trainer import Progress
@@ -103,7 +104,7 @@ class AGDEvaluate(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=0xFFFFFFFFFFFF,
+                    max=LARGEST_SEED,
                     control_after_generate=False,
                     tooltip="Seed of the first picture; the next one has the next.",
                 ),

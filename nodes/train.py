@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.model.comfy_model import ComfyModel
+from ..agd_core.seeds import LARGEST_SEED
 from ..training import prompts as prompt_sources
 from ..training.config import KINDS, PRECISIONS, RULES, TrainConfig
 from ..training.job import Job
@@ -149,7 +150,7 @@ class AGDTrain(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
+                    max=LARGEST_SEED,
                     control_after_generate=False,
                     tooltip="Seed of everything random in the training.",
                 ),

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -14,8 +14,10 @@ from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo, check_base
 from ..agd_core.guidance import GapErrors, GuidanceRule, square_norm
 from ..agd_core.mixed_precision import MixedPrecision
-from .assessment_report import METHODS, Assessment, Cost, Estimate, OmegaResult, SigmaResult, Transfer
+from ..agd_core.seeds import LARGEST_SEED, seeded_generator
+from .assessment_report import METHODS, Assessment, Cost, OmegaResult, SigmaResult, Transfer
 from .config import TrainConfig, option
+from .estimate import Estimate, mean, mean_of, of_sums, ratio_of_sums, share_closed_of, weighted_sum
 from .gap import Trajectories, TrajectoryState, errors_by_omega, follow_teacher, omegas_of, predict
 from .memory import retry_on_oom
 from .model import Model, ProgressCallback, Prompt, Shape, encode
@@ -71,6 +73,8 @@ class AssessConfig:
         small = {name: value for name, value in given.items() if value < _SMALLEST[name]}
         wrong = [f"{name} is {value}, but must be {_SMALLEST[name]} or more" for name, value in small.items()]
         wrong += [f"cfg is {omega:g}, but guidance begins above 1" for omega in self.omegas if not omega > 1]
+        if not 0 <= self.seed <= LARGEST_SEED:
+            wrong.append(f"seed is {self.seed}, but must be from 0 to {LARGEST_SEED}")
         if wrong:
             raise ValueError(f"This can't be evaluated: {'; '.join(wrong)}.")
 
@@ -148,7 +152,8 @@ def assess(
         latent=trajectories.shape[-2:],
         by_omega={omega: found.with_distance(samples.distance(omega)) for omega, found in measured.items()},
         costs=samples.costs(),
-        transfer=Transfer(_same_weights(model, info), _mean_of(gaps), _reported(info, trajectories.omegas)),
+        speedup=samples.speedup(),
+        transfer=Transfer(_same_weights(model, info), mean_of(gaps), _reported(info, trajectories.omegas)),
         notes=[*_notes(model, info), *sampler.notes],
         picture=_picture(model, [text for text, _ in texts], samples.shown, teacher, _middle(trajectories.omegas)),
     )
@@ -175,9 +180,10 @@ def _shape(model: Model, info: AdapterInfo, config: AssessConfig) -> Shape:
     return latent_shape(config.width or width, config.height or height)
 
 
-def _gap_of_training(info: AdapterInfo) -> dict[float, float]:
-    """Gap closed by omega, as the training reports it."""
-    return {float(omega): value for omega, value in info.training.get("gap_closed", {}).items()}
+def _gap_of_training(info: AdapterInfo) -> dict[float, Estimate]:
+    """Gap closed by omega, as the training reports it; files of earlier versions give no standard error."""
+    values, errors = (info.training.get(name, {}) for name in ("gap_closed", "gap_closed_se"))
+    return {float(omega): Estimate(value, errors.get(omega)) for omega, value in values.items()}
 
 
 def _omegas(info: AdapterInfo, config: AssessConfig) -> list[float]:
@@ -189,28 +195,6 @@ def _omegas(info: AdapterInfo, config: AssessConfig) -> list[float]:
 def _middle(omegas: Sequence[float]) -> float:
     """The one whose samples are shown."""
     return omegas[len(omegas) // 2]
-
-
-def _of_sums(function: Callable[[torch.Tensor], torch.Tensor], now: torch.Tensor, before: torch.Tensor) -> Estimate:
-    """function(sum now / sum before), with the jackknife's standard error: now and before (images,)."""
-    value, images = function(now.sum() / before.sum()).item(), len(now)
-    rest = before.sum() - before
-    if images < 2 or not (rest > 0).all():
-        return Estimate(value, None)
-    without = function((now.sum() - now).clamp_min(0) / rest)  # each image left out in turn
-    return Estimate(value, math.sqrt((images - 1) * without.var(correction=0).item()))
-
-
-def _mean(values: torch.Tensor) -> Estimate:
-    """values (images,); an image that has none is NaN."""
-    values = values[~values.isnan()]
-    return Estimate(values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None)
-
-
-def _mean_of(estimates: Iterable[Estimate]) -> Estimate:
-    """Of the same images under several omegas, so that the errors don't average out."""
-    values, errors = zip(*((estimate.value, estimate.se) for estimate in estimates), strict=True)
-    return Estimate(sum(values) / len(values), None if None in errors else sum(errors) / len(errors))
 
 
 @dataclass(frozen=True)
@@ -250,15 +234,11 @@ def _gap_of(levels: dict[float, GapErrors]) -> _Gap:
     # (images, levels) each
     remaining, total, cosine = (torch.stack(parts, dim=1).double() for parts in zip(*levels.values(), strict=True))
     by_sigma = [
-        SigmaResult(sigma, _of_sums(_closed, remaining[:, i], total[:, i]), _mean(cosine[:, i]))
+        SigmaResult(sigma, share_closed_of(remaining[:, i], total[:, i]), mean(cosine[:, i]))
         for i, sigma in enumerate(levels)
         if total[:, i].sum() > 0
     ]
-    return _Gap(_of_sums(_closed, remaining.sum(1), total.sum(1)), _mean(cosine.nanmean(1)), by_sigma)
-
-
-def _closed(still_open: torch.Tensor) -> torch.Tensor:
-    return 1 - still_open
+    return _Gap(share_closed_of(remaining.sum(1), total.sum(1)), mean(cosine.nanmean(1)), by_sigma)
 
 
 class _Samples:
@@ -299,7 +279,7 @@ class _Samples:
                     self.shown.append({"unguided": unguided, "guided": guided, "agd": agd})
 
     def _draw(self, method: str, image: int, omega: float, steps: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.trajectories.seed + image)
+        generator = seeded_generator(self.trajectories.seed + image)
         noise, start = torch.randn(1, *self.trajectories.shape, generator=generator), time.perf_counter()
         latent, evaluations = self.sampler(
             method, noise, self.prompts[image], omega=omega, steps=steps, progress=self._count_step
@@ -315,13 +295,21 @@ class _Samples:
 
     def costs(self) -> dict[str, Cost]:
         return {
-            method: Cost(_mean(torch.tensor(self._seconds[method])), sum(rows) / len(rows) / self.trajectories.steps)
+            method: Cost(mean(self._seconds_of(method)), sum(rows) / len(rows) / self.trajectories.steps)
             for method, rows in self._rows.items()
         }
 
+    def speedup(self) -> Estimate:
+        """How many times as fast as the teacher the adapter is: both sample the same images, in turn."""
+        return ratio_of_sums(self._seconds_of("guided"), self._seconds_of("agd"))
+
+    def _seconds_of(self, method: str) -> torch.Tensor:
+        """(images,), of each the mean over the omegas."""
+        return torch.tensor(self._seconds[method], dtype=torch.float64).view(len(self.prompts), -1).mean(1)
+
     def distance(self, omega: float) -> Estimate:
         """To the teacher's samples, over that of the unguided ones."""
-        return _of_sums(torch.sqrt, *torch.stack(self._apart[omega], dim=1))
+        return of_sums(torch.sqrt, *torch.stack(self._apart[omega], dim=1))
 
 
 def _same_weights(model: Model, info: AdapterInfo) -> bool | None:
@@ -329,19 +317,17 @@ def _same_weights(model: Model, info: AdapterInfo) -> bool | None:
     return info.base.fingerprint == model.base.fingerprint if info.base.fingerprint else None
 
 
-def _reported(info: AdapterInfo, omegas: Sequence[float]) -> float | None:
+def _reported(info: AdapterInfo, omegas: Sequence[float]) -> Estimate | None:
     """The mean of what the training reports at these omegas; in between, linear in log omega."""
     then = sorted(_gap_of_training(info).items())
-    if not then:
-        return None
-    return sum(_between(then, omega) for omega in omegas) / len(omegas)
+    return mean_of([_between(then, omega) for omega in omegas]) if then else None
 
 
-def _between(points: Sequence[tuple[float, float]], omega: float) -> float:
-    for (low, value), (high, next_value) in pairwise(points):
+def _between(points: Sequence[tuple[float, Estimate]], omega: float) -> Estimate:
+    for (low, estimate), (high, next_estimate) in pairwise(points):
         if low <= omega <= high:
             share = math.log(omega / low) / math.log(high / low)
-            return value + share * (next_value - value)
+            return weighted_sum([(estimate, 1 - share), (next_estimate, share)])
     return points[0][1] if omega < points[0][0] else points[-1][1]
 
 

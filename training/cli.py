@@ -233,7 +233,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise UsageError("Stopped; nothing was written.") from None
     print(found.report(), end="")
     if args.json is not None:
-        args.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+        args.json.write_text(json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n")
     if args.picture is not None:
         found.picture.save(args.picture)
 

@@ -6,6 +6,7 @@ import torch
 
 from ..agd_core.adapter import Adapter
 from ..agd_core.guidance import GuidanceRule
+from ..agd_core.seeds import seeded_generator
 from .gap import CFG
 from .model import Denoiser, ProgressCallback, Prompt, Shape
 from .solvers import solver_step
@@ -33,7 +34,7 @@ def sample(
 ) -> torch.Tensor:
     """A latent (1, c, h, w): with the adapter in one evaluation per step, or by the teacher."""
     sigmas, omega = denoiser.sigmas("normal", settings.steps), torch.tensor([float(settings.omega)])
-    noise = torch.randn(1, *settings.shape, generator=torch.Generator().manual_seed(settings.seed))
+    noise = torch.randn(1, *settings.shape, generator=seeded_generator(settings.seed))
     x = denoiser.start(noise, sigmas[:1])
     for i in range(settings.steps):
         sigma = sigmas[i : i + 1]

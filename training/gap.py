@@ -8,7 +8,9 @@ import torch
 
 from ..agd_core.adapter import Adapter
 from ..agd_core.guidance import GapErrors, GuidanceRule, gap_errors, mean_cosine, share_closed
+from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
+from .estimate import share_closed_of
 from .model import Denoiser, ProgressCallback, Prompt, Shape
 from .solvers import solver_step
 
@@ -52,7 +54,7 @@ class Trajectories:
 
     def noise(self, prompts: range) -> torch.Tensor:
         """(b, c, h, w). A generator per prompt: it doesn't depend on how many rows are evaluated at once."""
-        generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in prompts]
+        generators = [seeded_generator(self.seed, i) for i in prompts]
         return torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
 
 
@@ -136,11 +138,12 @@ def joined(errors: Iterable[GapErrors]) -> GapErrors:
 @dataclass(frozen=True)
 class Evaluation:
     """Per omega, over all states of the teacher's trajectories; `by_sigma` lists (sigma, gap closed) along them, at the
-    noise levels where the teacher guides."""
+    noise levels where the teacher guides; `gap_closed_se`: standard errors over prompts, where these are enough."""
 
     gap_closed: dict[float, float]
     direction_cosine: dict[float, float]
     by_sigma: dict[float, list[tuple[float, float]]]
+    gap_closed_se: dict[float, float] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
@@ -152,6 +155,7 @@ class Evaluation:
         return {
             "gap_closed": {f"{omega:g}": round(value, 4) for omega, value in self.gap_closed.items()},
             "direction_cosine": {f"{omega:g}": round(value, 4) for omega, value in self.direction_cosine.items()},
+            "gap_closed_se": {f"{omega:g}": round(value, 4) for omega, value in self.gap_closed_se.items()},
         }
 
     def sigmas(self) -> dict[str, list[list[float]]]:
@@ -173,6 +177,7 @@ class Measurement:
     score: float
     gap_closed: dict[str, float] = field(default_factory=dict)
     direction_cosine: dict[str, float] = field(default_factory=dict)
+    gap_closed_se: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -182,12 +187,20 @@ def evaluate(
     progress: ProgressCallback = _no_progress,
 ) -> Evaluation:
     """How the adapter does at those states: one evaluation (row) each. Call it inside the denoiser's session."""
-    gap, cosine, by_sigma = {}, {}, {}
+    gap, cosine, by_sigma, errors_of_gap = {}, {}, {}, {}
     for omega, levels in errors_by_omega(states, predict(denoiser, adapter, states, progress)).items():
         together = joined(levels.values())
         gap[omega], cosine[omega] = share_closed(together), mean_cosine(together)
         by_sigma[omega] = [(sigma, share_closed(errors)) for sigma, errors in levels.items() if errors.total.sum() > 0]
-    return Evaluation(gap, cosine, by_sigma)
+        if (error := _error_of_gap(levels.values())) is not None:
+            errors_of_gap[omega] = error
+    return Evaluation(gap, cosine, by_sigma, errors_of_gap)
+
+
+def _error_of_gap(levels: Iterable[GapErrors]) -> float | None:
+    """The standard error over prompts of the gap closed at several noise levels, of each the errors (prompts,)."""
+    remaining, total, _ = (torch.stack(parts, dim=1).double().sum(1) for parts in zip(*levels, strict=True))
+    return share_closed_of(remaining, total).se
 
 
 def omegas_of(config: TrainConfig) -> list[float]:

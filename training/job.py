@@ -16,7 +16,7 @@ from .config import TrainConfig
 from .distributed import Ranks
 from .memory import BothPredictions
 from .model import EncodedPrompts, Model, ProgressCallback
-from .plan import Plan, plan
+from .plan import ExamplePrompts, Plan, plan
 from .pool import TrajectoryPool
 from .prompts import fragments, generate_negatives
 from .recording import Recording, identity_of, record
@@ -70,16 +70,17 @@ class Job:
     def _can_encode(self, texts: Sequence[str]) -> bool:
         """Whether the text encoder knows these words; those of small models may know few."""
         try:
-            self.model.text_encoder.encode(list(texts), "negative")
+            for text in texts:
+                self.model.text_encoder.length(text)
         except ValueError:
             return False
         return True
 
     def plan(self) -> Plan:
         """What the run costs. Raises `DoesNotFit`, or `JobError` where the disk has too little space."""
-        self.model.text_encoder.encode([self.prompts[0] if self.prompts else ""])
+        prompts = ExamplePrompts.of(self.model.text_encoder, self.prompts or [""], self.negatives)
         memory = round(self.config.memory * 1e9) or self.model.memory.available()
-        found = plan(self.model, self.config, memory, ranks=Ranks().count)
+        found = plan(self.model, self.config, memory, prompts, ranks=Ranks().count)
         if self.recording is not None:
             found = dataclasses.replace(found, teacher_evaluations=0, seconds=None)
         check_disk_space(self.folder, found.disk_bytes, "keep fewer states (keep_states)")

@@ -71,6 +71,12 @@ class TextEncoder(Protocol):
     def encode(self, prompts: Sequence[str], kind: str = ...) -> list[Prompt]:
         """`kind` is "positive" or "negative"."""
 
+    def length(self, prompt: str) -> int:
+        """In tokens, to compare prompts by: a longer one is encoded longer. Takes no evaluation.
+
+        Raises `ValueError` for a prompt that can't be encoded.
+        """
+
     def release(self) -> None:
         """No prompts will be encoded any more."""
 
@@ -110,10 +116,13 @@ class DeviceMemory(Protocol):
     def largest_block_bytes(self) -> int:
         """Of the base, or of the other expert, what has to be on the device at a time."""
 
-    def trace_student(self, config: AdapterConfig, shape: Shape, rows: int, checkpointing: bool) -> Cost:
-        """What the student's forward and backward pass take for `rows` latents; nothing is computed."""
+    def trace_student(
+        self, config: AdapterConfig, shape: Shape, rows: int, checkpointing: bool, prompt: Prompt
+    ) -> Cost:
+        """What the student's forward and backward pass take for `rows` latents, each with that prompt and it as the
+        negative one; nothing is computed."""
 
-    def trace_base(self, shape: Shape, rows: int) -> Cost: ...
+    def trace_base(self, shape: Shape, rows: int, prompt: Prompt) -> Cost: ...
 
     def matmul_rate(self) -> float:
         """FLOP/s of a large matrix product; 0 where it is unknown."""

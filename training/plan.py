@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from ..agd_core.adapter import Adapter
 from ..agd_core.errors import AGDError
 from .config import TrainConfig
-from .model import Cost, DeviceMemory, Model
+from .model import Cost, DeviceMemory, Model, Prompt, TextEncoder
 
 # What stays unused, for the allocator cuts memory into blocks, and kernels have a workspace that no one counts.
 SAFETY = 0.08
@@ -91,38 +92,68 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+@dataclass(frozen=True)
+class ExamplePrompts:
+    """Two of a run's prompts, encoded, to count with: memory by its `longest`, for a batch of only such ones may come;
+    time by a `usual` one, which is as long as the mean or the next shorter one, so that "at least" is true.
+    """
+
+    longest: Prompt
+    usual: Prompt
+
+    @classmethod
+    def of(cls, encoder: TextEncoder, positive: Sequence[str], negative: Sequence[str]) -> "ExamplePrompts":
+        """Of texts, one of each at least: all are tokenised, and the two encoded."""
+        lengths = {text: encoder.length(text) for text in dict.fromkeys([*positive, *negative])}
+        # The teacher evaluates as many of either kind.
+        mean = statistics.fmean(statistics.fmean(lengths[text] for text in texts) for texts in (positive, negative))
+        usual = max((text for text in lengths if lengths[text] <= mean), key=lengths.__getitem__)
+        longest = max(lengths, key=lengths.__getitem__)
+        if lengths[longest] == lengths[usual]:
+            return cls(*encoder.encode([longest]) * 2)
+        return cls(*encoder.encode([longest, usual]))
+
+
 class _CostByRows:
     """What a part of a step costs by its rows. Bytes grow evenly with them: where several numbers of rows are weighed
     up, one and two are traced. With `once`, rows are only asked for one number, and that is traced.
     """
 
-    def __init__(self, trace: Callable[[int], Cost], once: bool):
-        self._trace, self._once = functools.cache(trace), once
+    def __init__(self, trace: Callable[[Prompt, int], Cost], prompts: ExamplePrompts, once: bool):
+        self._trace, self._prompts, self._once = functools.cache(trace), prompts, once
 
     def peak_bytes(self, rows: int) -> int:
         if self._once or rows == 1:
-            return self._trace(rows).peak_bytes
-        one = self._trace(1).peak_bytes
-        return one + (rows - 1) * (self._trace(2).peak_bytes - one)
+            return self._peak_bytes(rows)
+        one = self._peak_bytes(1)
+        return one + (rows - 1) * (self._peak_bytes(2) - one)
+
+    def _peak_bytes(self, rows: int) -> int:
+        return self._trace(self._prompts.longest, rows).peak_bytes
 
     def flops_per_row(self, rows: int) -> float:
         rows = rows if self._once else 1
-        return self._trace(rows).flops / rows
+        return self._trace(self._prompts.usual, rows).flops / rows
 
 
 class _Costs:
     """A config's costs on a model. Each is traced when it is first needed, for that takes seconds."""
 
-    def __init__(self, model: Model, config: TrainConfig, once: bool = False):
-        self.model, self.config = model, config
+    def __init__(self, model: Model, config: TrainConfig, prompts: ExamplePrompts, once: bool = False):
+        self.model, self.config, self.prompts = model, config, prompts
         self.memory: DeviceMemory = model.memory
         self.adapter = config.adapter_config(model.base, prompt_tokens=77)
         self.shape = model.denoiser.latent_shape(*max(config.buckets(), key=math.prod))  # the largest
-        self.teacher = _CostByRows(functools.partial(self.memory.trace_base, self.shape), once)
-        self._students = {on: _CostByRows(functools.partial(self._trace_student, on), once) for on in (False, True)}
+        self.teacher = _CostByRows(self._trace_base, prompts, once)
+        self._students = {
+            on: _CostByRows(functools.partial(self._trace_student, on), prompts, once) for on in (False, True)
+        }
 
-    def _trace_student(self, checkpointing: bool, rows: int) -> Cost:
-        return self.memory.trace_student(self.adapter, self.shape, rows, checkpointing)
+    def _trace_base(self, prompt: Prompt, rows: int) -> Cost:
+        return self.memory.trace_base(self.shape, rows, prompt)
+
+    def _trace_student(self, checkpointing: bool, prompt: Prompt, rows: int) -> Cost:
+        return self.memory.trace_student(self.adapter, self.shape, rows, checkpointing, prompt)
 
     def student(self, checkpointing: bool) -> _CostByRows:
         return self._students[checkpointing]
@@ -254,13 +285,14 @@ def _bytes_to_reuse(costs: _Costs) -> int:
     return batches * config.batch * 3 * math.prod(costs.shape) * 4
 
 
-def plan(model: Model, config: TrainConfig, memory: int | None, *, ranks: int = 1) -> Plan:
-    """What the run of `config` costs, and how its steps fit into `memory` bytes on each of `ranks` devices.
+def plan(model: Model, config: TrainConfig, memory: int | None, prompts: ExamplePrompts, *, ranks: int = 1) -> Plan:
+    """What the run of `config` costs on such prompts, and how its steps fit into `memory` bytes on each of `ranks`
+    devices.
 
     None is no limit. Preferred is the whole batch without checkpointing, then with it, then with it in parts, at last
     with a part of the base in system memory. Raises `DoesNotFit`, which names a setting that would.
     """
-    costs, batch = _Costs(model, config, once=memory is None), max(1, config.batch // ranks)
+    costs, batch = _Costs(model, config, prompts, once=memory is None), max(1, config.batch // ranks)
     layout = _choose(costs, memory, batch)
     if layout is None:
         raise DoesNotFit(_refusal(costs, memory or 0, batch))
@@ -310,7 +342,7 @@ def _refusal(costs: _Costs, memory: int, batch: int) -> str:
 
 def _has_memory(costs: _Costs, change: dict[str, Any], memory: int, batch: int) -> bool:
     """Whether the config would with that change."""
-    return _smallest(_Costs(costs.model, replace(costs.config, **change)), batch)[-1] <= memory
+    return _smallest(_Costs(costs.model, replace(costs.config, **change), costs.prompts), batch)[-1] <= memory
 
 
 def _smaller_settings(config: TrainConfig) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from ..agd_core.adapter_file import replacing
 from ..agd_core.errors import AGDError
+from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
 from .model import Denoiser, ProgressCallback
 from .pool import Batch, TrajectoryPool, draw_omega
@@ -236,7 +237,7 @@ class RecordedBatches:
     def next(self, step: int) -> Batch:
         epoch, at = divmod(step, len(self._places))
         if epoch > 0:
-            order = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            order = seeded_generator(self.config.seed, epoch)
             at = int(torch.randperm(len(self._places), generator=order)[at])
         index, place = self._places[at]
         if index not in self._checked:
@@ -246,7 +247,7 @@ class RecordedBatches:
         values = {key: value[own] for key, value in self.recording.load(index, place).items()}
         values |= {key: values[key].float() for key in _HALVES}
         if epoch > 0:
-            generators = [torch.Generator().manual_seed((step << 20) + row) for row in self.rows]
+            generators = [seeded_generator((step << 20) + row) for row in self.rows]
             values["omega"] = torch.stack([draw_omega(self.config, generator) for generator in generators])
         return Batch.from_tensors(values, self.config.rule)
 

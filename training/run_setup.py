@@ -12,6 +12,7 @@ from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo
 from ..agd_core.config import AdapterConfig
 from ..agd_core.mixed_precision import MixedPrecision
+from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
 from .held_out import HeldOutPrompts
 from .model import Denoiser, EncodedPrompts, Model, ProgressCallback, Prompt, TextEncoder, encode
@@ -97,7 +98,7 @@ def split_prompts(prompts: Sequence[str], config: TrainConfig) -> tuple[list[str
     if not prompts:
         raise ValueError("There are no prompts to train with; give at least one line of text.")
     count = min(config.held_out, len(prompts) // 5)
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    order = torch.randperm(len(prompts), generator=seeded_generator(config.seed)).tolist()
     return [prompts[i] for i in order[count:]], [prompts[i] for i in order[:count]]
 
 

@@ -312,6 +312,6 @@ def _summary(run: _Run, texts: RunTexts) -> dict[str, Any]:
     }
     if state.best is not None:
         best = next(measured for measured in state.history if measured.step == state.best.step)
-        found = {"gap_closed": best.gap_closed, "direction_cosine": best.direction_cosine}
+        found = {name: getattr(best, name) for name in ("gap_closed", "gap_closed_se", "direction_cosine")}
         summary |= {key: value for key, value in found.items() if value}
     return summary | ({"base_patches": run.model.base_patches} if run.model.base_patches else {})

@@ -184,6 +184,18 @@ def test_a_dry_run_writes_nothing(agd, prompts, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
+def test_a_dry_run_counts_the_longest_prompt_wherever_it_is_in_the_list(agd, prompts, tmp_path):
+    def megabytes(*lines: str) -> float:
+        prompts.write_text("\n".join(lines))
+        done = agd(*train(prompts, tmp_path / "a.safetensors", "--dry-run"))
+        assert done.status == 0, done.stderr
+        return float(re.search(r"^memory +([\d.]+) MB", done.stdout, re.MULTILINE)[1])
+
+    long = " ".join(["a red star"] * 200)
+    short = megabytes("a red star", "a blue star")
+    assert megabytes("a red star", long, "a blue star") == megabytes(long) > 1.1 * short
+
+
 def test_a_missing_checkpoint_is_one_sentence(agd, prompts):
     args = ("train", "--checkpoint", "gone.safetensors", "--prompts", str(prompts), "--output", "a.safetensors")
     done = agd(*args)

@@ -1,7 +1,10 @@
 """What nodes show: the result in the first 60 characters, for ComfyUI's classic canvas cuts the rest."""
 
+import folder_paths
 import pytest
 
+from comfyui_agd.agd_core.comfyui import folders
+from comfyui_agd.agd_core.seeds import LARGEST_SEED
 from comfyui_agd.nodes import common, evaluate, train
 from comfyui_agd.training.trainer import Progress
 
@@ -38,3 +41,11 @@ def test_what_was_said_last_can_be_read_whatever_was_said_before(shown):
     notify("trained on other weights: " + 100 * "x")
     notify("no speed-up: the sampler needs two passes.")
     assert shown[-1][:SHOWN].startswith("No speed-up: the sampler needs two passes.\n\nTrained on other")
+
+
+@pytest.mark.parametrize("node", [evaluate.AGDEvaluate, train.AGDTrain])
+def test_every_seed_that_comfyui_draws_can_be_chosen(node, monkeypatch):
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {**folder_paths.folder_names_and_paths})
+    folders.register()
+    (seed,) = [each for each in node.define_schema().inputs if each.id == "seed"]
+    assert (seed.min, seed.max) == (0, LARGEST_SEED)

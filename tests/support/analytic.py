@@ -83,6 +83,9 @@ class AnalyticModel:
         """A prompt is its context: (m, d)."""
         return [_fixed(TOKENS, CONTEXT, seed=zlib.crc32(prompt.encode())) for prompt in prompts]
 
+    def length(self, prompt: str) -> int:
+        return TOKENS
+
     def release(self) -> None:
         pass
 

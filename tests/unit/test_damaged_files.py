@@ -20,6 +20,7 @@ from comfyui_agd.training.assess import rule_of
 TRAINING = {
     "iterations": 3,
     "gap_closed": {"2": 0.5, "7.5": 0.25},
+    "gap_closed_se": {"2": 0.03, "7.5": 0.02},
     "direction_cosine": {"2": 0.5},
     "base_patches": {"patched_weights": 2, "loras": ["a.safetensors:0.5"]},
     "config": {"teacher": "interval", "interval_sigma_min": 0.5, "batch": 4, "solvers": ["euler"]},

@@ -10,8 +10,9 @@ import torch
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.tests.support.small import small_layer
+from comfyui_agd.training import plan as planning
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.plan import SAFETY, DoesNotFit, evaluations, plan
+from comfyui_agd.training.plan import SAFETY, DoesNotFit, ExamplePrompts, Plan, evaluations
 
 GB = 1e9
 
@@ -27,7 +28,10 @@ LAYERS = tuple(small_layer(f"input_{i}_0", f"blocks.{i}", 640, 768) for i in ran
 
 @dataclass
 class PlainModel:
-    """At 512 x 512 the student takes 1 GB per row, checkpointed 0.2 GB, the teacher 0.1 GB, and 0.05 GB besides."""
+    """At 512 x 512 the student takes 1 GB per row, checkpointed 0.2 GB, the teacher 0.1 GB, and 0.05 GB besides.
+
+    A prompt, encoded, is its length: all that goes with the rows goes with it, too.
+    """
 
     base: BaseInfo = field(default_factory=lambda: BaseInfo("Plain", "EPS", LAYERS))
     traced: list = field(default_factory=list)
@@ -54,23 +58,42 @@ class PlainModel:
     def other_expert_bytes_on_device(self, free):
         return max(0, min(self.other_expert_bytes(), int(free - 0.2 * GB)))
 
-    def _cost(self, what, shape, rows, each, flops):
+    def _cost(self, what, shape, rows, prompt, each, flops):
         self.traced.append((what, rows))
-        area = shape[1] * shape[2] / 64**2
-        return Cost(int((0.05 + each * rows * area) * GB), int(flops * rows * area))
+        size = prompt * shape[1] * shape[2] / 64**2
+        return Cost(int((0.05 + each * rows * size) * GB), int(flops * rows * size))
 
-    def trace_student(self, config, shape, rows, checkpointing):
+    def trace_student(self, config, shape, rows, checkpointing, prompt):
         each, flops = (0.2, 4e12) if checkpointing else (1.0, 3e12)
-        return self._cost("checkpointed" if checkpointing else "kept", shape, rows, each, flops)
+        return self._cost("checkpointed" if checkpointing else "kept", shape, rows, prompt, each, flops)
 
-    def trace_base(self, shape, rows):
-        return self._cost("teacher", shape, rows, 0.1, 1e12)
+    def trace_base(self, shape, rows, prompt):
+        return self._cost("teacher", shape, rows, prompt, 0.1, 1e12)
 
     def matmul_rate(self):
         return 1e13
 
 
 CONFIG = TrainConfig(batch=8, iterations=100, pool=4, steps_min=10, steps_max=20)
+ALIKE = ExamplePrompts(1, 1)
+
+
+def plan(model, config: TrainConfig, memory: float | None, prompts: ExamplePrompts = ALIKE, **options) -> Plan:
+    return planning.plan(model, config, memory, prompts, **options)
+
+
+class Words:
+    """A text encoder to which a prompt is as long as it has words, the empty one too."""
+
+    def __init__(self):
+        self.encoded: list[str] = []
+
+    def length(self, prompt: str) -> int:
+        return 1 + len(prompt.split())
+
+    def encode(self, prompts: list[str]) -> list[int]:
+        self.encoded += prompts
+        return [self.length(prompt) for prompt in prompts]
 
 
 @pytest.fixture
@@ -231,6 +254,36 @@ def test_seconds_are_the_flops_of_all_evaluations(model):
     assert found.seconds == pytest.approx((found.teacher_evaluations * 1e12 + 800 * 3e12) / 1e13)
     twice = plan(model, replace(CONFIG, checkpointing="on"), None)
     assert twice.seconds == pytest.approx((twice.teacher_evaluations * 1e12 + 800 * 4e12) / 1e13)
+
+
+def test_memory_is_counted_with_the_longest_prompt_and_time_with_a_usual_one(model):
+    alike, longer = plan(model, CONFIG, None), plan(model, CONFIG, None, ExamplePrompts(longest=3, usual=1))
+    assert longer.peak_bytes - alike.peak_bytes == pytest.approx(2 * 8 * 1.0 * GB)
+    assert longer.seconds == alike.seconds
+    assert plan(model, CONFIG, room_for(model, WHOLE)).micro_batch == 8
+    assert plan(model, CONFIG, room_for(model, WHOLE), ExamplePrompts(3, 1)).checkpointing
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "longest", "usual"),
+    [
+        (["a fox", "an owl"], ["", ""], 3, 1),
+        (["one", "one two three", "one two three four five"], ["one two three"], 6, 4),
+        (["one"], ["blurry, low quality, text"], 5, 2),
+        (["one two", "one two", "one two", "one two three four five six"], ["one two"], 7, 3),
+    ],
+)
+def test_the_longest_and_a_usual_one_are_found_among_prompts_and_negative_prompts(positive, negative, longest, usual):
+    encoder = Words()
+    found = ExamplePrompts.of(encoder, positive, negative)
+    assert (found.longest, found.usual) == (longest, usual)
+    assert len(encoder.encoded) == 2
+
+
+def test_of_prompts_that_are_equally_long_one_is_encoded_and_traced(model):
+    encoder = Words()
+    assert ExamplePrompts.of(encoder, ["a fox", "an owl"], ["too dark"]) == ExamplePrompts(3, 3)
+    assert len(encoder.encoded) == 1
 
 
 def test_unknown_seconds_are_not_guessed(model, monkeypatch):

@@ -369,6 +369,15 @@ def test_progress_has_phases():
     assert last.gap_closed is not None
 
 
+@pytest.mark.parametrize("held_out", [1, 2])
+def test_the_file_says_how_sure_its_gap_closed_is_where_several_prompts_were_measured(held_out):
+    training = train(AnalyticModel(), PROMPTS, replace(CONFIG, held_out=held_out)).info.training
+    assert training["gap_closed"].keys() == {"2.3", "5.2", "12"}
+    errors = training.get("gap_closed_se", {})
+    assert errors.keys() == (training["gap_closed"].keys() if held_out > 1 else set())
+    assert all(0 < error < 1 for error in errors.values())
+
+
 def test_what_is_measured_does_not_depend_on_how_many_rows_fit():
     model = AnalyticModel()
     prompts, negative = model.encode(PROMPTS[:5]), model.encode([""] * 5)
