@@ -221,7 +221,6 @@ def take_steps(model, config, plan, count: int) -> tuple[int, dict[str, float]]:
     timer = PartTimer(model.denoiser.device)
     with model.denoiser.session(checkpointing=plan.checkpointing, memory=plan.reserve):
         training_step, state = new_training(model, config, plan)
-        state.source.fill()
         step = timed_step(training_step, state, timer)
         step()  # autotuning, and the optimiser's state
         timer.clear()

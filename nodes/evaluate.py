@@ -1,9 +1,5 @@
 """AGD Evaluate: MODEL, CLIP, an adapter and prompts in, an account of how good the adapter is here out."""
 
-import time
-
-import comfy.model_management
-import comfy.utils
 import numpy as np
 import torch
 from comfy_api.v0_0_2 import io
@@ -13,32 +9,10 @@ from ..agd_core.comfyui.model.sampler import ComfySampler
 from ..agd_core.seeds import LARGEST_SEED
 from ..training import prompts as prompt_sources
 from ..training.assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
-from ..training.trainer import Progress
 from .common import AdapterType, adapter_fingerprint, adapter_names, named_adapter, show_on_node
+from .progress import NodeProgress
 
 _DEFAULTS = AssessConfig()
-_SHOWN = {
-    "encode": "Encoding prompts",
-    "teacher": "Following the trajectories of guidance",
-    "adapter": "Measuring the adapter on them",
-    "sample": "Sampling by each method",
-}
-
-
-class _Display:
-    """Shows on the node and in ComfyUI's own bar what is done, and lets an interrupt through at every evaluation."""
-
-    def __init__(self, node_id: str):
-        self.node_id, self.shown = node_id, 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        now = time.monotonic()
-        if now - self.shown > 0.2 or progress.step == progress.total:
-            self.shown = now
-            bar = comfy.utils.ProgressBar(progress.total, node_id=self.node_id)
-            bar.update_absolute(progress.step, progress.total)
-            show_on_node(self.node_id, f"{_SHOWN[progress.phase]}: {progress.step}/{progress.total}")
 
 
 def _size(name: str) -> io.Input:
@@ -151,7 +125,7 @@ class AGDEvaluate(io.ComfyNode):
         candidate = Candidate(*(adapter or named_adapter(adapter_name, model)))
         info, weights, source = candidate.info, candidate.weights, candidate.source
         sampler = ComfySampler(model, info, weights, source=source, rule=rule_of(info))
-        display, node_id = _Display(cls.hidden.unique_id), cls.hidden.unique_id
+        display, node_id = NodeProgress(cls.hidden.unique_id), cls.hidden.unique_id
         prompt_texts = PromptTexts(texts, unwanted)
         found = assess(ComfyModel(model, clip, vae=vae), sampler, candidate, prompt_texts, config, display)
         show_on_node(node_id, found.report())

@@ -1,14 +1,11 @@
 """AGD Train: MODEL, CLIP and prompts in, an adapter file and an account of the training out."""
 
-import time
+import logging
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import numpy as np
 import torch
 from comfy_api.v0_0_2 import io
-from PIL import Image
 
 from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.model.comfy_model import ComfyModel
@@ -16,74 +13,18 @@ from ..agd_core.seeds import LARGEST_SEED
 from ..training import prompts as prompt_sources
 from ..training.config import KINDS, PRECISIONS, RULES, TrainConfig
 from ..training.job import Job
-from ..training.plan import Plan
 from ..training.presets import CARDS, COMMON_RATIOS, settings_for
-from ..training.trainer import Callbacks, Progress
+from ..training.trainer import Callbacks
 from .common import AdapterName, AdapterType, AdapterValue, show_on_node, use_adapter
+from .progress import NodeProgress
+
+log = logging.getLogger(__name__)
 
 _DEFAULTS = TrainConfig()
 _ALL = "all that is free"
 _NEW = "a new adapter"
 _AUTO = "auto"
 _SUITED = " 0 takes what suits the model's family."
-
-
-class _Display:
-    """Shows a run on the node and in ComfyUI's own bar, and lets an interrupt through at every step."""
-
-    def __init__(self, node_id: str, plan: Plan):
-        self.node_id, self.plan = node_id, plan
-        self.bar: comfy.utils.ProgressBar | None = None
-        self.preview: Image.Image | None = None
-        self.shown = 0.0
-
-    def callbacks(self) -> Callbacks:
-        return Callbacks(on_progress=self.progress, on_preview=self.show_preview)
-
-    def progress(self, progress: Progress) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if progress.phase == "train":
-            self.bar = self.bar or comfy.utils.ProgressBar(progress.total, node_id=self.node_id)
-            self._update(self.bar, progress.step, progress.total)
-        now = time.monotonic()
-        # A hundred messages a second would slow the browser down.
-        if now - self.shown > 0.2 or progress.step == progress.total:
-            self.shown = now
-            show_on_node(self.node_id, f"{_describe(progress)}\n\n{self.plan.describe()}")
-
-    def show_preview(self, step: int, image: Image.Image) -> None:
-        self.preview = image
-        if self.bar is not None:
-            self._update(self.bar, step, self.bar.total)
-
-    def _update(self, bar: comfy.utils.ProgressBar, step: int, total: int) -> None:
-        # Without its picture a message would take an earlier one off the node.
-        shown = ("PNG", self.preview, None) if self.preview is not None else None
-        bar.update_absolute(step, total, shown)
-
-
-_PHASES = {
-    "encode": "Encoding prompts",
-    "rollout": "Rolling out the first trajectories",
-    "measure": "Measuring on held-out prompts",
-}
-
-
-def _describe(progress: Progress) -> str:
-    """What matters most comes first: ComfyUI's classic canvas shows about 60 characters."""
-    parts = [f"{progress.step}/{progress.total}"]
-    if progress.phase in _PHASES:
-        return f"{_PHASES[progress.phase]}: {parts[0]}"
-    if progress.seconds_left is not None:
-        minutes = progress.seconds_left / 60
-        parts.append(f"{minutes:.0f} min left" if minutes > 1.5 else f"{progress.seconds_left:.0f} s left")
-    if progress.gap_closed is not None:
-        parts.append(f"gap closed {progress.gap_closed:.0%}")
-    if progress.loss is not None:
-        parts.append(f"loss {progress.loss:.4f}")
-    if progress.memory is not None:
-        parts.append(f"memory {progress.memory / 1e9:.1f} GB")
-    return ", ".join(parts)
 
 
 def _number(kind, name: str, high, tooltip: str, *, suited: bool = True, **options):
@@ -378,11 +319,14 @@ class AGDTrain(io.ComfyNode):
         config = settings_for(trainable.base, chosen)
         begin = folders.adapter_path(start) if start != _NEW else None
         job = Job(trainable, _prompts(prompts, prompt_count, seed), config, path, _lines(negative), start=begin)
-        show_on_node(node_id, "Counting what a step takes")
-        plan = job.plan()
-        trained = job.run(_Display(node_id, plan).callbacks(), plan, {})
+        display = NodeProgress(node_id)
+        callbacks = Callbacks(on_progress=display, on_preview=display.show_preview)
+        plan = job.plan(callbacks.of_phase("plan"))
+        display.below = plan.describe()
+        trained = job.run(callbacks, plan, {})
         report = job.report(trained)
         show_on_node(node_id, report)
+        log.info("AGD: %s", report.partition("\n")[0])
         adapter = AdapterValue(trained.info, trained.adapter.state_dict(), f"of AGD Train, {folders.name_of(path)}")
         patched = use_adapter(model, adapter, node_id, guidance_scale=0)
         plot = torch.from_numpy(np.asarray(trained.plot(), dtype=np.float32) / 255)[None]

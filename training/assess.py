@@ -1,5 +1,6 @@
 """How good an adapter is on the user's own model and prompts: what `agd evaluate` and AGD Evaluate report."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,12 +24,14 @@ from .memory import retry_on_oom
 from .model import Model, ProgressCallback, Prompt, Shape, encode
 from .plot import contact_sheet
 from .presets import settings_for
-from .trainer import Callbacks, Progress
+from .progress import Progress
+from .trainer import Callbacks
 
 _SMALLEST = {"steps": 1, "count": 1, "width": 64, "height": 64}
 _KEPT_STEPS = 8  # of the measured trajectories', as in training
 _ROWS = 4  # evaluated at once, if they fit
 _WARM_UP = 2  # steps by every method before any is timed
+_EVALUATIONS = {"unguided": 1, "guided": 2, "agd": 1}  # of a step by each of `METHODS`, about
 _SHOWN = 6  # images of each method in the picture
 _RULE = ("teacher", "interval_sigma_min", "interval_sigma_max", "rescale_phi", "apg_eta", "apg_threshold")
 
@@ -134,8 +137,8 @@ def assess(
     check_base(info, model.base, candidate.source)
     texts = prompts.pairs(config.count)
     trajectories = _trajectories(model, info, config)
-    positive = encode(model.text_encoder, [text for text, _ in texts], "positive", of_phase("encode"))
-    negative = encode(model.text_encoder, [text for _, text in texts], "negative", of_phase("encode"))
+    lists = [("positive", [text for text, _ in texts]), ("negative", [text for _, text in texts])]
+    positive, negative = encode(model.text_encoder, lists, of_phase("encode"))
     pairs = list(zip(positive, negative, strict=True))
     measured = _measure_gaps(model, candidate.adapter(), pairs, trajectories, of_phase)
     samples = _Samples(sampler, pairs, trajectories, of_phase("sample"))
@@ -222,7 +225,7 @@ def _measure_gaps(
 
     def measure(rows: int) -> tuple[list[TrajectoryState], list[torch.Tensor]]:
         states = follow_teacher(denoiser, positive, negative, trajectories, rows, of_phase("teacher"))
-        return states, predict(denoiser, adapter.to(denoiser.device), states, of_phase("adapter"))
+        return states, predict(denoiser, adapter.to(denoiser.device), states, of_phase("measure"))
 
     with denoiser.session():
         (states, students), _ = retry_on_oom(model.memory, "the evaluation", measure, rows)
@@ -261,10 +264,13 @@ class _Samples:
         self._rows: dict[str, list[int]] = {method: [] for method in METHODS}
         # Squared distances to the teacher's sample by omega: of the adapter's and of the unguided one.
         self._apart: dict[float, list[torch.Tensor]] = {omega: [] for omega in trajectories.omegas}
-        self._steps_done = 0
+        self._evaluated, each = 0, _EVALUATIONS
+        of_image = trajectories.steps * (each["unguided"] + (each["guided"] + each["agd"]) * len(trajectories.omegas))
+        self._total = sum(each.values()) * _WARM_UP + len(prompts) * of_image
 
     def draw_all(self) -> None:
         omegas, count = self.trajectories.omegas, len(self.prompts)
+        self.progress(0, self._total)
         for method in METHODS:  # the first time everything takes longer
             self._draw(method, 0, omegas[0], _WARM_UP)
             self._seconds[method].clear()
@@ -281,17 +287,17 @@ class _Samples:
     def _draw(self, method: str, image: int, omega: float, steps: int) -> torch.Tensor:
         generator = seeded_generator(self.trajectories.seed + image)
         noise, start = torch.randn(1, *self.trajectories.shape, generator=generator), time.perf_counter()
+        count_step = functools.partial(self._count_step, method)
         latent, evaluations = self.sampler(
-            method, noise, self.prompts[image], omega=omega, steps=steps, progress=self._count_step
+            method, noise, self.prompts[image], omega=omega, steps=steps, progress=count_step
         )
         self._seconds[method].append(time.perf_counter() - start)
         self._rows[method].append(evaluations)
         return latent
 
-    def _count_step(self) -> None:
-        self._steps_done += 1
-        each = self.trajectories.steps * (1 + 2 * len(self.trajectories.omegas))
-        self.progress(self._steps_done, len(METHODS) * _WARM_UP + len(self.prompts) * each)
+    def _count_step(self, method: str) -> None:
+        self._evaluated += _EVALUATIONS[method]
+        self.progress(self._evaluated, self._total)
 
     def costs(self) -> dict[str, Cost]:
         return {

@@ -27,50 +27,58 @@ from .distributed import Ranks
 from .gap import Evaluation
 from .job import Job, check_disk_space, check_output
 from .presets import CARDS, settings_for
+from .progress import PHASES, Progress, ProgressLines
 from .recording import SETTINGS as RECORDED
 from .recording import Recording, size_in_bytes
-from .trainer import Callbacks, Progress
+from .trainer import Callbacks
 
 _PICTURES = (".png", ".jpg", ".webp")
 
 
+# Bars that stay, while those of other phases come and go below them.
+_WHOLE = ("train", "record")
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
 class ProgressBar:
-    """tqdm with loss, gap closed and time left. A signal ends the run after the iteration, so that it can go on."""
+    """A bar for each phase, or where nobody watches a line now and then. A signal ends the run at the next report, so
+    that it can go on.
+    """
 
     def __init__(self, quiet: bool = False):
-        self.quiet = quiet
-        self.bar: tqdm | None = None
-        self.phase = ""
-        self.stopped = False
+        self.quiet, self.stopped = quiet, False
+        self.bars: dict[str, tqdm] = {}
+        self.lines = ProgressLines(lambda line: print(line, file=sys.stderr, flush=True))
 
     def stop(self, *_: object) -> None:
         self.stopped = True
 
     def __call__(self, progress: Progress) -> None:
-        if progress.phase not in ("encode", "measure"):  # these come in between; the bar of training stays
-            self._show(progress)
+        if not self.quiet:
+            show = self._show if sys.stderr.isatty() else self.lines
+            show(progress)
         if self.stopped:
             raise KeyboardInterrupt
 
     def _show(self, progress: Progress) -> None:
+        for phase in [each for each in self.bars if each not in (progress.phase, *_WHOLE)]:
+            self.bars.pop(phase).close()
         bar = self._bar_of(progress)
         bar.total = progress.total  # a run that goes by the clock may change it
-        shown = {}
-        if progress.loss is not None:
-            shown["loss"] = f"{progress.loss:.4f}"
-        if progress.gap_closed is not None:
-            shown["gap"] = f"{progress.gap_closed:.3f}"
-        if progress.memory is not None:
-            shown["memory"] = f"{progress.memory / 1e9:.1f}GB"
-        bar.set_postfix(shown, refresh=False)
+        bar.set_postfix_str(", ".join(progress.details()), refresh=False)
         bar.update(progress.step - bar.n)
 
     def _bar_of(self, progress: Progress) -> tqdm:
-        if self.bar is None or progress.phase != self.phase:
-            self.close()
-            self.phase, first = progress.phase, max(0, progress.step - 1)
-            self.bar = tqdm(total=progress.total, desc=progress.phase, initial=first, disable=self.quiet)
-        return self.bar
+        if progress.phase not in self.bars:
+            self.bars[progress.phase] = tqdm(
+                total=progress.total,
+                desc=PHASES[progress.phase],
+                initial=progress.step,
+                leave=progress.phase in _WHOLE,
+                bar_format=_BAR,
+                dynamic_ncols=True,
+            )
+        return self.bars[progress.phase]
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         closed = ", ".join(f"{value:.3f} at cfg {omega:g}" for omega, value in evaluation.gap_closed.items())
@@ -78,8 +86,9 @@ class ProgressBar:
             tqdm.write(f"step {step}: gap closed {closed}")
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        for bar in reversed(self.bars.values()):
+            bar.close()
+        self.bars.clear()
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
@@ -162,17 +171,20 @@ def _train(args: argparse.Namespace) -> None:
     check_output(args.output)
     with Ranks() as ranks:  # before ComfyUI, which takes the current device for its own
         job = _job(args, args.output, Recording.open(args.recording) if args.recording else None)
-        planned = job.plan()
-        if ranks.first:
-            print(planned.describe(), flush=True)
-        if args.dry_run:
-            return
-        bar = ProgressBar(quiet=not ranks.first)
+        bar, planned = ProgressBar(quiet=not ranks.first), None
+        callbacks = Callbacks(on_progress=bar, on_evaluation=bar.evaluated)
         try:
             with bar.stopped_by_signals():
-                trained = job.run(Callbacks(on_progress=bar, on_evaluation=bar.evaluated), planned, _rerun(args))
+                planned = job.plan(callbacks.of_phase("plan"))
+                bar.close()
+                if ranks.first:
+                    print(planned.describe(), flush=True)
+                if args.dry_run:
+                    return
+                trained = job.run(callbacks, planned, _rerun(args))
         except KeyboardInterrupt:
-            raise UsageError(f"Stopped; the same command goes on from {job.folder}.") from None
+            before = "Stopped while planning; nothing was written."
+            raise UsageError(f"Stopped; the same command goes on from {job.folder}." if planned else before) from None
     if ranks.first:
         print(job.report(trained), end="")
         print(f"Wrote {args.output}; plots, previews and measurements are in {job.folder}.")
@@ -198,7 +210,7 @@ def _record(args: argparse.Namespace) -> None:
     bar = ProgressBar()
     try:
         with bar.stopped_by_signals():
-            recording = job.record(batches, lambda done, total: bar(Progress("record", done, total)))
+            recording = job.record(batches, Callbacks(on_progress=bar))
     except KeyboardInterrupt:
         raise UsageError(f"Stopped; the same command goes on from the whole shards in {args.output}.") from None
     print(f"Recorded {recording.batches:,} batches; train with `agd train --recording {args.output}`.")

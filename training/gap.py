@@ -11,14 +11,10 @@ from ..agd_core.guidance import GapErrors, GuidanceRule, gap_errors, mean_cosine
 from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
 from .estimate import share_closed_of
-from .model import Denoiser, ProgressCallback, Prompt, Shape
+from .model import Denoiser, ProgressCallback, Prompt, Shape, no_progress
 from .solvers import solver_step
 
 CFG = GuidanceRule()
-
-
-def _no_progress(done: int, total: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ def follow_teacher(
     negative: Sequence[Prompt],
     trajectories: Trajectories,
     batch: int = 8,
-    progress: ProgressCallback = _no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> list[TrajectoryState]:
     """The states on the teacher's own trajectories, to `evaluate` adapters at.
 
@@ -75,6 +71,7 @@ def follow_teacher(
     """
     states, done, total = [], 0, len(trajectories.omegas) * len(positive) * trajectories.steps
     sigmas, kept = denoiser.sigmas(trajectories.scheduler, trajectories.steps), trajectories.kept_steps()
+    progress(done, total)
     for omega in trajectories.omegas:
         for first in range(0, len(positive), batch):
             prompts, unwanted = list(positive[first : first + batch]), list(negative[first : first + batch])
@@ -98,15 +95,17 @@ def predict(
     denoiser: Denoiser,
     adapter: Adapter,
     states: Sequence[TrajectoryState],
-    progress: ProgressCallback = _no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> list[torch.Tensor]:
     """f_psi at each of those states, (b, c, h, w) on the CPU. Call it inside the denoiser's session."""
-    students = []
-    for i, state in enumerate(states, 1):
+    students, done, total = [], 0, sum(len(state.positive) for state in states)
+    progress(done, total)
+    for state in states:
         rows = len(state.positive)
         sigma, omega = torch.full((rows,), state.sigma), torch.full((rows,), float(state.omega))
         students.append(denoiser.student(adapter, state.x, sigma, state.positive, state.negative, omega).cpu())
-        progress(i, len(states))
+        done += rows
+        progress(done, total)
     return students
 
 
@@ -184,7 +183,7 @@ def evaluate(
     denoiser: Denoiser,
     adapter: Adapter,
     states: Sequence[TrajectoryState],
-    progress: ProgressCallback = _no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> Evaluation:
     """How the adapter does at those states: one evaluation (row) each. Call it inside the denoiser's session."""
     gap, cosine, by_sigma, errors_of_gap = {}, {}, {}, {}

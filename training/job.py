@@ -15,7 +15,7 @@ from ..agd_core.errors import AGDError
 from .config import TrainConfig
 from .distributed import Ranks
 from .memory import BothPredictions
-from .model import EncodedPrompts, Model, ProgressCallback
+from .model import EncodedPrompts, Model, ProgressCallback, encode, no_progress
 from .plan import ExamplePrompts, Plan, plan
 from .pool import TrajectoryPool
 from .prompts import fragments, generate_negatives
@@ -69,18 +69,19 @@ class Job:
 
     def _can_encode(self, texts: Sequence[str]) -> bool:
         """Whether the text encoder knows these words; those of small models may know few."""
+        words = dict.fromkeys(" ".join(texts).split())
         try:
-            for text in texts:
-                self.model.text_encoder.length(text)
+            self.model.text_encoder.length(" ".join(words))
         except ValueError:
             return False
         return True
 
-    def plan(self) -> Plan:
+    def plan(self, progress: ProgressCallback = no_progress) -> Plan:
         """What the run costs. Raises `DoesNotFit`, or `JobError` where the disk has too little space."""
+        progress(0, 1)  # loading the text encoder may take a while
         prompts = ExamplePrompts.of(self.model.text_encoder, self.prompts or [""], self.negatives)
         memory = round(self.config.memory * 1e9) or self.model.memory.available()
-        found = plan(self.model, self.config, memory, prompts, ranks=Ranks().count)
+        found = plan(self.model, self.config, memory, prompts, ranks=Ranks().count, progress=progress)
         if self.recording is not None:
             found = dataclasses.replace(found, teacher_evaluations=0, seconds=None)
         check_disk_space(self.folder, found.disk_bytes, "keep fewer states (keep_states)")
@@ -103,17 +104,19 @@ class Job:
             files.clear()
         return trained
 
-    def record(self, batches: int, progress: ProgressCallback) -> Recording:
+    def record(self, batches: int, callbacks: Callbacks) -> Recording:
         """Record so many batches of what this job's training would visit, into the folder `output`."""
         model, config, encoder = self.model, self.config, self.model.text_encoder
-        positive = encoder.encode(split_prompts(self.prompts, config)[0], "positive")
-        prompts = EncodedPrompts(positive, encoder.encode(self.negatives, "negative"))
+        lists = [("positive", split_prompts(self.prompts, config)[0]), ("negative", self.negatives)]
+        prompts = EncodedPrompts(*encode(encoder, lists, callbacks.of_phase("encode")))
         encoder.release()
         identity = identity_of(config, self.prompts, self.negatives, model.base.fingerprint)
         with model.denoiser.session():
             both = BothPredictions(model.denoiser, model.memory, 2 * config.batch)
             pool = TrajectoryPool(model.denoiser, prompts, config, range(config.batch), both)
-            return record(self.output, pool, identity, batches, progress)
+            return record(
+                self.output, pool, identity, batches, callbacks.of_phase("record"), callbacks.of_phase("rollout")
+            )
 
     def _write_config(self, settings: dict) -> None:
         """`config.toml` and the prompts themselves in the run's folder, from which the run can be repeated."""

@@ -19,6 +19,15 @@ Shape = tuple[int, ...]  # of a latent without its batch: channels first, height
 ProgressCallback = Callable[[int, int], None]  # called with how many are done, and of how many
 
 
+def no_progress(done: int, total: int) -> None:
+    """For what nobody watches."""
+
+
+def part_of(progress: ProgressCallback, before: int, total: int) -> ProgressCallback:
+    """For a part of what `progress` counts to `total`, of which `before` are done before it."""
+    return lambda done, _: progress(before + done, total)
+
+
 class Denoiser(Protocol):
     """Denoisers follow one contract: x (b, c, h, w), sigma (b,) -> denoised (b, c, h, w)."""
 
@@ -159,15 +168,14 @@ class EncodedPrompts:
         return [self.positive[i] for i in positive.tolist()], [self.negative[i] for i in negative.tolist()]
 
 
-_ENCODED_AT_ONCE = 16  # prompts between two reports
-
-
-def encode(text_encoder: TextEncoder, prompts: Sequence[str], kind: str, progress: ProgressCallback) -> list[Prompt]:
-    """Each prompt encoded, equal ones once. `kind` is "positive" or "negative"; `progress` counts distinct ones."""
-    encoded: list[Prompt] = []
-    distinct = list(dict.fromkeys(prompts))
-    for i in range(0, len(distinct), _ENCODED_AT_ONCE):
-        encoded += text_encoder.encode(distinct[i : i + _ENCODED_AT_ONCE], kind)
-        progress(len(encoded), len(distinct))
-    found = dict(zip(distinct, encoded, strict=True))
-    return [found[prompt] for prompt in prompts]
+def encode(
+    text_encoder: TextEncoder, lists: Sequence[tuple[str, Sequence[str]]], progress: ProgressCallback
+) -> list[list[Prompt]]:
+    """Lists of prompts encoded, each with its kind, "positive" or "negative"; equal ones once, as `progress` counts."""
+    distinct = dict.fromkeys((kind, prompt) for kind, prompts in lists for prompt in prompts)
+    found = dict[tuple[str, str], Prompt]()
+    progress(0, len(distinct))
+    for kind, prompt in distinct:
+        (found[kind, prompt],) = text_encoder.encode([prompt], kind)
+        progress(len(found), len(distinct))
+    return [[found[kind, prompt] for prompt in prompts] for kind, prompts in lists]

@@ -20,7 +20,7 @@ from ..agd_core.adapter_file import replacing
 from ..agd_core.errors import AGDError
 from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
-from .model import Denoiser, ProgressCallback
+from .model import Denoiser, ProgressCallback, no_progress
 from .pool import Batch, TrajectoryPool, draw_omega
 
 _VERSION = 1
@@ -157,21 +157,27 @@ def identity_of(config: TrainConfig, prompts: Sequence[str], negative: Sequence[
     return _settings(config) | {"prompts": list(prompts), "negative": list(negative), "base": fingerprint}
 
 
-def record(folder: Path, pool: TrajectoryPool, identity: dict, batches: int, progress: ProgressCallback) -> Recording:
+def record(
+    folder: Path,
+    pool: TrajectoryPool,
+    identity: dict,
+    batches: int,
+    progress: ProgressCallback,
+    of_pool: ProgressCallback = no_progress,
+) -> Recording:
     """Roll out `batches` batches into `folder`, going on from what is there. Call it inside the denoiser's session.
 
-    `progress(done, batches)` may raise to stop; whole shards are kept.
+    `progress(done, batches)` may raise to stop, and so may `of_pool`, by which the pool reports; whole shards are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for remains in folder.glob(".*.part"):  # of a killed process
         remains.unlink()
     recording = _resumed(folder, pool, identity)
-    if not recording.shards:
-        recording.evaluations += pool.fill()
+    progress(recording.batches, batches)
     while recording.batches < batches:
         rolled = []
         for _ in range(min(_SHARD_BATCHES, batches - recording.batches)):
-            batch = pool.next(0)
+            batch = pool.next(0, of_pool)
             recording.evaluations += pool.advance(batch, batch.target, 0.0)
             rolled.append(batch)
             progress(recording.batches + len(rolled), batches)
@@ -231,10 +237,7 @@ class RecordedBatches:
         self._checked: set[int] = set()
         self._places = [(i, j) for i, shard in enumerate(recording.shards) for j in range(shard["batches"])]
 
-    def fill(self, progress: ProgressCallback = lambda done, total: None) -> int:
-        return self.recording.evaluations
-
-    def next(self, step: int) -> Batch:
+    def next(self, step: int, progress: ProgressCallback = no_progress) -> Batch:
         epoch, at = divmod(step, len(self._places))
         if epoch > 0:
             order = seeded_generator(self.config.seed, epoch)

@@ -15,7 +15,7 @@ from ..agd_core.mixed_precision import MixedPrecision
 from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
 from .held_out import HeldOutPrompts
-from .model import Denoiser, EncodedPrompts, Model, ProgressCallback, Prompt, TextEncoder, encode
+from .model import Denoiser, EncodedPrompts, Model, ProgressCallback, TextEncoder, encode
 from .plan import Plan
 from .recording import Recording, checksum_of
 
@@ -147,13 +147,10 @@ class RunPrompts:
     @classmethod
     def encode(cls, texts: RunTexts, encoder: TextEncoder, progress: ProgressCallback) -> "RunPrompts":
         """The text encoder is released."""
-
-        def encoded(prompts: Sequence[str], kind: str) -> list[Prompt]:
-            return encode(encoder, prompts, kind, progress)
-
-        positive, negative = encoded(texts.positive, "positive"), encoded(texts.negative, "negative")
+        shown = texts.held_out or texts.positive[:1]
+        lists = [("positive", texts.positive), ("negative", texts.negative), ("positive", shown)]
+        positive, negative, shown = encode(encoder, lists, progress)
         unconditional = negative[texts.negative.index("") if "" in texts.negative else 0]
-        shown = encoded(texts.held_out or texts.positive[:1], "positive")
         encoder.release()
         return cls(
             EncodedPrompts(positive, negative),

@@ -1,8 +1,10 @@
 """The one function that distils an adapter. The node, the command line and the demo all call it."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from .model import Model, ProgressCallback
 from .plan import StepLayout
 from .plot import training_plot
 from .pool import BatchSource, TrajectoryPool
+from .progress import Progress, TimeLeft
 from .run_folder import RunFolder
 from .run_setup import (
     RunOptions,
@@ -37,24 +40,6 @@ from .training_step import TrainingStep, initial_loss_scale
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run stands. `phase`: "encode" (prompts), "rollout" (filling the pool), "measure" (on held-out prompts) or
-    "train", after an iteration.
-
-    `loss` is the mean of the last 50 iterations', `gap_closed` the last measured, its mean over omega; `memory` in
-    bytes, the most so far.
-    """
-
-    phase: str
-    step: int
-    total: int
-    loss: float | None = None
-    gap_closed: float | None = None
-    memory: int | None = None
-    seconds_left: float | None = None
-
-
-@dataclass(frozen=True)
 class Callbacks:
     """What a caller is told of a run. Raising from `on_progress` stops it; its state is saved first.
 
@@ -68,10 +53,15 @@ class Callbacks:
     on_preview: Callable[[int, Image.Image], None] = lambda step, image: None
     on_start: Callable[[], None] = lambda: None
     iterations: Callable[[int, int], int] = lambda step, planned: planned
+    time_left: TimeLeft = field(default_factory=TimeLeft)
 
     def of_phase(self, phase: str) -> ProgressCallback:
         """For what only counts."""
-        return lambda done, total: self.on_progress(Progress(phase, done, total))
+
+        def report(done: int, total: int) -> None:
+            self.on_progress(Progress(phase, done, total, seconds_left=self.time_left(phase, done, total)))
+
+        return report
 
 
 @dataclass
@@ -103,6 +93,7 @@ class _Run:
     step: TrainingStep
     held_out: HeldOutEvaluation
     evaluation: Evaluation | None = None
+    stopped: BaseException | None = None  # what a caller raised in a phase, of several ranks
 
 
 def train(
@@ -145,6 +136,7 @@ def train(
             source = TrajectoryPool(model.denoiser, encoded.training, config, rows, both)
         loss_scale = initial_loss_scale(model.denoiser.computes_in)
         state = RunState.begin(adapter, source, config.learning_rate, loss_scale)
+        state.evaluations = options.recording.evaluations if options.recording is not None else 0
         step = TrainingStep(model.denoiser, model.memory, encoded.training, config, ranks, layout.micro_batch)
         held_out = HeldOutEvaluation(model, config, encoded.held_out, both)
         info = describe_adapter(adapter, model, config, texts)
@@ -154,9 +146,6 @@ def train(
                 state.load_state_dict(saved, rows)
             if files is not None and ranks.first:
                 files.start_metrics(state.step, state.is_measured)
-            if saved is None:
-                spent = source.fill(callbacks.of_phase("rollout"))
-                state.evaluations += spent if options.recording is not None else int(ranks.sum(torch.tensor(spent)))
             state.resumable = True
             _train_loop(run)
         except BaseException:  # ComfyUI's interrupt and KeyboardInterrupt among them
@@ -196,6 +185,7 @@ def _train_loop(run: _Run) -> None:
     """The loop. Each iteration ends complete: a run that stops there goes on to the same result."""
     state, config, callbacks = run.state, run.config, run.callbacks
     clock, first_step, seconds_before = time.monotonic(), state.step, state.seconds
+    _of_phase(run, "train")(state.step, config.iterations)
     while True:
         iterations = callbacks.iterations(state.step, config.iterations)
         # Measured before anything else, so that a run stopped at this step measures here when it goes on.
@@ -206,14 +196,13 @@ def _train_loop(run: _Run) -> None:
             _show(run)
         if ended or _out_of_patience(state, config.patience):
             return
-        run.step(state, iterations)
+        run.step(state, iterations, _of_phase(run, "rollout"))
         state.seconds = seconds_before + time.monotonic() - clock
 
         if run.files is not None and run.ranks.first:
             rate, seconds = state.optimiser.param_groups[0]["lr"], round(state.seconds, 2)
             run.files.add_metrics(state.step, loss=state.losses[-1], learning_rate=rate, seconds=seconds)
-        left = (iterations - state.step) * (time.monotonic() - clock) / (state.step - first_step)
-        error = _report(run, iterations, left)
+        error = _report(run, iterations)
         stopping = run.ranks.any(error is not None)
         regular = config.save_every and state.step % config.save_every == 0
         # Alone, a stopped run is saved by `train`; several ranks save together, here, where all know of the stop.
@@ -233,17 +222,33 @@ def _out_of_patience(state: RunState, patience: int) -> bool:
     return 0 < patience <= len(since_best)
 
 
-def _report(run: _Run, iterations: int, seconds_left: float) -> BaseException | None:
+def _report(run: _Run, iterations: int) -> BaseException | None:
     """Report an iteration. What the caller raises, to stop, is returned."""
     state, memory = run.state, run.model.memory.used()
     gap = state.history[-1].score if state.history else None
+    left = _seconds_left(run, iterations)
     try:
-        run.callbacks.on_progress(
-            Progress("train", state.step, iterations, state.recent_loss(), gap, memory, seconds_left)
-        )
+        run.callbacks.on_progress(Progress("train", state.step, iterations, state.recent_loss(), gap, memory, left))
     except BaseException as error:
         return error
-    return None
+    return run.stopped
+
+
+def _seconds_left(run: _Run, iterations: int) -> float | None:
+    """Of the iterations, and of what comes in between them."""
+    time_left, step, config = run.callbacks.time_left, run.state.step, run.config
+    of_iterations = time_left("train", step, iterations)
+    if of_iterations is None:
+        return None
+    measured = _times_left(step, config.evaluate_every, iterations) * time_left.of_whole("measure")
+    shown = _times_left(step, config.preview_every, iterations) if config.preview_every else 0
+    return of_iterations + measured + shown * time_left.of_whole("preview")
+
+
+def _times_left(step: int, every: int, iterations: int) -> int:
+    """How often what comes `_at_interval` does from `step` on."""
+    every = every or iterations
+    return math.ceil(iterations / every) - math.ceil(step / every) + 1
 
 
 def _save(run: _Run, plotted: bool = False) -> None:
@@ -257,9 +262,17 @@ def _save(run: _Run, plotted: bool = False) -> None:
             run.files.save_image("training.png", training_plot(run.state.losses, run.state.history))
 
 
-def _progress_of_held_out(run: _Run) -> ProgressCallback:
-    """Lets the caller stop in between. Of several ranks none may stop alone."""
-    return (lambda done, total: None) if run.ranks.count > 1 else run.callbacks.of_phase("measure")
+def _of_phase(run: _Run, phase: str) -> ProgressCallback:
+    """Lets the caller stop in between. Of several ranks none may stop alone: they do after the iteration."""
+    report = run.callbacks.of_phase(phase)
+
+    def report_and_go_on(done: int, total: int) -> None:
+        try:
+            report(done, total)
+        except BaseException as error:
+            run.stopped = error
+
+    return report if run.ranks.count == 1 else report_and_go_on
 
 
 def _measure(run: _Run) -> None:
@@ -268,7 +281,7 @@ def _measure(run: _Run) -> None:
         return
     state, files = run.state, run.files if run.ranks.first else None
     if run.ranks.first:
-        run.evaluation = run.held_out.measure(state.average, _progress_of_held_out(run))
+        run.evaluation = run.held_out.measure(state.average, partial(_of_phase, run))
     found = run.evaluation.summary() if run.evaluation else {}
     own_score = torch.tensor([run.evaluation.score if run.evaluation else 0.0], dtype=torch.float64)
     score = run.ranks.broadcast(own_score).item()
@@ -290,7 +303,7 @@ def _show(run: _Run) -> None:
     if not run.ranks.first:
         return
     step = run.state.step
-    image = run.held_out.show(run.state.average, step, _progress_of_held_out(run))
+    image = run.held_out.show(run.state.average, step, partial(_of_phase, run))
     if run.files is not None:
         run.files.save_image(f"previews/step-{step:06d}.png", image)
     run.callbacks.on_preview(step, image)

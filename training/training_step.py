@@ -13,7 +13,7 @@ from .config import TrainConfig
 from .distributed import Ranks
 from .learning_rate import learning_rate
 from .memory import retry_on_oom
-from .model import Denoiser, DeviceMemory, EncodedPrompts
+from .model import Denoiser, DeviceMemory, EncodedPrompts, ProgressCallback, no_progress
 from .pool import Batch
 from .run_state import RunState
 
@@ -48,13 +48,13 @@ class TrainingStep:
     micro_batch: int
     _relative_losses: list[float] = field(default_factory=list)
 
-    def __call__(self, state: RunState, iterations: int) -> None:
-        """Take the step; `iterations`: of the whole run. Where it raises, the state is that of the step before, unless
-        it is no longer `resumable`.
+    def __call__(self, state: RunState, iterations: int, of_pool: ProgressCallback = no_progress) -> None:
+        """Take the step; `iterations`: of the whole run, `of_pool`: by which the pool reports. Where either raises,
+        the state is that of the step before, unless it is no longer `resumable`.
         """
         rate = learning_rate(state.step, replace(self.config, iterations=iterations))
         try:
-            batch = state.source.next(state.step)
+            batch = state.source.next(state.step, of_pool)
             student = self.gradients(state, batch)
             self.check_loss(student, state.step)
         except BaseException:
@@ -62,8 +62,8 @@ class TrainingStep:
             raise
         state.resumable = False
         self.optimise(state, rate)
-        progress = state.step / iterations
-        state.evaluations += self.ranks.count * state.source.advance(batch, student.predictions, progress)
+        spent = state.source.advance(batch, student.predictions, state.step / iterations)
+        state.evaluations += int(self.ranks.sum(torch.tensor(spent)))
         state.step += 1
         state.losses.append(student.loss)
         self.update_average(state)

@@ -72,7 +72,7 @@ def test_train_then_again_from_the_runs_config(agd, prompts, tmp_path):
     done = agd(*train(prompts, output, "--iterations", "4", "--evaluate-every", "2", "--preview-every", "4"))
     assert done.status == 0, done.stderr
     assert "parameters\nevaluations" in done.stdout  # the plan comes first
-    assert "loss=" in done.stderr
+    assert "Encoding prompts: 0/8\nTraining: 0/4\n" in done.stderr
     assert done.stdout.count(": gap closed ") == 2
     assert "Gap closed on 1 prompts that were not trained with" in done.stdout
     assert adapter_file.read_info(output).training["iterations"] == 4

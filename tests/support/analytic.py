@@ -14,7 +14,8 @@ from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.guidance import per_row
 from comfyui_agd.tests.support.small import small_layers
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.trainer import Callbacks, Progress, Trained
+from comfyui_agd.training.progress import Progress
+from comfyui_agd.training.trainer import Callbacks, Trained
 
 PROMPTS = [
     f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "star", "ring", "cross")
@@ -153,9 +154,9 @@ class Stopped(Exception):
     """What a caller raises to stop a run."""
 
 
-def stop_after(step: int) -> Callbacks:
+def stop_after(step: int, phase: str = "train") -> Callbacks:
     def on_progress(progress: Progress) -> None:
-        if progress.phase == "train" and progress.step == step:
+        if progress.phase == phase and progress.step >= step:
             raise Stopped
 
     return Callbacks(on_progress)

@@ -400,7 +400,7 @@ def test_raising_from_progress_stops_at_any_evaluation():
         last[progress.phase] = progress
 
     assessed(model, progress=remember)
-    assert list(last) == ["encode", "teacher", "adapter", "sample"]
+    assert list(last) == ["encode", "teacher", "measure", "sample"]
     assert all(progress.step == progress.total for progress in last.values())
     for phase in last:
 

@@ -1,7 +1,10 @@
 """The command line as far as it gets without ComfyUI: flags, config files, and what is refused before the long work."""
 
 import dataclasses
+import io
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from comfyui_agd.training.arguments import parse
 from comfyui_agd.training.assess import AssessConfig
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.job import to_toml
+from comfyui_agd.training.progress import PHASES, Progress
 
 BASE = ("train", "--loader", "some.module:load", "--output", "a.safetensors")
 INTERVAL = ("--teacher", "interval", "--interval-sigma-min", "3", "--interval-sigma-max", "2")
@@ -147,3 +151,57 @@ def test_a_folder_that_is_no_recording_is_refused(folder, capsys):
 def test_what_is_no_adapter_is_not_inspected(folder, capsys):
     (folder / "lora.safetensors").write_bytes(b"nothing")
     fails(capsys, "is not a readable safetensors file", "inspect", "lora.safetensors")
+
+
+class Terminal(io.StringIO):
+    """Standard error that someone watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def show_a_run(bar: cli.ProgressBar) -> None:
+    for phase, total in (("encode", 3), ("train", 2), ("rollout", 5)):
+        bar(Progress(phase, 0, total))
+    bar(Progress("rollout", 5, 5, seconds_left=0.0))
+    bar(Progress("train", 1, 2, loss=0.5, gap_closed=0.25, seconds_left=150.0))
+
+
+def test_a_terminal_has_a_bar_for_each_phase_and_that_of_training_stays(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar = cli.ProgressBar()
+    show_a_run(bar)
+    assert list(bar.bars) == ["train"]
+    bar(Progress("measure", 0, 7))
+    assert list(bar.bars) == ["train", "measure"]
+    bar.close()
+    painted = sys.stderr.getvalue()
+    for phase in ("encode", "train", "rollout", "measure"):
+        assert f"{PHASES[phase]}:   0%" in painted
+    last = painted.rsplit("Training: ", 1)[1]
+    assert re.match(r" 50%.* 1/2 .*2 min left, gap closed 25%, loss 0.5000", last)
+
+
+def test_where_nobody_watches_there_are_lines(capsys):
+    show_a_run(cli.ProgressBar())
+    assert capsys.readouterr().err.splitlines() == [
+        "Encoding prompts: 0/3",
+        "Training: 0/2",
+        "Rolling out trajectories: 0/5",
+    ]
+
+
+def test_a_quiet_bar_of_a_further_process_says_nothing(capsys):
+    show_a_run(cli.ProgressBar(quiet=True))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_ends_any_phase_at_its_next_report(phase, sent):
+    bar = cli.ProgressBar()
+    with bar.stopped_by_signals():
+        bar(Progress(phase, 0, 2))
+        signal.raise_signal(sent)
+        with pytest.raises(KeyboardInterrupt):
+            bar(Progress(phase, 1, 2))

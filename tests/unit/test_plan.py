@@ -1,5 +1,6 @@
 """How a run is planned, on a base whose costs are simple: so much per row and pixel."""
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass, field, replace
@@ -244,6 +245,9 @@ def test_a_smaller_hidden_helps_where_the_adapter_is_what_is_large(model):
 def test_evaluations_are_those_that_training_spends(model):
     # 100 steps of 8 states, both branches; 4 columns of 8 that start 7 steps in, on average.
     assert evaluations(CONFIG) == (2 * 8 * 100 + 2 * 8 * 4 * 7, 800)
+    # One step starts one column; two take the same one with a probability of 1/4.
+    assert evaluations(replace(CONFIG, iterations=1)) == (2 * 8 * 1 + 2 * 8 * 7, 8)
+    assert evaluations(replace(CONFIG, iterations=2)) == (2 * 8 * 2 + round(1.75 * 2 * 8 * 7), 16)
     assert evaluations(replace(CONFIG, reuse=4))[0] == 2 * 8 * 25 + 2 * 8 * 4 * 7
     found = plan(model, CONFIG, None)
     assert (found.teacher_evaluations, found.student_evaluations) == evaluations(CONFIG)
@@ -326,6 +330,39 @@ def test_the_largest_size_counts(model):
 def test_nothing_is_traced_that_need_not_be(model):
     plan(model, replace(CONFIG, batch=1), None)
     assert sorted(model.traced) == [("kept", 1), ("teacher", 2)]
+
+
+@pytest.mark.parametrize("work", [None, 10.0, 0.4, 0.06])
+def test_planning_reports_before_and_after_every_trace(model, work):
+    """Also where more is traced, for memory is short, and where all is refused."""
+    reports, traced = [], []
+
+    def progress(done, total):
+        reports.append((done, total))
+        traced.append(len(model.traced))
+
+    memory = None if work is None else room_for(model, work, base=0.1)
+    model.traced.clear()
+    with contextlib.suppress(DoesNotFit):
+        plan(model, CONFIG, memory, progress=progress)
+    assert reports[0][0] == 0
+    assert reports == sorted(reports)
+    assert all(done <= total for done, total in reports)
+    assert sorted(set(traced)) == list(range(len(model.traced) + 1))
+
+
+def test_the_end_of_planning_is_reported_and_it_can_be_stopped(model):
+    reports = []
+    plan(model, CONFIG, None, progress=lambda *report: reports.append(report))
+    assert reports[-1][0] == reports[-1][1]
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    model.traced.clear()
+    with pytest.raises(KeyboardInterrupt):
+        plan(model, CONFIG, None, progress=stop)
+    assert model.traced == []
 
 
 def test_counting_parameters_takes_no_memory(model):

@@ -65,7 +65,7 @@ def test_a_run_of_the_largest_seed_is_saved_and_goes_on_to_the_same_result(tmp_p
 
 def test_a_recording_of_the_largest_seed_is_trained_from_many_times(tmp_path):
     job = Job(AnalyticModel(), PROMPTS, DRAWN, tmp_path / "recording")
-    job.record(4, lambda done, total: None)
+    job.record(4, Callbacks())
     recording = Recording.open(tmp_path / "recording")
     assert recording.config(CONFIG).seed == LARGEST_SEED
     trained = train(

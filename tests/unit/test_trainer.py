@@ -29,8 +29,10 @@ from comfyui_agd.training.gap import (
     evaluate,
     follow_teacher,
 )
+from comfyui_agd.training.job import Job
 from comfyui_agd.training.learning_rate import learning_rate
 from comfyui_agd.training.plot import preview
+from comfyui_agd.training.progress import PHASES
 from comfyui_agd.training.run_folder import RunFolderError
 from comfyui_agd.training.run_setup import RunOptions, split_prompts
 from comfyui_agd.training.run_state import DifferentRun, differences
@@ -128,10 +130,10 @@ class Interrupted(AnalyticModel):
 
 
 def test_a_run_stopped_inside_any_evaluation_goes_on_to_the_same_result(tmp_path, whole):
-    """While the pool is filled, in the teacher, in the student with new and with seen states, while measuring."""
+    """While a column is started, in the teacher, in the student with new and with seen states, while measuring."""
     counting, calls = Interrupted(-1), []
     train(counting, PROMPTS, VARIED, Callbacks(lambda p: calls.append(counting.calls) if p.phase == "train" else None))
-    for at in (2, calls[1] + 1, calls[1] + 2, calls[6] + 1, calls[6] + 2, calls[4] + 30):
+    for at in (2, calls[2] + 1, calls[2] + 2, calls[7] + 1, calls[7] + 2, calls[5] + 30):
         folder = tmp_path / f"{at}.run"
         with pytest.raises(Stopped):
             train(Interrupted(at), PROMPTS, VARIED, options=RunOptions(folder=folder))
@@ -160,7 +162,7 @@ def test_a_killed_run_goes_on_from_its_last_state(folder, whole, monkeypatch):
         Callbacks(lambda p: steps.append((p.phase, p.step))),
         options=RunOptions(folder=folder),
     )
-    assert next(step for phase, step in steps if phase == "train") == 6
+    assert next(step for phase, step in steps if phase == "train") == 5  # where it begins
     assert_same(resumed, whole)
     assert_complete(folder, resumed)
 
@@ -355,17 +357,19 @@ def test_training_closes_the_gap():
 
 
 def test_progress_has_phases():
-    seen = []
-    train(AnalyticModel(), PROMPTS, CONFIG, Callbacks(seen.append))
-    assert list(dict.fromkeys(p.phase for p in seen)) == ["encode", "rollout", "train", "measure"]
-    for phase in ("encode", "rollout", "measure"):
+    """Each begins at none, before anything of it is done, and ends with all."""
+    seen, counts = [], {"encode": 1, "teacher": 1, "measure": 3, "preview": 2}
+    train(AnalyticModel(), PROMPTS, replace(CONFIG, preview_every=6), Callbacks(seen.append))
+    assert {p.phase for p in seen} == {*counts, "train", "rollout"} < {*PHASES}
+    for phase in ("rollout", *counts):
         steps = [(p.step, p.total) for p in seen if p.phase == phase]
-        assert all(0 < step <= total for step, total in steps)
-        assert steps[-1][0] == steps[-1][1]
-    assert [p.step for p in seen if p.phase == "train"] == list(range(1, 13))
+        ended = [(0, 0), *(each for each in steps if each[0] == each[1])]
+        assert [one for one, (step, _) in zip([(0, 0), *steps], steps, strict=False) if step == 0] == ended[:-1]
+        assert all(step >= before for (before, _), (step, _) in itertools.pairwise(steps) if step > 0)
+        assert len(ended) == 1 + counts.get(phase, len(ended) - 1)
+    assert [p.step for p in seen if p.phase == "train"] == list(range(13))
     last = [p for p in seen if p.phase == "train"][-1]
     assert last.total == 12
-    assert last.seconds_left == 0
     assert last.gap_closed is not None
 
 
@@ -376,6 +380,40 @@ def test_the_file_says_how_sure_its_gap_closed_is_where_several_prompts_were_mea
     errors = training.get("gap_closed_se", {})
     assert errors.keys() == (training["gap_closed"].keys() if held_out > 1 else set())
     assert all(0 < error < 1 for error in errors.values())
+
+
+def test_steps_of_a_phase_are_evaluations_where_they_differ():
+    """A preview by the teacher takes two where one with the adapter takes one; measured states come in rows."""
+    model, seen = AnalyticModel(), []
+    config = replace(CONFIG, preview_every=12, evaluate_every=0, on_policy=0.0)
+
+    def remember(progress):
+        seen.append((progress, sum(model.base_rows)))
+
+    train(model, PROMPTS, config, Callbacks(remember))
+    for phase in ("teacher", "measure", "preview"):
+        reports = [(progress.step, rows) for progress, rows in seen if progress.phase == phase]
+        per_step = 2 if phase == "teacher" else 1  # both branches of a state
+        assert all(rows - reports[0][1] == per_step * step for step, rows in reports)
+
+
+def test_no_more_columns_are_rolled_out_than_iterations_take():
+    """A few iterations of a large pool of long trajectories need few evaluations before the first."""
+    model, seen = AnalyticModel(), []
+    config = replace(CONFIG, iterations=1, held_out=0, pool=8, steps_min=30, steps_max=30)
+    trained = train(model, PROMPTS, config, Callbacks(seen.append))
+    assert trained.info.training["teacher_evaluations"] <= 2 * config.batch * 30
+    assert next(p.phase for p in seen if p.phase in ("train", "rollout")) == "train"  # ready before any rollout
+
+
+def test_a_recording_costs_what_is_recorded_and_is_not_counted_twice(folder):
+    """Stopped and gone on with."""
+    recording = Job(AnalyticModel(), PROMPTS, CONFIG, folder.with_name("recording"), [""]).record(12, Callbacks())
+    options = RunOptions(folder=folder, recording=recording)
+    with pytest.raises(Stopped):
+        train(AnalyticModel(), PROMPTS, CONFIG, stop_after(7), options=options)
+    trained = train(AnalyticModel(), PROMPTS, CONFIG, options=options)
+    assert trained.info.training["teacher_evaluations"] == recording.evaluations > 0
 
 
 def test_what_is_measured_does_not_depend_on_how_many_rows_fit():
