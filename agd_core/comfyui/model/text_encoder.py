@@ -16,10 +16,11 @@ from ..backbones import backbone_of, describe_base
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """What the text encoder made of a prompt, on the CPU; `kind` is "positive" or "negative"."""
+    """What the text encoder made of a prompt, on the CPU; `kind` is "positive" or "negative", `text` the prompt."""
 
     cond: dict
     kind: str
+    text: str = ""
 
 
 class ComfyTextEncoder:
@@ -42,7 +43,8 @@ class ComfyTextEncoder:
                 cond = backbone_of(self._model.model).condition_of(self._model.model, cond)
                 self._check_width(cond["cross_attn"])
                 # As the model will cast them; thousands of prompts wait in memory.
-                encoded.append(EncodedPrompt({**cond, "cross_attn": cond["cross_attn"].to("cpu", dtype)}, kind))
+                cond = {**cond, "cross_attn": cond["cross_attn"].to("cpu", dtype)}
+                encoded.append(EncodedPrompt(cond, kind, prompt))
         self.last_encoded = encoded[-1] if encoded else self.last_encoded
         return encoded
 
