@@ -1,5 +1,6 @@
 """The one function that distils an adapter. The node, the command line and the demo all call it."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ from .run_setup import (
 )
 from .run_state import Best, DamagedState, RunState, check_same_run, check_saved, non_finite_parts
 from .training_step import RECENT, TrainingStep, initial_loss_scale
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,10 @@ def train(
             trained = _trained(model, config, callbacks, options, begun)
         except Diverged as error:
             raise _with_remedy(error, begun, config.learning_rate) from error
+        except BaseException:
+            if files is not None and ranks.first:
+                log.info("AGD: the training stopped; the same one %s (%s).", files.next_run(), files.path)
+            raise
         if ranks.first:
             callbacks.on_end(trained)
     return trained
