@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-import socket
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +41,7 @@ def held(folder: Path) -> Iterator[None]:
         ) from None
     try:
         now = datetime.now().astimezone().isoformat(" ", "seconds")
-        write_text(holder, f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
+        write_text(holder, f"process {os.getpid()} on {platform.node()}, since {now}\n")
         yield
     finally:
         with suppress(OSError):  # on Windows it stays while somebody reads it

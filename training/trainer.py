@@ -134,7 +134,8 @@ def train(
 ) -> Trained:
     """Distil the base's guidance into a new adapter by online rollouts (the method: arXiv 2503.07274).
 
-    `DifferentRun` is raised if the folder of the options is another run's. Started by `torchrun`, all processes train
+    Raises `DifferentRun` if the folder of the options is another run's, `FolderInUse` while another process trains
+    there, `BaseNotFinite`, and `Diverged`, after which the same folder can be trained into again. Started by `torchrun`, all processes train
     one adapter; each returns it.
     """
     # What can be refused is, before any evaluation.
