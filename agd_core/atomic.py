@@ -33,7 +33,7 @@ def replacing(path: Path, size: int = 0) -> Iterator[str]:
         yield temporary
         _put(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise NotWritten(_why(path, error, max(size, _size_of_file(temporary)))) from error
+        raise NotWritten(_why(path, error, size, _size_of_file(temporary))) from error
     finally:
         with contextlib.suppress(OSError):  # it has its place, or is another program's on Windows
             os.unlink(temporary)
@@ -51,13 +51,14 @@ def _size_of_file(path: str) -> int:
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
-def _why(path: Path, error: Exception, size: int) -> str:
+def _why(path: Path, error: Exception, size: int, written: int = 0) -> str:
+    """`size`, `written`: bytes in all, as far as known, and so far, which are free again."""
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     place = next((each for each in path.absolute().parents if each.is_dir()), None)
-    free = shutil.disk_usage(place).free if place else 0
+    free = shutil.disk_usage(place).free + written if place else 0
     return (
-        f"{path} could not be written ({reason}): it takes {size:,} bytes, and {free:,} are free there; make room, or "
-        "choose another place."
+        f"{path} could not be written ({reason}): it takes {max(size, written):,} bytes, and {free:,} are free there; "
+        "make room, or choose another place."
     )
 
 

@@ -134,9 +134,9 @@ def train(
 ) -> Trained:
     """Distil the base's guidance into a new adapter by online rollouts (the method: arXiv 2503.07274).
 
-    Raises `DifferentRun` if the folder of the options is another run's, `FolderInUse` while another process trains
-    there, `BaseNotFinite`, and `Diverged`, after which the same folder can be trained into again. Started by `torchrun`, all processes train
-    one adapter; each returns it.
+    Started by `torchrun`, all processes train one adapter; each returns it. Raises `DifferentRun` if the folder of the
+    options is another run's, `FolderInUse` while another process trains there, `BaseNotFinite`, and `Diverged`, after
+    which the same folder can be trained into again.
     """
     # What can be refused is, before any evaluation.
     ranks, start = Ranks(), Start.load(options.start) if options.start is not None else None

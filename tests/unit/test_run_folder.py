@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from PIL import Image
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.atomic import NotWritten, write_text
+from comfyui_agd.agd_core.atomic import NotWritten, replacing, write_text
 from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.errors import AGDError
 from comfyui_agd.tests.support.small import info_for, small_layers
@@ -134,6 +136,18 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_is_free_counts_what_was_written_so_far(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+
+    def fill() -> None:
+        with replacing(tmp_path / "a", 5_000_000) as temporary:
+            Path(temporary).write_bytes(bytes(2000))
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(NotWritten, match="it takes 5,000,000 bytes, and 3,000 are free there"):
+        fill()
 
 
 def test_a_write_that_ends_half_way_keeps_the_older_state(folder, small_files):
