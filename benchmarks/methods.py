@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.adapter_file import replacing
 from comfyui_agd.agd_core.alternating import AGREES, NEAR
+from comfyui_agd.agd_core.atomic import replacing
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.comfyui.model.sampler import guided_by
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter

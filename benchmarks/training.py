@@ -198,7 +198,7 @@ def timed_step(step, state, timer: PartTimer) -> Callable[[], None]:
     step.gradients = timer.timed("backward", step.gradients)
     step.optimise = timer.timed("optimiser", step.optimise)
     step.update_average = timer.timed("optimiser", step.update_average)
-    step.check_loss = lambda student, number: None  # of random weights any loss is as good as another
+    step.check = lambda *_: None  # of random weights any loss is as good as another
     return lambda: step(state, step.config.iterations)
 
 

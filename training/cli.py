@@ -29,7 +29,8 @@ from .job import Job, check_disk_space, check_output
 from .presets import CARDS, settings_for
 from .progress import PHASES, Progress, ProgressLines
 from .recording import SETTINGS as RECORDED
-from .recording import Recording, size_in_bytes
+from .recording import Recording, can_go_on, size_in_bytes
+from .run_folder import RunFolder
 from .trainer import Callbacks
 
 _PICTURES = (".png", ".jpg", ".webp")
@@ -183,11 +184,16 @@ def _train(args: argparse.Namespace) -> None:
                     return
                 trained = job.run(callbacks, planned, _rerun(args))
         except KeyboardInterrupt:
-            before = "Stopped while planning; nothing was written."
-            raise UsageError(f"Stopped; the same command goes on from {job.folder}." if planned else before) from None
+            raise UsageError(_stopped(RunFolder(job.folder).run_states(), f"{job.folder}")) from None
     if ranks.first:
         print(job.report(trained), end="")
         print(f"Wrote {args.output}; plots, previews and measurements are in {job.folder}.")
+
+
+def _stopped(can_go_on: object, place: str) -> str:
+    if not can_go_on:
+        return "Stopped before anything could be kept; the same command starts again."
+    return f"Stopped; the same command goes on from {place}."
 
 
 def _rerun(args: argparse.Namespace) -> dict[str, Any]:
@@ -212,7 +218,7 @@ def _record(args: argparse.Namespace) -> None:
         with bar.stopped_by_signals():
             recording = job.record(batches, Callbacks(on_progress=bar))
     except KeyboardInterrupt:
-        raise UsageError(f"Stopped; the same command goes on from the whole shards in {args.output}.") from None
+        raise UsageError(_stopped(can_go_on(args.output), f"the whole shards in {args.output}")) from None
     print(f"Recorded {recording.batches:,} batches; train with `agd train --recording {args.output}`.")
 
 
@@ -288,5 +294,8 @@ def main(argv: list[str] | None = None) -> int:
         _COMMANDS[args.command](args)
     except (UsageError, ValueError, OSError, RuntimeError, ArithmeticError) as error:
         print(f"agd: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # outside of what goes on, such as while a model is loaded
+        print("agd: Stopped; the same command starts again.", file=sys.stderr)
         return 1
     return 0

@@ -7,6 +7,7 @@ import torch
 from ..agd_core.adapter import Adapter
 from ..agd_core.guidance import GuidanceRule
 from ..agd_core.seeds import seeded_generator
+from .finite import base_prediction
 from .gap import CFG
 from .model import Denoiser, ProgressCallback, Prompt, Shape, no_progress
 from .solvers import solver_step
@@ -34,7 +35,7 @@ def sample(
 ) -> torch.Tensor:
     """A latent (1, c, h, w): with the adapter in one evaluation per step, or by the teacher in two.
 
-    `progress` counts evaluations.
+    `progress` counts evaluations. Raises `BaseNotFinite`.
     """
     sigmas, omega = denoiser.sigmas("normal", settings.steps), torch.tensor([float(settings.omega)])
     noise = torch.randn(1, *settings.shape, generator=seeded_generator(settings.seed))
@@ -45,7 +46,7 @@ def sample(
         if adapter is not None:
             denoised = denoiser.student(adapter, x, sigma, [prompt], [negative], omega).cpu()
         else:
-            cond, uncond = (denoiser.denoise(x, sigma, [each]).cpu() for each in (prompt, negative))
+            cond, uncond = (base_prediction(denoiser, x, sigma, [each]) for each in (prompt, negative))
             denoised = settings.rule(x, sigma, cond, uncond, omega)
         x = solver_step(x, denoised, sigma, sigmas[i + 1 : i + 2])
         progress((i + 1) * evaluations, settings.steps * evaluations)

@@ -11,6 +11,7 @@ from ..agd_core.guidance import GapErrors, GuidanceRule, gap_errors, mean_cosine
 from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
 from .estimate import share_closed_of
+from .finite import base_prediction
 from .model import Denoiser, ProgressCallback, Prompt, Shape, no_progress
 from .solvers import solver_step
 
@@ -68,6 +69,7 @@ def follow_teacher(
     `negative`: a prompt each, in the order of `positive`; `batch`: trajectories at once.
 
     Spends len(omegas) * len(positive) * steps * 2 evaluations (rows), once. Call it inside the denoiser's session.
+    Raises `BaseNotFinite`.
     """
     states, done, total = [], 0, len(trajectories.omegas) * len(positive) * trajectories.steps
     sigmas, kept = denoiser.sigmas(trajectories.scheduler, trajectories.steps), trajectories.kept_steps()
@@ -79,8 +81,7 @@ def follow_teacher(
             x = denoiser.start(trajectories.noise(range(first, first + rows)), sigmas[:1].expand(rows))
             for i in range(trajectories.steps):
                 sigma, sigma_next = sigmas[i].expand(rows), sigmas[i + 1].expand(rows)
-                cond = denoiser.denoise(x, sigma, prompts).cpu()
-                uncond = denoiser.denoise(x, sigma, unwanted).cpu()
+                cond, uncond = (base_prediction(denoiser, x, sigma, each) for each in (prompts, unwanted))
                 target = trajectories.rule(x, sigma, cond, uncond, torch.full((rows,), float(omega)))
                 if i in kept:
                     states.append(TrajectoryState(x, cond, target, sigmas[i].item(), omega, prompts, unwanted))

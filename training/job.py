@@ -11,6 +11,7 @@ from typing import Any
 
 from ..agd_core import adapter_file
 from ..agd_core.adapter_name import SUFFIX, file_name
+from ..agd_core.atomic import remove_remains
 from ..agd_core.errors import AGDError
 from .config import TrainConfig
 from .distributed import Ranks
@@ -92,17 +93,13 @@ class Job:
 
         `settings`: what the command line needs besides the trainer's settings, to repeat the run: the base and so on.
         """
-        callbacks = dataclasses.replace(callbacks, on_start=lambda: self._write_config(settings))
+        callbacks = dataclasses.replace(
+            callbacks, on_start=lambda: self._write_config(settings), on_end=self._write_result
+        )
         options = RunOptions(
             negative=self.negatives, folder=self.folder, recording=self.recording, plan=planned, start=self.start
         )
-        trained = train(self.model, self.prompts, self.config, callbacks, options)
-        if Ranks().first:
-            adapter_file.save(self.output, trained.adapter, trained.info)
-            files = RunFolder(self.folder)
-            files.save_text("report.txt", self.report(trained))
-            files.clear()
-        return trained
+        return train(self.model, self.prompts, self.config, callbacks, options)
 
     def record(self, batches: int, callbacks: Callbacks) -> Recording:
         """Record so many batches of what this job's training would visit, into the folder `output`."""
@@ -118,8 +115,15 @@ class Job:
                 self.output, pool, identity, batches, callbacks.of_phase("record"), callbacks.of_phase("rollout")
             )
 
+    def _write_result(self, trained: Trained) -> None:
+        adapter_file.save(self.output, trained.adapter, trained.info)
+        files = RunFolder(self.folder)
+        files.save_text("report.txt", self.report(trained))
+        files.clear()
+
     def _write_config(self, settings: dict) -> None:
         """`config.toml` and the prompts themselves in the run's folder, from which the run can be repeated."""
+        remove_remains(self.output.parent, self.output.name)
         files = RunFolder(self.folder)
         files.save_text("prompts.txt", "".join(f"{prompt}\n" for prompt in self.prompts))
         settings |= {"prompts": str((self.folder / "prompts.txt").absolute()), "verbatim": True}

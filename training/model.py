@@ -14,7 +14,7 @@ from PIL import Image
 from ..agd_core.adapter import Adapter
 from ..agd_core.config import AdapterConfig, BaseInfo
 
-Prompt = Any  # one encoded prompt, opaque to the trainer
+Prompt = Any  # one encoded prompt, opaque to the trainer but for its `text`
 Shape = tuple[int, ...]  # of a latent without its batch: channels first, height and width last
 ProgressCallback = Callable[[int, int], None]  # called with how many are done, and of how many
 

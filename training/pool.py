@@ -49,7 +49,12 @@ class Batch:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Any], rule: GuidanceRule) -> "Batch":
-        """One that was visited before, from its tensors by name."""
+        """One that was visited before, from its tensors by name. Raises `ValueError` where these don't fit together."""
+        numbers, latents, rows = ("positive", "negative"), ("x", "cond", "uncond"), tensors["x"].shape[:1]
+        for name, value in tensors.items():
+            shape = tensors["x"].shape if name in latents else rows
+            if value.shape != shape or value.is_floating_point() == (name in numbers):
+                raise ValueError(f"{name} is of another type or shape")
         return cls(**tensors, rule=rule)
 
     @functools.cached_property

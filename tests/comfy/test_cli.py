@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 from comfyui_agd.agd_core import adapter_file
-from comfyui_agd.training.cli import main
+from comfyui_agd.training.cli import ProgressBar, main
+from comfyui_agd.training.trainer import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
@@ -151,6 +152,48 @@ def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(agd, prompts, tmp_p
     assert "Traceback" not in text
     other = agd(*train(prompts, output, "--iterations", "5000"))
     assert "iterations: 4000 then, 5000 now" in other.stderr
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch) -> Callable[[str, int], None]:
+    """Ctrl-C at that step of that phase, once."""
+
+    def at(phase: str, step: int) -> None:
+        def show(bar: ProgressBar, progress: Progress) -> None:
+            if (progress.phase, progress.step) == (phase, step):
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(ProgressBar, "_show", show)
+
+    return at
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_the_first_state_says_that_the_next_run_starts_again(agd, prompts, tmp_path, ctrl_c, caplog):
+    output = tmp_path / "toy.safetensors"
+    caplog.set_level("INFO", "comfyui_agd.training")
+    command, starts = train(prompts, output, "--iterations", "3"), "the same command starts again."
+    ctrl_c("rollout", 1)
+    done = agd(*command)
+    assert (done.status, done.stderr.splitlines()[-1]) == (1, f"agd: Stopped before anything could be kept; {starts}")
+    assert "AGD: the training stopped; the same one starts again" in caplog.text
+    ctrl_c("train", 2)
+    done = agd(*command)
+    assert done.stderr.splitlines()[-1] == f"agd: Stopped; the same command goes on from {tmp_path / 'toy.run'}."
+    assert "AGD: the training stopped; the same one goes on from step 2" in caplog.text
+    ctrl_c("none", 0)
+    assert agd(*command).status == 0
+
+
+def test_ctrl_c_in_a_recording_says_whether_there_is_something_to_go_on_from(agd, prompts, tmp_path, ctrl_c):
+    base = ("--loader", "comfyui_agd.examples.toy.model:load", "--prompts", str(prompts), *SETTINGS)
+    command = ("record", *base, "--output", str(tmp_path / "recorded"), "--batches", "66")
+    for step, told in (
+        (3, "Stopped before anything could be kept; the same command starts again."),
+        (65, f"Stopped; the same command goes on from the whole shards in {tmp_path / 'recorded'}."),
+    ):
+        ctrl_c("record", step)
+        assert agd(*command).stderr.splitlines()[-1] == f"agd: {told}"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
 from comfyui_agd.tests.support.analytic import PROMPTS, Stopped, assert_same, stop_after
 from comfyui_agd.tests.support.runtime import TinyUNet, ksampler, patched, tiny
+from comfyui_agd.training.finite import BaseNotFinite
 from comfyui_agd.training.gap import Trajectories, evaluate, follow_teacher
 from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import Callbacks, train
@@ -99,6 +100,32 @@ def test_a_run_stopped_inside_an_evaluation_goes_on_to_the_same_result(base, new
     finally:
         hook.remove()
     assert_same(train(new_model(), PROMPTS, VARIED, options=RunOptions(folder=folder)), whole)
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_base_that_is_not_finite_is_named_with_its_prompt_and_dtype(base, new_model, tmp_path, negative):
+    """In the real runtime: one prompt of all, positive or negative, makes its activations overflow."""
+    text, prompts = "a small green ring on a white background", [*PROMPTS]
+    overflowing = new_model().text_encoder.encode([text])[0].cond["cross_attn"]
+    prompts, unwanted = (prompts, [text]) if negative else ([*prompts, text], [""])
+
+    def overflow(block, inputs, out):
+        rows = [torch.equal(context, overflowing[0]) for context in seen[-1]]
+        return torch.where(torch.tensor(rows)[:, None, None, None], out / 0, out)
+
+    seen, unet = [], base.model.diffusion_model
+    hooks = [
+        unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["context"]), with_kwargs=True),
+        unet.middle_block[0].register_forward_hook(overflow),
+    ]
+    config, options = replace(CONFIG, iterations=30), RunOptions(negative=unwanted, folder=tmp_path / "a.run")
+    try:
+        with pytest.raises(BaseNotFinite, match=rf"predicts NaN for the prompt '{text}' at .* computed in float32"):
+            train(new_model(), prompts, config, options=options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(train(new_model(), prompts, config, options=options).losses) == 30
 
 
 def test_training_works_under_inference_mode_as_nodes_run(toy):

@@ -81,8 +81,11 @@ class AnalyticModel:
                 raise ValueError(f"There is no scheduler {name!r}.")
 
     def encode(self, prompts: list[str], kind: str = "positive") -> list[torch.Tensor]:
-        """A prompt is its context: (m, d)."""
-        return [_fixed(TOKENS, CONTEXT, seed=zlib.crc32(prompt.encode())) for prompt in prompts]
+        """A prompt is its context: (m, d), with its text."""
+        encoded = [_fixed(TOKENS, CONTEXT, seed=zlib.crc32(prompt.encode())) for prompt in prompts]
+        for context, prompt in zip(encoded, prompts, strict=True):
+            context.text = prompt
+        return encoded
 
     def length(self, prompt: str) -> int:
         return TOKENS

@@ -1,7 +1,9 @@
 """Whole training runs on a base whose answers are known: stopped, gone on with, refused."""
 
+import copy
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from comfyui_agd.tests.support.analytic import (
 from comfyui_agd.training import held_out
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.euler_sample import SampleSettings, sample
+from comfyui_agd.training.finite import BaseNotFinite, Diverged, TargetNotFinite, base_prediction
 from comfyui_agd.training.gap import (
     Evaluation,
     Trajectories,
@@ -33,9 +36,9 @@ from comfyui_agd.training.job import Job
 from comfyui_agd.training.learning_rate import learning_rate
 from comfyui_agd.training.plot import preview
 from comfyui_agd.training.progress import PHASES
-from comfyui_agd.training.run_folder import RunFolderError
+from comfyui_agd.training.run_folder import RunFolder, RunFolderError
 from comfyui_agd.training.run_setup import RunOptions, split_prompts
-from comfyui_agd.training.run_state import DifferentRun, differences
+from comfyui_agd.training.run_state import DifferentRun, RunState, differences
 from comfyui_agd.training.solvers import solver_step
 from comfyui_agd.training.trainer import Callbacks, train
 
@@ -185,7 +188,7 @@ def test_as_many_states_are_kept_as_asked(folder):
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        ({"learning_rate": 1e-5}, "learning_rate: 0.003 then, 1e-05 now"),
+        ({"clip": 2.0}, "clip: 1.0 then, 2.0 now"),
         ({"evaluate_every": 2, "reuse": 3}, "evaluate_every: 5 then, 2 now; reuse: 2 then, 3 now"),
         ({"iterations": 20}, "iterations: 12 then, 20 now"),
     ],
@@ -218,7 +221,9 @@ def test_a_run_state_of_another_version_is_refused(folder):
         train(AnalyticModel(), PROMPTS, CONFIG, stop_after(3), options=RunOptions(folder=folder))
     (file,) = folder.glob("state-*")
     torch.save(torch.load(file, weights_only=True) | {"version": 1}, file)
-    with pytest.raises(DifferentRun, match=r"use those .* or delete its folder .*\(of another version\)"):
+    with pytest.raises(
+        DifferentRun, match=r"another version of AGD.* delete its folder .* are of version 1, this AGD reads 2 and 3"
+    ):
         train(AnalyticModel(), PROMPTS, CONFIG, options=RunOptions(folder=folder))
 
 
@@ -269,7 +274,8 @@ def test_the_micro_batch_may_change_in_between(folder, whole):
 def test_differences_are_short():
     then = {"batch": 4, "prompts": ["a" * 80], "seed": 0}
     now = {"batch": 8, "prompts": ["b" * 80], "seed": 0, "reuse": 1}
-    assert differences(then, now) == ["batch: 4 then, 8 now", "prompts: others now", "reuse: None then, 1 now"]
+    phrases = ["batch: 4 then, 8 now", "prompts: others now", "reuse: None then, 1 now"]
+    assert list(differences(then, now).values()) == phrases
 
 
 # -- What comes out
@@ -557,7 +563,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
 
     monkeypatch.setattr(model, "student", student)
     unmeasured = replace(CONFIG, held_out=0)
-    with pytest.raises(FloatingPointError, match="loss became nan at iteration 3; train again with a smaller learning"):
+    told = (
+        r"loss became nan at iteration 3\. Train again with a smaller learning rate than 0\.003: the same output starts"
+    )
+    with pytest.raises(Diverged, match=told):
         train(model, PROMPTS, unmeasured, options=RunOptions(folder=folder))
     assert_same(
         train(AnalyticModel(), PROMPTS, unmeasured, options=RunOptions(folder=folder)),
@@ -565,9 +574,162 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
     )
 
 
+LONG = replace(CONFIG, held_out=0, iterations=80, save_every=10, keep_states=9)
+
+
+def exploding(monkeypatch, at: int, by: float = 1e3) -> AnalyticModel:
+    """Its student is far off from that iteration on."""
+    model, real = AnalyticModel(), AnalyticModel.student
+
+    def student(adapter, x, *rest):
+        out = real(model, adapter, x, *rest)
+        return out + by * x.abs().max() if len(model.student_rows) >= at else out
+
+    monkeypatch.setattr(model, "student", student)
+    return model
+
+
+@pytest.mark.parametrize(("at", "by", "kept"), [(45, 1e3, 30), (45, float("nan"), 20), (5, float("nan"), None)])
+def test_the_advice_after_a_divergence_can_be_followed_with_the_same_output(folder, monkeypatch, caplog, at, by, kept):
+    """The states of the iterations in which it was found lead nowhere; an older one does, with another rate."""
+    told = f"the same output goes on from step {kept}\\." if kept else "the same output starts again\\."
+    with pytest.raises(Diverged, match=f"smaller learning rate than 0.003: {told}"):
+        train(exploding(monkeypatch, at, by), PROMPTS, LONG, options=RunOptions(folder=folder))
+    steps = []
+    slower, watch = replace(LONG, learning_rate=1e-4), Callbacks(lambda p: steps.append((p.phase, p.step)))
+    trained = train(AnalyticModel(), PROMPTS, slower, watch, options=RunOptions(folder=folder))
+    assert next(step for phase, step in steps if phase == "train") == (kept or 0)
+    assert len(trained.losses) == LONG.iterations
+    assert ("learning_rate: 0.003 then, 0.0001 now" in caplog.text) == bool(kept)
+    assert metrics(folder)[kept or 0]["learning_rate"] < 1e-4
+
+
+class Broken(AnalyticModel):
+    """A base whose `at`-th evaluation is `value` in its second row, as fp16 computes where it overflows."""
+
+    computes_in = torch.float16
+
+    def __init__(self, at: int, value: float = float("nan")):
+        super().__init__()
+        self.at, self.value = at, value
+
+    def denoise(self, x, sigma, prompts):
+        out = super().denoise(x, sigma, prompts)
+        if len(self.base_rows) == self.at:
+            out[min(1, len(out) - 1), 0, 0, 0] = self.value
+        return out
+
+
+@pytest.mark.parametrize(("value", "named"), [(float("nan"), "NaN"), (float("-inf"), "infinity")])
+@pytest.mark.parametrize("phase", ["rollout", "train", "teacher", "preview"])
+def test_a_base_that_is_not_finite_is_named_and_the_same_output_goes_on_in_another_precision(
+    tmp_path, value, named, phase
+):
+    config = replace(CONFIG, preview_every=5)
+    at = {"rollout": 2}
+    counting = AnalyticModel()
+
+    def count(progress):
+        if progress.phase != "train" or progress.step > 0:
+            at.setdefault(progress.phase, len(counting.base_rows) + 1)
+
+    train(counting, PROMPTS, config, Callbacks(count, on_preview=lambda *_: None))
+    told = (
+        rf"^The model itself, without any adapter, predicts {named} for the prompt '.*' at noise level [\d.]+, "
+        r"computed in float16: .*--precision bf16.*--base-dtype"
+    )
+    options = RunOptions(folder=tmp_path / "a.run")
+    with pytest.raises(BaseNotFinite, match=told):
+        train(Broken(at[phase], value), PROMPTS, config, options=options)
+    saved = RunFolder(options.folder).load_run_state()
+    assert (saved is None) == (phase == "rollout")
+    resumed = train(AnalyticModel(), PROMPTS, replace(config, precision="bf16"), options=options)
+    assert_same(
+        replace(resumed, info=train(AnalyticModel(), PROMPTS, config).info), train(AnalyticModel(), PROMPTS, config)
+    )
+
+
+def test_the_prompt_that_is_named_is_the_rows_own_short_and_on_one_line():
+    model = Broken(1)
+    prompts = ["fine", "a prompt\nof two lines, and with much " + "more " * 50]
+    with pytest.raises(
+        BaseNotFinite, match=r"for the prompt 'a prompt of two lines, and with much more .{,30} \.\.\.' at"
+    ):
+        base_prediction(model, torch.ones(2, 2, 8, 8), torch.ones(2), model.encode(prompts))
+
+
+def test_a_base_that_computes_in_more_than_fp16_gets_other_advice():
+    model = Broken(1)
+    model.computes_in = torch.bfloat16
+    with pytest.raises(BaseNotFinite, match=r"computed in bfloat16: its file or one of its LoRAs may be damaged"):
+        base_prediction(model, torch.ones(1, 2, 8, 8), torch.ones(1), model.encode(["a star"]))
+
+
+def test_a_teacher_that_is_not_finite_is_not_taken_for_the_adapter(monkeypatch):
+    monkeypatch.setattr(GuidanceRule, "__call__", lambda self, x, sigma, cond, *_: cond / 0)
+    with pytest.raises(
+        TargetNotFinite, match=r"The teacher's guidance \(cfg\) is NaN or infinite at iteration 1, though"
+    ):
+        train(AnalyticModel(), PROMPTS, replace(CONFIG, held_out=0, pool=1, steps_min=1, steps_max=1))
+
+
+def test_a_gradient_that_is_not_finite_moves_no_weight(folder, monkeypatch):
+    """The loss is fine, as it is where half precision overflows in the backward pass alone."""
+    model, real = AnalyticModel(), AnalyticModel.student
+
+    def student(*args):
+        out = real(model, *args)
+        if len(model.student_rows) == 4:
+            out.register_hook(lambda gradient: gradient * float("inf"))
+        return out
+
+    monkeypatch.setattr(model, "student", student)
+    with pytest.raises(Diverged, match=r"the gradient became (nan|inf) at iteration 4"):
+        train(model, PROMPTS, replace(CONFIG, held_out=0), options=RunOptions(folder=folder))
+
+
+def test_a_measurement_that_is_not_finite_is_a_divergence(folder, monkeypatch):
+    scores(monkeypatch, [0.1, float("nan")])
+    with pytest.raises(Diverged, match="what the adapter closes of the gap is nan at step 10"):
+        train(AnalyticModel(), PROMPTS, CONFIG, options=RunOptions(folder=folder))
+
+
+def with_nan(saved: dict, part: str) -> dict:
+    """A state as saved, with a NaN in one of its parts."""
+    places = {
+        "adapter": saved["adapter"],
+        "average": saved["average"],
+        "optimiser": saved["optimiser"]["state"][0],
+        "pool": {key: value for key, value in saved["lanes"].items() if key == "x0"},
+        "best": saved["best"]["weights"],
+    }
+    next(value for value in places[part].values() if value.is_floating_point() and value.ndim).view(-1)[0] = float(
+        "nan"
+    )
+    return saved
+
+
+@pytest.mark.parametrize("part", ["adapter", "average", "optimiser", "pool", "best"])
+def test_a_state_that_is_not_finite_is_never_saved_and_never_gone_on_from(folder, whole, caplog, monkeypatch, part):
+    with pytest.raises(Stopped):
+        train(AnalyticModel(), PROMPTS, VARIED, stop_after(8), options=RunOptions(folder=folder))
+    newest = folder / "state-000008.pt"
+    torch.save(with_nan(torch.load(newest, weights_only=True), part), newest)
+    assert_same(train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder)), whole)
+    assert re.search(r"state-000008.pt is damaged \(.* holds NaN or infinity\); an older state is used", caplog.text)
+
+    real = RunState.state_dict
+    monkeypatch.setattr(RunState, "state_dict", lambda *args: with_nan(copy.deepcopy(real(*args)), part))
+    with pytest.raises(Diverged, match=r"of step 12 holds NaN or infinity\. Train again"):
+        train(AnalyticModel(), PROMPTS, VARIED, stop_after(12), options=RunOptions(folder=folder))
+    assert not (folder / "state-000012.pt").exists()
+
+
 def test_a_learning_rate_far_too_large_stops_the_run():
     config = replace(CONFIG, held_out=0, learning_rate=1e6, iterations=100, ema=0.0, warmup=0.0)
-    with pytest.raises(FloatingPointError, match=r"loss (exploded|became).* smaller learning rate than 1e\+06"):
+    with pytest.raises(
+        FloatingPointError, match=r"(loss|gradient) (exploded|became).* smaller learning rate than 1e\+06"
+    ):
         train(AnalyticModel(), PROMPTS, config)
 
 
@@ -584,7 +746,7 @@ def test_an_exploding_loss_says_how_far_and_a_single_peak_is_nothing(monkeypatch
         return train(model, PROMPTS, replace(CONFIG, held_out=0, iterations=iterations)).losses
 
     assert max(run(slice(10, 11), 30)) > 1000  # one batch of many
-    with pytest.raises(FloatingPointError, match=r"exploded: at iteration 20 it is \d+ times that of no adapter"):
+    with pytest.raises(FloatingPointError, match=r"exploded, at iteration 20 it is \d+ times that of no adapter"):
         run(slice(5, None), 60)
 
 
@@ -599,9 +761,7 @@ def test_a_full_disk_stops_the_run_with_its_last_state_kept(folder, monkeypatch,
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
-        with pytest.raises(
-            RunFolderError, match=r"state of step 10 could not be saved .*No space left.*make room there"
-        ):
+        with pytest.raises(RunFolderError, match=r"state of step 10 could not be saved.*No space left.*make room"):
             train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder))
     assert [path.name for path in folder.glob("*state*")] == ["state-000005.pt"]
     resumed = train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder))

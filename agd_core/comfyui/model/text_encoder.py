@@ -16,10 +16,14 @@ from ..backbones import backbone_of, describe_base
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """What the text encoder made of a prompt, on the CPU; `kind` is "positive" or "negative". Equal to itself alone."""
+    """What the text encoder made of a prompt, on the CPU; `kind` is "positive" or "negative", `text` the prompt.
+
+    Equal to itself alone.
+    """
 
     cond: dict
     kind: str
+    text: str = ""
 
 
 class ComfyTextEncoder:
@@ -40,7 +44,8 @@ class ComfyTextEncoder:
                 cond = backbone_of(self._model.model).condition_of(self._model.model, cond)
                 self._check_width(cond["cross_attn"])
                 # As the model will cast them; thousands of prompts wait in memory.
-                encoded.append(EncodedPrompt({**cond, "cross_attn": cond["cross_attn"].to("cpu", dtype)}, kind))
+                cond = {**cond, "cross_attn": cond["cross_attn"].to("cpu", dtype)}
+                encoded.append(EncodedPrompt(cond, kind, prompt))
         return encoded
 
     def length(self, prompt: str) -> int:
