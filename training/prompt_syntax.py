@@ -264,6 +264,8 @@ class _Parser:
 
     def variable(self, token: re.Match, closed: _Open) -> Assignment | Variable:
         value, sign = closed.alternatives[0], token["sign"] or ""
+        # The spaces before the value are part of the token.
+        value[-1:] = [part.rstrip() if isinstance(part, str) else part for part in value[-1:]]
         if "=" in sign:
             return Assignment(token["name"], value, once=sign == "=!", keeps=sign == "?=")
         return Variable(token["name"], value if sign else None)
