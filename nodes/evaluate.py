@@ -120,8 +120,8 @@ class AGDEvaluate(io.ComfyNode):
         adapter_name="", adapter=None, vae=None,
     ) -> io.NodeOutput:  # fmt: skip
         config = AssessConfig((cfg,), steps=steps, count=count, seed=seed, width=width, height=height)
-        texts = prompt_sources.expand(prompt_sources.prompts_of(prompts), count, seed)
-        unwanted = prompt_sources.prompts_of(negative) or [""]
+        texts = prompt_sources.expand(prompt_sources.prompts_of(prompts, "prompts"), count, seed)
+        unwanted = prompt_sources.draw_each(prompt_sources.prompts_of(negative, "negative"), seed) or [""]
         candidate = Candidate(*(adapter or named_adapter(adapter_name, model)))
         info, weights, source = candidate.info, candidate.weights, candidate.source
         sampler = ComfySampler(model, info, weights, source=source, rule=rule_of(info))

@@ -318,7 +318,8 @@ class AGDTrain(io.ComfyNode):
         chosen |= {} if aspect_ratios else {"aspect_ratios": ()}
         config = settings_for(trainable.base, chosen)
         begin = folders.adapter_path(start) if start != _NEW else None
-        job = Job(trainable, _prompts(prompts, prompt_count, seed), config, path, _lines(negative), start=begin)
+        unwanted = prompt_sources.expand_negatives(prompt_sources.prompts_of(negative, "negative"), prompt_count, seed)
+        job = Job(trainable, _prompts(prompts, prompt_count, seed), config, path, unwanted, start=begin)
         display = NodeProgress(node_id)
         callbacks = Callbacks(on_progress=display, on_preview=display.show_preview)
         plan = job.plan(callbacks.of_phase("plan"))
@@ -333,10 +334,6 @@ class AGDTrain(io.ComfyNode):
         return io.NodeOutput(patched, folders.name_of(path), plot, adapter, report)
 
 
-def _lines(text: str) -> list[str]:
-    return prompt_sources.prompts_of(text)
-
-
 def _prompts(text: str, count: int, seed: int) -> list[str]:
-    lines = _lines(text)
+    lines = prompt_sources.prompts_of(text, "prompts")
     return prompt_sources.expand(lines, count, seed) if lines else prompt_sources.generate(count, seed)

@@ -117,7 +117,7 @@ def _prompts(args: argparse.Namespace, seed: int) -> list[str]:
     if args.prompts is None:
         return prompt_sources.generate(count, seed)
     if args.verbatim:
-        return prompt_sources.read_prompts(args.prompts, verbatim=True)
+        return prompt_sources.read_verbatim(args.prompts)
     return prompt_sources.expand(prompt_sources.read_prompts(args.prompts), count, seed, args.wildcards)
 
 
@@ -126,10 +126,11 @@ def _negatives(args: argparse.Namespace, seed: int, count: int) -> list[str]:
         raise UsageError("Give --negative or --negatives, not both.")
     if args.negatives == "built-in":
         return prompt_sources.generate_negatives(min(count, 1000), seed)
-    if args.negatives:
-        lines = prompt_sources.read_prompts(Path(args.negatives))
-        return prompt_sources.expand(lines, args.prompt_count or 2000, seed, args.wildcards)
-    return list(args.negative or [])
+    given = prompt_sources.numbered(args.negative or [], "--negative")
+    if args.verbatim:
+        return prompt_sources.read_verbatim(args.negatives) if args.negatives else [line.text for line in given]
+    lines = prompt_sources.read_prompts(args.negatives) if args.negatives else given
+    return prompt_sources.expand_negatives(lines, args.prompt_count or 2000, seed, args.wildcards)
 
 
 def _job(args: argparse.Namespace, output: Path, recording: Recording | None = None) -> Job:
@@ -232,7 +233,8 @@ def _evaluate(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"{path} can't be written: it must end in {' or '.join(suffixes)}, in a folder that exists."
             )
-    prompts = PromptTexts(_given(args.prompts, config), args.negative or [""])
+    negative = prompt_sources.draw_each(prompt_sources.numbered(args.negative or [""], "--negative"), config.seed)
+    prompts = PromptTexts(_given(args.prompts, config), negative)
     source = BaseSource.given(args)
     from_file = None if str(args.adapter) == ATTENTION_GUIDANCE else adapter_file.load_weights(args.adapter)
     use_comfyui(source.comfyui)
@@ -261,7 +263,8 @@ def _given(texts: list[str] | None, config: AssessConfig) -> list[str]:
     if not texts:
         raise UsageError("Give prompts to evaluate with: --prompts FILE, or the prompts themselves.")
     is_file = len(texts) == 1 and (texts[0].endswith(".txt") or os.path.isfile(texts[0]))
-    return prompt_sources.expand(prompt_sources.read_prompts(texts[0]) if is_file else texts, config.count, config.seed)
+    lines = prompt_sources.read_prompts(texts[0]) if is_file else prompt_sources.numbered(texts, "--prompts")
+    return prompt_sources.expand(lines, config.count, config.seed)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -259,10 +259,18 @@ def test_an_adapter_that_does_not_hear_the_negative_prompt_says_so(server):
     assert "The negative prompt has no effect with this adapter" in server.texts["agd"]
 
 
+@pytest.mark.parametrize("node", ["AGDTrain", "AGDEvaluate"])
+def test_the_browser_leaves_wildcards_and_comments_in_prompts_to_the_node(server, node):
+    fields = server.get(f"/object_info/{node}")[node]["input"]["required"]
+    assert not any(fields[name][1].get("dynamicPrompts") for name in ("prompts", "negative"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompts": "a {red star"}, "has no }"),
+        ({"prompts": "fine\na {red star"}, "A { has no } in line 2 of prompts"),
+        ({"negative": "fine\nlow {quality"}, "A { has no } in line 2 of negative"),
+        ({"prompts": "fine\na \ud83d star"}, r"U.D83D can't be part of a prompt, but is in line 2 of prompts"),
         ({"adapter_name": "../../escape"}, "No adapter can be called '../../escape'"),
         ({"card": "8 GB", "width": 8192, "height": 8192}, "which has 7.5 GB for it; it would fit with"),
     ],
@@ -326,6 +334,7 @@ def test_an_adapter_straight_from_training_is_evaluated(server, trained):
         ({}, "There are no adapters yet in"),
         ({"adapter_name": "gone.safetensors"}, "There is no adapter 'gone.safetensors'"),
         ({"adapter_name": "first.safetensors", "prompts": " "}, "There are no prompts to evaluate with"),
+        ({"adapter_name": "first.safetensors", "negative": "low {quality"}, "A { has no } in line 1 of negative"),
         ({"adapter_name": "first.safetensors", "width": 32}, "width is 32, but must be 64 or more"),
         ({"adapter_name": "first.safetensors", "model": ["agd", 0]}, "This model has an AGD adapter already"),
     ],

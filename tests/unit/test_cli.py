@@ -16,6 +16,7 @@ from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.job import to_toml
 from comfyui_agd.training.progress import PHASES, Progress
 
+EVALUATE = ("evaluate", "a.safetensors", "--loader", "some.module:load")
 BASE = ("train", "--loader", "some.module:load", "--output", "a.safetensors")
 INTERVAL = ("--teacher", "interval", "--interval-sigma-min", "3", "--interval-sigma-max", "2")
 
@@ -112,11 +113,10 @@ def test_an_output_that_is_no_adapter_file_is_refused_before_anything_is_loaded(
 
 
 def test_bad_settings_of_an_evaluation_are_refused_before_anything_is_loaded(folder, capsys):
-    base = ("evaluate", "a.safetensors", "--loader", "some.module:load")
-    prompts = (*base, "--prompts", "a red star")
-    fails(capsys, "Give prompts to evaluate with", *base)
-    fails(capsys, "There is no file gone.txt", *base, "--prompts", "gone.txt")
-    fails(capsys, "has no }", *base, "--prompts", "a {red star")
+    prompts = (*EVALUATE, "--prompts", "a red star")
+    fails(capsys, "Give prompts to evaluate with", *EVALUATE)
+    fails(capsys, "There is no file gone.txt", *EVALUATE, "--prompts", "gone.txt")
+    fails(capsys, "has no } in line 1 of --prompts (", *EVALUATE, "--prompts", "a {red star")
     fails(capsys, "cfg is 1, but guidance begins above 1", *prompts, "--omega", "1", "3")
     fails(capsys, "steps is 0, but must be 1 or more", *prompts, "--steps", "0")
     fails(capsys, "must end in .json, in a folder that exists", *prompts, "--json", "elsewhere/a.json")
@@ -134,13 +134,31 @@ def test_prompts_to_evaluate_with_are_a_file_or_texts(folder):
     assert cli._given(["x" * 300], config) == ["x" * 300]  # too long for a file's name
 
 
+def test_negative_prompts_are_drawn_by_the_rules_of_prompts(folder, capsys):
+    def drawn(*given: str) -> list[str]:
+        return cli._negatives(parse([*BASE, *given]), 0, 9)
+
+    (folder / "negatives.txt").write_text("# no\n{low|worst} quality\nblurry\n")
+    assert sorted(drawn("--negative", "", "{low|worst} quality")) == ["", "low quality", "worst quality"]
+    assert sorted(drawn("--negatives", "negatives.txt")) == ["blurry", "low quality", "worst quality"]
+    assert drawn() == []
+    fails(capsys, "has no } in line 2 of --negative (", *BASE, "--negative", "fine", "low {quality")
+    fails(capsys, "has no } in line 1 of --negative (", *EVALUATE, "--prompts", "a star", "--negative", "low {quality")
+
+
+def test_verbatim_leaves_negative_prompts_alone_too(folder):
+    (folder / "negatives.txt").write_text("# a {\nb b\n")
+    for given in (["--negative", "# a {", "b b"], ["--negatives", "negatives.txt"]):
+        assert cli._negatives(parse([*BASE, "--verbatim", *given]), 0, 9) == ["# a {", "b b"]
+
+
 def test_bad_prompt_files_are_refused_before_anything_is_loaded(folder, capsys):
     (folder / "empty.txt").write_text("\n# nothing\n")
     (folder / "latin.txt").write_bytes(b"caf\xe9\n")
     (folder / "open.txt").write_text("a {red|blue star\n")
     fails(capsys, "holds no prompts", *BASE, "--prompts", "empty.txt")
     fails(capsys, "UTF-8", *BASE, "--prompts", "latin.txt")
-    fails(capsys, "has no }", *BASE, "--prompts", "open.txt")
+    fails(capsys, "has no } in line 1 of open.txt (", *BASE, "--prompts", "open.txt")
     fails(capsys, "There is no file gone.txt", *BASE, "--prompts", "gone.txt")
 
 
