@@ -22,6 +22,7 @@ from .adapter import Adapter
 from .config import AdapterConfig, AdapterLayer, BaseInfo, Linear
 from .errors import AGDError
 from .kinds import KINDS, kind_config
+from .text import one_line
 
 FORMAT_VERSION = 3
 _KEY = "agd"
@@ -290,4 +291,4 @@ def describe(info: AdapterInfo, path: str | Path) -> str:
     }
     lines |= {f"training: {key}": json.dumps(value) for key, value in info.training.items()}
     width = max(map(len, lines))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
+    return "\n".join(f"{one_line(key):<{width}}  {one_line(value)}" for key, value in lines.items())

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, fields
 
 from PIL import Image
 
+from ..agd_core.text import one_line
+
 METHODS = ("unguided", "guided", "agd")
 FITS, FITS_PARTLY = 0.8, 0.5  # shares of the gap closed in training that are kept elsewhere
 
@@ -143,7 +145,8 @@ class Assessment:
             per_step = f"{cost.evaluations_per_step:.2f} model evaluations per step"
             lines.append(f"{name}: {cost.seconds_per_image} seconds per image, {per_step}")
         lines += ["", self.transfer.verdict()]
-        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)]) + "\n"
+        lines += [f"Note: {note}" for note in self.notes]
+        return "".join(f"{one_line(line)}\n" for line in lines)
 
     def as_json(self) -> dict:
         """Everything but the picture."""
