@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -15,15 +15,17 @@ from ..agd_core.adapter_file import AdapterInfo, check_base
 from ..agd_core.guidance import GapErrors, GuidanceRule, square_norm
 from ..agd_core.mixed_precision import MixedPrecision
 from .assessment_report import METHODS, Assessment, Cost, Estimate, OmegaResult, SigmaResult, Transfer
-from .config import TrainConfig, option
+from .config import TrainConfig
 from .gap import Trajectories, TrajectoryState, errors_by_omega, follow_teacher, omegas_of, predict
 from .memory import retry_on_oom
 from .model import Model, ProgressCallback, Prompt, Shape, encode
+from .options import LARGEST_SEED, Settings, option
 from .plot import contact_sheet
 from .presets import settings_for
+from .seeds import generator_of
 from .trainer import Callbacks, Progress
 
-_SMALLEST = {"steps": 1, "count": 1, "width": 64, "height": 64}
+_SMALLEST_SIDE = 64  # pixels
 _KEPT_STEPS = 8  # of the measured trajectories', as in training
 _ROWS = 4  # evaluated at once, if they fit
 _WARM_UP = 2  # steps by every method before any is timed
@@ -55,24 +57,29 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
-class AssessConfig:
+class AssessConfig(Settings):
     """What is measured. Without `omegas`: those that the adapter's training was measured at."""
 
-    omegas: tuple[float, ...] = ()
-    steps: int = option(20, "of every sample")
-    count: int = option(8, "images by each method; the prompts take turns, each time with another seed")
-    seed: int = option(0, "of the first image's noise; the next one's is one higher")
-    width: int = option(0, "of the images, in pixels; 0: as the adapter was trained")
-    height: int = option(0, "of the images, in pixels; 0: as the adapter was trained")
+    refusal = "This can't be evaluated"
 
-    def __post_init__(self):
-        values = {name: getattr(self, name) for name in _SMALLEST}
-        given = {name: value for name, value in values.items() if value or name in ("steps", "count")}
-        small = {name: value for name, value in given.items() if value < _SMALLEST[name]}
-        wrong = [f"{name} is {value}, but must be {_SMALLEST[name]} or more" for name, value in small.items()]
-        wrong += [f"cfg is {omega:g}, but guidance begins above 1" for omega in self.omegas if not omega > 1]
-        if wrong:
-            raise ValueError(f"This can't be evaluated: {'; '.join(wrong)}.")
+    omegas: tuple[float, ...] = option(
+        (),
+        "guidance scales (cfg) to measure at; default: those that the adapter's training was measured at",
+        limits=(1.01, 100.0),
+        called="omega",
+    )
+    steps: int = option(20, "of every sample", limits=(1, 1000))
+    count: int = option(
+        8, "images by each method; the prompts take turns, each time with another seed", limits=(1, 10_000)
+    )
+    seed: int = option(0, "of the first image's noise; the next one's is one higher", limits=(0, LARGEST_SEED))
+    width: int = option(0, "of the images, in pixels; 0: as the adapter was trained", limits=(0, 16_384))
+    height: int = option(0, "of the images, in pixels; 0: as the adapter was trained", limits=(0, 16_384))
+
+    def contradictions(self) -> Iterator[str]:
+        for name in ("width", "height"):
+            if 0 < getattr(self, name) < _SMALLEST_SIDE:
+                yield f"{name} is {getattr(self, name)}, but must be {_SMALLEST_SIDE} or more"
 
 
 def rule_of(info: AdapterInfo) -> GuidanceRule:
@@ -296,7 +303,7 @@ class _Samples:
                     self.shown.append({"unguided": unguided, "guided": guided, "agd": agd})
 
     def _draw(self, method: str, image: int, omega: float, steps: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.trajectories.seed + image)
+        generator = generator_of(self.trajectories.seed + image)
         noise, start = torch.randn(1, *self.trajectories.shape, generator=generator), time.perf_counter()
         latent, evaluations = self.sampler(
             method, noise, self.prompts[image], omega=omega, steps=steps, progress=self._count_step

@@ -10,6 +10,7 @@ from ..agd_core.adapter import Adapter
 from ..agd_core.guidance import GapErrors, GuidanceRule, gap_errors, mean_cosine, share_closed
 from .config import TrainConfig
 from .model import Denoiser, ProgressCallback, Prompt, Shape
+from .seeds import generator_of
 from .solvers import solver_step
 
 CFG = GuidanceRule()
@@ -52,7 +53,7 @@ class Trajectories:
 
     def noise(self, prompts: range) -> torch.Tensor:
         """(b, c, h, w). A generator per prompt: it doesn't depend on how many rows are evaluated at once."""
-        generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in prompts]
+        generators = [generator_of(self.seed * 1_000_003 + i) for i in prompts]
         return torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
 
 

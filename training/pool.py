@@ -20,6 +20,7 @@ import torch
 from ..agd_core.guidance import GuidanceRule, per_row
 from .config import TrainConfig
 from .model import Denoiser, EncodedPrompts, ProgressCallback, Prompt
+from .seeds import generator_of
 from .solvers import Ancestral, SecondOrder, solver_step
 
 # (x, sigma, positive, negative) -> the conditional and the unconditional prediction: `memory.BothPredictions`.
@@ -100,8 +101,8 @@ class TrajectoryPool:
         shapes = [denoiser.latent_shape(width, height) for width, height in config.buckets()]
         columns, count = max(config.pool, len(shapes)), len(rows)
         self.shapes = [shapes[column % len(shapes)] for column in range(columns)]
-        self.chooser = torch.Generator().manual_seed(config.seed)
-        self.generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + row + 1) for row in rows]
+        self.chooser = generator_of(config.seed)
+        self.generators = [generator_of(config.seed * 1_000_003 + row + 1) for row in rows]
         self._sigmas = [
             {steps: denoiser.sigmas(name, steps) for steps in range(config.steps_min, config.steps_max + 1)}
             for name in config.schedulers

@@ -21,6 +21,7 @@ from ..agd_core.errors import AGDError
 from .config import TrainConfig
 from .model import Denoiser, ProgressCallback
 from .pool import Batch, TrajectoryPool, draw_omega
+from .seeds import generator_of
 
 _VERSION = 1
 _INDEX, _POOL = "recording.json", "pool.state"
@@ -236,7 +237,7 @@ class RecordedBatches:
     def next(self, step: int) -> Batch:
         epoch, at = divmod(step, len(self._places))
         if epoch > 0:
-            order = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            order = generator_of(self.config.seed * 1_000_003 + epoch)
             at = int(torch.randperm(len(self._places), generator=order)[at])
         index, place = self._places[at]
         if index not in self._checked:

@@ -10,7 +10,6 @@ previews/             CFG beside AGD; training.png: loss and gap closed by itera
 
 import contextlib
 import json
-import logging
 import os
 import re
 from pathlib import Path
@@ -21,8 +20,9 @@ from PIL import Image
 
 from ..agd_core.adapter_file import replacing
 from ..agd_core.errors import AGDError
+from ..agd_core.text import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _RUN_STATE = re.compile(r"state-(\d+)\.pt")
 
@@ -34,6 +34,11 @@ class RunFolderError(AGDError, ValueError):
 def folder_of(output: Path) -> Path:
     """Where the run that makes `output` keeps its files."""
     return output.with_suffix(".run")
+
+
+def longest_files_of(output: Path) -> list[Path]:
+    """Of the run that makes `output`, the files whose paths are the longest in either folder."""
+    return [folder_of(output) / "best.safetensors", folder_of(output) / "previews" / "step-1000000.png"]
 
 
 class RunFolder:

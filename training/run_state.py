@@ -13,6 +13,7 @@ from ..agd_core.older_formats import rename_weights
 from .config import TrainConfig
 from .distributed import Ranks
 from .gap import Measurement
+from .older_settings import without_other_kinds
 from .pool import BatchSource
 
 _VERSION, _READABLE = 3, (2, 3)  # in version 2 weights have the names of adapter files of format 1
@@ -110,8 +111,9 @@ def check_same_run(saved: dict[str, Any], identity: dict, folder: object) -> Non
 
     Settings that there were none of then had what is the default now.
     """
-    then = saved.get("identity", {})
-    then = TrainConfig().result_settings() | then if then else then
+    then = without_other_kinds(saved.get("identity", {}))
+    if then:
+        then = TrainConfig(kind=then.get("kind", TrainConfig.kind)).result_settings() | then
     if saved.get("version") not in _READABLE or then != identity:
         raise DifferentRun(
             "A training of this name was begun with other settings: use those to go on with it, or delete its folder "

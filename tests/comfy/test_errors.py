@@ -14,6 +14,7 @@ from comfyui_agd.agd_core.errors import AGDError
 from comfyui_agd.training.arguments import UsageError
 from comfyui_agd.training.base_source import BaseSourceError
 from comfyui_agd.training.job import JobError
+from comfyui_agd.training.options import SettingsError
 from comfyui_agd.training.plan import DoesNotFit
 from comfyui_agd.training.prompts import PromptError
 from comfyui_agd.training.recording import RecordingError
@@ -33,6 +34,7 @@ ERRORS = {
     PromptError: ValueError,
     RecordingError: ValueError,
     RunFolderError: ValueError,
+    SettingsError: ValueError,
     UnsupportedModel: ValueError,
     UsageError: Exception,
 }

@@ -74,7 +74,7 @@ def test_with_a_row_there_is_no_note(family, base, prompts, file):
 
 def test_prompts_of_another_width_than_the_structure_tells_are_refused(base, toy):
     base.model.diffusion_model.text = torch.nn.Linear(64, 32)
-    config = dataclasses.replace(CONFIG, kind="low_rank", hidden=4)
+    config = dataclasses.replace(CONFIG, kind="low_rank", rank=4)
     with pytest.raises(ValueError, match=r"prompts have 128 channels, .* has 64: its family needs a row"):
         train(ComfyModel(base, toy.clip), PROMPTS, config)
 
