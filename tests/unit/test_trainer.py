@@ -519,8 +519,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
 
 
 def test_a_learning_rate_far_too_large_stops_the_run():
-    config = replace(CONFIG, held_out=0, learning_rate=1e6, iterations=100, ema=0.0, warmup=0.0)
-    with pytest.raises(FloatingPointError, match=r"loss (exploded|became).* smaller learning rate than 1e\+06"):
+    config = replace(CONFIG, held_out=0, learning_rate=1.0, iterations=100, ema=0.0, warmup=0.0)
+    with pytest.raises(FloatingPointError, match=r"loss (exploded|became).* smaller learning rate than 1"):
         train(AnalyticModel(), PROMPTS, config)
 
 
