@@ -24,6 +24,7 @@ from .config import AdapterConfig, BaseInfo, LayerName
 from .errors import AGDError
 from .guidance import RULES
 from .kinds import KINDS
+from .text import one_line
 
 FORMAT_VERSION = 3
 _KEY = "agd"
@@ -307,4 +308,4 @@ def describe(info: AdapterInfo, path: str | Path) -> str:
     }
     lines |= {f"training: {key}": json.dumps(value) for key, value in info.training.items()}
     width = max(map(len, lines))
-    return "\n".join(f"{key:<{width}}  {value!s:.{_LONGEST_LINE}}" for key, value in lines.items())
+    return "\n".join(f"{key:<{width}}  {one_line(value):.{_LONGEST_LINE}}" for key, value in lines.items())

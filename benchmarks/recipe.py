@@ -59,6 +59,7 @@ def recipes(share: float) -> list[Recipe]:
         hidden=56,
         encoder_width=64,
         learning_rate=2e-3,
+        reuse=1,
         preview_every=0,
     )
     paper = dataclasses.replace(

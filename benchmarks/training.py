@@ -133,6 +133,7 @@ def config_of(case: MeasuredTraining):
         batch=case.batch,
         width=case.pixels,
         height=case.pixels,
+        reuse=1,
         pool=1,
         steps_min=2,
         steps_max=3,

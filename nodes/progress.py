@@ -1,16 +1,16 @@
 """What a node shows of its work while it runs."""
 
-import logging
 import time
 
 import comfy.model_management
 import comfy.utils
 from PIL import Image
 
+from ..agd_core.text import logger
 from ..training.progress import Progress, ProgressLines
 from .common import show_on_node
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _SECONDS_BETWEEN_MESSAGES = 0.2  # a hundred a second would slow the browser down
 

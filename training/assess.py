@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -17,17 +17,18 @@ from ..agd_core.guidance import GapErrors, GuidanceRule, square_norm
 from ..agd_core.mixed_precision import MixedPrecision
 from ..agd_core.seeds import LARGEST_SEED, seeded_generator
 from .assessment_report import METHODS, Assessment, Cost, OmegaResult, SigmaResult, Transfer
-from .config import TrainConfig, option
+from .config import TrainConfig
 from .estimate import Estimate, mean, mean_of, of_sums, ratio_of_sums, share_closed_of, weighted_sum
 from .gap import Trajectories, TrajectoryState, errors_by_omega, follow_teacher, omegas_of, predict
 from .memory import retry_on_oom
 from .model import Model, ProgressCallback, Prompt, Shape, encode
+from .options import Settings, option
 from .plot import contact_sheet
 from .presets import settings_for
 from .progress import Progress
 from .trainer import Callbacks
 
-_SMALLEST = {"steps": 1, "count": 1, "width": 64, "height": 64}
+_SMALLEST_SIDE = 64  # pixels
 _KEPT_STEPS = 8  # of the measured trajectories', as in training
 _ROWS = 4  # evaluated at once, if they fit
 _WARM_UP = 2  # steps by every method before any is timed
@@ -60,26 +61,29 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
-class AssessConfig:
+class AssessConfig(Settings):
     """What is measured. Without `omegas`: those that the adapter's training was measured at."""
 
-    omegas: tuple[float, ...] = ()
-    steps: int = option(20, "of every sample")
-    count: int = option(8, "images by each method; the prompts take turns, each time with another seed")
-    seed: int = option(0, "of the first image's noise; the next one's is one higher")
-    width: int = option(0, "of the images, in pixels; 0: as the adapter was trained")
-    height: int = option(0, "of the images, in pixels; 0: as the adapter was trained")
+    refusal = "This can't be evaluated"
 
-    def __post_init__(self):
-        values = {name: getattr(self, name) for name in _SMALLEST}
-        given = {name: value for name, value in values.items() if value or name in ("steps", "count")}
-        small = {name: value for name, value in given.items() if value < _SMALLEST[name]}
-        wrong = [f"{name} is {value}, but must be {_SMALLEST[name]} or more" for name, value in small.items()]
-        wrong += [f"cfg is {omega:g}, but guidance begins above 1" for omega in self.omegas if not omega > 1]
-        if not 0 <= self.seed <= LARGEST_SEED:
-            wrong.append(f"seed is {self.seed}, but must be from 0 to {LARGEST_SEED}")
-        if wrong:
-            raise ValueError(f"This can't be evaluated: {'; '.join(wrong)}.")
+    omegas: tuple[float, ...] = option(
+        (),
+        "guidance scales (cfg) to measure at; default: those that the adapter's training was measured at",
+        limits=(1.01, 100.0),
+        called="omega",
+    )
+    steps: int = option(20, "of every sample", limits=(1, 1000))
+    count: int = option(
+        8, "images by each method; the prompts take turns, each time with another seed", limits=(1, 10_000)
+    )
+    seed: int = option(0, "of the first image's noise; the next one's is one higher", limits=(0, LARGEST_SEED))
+    width: int = option(0, "of the images, in pixels; 0: as the adapter was trained", limits=(0, 16_384))
+    height: int = option(0, "of the images, in pixels; 0: as the adapter was trained", limits=(0, 16_384))
+
+    def contradictions(self) -> Iterator[str]:
+        for name in ("width", "height"):
+            if 0 < getattr(self, name) < _SMALLEST_SIDE:
+                yield f"{name} is {getattr(self, name)}, but must be {_SMALLEST_SIDE} or more"
 
 
 def rule_of(info: AdapterInfo) -> GuidanceRule:

@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..agd_core.text import one_line
 from .estimate import Estimate, ratio
 
 METHODS = ("unguided", "guided", "agd")
@@ -177,7 +178,8 @@ class Assessment:
             per_step = f"{cost.evaluations_per_step:.2f} model evaluations per step"
             lines.append(f"{name}: {cost.seconds_per_image} seconds per image, {per_step}")
         lines += ["", self.transfer.verdict()]
-        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)]) + "\n"
+        lines += [f"Note: {note}" for note in self.notes]
+        return "".join(f"{one_line(line)}\n" for line in lines)
 
     def as_json(self) -> dict:
         """Everything but the picture; what is no finite number is None, for JSON has no such numbers."""

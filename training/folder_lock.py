@@ -1,7 +1,6 @@
 """One process at a time in a folder that it writes to for hours, on whatever disk it is."""
 
 import hashlib
-import logging
 import os
 import platform
 import tempfile
@@ -14,8 +13,9 @@ import filelock
 
 from ..agd_core.atomic import write_text
 from ..agd_core.errors import AGDError
+from ..agd_core.text import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # Two files: on Windows, and on some network disks anywhere, nobody else can read what is locked.
 _LOCK, _HOLDER = ".lock", "holder.txt"

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import json
+import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from ..agd_core import adapter_file
 from ..agd_core.adapter_name import SUFFIX, file_name
 from ..agd_core.atomic import remove_remains
 from ..agd_core.errors import AGDError
+from ..agd_core.output_file import why_not_writable
+from ..agd_core.text import one_line
 from .config import TrainConfig
 from .distributed import Ranks
 from .memory import BothPredictions
@@ -25,6 +29,7 @@ from .run_folder import RunFolder, folder_of
 from .run_setup import RunOptions, split_prompts
 from .trainer import Callbacks, Trained, train
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MOST_NEGATIVES = 256  # of either kind
 
 
@@ -129,7 +134,7 @@ class Job:
         settings |= {"prompts": str((self.folder / "prompts.txt").absolute()), "verbatim": True}
         settings |= {"negative": self.negatives, "output": str(self.output.absolute())}
         settings |= {"start": str(self.start.absolute())} if self.start else {}
-        files.save_text("config.toml", to_toml(settings | dataclasses.asdict(self.config)))
+        files.save_text("config.toml", to_toml(settings | self.config.own_settings()))
 
     def report(self, trained: Trained) -> str:
         """A page about the finished run, for people. The result comes first: a node may show 60 characters of it."""
@@ -155,18 +160,24 @@ class Job:
             for omega, pairs in measured.by_sigma.items():
                 levels = "  ".join(f"{sigma:.2f}: {value:.0%}" for sigma, value in pairs)
                 lines.append(f"  cfg {omega:g}  {levels}")
-        return "\n".join(lines) + "\n"
+        return "".join(f"{one_line(line)}\n" for line in lines)
 
 
 def to_toml(settings: dict) -> str:
-    """Flat settings as TOML: strings, numbers, booleans and lists of strings; None is left out."""
+    """Flat settings as TOML: strings, numbers, booleans and lists of them; None is left out.
 
-    def value_of(value: Any) -> str:
-        if isinstance(value, (list, tuple)):
-            return f"[{', '.join(map(value_of, value))}]"
-        return json.dumps(value, ensure_ascii=False)  # of these types TOML writes JSON's way
+    What no TOML can hold, halves of surrogate pairs, becomes U+FFFD.
+    """
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in settings.items() if value is not None)
 
-    return "".join(f"{key} = {value_of(value)}\n" for key, value in settings.items() if value is not None)
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, float):
+        return float.__repr__(value)  # infinity and NaN too
+    # The rest TOML writes JSON's way, but for one character.
+    return _SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f"))
 
 
 def check_disk_space(folder: Path, needed: int, otherwise: str) -> None:
@@ -180,8 +191,18 @@ def check_disk_space(folder: Path, needed: int, otherwise: str) -> None:
         )
 
 
-def check_output(output: Path) -> None:
-    """Raises `JobError` where no adapter file can be written, `AdapterNameError` where the loader can't list it."""
-    if output.is_dir() or not output.name.endswith(SUFFIX):
+def check_output(output: Path, beside: Callable[[Path], Sequence[Path]] = lambda output: ()) -> None:
+    """Raises `JobError` where no adapter file can be written, `AdapterNameError` where the loader can't list it.
+
+    `beside` gives the files that are written with it.
+    """
+    if os.path.isdir(output) or not output.name.endswith(SUFFIX):
         raise JobError(f"The output {output} must be a file that ends in {SUFFIX}.")
     file_name(output.name)
+    check_writable(output, *beside(output))
+
+
+def check_writable(*files: Path) -> None:
+    """Raises `JobError` for the first that can't be written."""
+    if reason := why_not_writable(files):
+        raise JobError(f"Choose another output: {reason}.")

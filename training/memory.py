@@ -1,15 +1,15 @@
 """Evaluations of as many rows at a time as there is memory for."""
 
-import logging
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
+from ..agd_core.text import logger
 from .finite import base_prediction
 from .model import Denoiser, DeviceMemory, Prompt
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 Result = TypeVar("Result")
 
 

@@ -375,10 +375,11 @@ def _refusal(costs: _Costs, memory: int, batch: int) -> str:
     config, needed = costs.config, _smallest(costs, batch)[-1]
     smaller = (change for change in _smaller_settings(config) if _has_memory(costs, change, memory, batch))
     found = ", ".join(f"{name} {value}" for name, value in next(smaller, {}).items())
-    advice = f"it would fit with {found}" if found else "no smaller pictures or hidden would make it fit"
+    advice = f"it would fit with {found}" if found else "no smaller pictures or adapter would make it fit"
+    size = f" with {config.size_setting} {getattr(config, config.size_setting)}" if config.size_setting else ""
     return (
-        f"Training at {config.width}x{config.height} with hidden {config.hidden} needs {_gigabytes(needed)} on the "
-        f"device, which has {_gigabytes(memory)} for it; {advice}."
+        f"Training at {config.width}x{config.height}{size} needs {_gigabytes(needed)} on the device, which has "
+        f"{_gigabytes(memory)} for it; {advice}."
     )
 
 
@@ -396,6 +397,8 @@ def _smaller_settings(config: TrainConfig) -> Iterator[dict[str, Any]]:
         {name: int(share * getattr(config, name) / _UNIT) * _UNIT for name in ("width", "height")} for share in _SMALLER
     ]
     sizes = [sides for sides in sizes if min(sides.values()) > 0]
-    widths = [{"hidden": config.hidden // part // 4 * 4} for part in (2, 4, 8) if config.hidden // part >= 4]
+    name = config.size_setting
+    width = getattr(config, name) if name else 0
+    widths = [{name: width // part // 4 * 4} for part in (2, 4, 8) if name and width // part >= 4]
     both = [sides | width for sides in sizes[-1:] for width in widths]
     yield from (memory_only | change for change in [{}, *sizes, *widths, *both] if memory_only | change)

@@ -13,7 +13,6 @@ holder.txt            who trains here, while one does
 
 import io
 import json
-import logging
 import os
 import re
 import tempfile
@@ -26,9 +25,10 @@ from PIL import Image
 
 from ..agd_core.atomic import NotWritten, append_text, read_torch, remove_remains, write_bytes, write_text, write_torch
 from ..agd_core.errors import AGDError
+from ..agd_core.text import logger
 from . import folder_lock
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _RUN_STATE = re.compile(r"state-(\d+)\.pt")
 
@@ -40,6 +40,11 @@ class RunFolderError(AGDError, ValueError):
 def folder_of(output: Path) -> Path:
     """Where the run that makes `output` keeps its files."""
     return output.with_suffix(".run")
+
+
+def longest_files_of(output: Path) -> list[Path]:
+    """Of the run that makes `output`, the files whose paths are the longest in either folder."""
+    return [folder_of(output) / "best.safetensors", folder_of(output) / "previews" / "step-1000000.png"]
 
 
 class RunFolder:

@@ -16,6 +16,7 @@ from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
 from .held_out import HeldOutPrompts
 from .model import Denoiser, EncodedPrompts, Model, ProgressCallback, TextEncoder, encode
+from .options import SettingsError
 from .plan import Plan
 from .recording import Recording, checksum_of
 
@@ -59,7 +60,7 @@ class Start:
             weights = {key.replace("kind.", "kind.scale."): value for key, value in weights.items()}
         weights = {key: value for key, value in weights.items() if key != "unconditional"}
         if not all(key in own and own[key].shape == value.shape for key, value in weights.items()):
-            raise ValueError(
+            raise SettingsError(
                 f"The adapter {self.file} ({self.info.config.kind.describe()}) can't be the start of one of kind "
                 f"{config.kind.describe()}: train the same kind and width, or start a delta adapter from a scale "
                 "adapter."

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,13 +11,15 @@ import torch
 from ..agd_core.adapter import Adapter
 from ..agd_core.errors import AGDError
 from ..agd_core.older_formats import rename_weights
+from ..agd_core.text import logger
 from .config import TrainConfig
 from .distributed import Ranks
 from .finite import non_finite
 from .gap import Measurement
+from .older_settings import without_other_kinds
 from .pool import BatchSource
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _VERSION, _READABLE = 3, (2, 3)  # in version 2 weights have the names of adapter files of format 1
 
@@ -224,7 +225,8 @@ def check_same_run(saved: dict[str, Any], identity: dict, folder: object) -> Non
             f"its folder to start anew. Details: the states in {folder} are of version {saved['version']}, this AGD "
             f"reads {readable}."
         )
-    then = TrainConfig().result_settings() | saved["identity"]
+    then = without_other_kinds(saved["identity"])
+    then = TrainConfig(kind=then.get("kind", TrainConfig.kind)).result_settings() | then
     changed = differences(then, identity)
     if any(name not in _MAY_CHANGE for name in changed):
         raise DifferentRun(

@@ -1,6 +1,5 @@
 """The one function that distils an adapter. The node, the command line and the demo all call it."""
 
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from PIL import Image
 from ..agd_core import adapter_file
 from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo
+from ..agd_core.text import logger
 from .config import TrainConfig
 from .distributed import Ranks
 from .finite import Diverged
@@ -40,7 +40,7 @@ from .run_setup import (
 from .run_state import Best, DamagedState, RunState, check_same_run, check_saved, non_finite_parts
 from .training_step import RECENT, TrainingStep, initial_loss_scale
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,14 @@ def test_train_then_again_from_the_runs_config(agd, prompts, tmp_path):
     assert Image.open(folder / "previews" / "step-000004.png").size[1] > 256
     assert tomllib.loads((folder / "config.toml").read_text())["batch"] == 4  # resolved, not only what was given
     again = tmp_path / "again.safetensors"
-    done = agd("train", "--config", str(folder / "config.toml"), "--output", str(again))
+    repeat = ("train", "--config", str(folder / "config.toml"), "--output", str(again))
+    refused = agd(*repeat)
+    assert refused.status == 1
+    said = (
+        "names code to run: if you trust it, say so on the command line, with --loader comfyui_agd.examples.toy.model"
+    )
+    assert said in refused.stderr
+    done = agd(*repeat, "--loader", "comfyui_agd.examples.toy.model:load")
     assert done.status == 0, done.stderr
     assert equal_weights(output, again)
 

@@ -17,6 +17,7 @@ from comfyui_agd.training.base_source import BaseSourceError
 from comfyui_agd.training.finite import BaseNotFinite, Diverged, TargetNotFinite
 from comfyui_agd.training.folder_lock import FolderInUse
 from comfyui_agd.training.job import JobError
+from comfyui_agd.training.options import SettingsError
 from comfyui_agd.training.plan import DoesNotFit
 from comfyui_agd.training.prompts import PromptError
 from comfyui_agd.training.recording import RecordingError
@@ -42,6 +43,7 @@ ERRORS = {
     RecordingError: ValueError,
     RunFolderError: ValueError,
     TargetNotFinite: ArithmeticError,
+    SettingsError: ValueError,
     UnsupportedModel: ValueError,
     UsageError: Exception,
 }

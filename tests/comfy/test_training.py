@@ -10,7 +10,7 @@ from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
-from comfyui_agd.tests.support.analytic import PROMPTS, Stopped, assert_same, stop_after
+from comfyui_agd.tests.support.analytic import PROMPTS, Stopped, assert_same, of_kind, stop_after
 from comfyui_agd.tests.support.runtime import TinyUNet, ksampler, patched, tiny
 from comfyui_agd.training.finite import BaseNotFinite
 from comfyui_agd.training.gap import Trajectories, evaluate, follow_teacher
@@ -48,7 +48,7 @@ def test_training_closes_part_of_the_gap_and_leaves_the_base_alone(base, model):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_of_the_adapter_moves(model, kind):
-    config = replace(CONFIG, kind=kind)
+    config = of_kind(kind, CONFIG)
     trained = train(model, PROMPTS, config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -176,8 +176,6 @@ def test_the_gap_of_a_new_adapter_is_open(model):
         states = follow_teacher(
             model.denoiser, positive, negative, Trajectories(model.denoiser.latent_shape(64, 64), [3.0], steps=3)
         )
-        result = evaluate(
-            model.denoiser, Adapter(replace(CONFIG, kind="low_rank").adapter_config(model.base, 16)), states
-        )
+        result = evaluate(model.denoiser, Adapter(of_kind("low_rank", CONFIG).adapter_config(model.base, 16)), states)
     assert result.gap_closed[3.0] == pytest.approx(0.0, abs=1e-4)
     assert [sigma for sigma, _ in result.by_sigma[3.0]] == model.denoiser.sigmas("normal", 3)[:3].tolist()

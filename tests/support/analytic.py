@@ -3,7 +3,7 @@
 import contextlib
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import pytest
 import torch
@@ -32,12 +32,19 @@ CONFIG = TrainConfig(
     encoder_width=8,
     steps_min=3,
     steps_max=5,
+    reuse=1,
     held_out=2,
     evaluate_every=5,
     preview_every=0,
     save_every=5,
 )
+RANK = 8  # of a low_rank adapter in `CONFIG`'s size
 CHANNELS, TOKENS, CONTEXT, SPREAD = 2, 3, 16, 0.5  # SPREAD: of the data around its mean
+
+
+def of_kind(kind: str, config: TrainConfig = CONFIG) -> TrainConfig:
+    """With a small adapter of that kind."""
+    return replace(config, kind=kind, rank=RANK if kind == "low_rank" else config.rank)
 
 
 def _fixed(*shape: int, seed: int) -> torch.Tensor:

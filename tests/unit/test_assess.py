@@ -18,6 +18,7 @@ from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, as
 from comfyui_agd.training.assessment_report import Transfer
 from comfyui_agd.training.estimate import Estimate, of_sums, ratio, ratio_of_sums
 from comfyui_agd.training.gap import Trajectories, evaluate, follow_teacher
+from comfyui_agd.training.options import SettingsError
 from comfyui_agd.training.solvers import solver_step
 
 SMALL = AssessConfig(omegas=(3.0, 6.0), steps=4, count=3, width=64, height=64)
@@ -422,12 +423,13 @@ def test_rows_are_halved_when_memory_runs_out():
 def test_what_cannot_be_evaluated_is_one_sentence():
     with pytest.raises(ValueError, match="There are no prompts to evaluate with"):
         assessed(AnalyticModel(), prompts=["", "  "])
-    with pytest.raises(ValueError, match=r"count is 0, but must be 1 or more; width is 32, but must be 64 or more"):
-        AssessConfig(count=0, width=32)
-    with pytest.raises(ValueError, match="cfg is 1, but guidance begins above 1"):
-        AssessConfig(omegas=(1.0,))
-    with pytest.raises(ValueError, match="cfg is nan"):
-        AssessConfig(omegas=(math.nan,))
+    with pytest.raises(SettingsError, match=r"count is 0, but must be from 1 to 10000; seed is -1, but must be from 0"):
+        AssessConfig(count=0, seed=-1)
+    with pytest.raises(SettingsError, match=r"width is 32, but must be 64 or more"):
+        AssessConfig(width=32)
+    for wrong in (1.0, math.nan, math.inf):
+        with pytest.raises(SettingsError, match=f"omega is {wrong}, but must be from 1.01 to 100"):
+            AssessConfig(omegas=(3.0, wrong))
     model = AnalyticModel()
     other = AnalyticModel(base=replace(model.base, prediction="V_PREDICTION"))
     info, state = info_and_state(model)

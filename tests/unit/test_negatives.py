@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, of_kind
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.prompts import fragments
 
@@ -13,7 +13,8 @@ LONG = ["a photo of an owl, soft light, in the snow", "two lions"]
 
 
 def negatives(negative=(), model=None, prompts=LONG, **config) -> list[str]:
-    return Job(model or AnalyticModel(), prompts, replace(CONFIG, **config), Path("a.safetensors"), negative).negatives
+    chosen = replace(of_kind(config.get("kind", CONFIG.kind)), **config)
+    return Job(model or AnalyticModel(), prompts, chosen, Path("a.safetensors"), negative).negatives
 
 
 class FewWords(AnalyticModel):

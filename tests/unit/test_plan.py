@@ -75,7 +75,7 @@ class PlainModel:
         return 1e13
 
 
-CONFIG = TrainConfig(batch=8, iterations=100, pool=4, steps_min=10, steps_max=20)
+CONFIG = TrainConfig(batch=8, iterations=100, reuse=1, pool=4, steps_min=10, steps_max=20)
 ALIKE = ExamplePrompts(1, 1)
 
 
@@ -231,7 +231,7 @@ def test_a_refusal_names_what_is_needed_and_a_setting_that_does_fit(model, confi
 
 
 def test_a_refusal_says_so_where_nothing_helps(model):
-    with pytest.raises(DoesNotFit, match=r"has 0\.0 MB for it; no smaller pictures or hidden would make it fit\.$"):
+    with pytest.raises(DoesNotFit, match=r"has 0\.0 MB for it; no smaller pictures or adapter would make it fit\.$"):
         plan(model, CONFIG, 1000)
 
 

@@ -726,10 +726,8 @@ def test_a_state_that_is_not_finite_is_never_saved_and_never_gone_on_from(folder
 
 
 def test_a_learning_rate_far_too_large_stops_the_run():
-    config = replace(CONFIG, held_out=0, learning_rate=1e6, iterations=100, ema=0.0, warmup=0.0)
-    with pytest.raises(
-        FloatingPointError, match=r"(loss|gradient) (exploded|became).* smaller learning rate than 1e\+06"
-    ):
+    config = replace(CONFIG, held_out=0, learning_rate=1.0, iterations=100, ema=0.0, warmup=0.0)
+    with pytest.raises(FloatingPointError, match=r"(loss|gradient) (exploded|became).* smaller learning rate than 1"):
         train(AnalyticModel(), PROMPTS, config)
 
 

@@ -1,6 +1,5 @@
 """A ComfyUI MODEL as the trainer sees it: noise levels, evaluations of the frozen base and of the student."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from ...adapter import Adapter
 from ...config import AdapterConfig
 from ...guidance import per_row
+from ...text import logger
 from ..apply_model import register
 from ..backbones import Backbone, backbone_of, check_adapter
 from ..fused_attention import FUSED_ATTENTION
@@ -28,7 +28,7 @@ from .activation_checkpointing import checkpointed
 from .text_encoder import EncodedPrompt
 from .trainable import trainable
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @contextmanager
