@@ -289,4 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, ValueError, OSError, RuntimeError, ArithmeticError) as error:
         print(f"agd: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # where no run catches the signal: while the base is loaded, say
+        print("agd: Stopped.", file=sys.stderr)
+        return 1
     return 0
