@@ -312,4 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # outside of what goes on, such as while a model is loaded
         print("agd: Stopped; the same command starts again.", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # where no run catches the signal: while the base is loaded, say
+        print("agd: Stopped.", file=sys.stderr)
+        return 1
     return 0

@@ -294,3 +294,11 @@ def test_a_signal_ends_any_phase_at_its_next_report(phase, sent):
         signal.raise_signal(sent)
         with pytest.raises(KeyboardInterrupt):
             bar(Progress(phase, 1, 2))
+
+
+def test_ctrl_c_before_a_run_begins_is_no_traceback(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, "train", interrupted)
+    fails(capsys, "agd: Stopped.", *BASE)
