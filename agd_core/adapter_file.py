@@ -19,7 +19,7 @@ from torch import nn
 from . import older_formats
 from .adapter import Adapter
 from .atomic import bytes_of, replacing
-from .checked import Between, Numeral, OneOf, Printable, depth, read
+from .checked import Between, Items, Numeral, OneOf, Printable, depth, read
 from .config import AdapterConfig, BaseInfo, LayerName
 from .errors import AGDError
 from .guidance import RULES
@@ -81,7 +81,7 @@ class _About:
     # Whether a negative prompt has an effect.
     negative_mode: Annotated[str, OneOf(("used", "ignored"))] = "ignored"
     # (height, width) of the latents it was trained at
-    resolutions: Annotated[tuple[tuple[_Side, _Side], ...], Between(0, 1_000)] = ()
+    resolutions: Annotated[tuple[tuple[_Side, _Side], ...], Items(0, 1_000)] = ()
     training: dict[_Word, Any] = field(default_factory=dict)  # see `TrainingSummary`
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from ..agd_core.attention_guidance import NAME as ATTENTION_GUIDANCE
+from ..agd_core.checked import why_wrong
 from ..agd_core.errors import AGDError
 from ..agd_core.text import one_line
 from .assess import AssessConfig
 from .base_source import LOADER_NODES
 from .config import TrainConfig
 from .older_settings import without_other_kinds
-from .options import Settings, option, why_wrong
+from .options import Settings, allowed, option
 from .presets import CARDS, defaults_of
 
 if sys.version_info >= (3, 11):
@@ -293,8 +294,8 @@ def _why_wrong(flag: argparse.Action, value: Any) -> Iterator[str]:
         yield f"{flag.dest} is {value!r:.60}, but must be {'a list' if several else 'one value'}"
         return
     kind = bool if flag.nargs == 0 else flag.type if flag.type in (int, float) else str
-    for each in value if several else [value]:
-        yield from why_wrong(flag.dest, each, kind, None if flag.choices is None else list(flag.choices))
+    found = [why_wrong(allowed(kind, flag.choices), each) for each in (value if several else [value])]
+    yield from (f"{flag.dest} {phrase}" for phrase in found if phrase)
 
 
 def _refuse_code(settings: dict[str, Any], args: argparse.Namespace) -> None:

@@ -309,9 +309,6 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, ValueError, OSError, RuntimeError, ArithmeticError) as error:
         _say(one_line(f"agd: {error}"), stream=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # outside of what goes on, such as while a model is loaded
-        print("agd: Stopped; the same command starts again.", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:  # where no run catches the signal: while the base is loaded, say
         print("agd: Stopped.", file=sys.stderr)
         return 1

@@ -1,12 +1,12 @@
 """Settings as fields of dataclasses: each declares its help, choices and limits, and is held to them by its name."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, get_args, get_origin
 
+from ..agd_core.checked import Between, OneOf, why_wrong
 from ..agd_core.errors import AGDError
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 Limits = tuple[float, float]
 
 
@@ -49,41 +49,21 @@ class Settings:
 
 
 def wrong_values(settings: Settings) -> Iterator[str]:
-    """A phrase for each field whose value its `option` doesn't allow."""
+    """A phrase for each field whose value its `option` doesn't allow. Infinity and NaN are in no limits."""
     for f in fields(settings):
         name, value = f.metadata["called"] or f.name, getattr(settings, f.name)
-        allowed = f.metadata["choices"], f.metadata["limits"]
+        held = f.metadata["choices"], f.metadata["limits"]
         if get_origin(f.type) is not tuple:
-            yield from why_wrong(name, value, f.type, *allowed)
+            phrases = [why_wrong(allowed(f.type, *held), value)]
         elif not isinstance(value, tuple) or (f.default and not value):
-            yield f"{name} is empty" if value == () else f"{name} is {value!r:.60}, but must be a list"
+            phrases = ["is empty" if value == () else f"is {value!r:.60}, but must be a list"]
         else:
-            for item in value:
-                yield from why_wrong(name, item, get_args(f.type)[0], *allowed)
+            phrases = [why_wrong(allowed(get_args(f.type)[0], *held), item) for item in value]
+        yield from (f"{name} {phrase}" for phrase in phrases if phrase)
 
 
-def why_wrong(
-    name: str,
-    value: Any,
-    kind: Any,
-    choices: Collection[str] | None = None,
-    limits: Limits | None = None,
-) -> Iterator[str]:
-    """What keeps `value` from being one of type `kind`, in a phrase, or nothing. Infinity and NaN are in no limits."""
-    if not _is_a(kind, value):
-        yield f"{name} is {value!r:.60}, but must be {_KINDS[kind]}"
-    elif choices is not None and value not in choices:
-        yield f"{name} is {value!r:.60}, but must be one of {', '.join(choices)}"
-    elif limits is not None and not limits[0] <= value <= limits[1]:
-        yield f"{name} is {value!r:.60}, but must be from {' to '.join(map(_figure, limits))}"
-
-
-def _is_a(kind: type, value: object) -> bool:
-    """In Python True is a whole number too; as a setting it is none."""
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _figure(limit: float) -> str:
-    return f"{limit:g}" if isinstance(limit, float) else f"{limit}"
+def allowed(kind: Any, choices: Iterable[str] | None = None, limits: Limits | None = None) -> Any:
+    """The type with what values of it are held to, for `why_wrong`."""
+    held: list[Any] = [] if choices is None else [OneOf(tuple(choices))]
+    held += [] if limits is None else [Between(*limits)]
+    return Annotated[(kind, *held)] if held else kind

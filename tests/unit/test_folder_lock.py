@@ -129,8 +129,8 @@ def test_a_second_training_into_one_output_harms_nothing(tmp_path):
 def test_a_second_recording_into_one_folder_is_refused(tmp_path):
     job = Job(AnalyticModel(), PROMPTS, CONFIG, tmp_path, [""])
     with holder(tmp_path), pytest.raises(FolderInUse, match="Another training or recording"):
-        job.record(2, lambda done, total: None)
-    assert job.record(2, lambda done, total: None).batches == 2
+        job.record(2, Callbacks())
+    assert job.record(2, Callbacks()).batches == 2
 
 
 def test_the_output_is_written_while_the_folder_is_held(tmp_path, monkeypatch):
