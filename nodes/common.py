@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Callable
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from ..agd_core.comfyui.backbones import describe_base, is_trained_on
 from ..agd_core.comfyui.sampling.apply import apply_adapter
 from ..agd_core.comfyui.sampling.settings import GuidanceSettings
 from ..agd_core.text import logger, one_line, printable
+from ..training.options import Settings
 
 log = logger(__name__)
 
@@ -58,6 +60,14 @@ def named_adapter(name: str, model) -> AdapterValue:
         base = describe_base(model.model, model.get_model_object("model_sampling"))
         return AdapterValue(*attention_guidance(base), source=name)
     return AdapterValue(*adapter_file.load_weights(folders.adapter_path(name)), source=name)
+
+
+def number_input(settings: type[Settings], name: str, tooltip: str, *, step: float = 1, **options) -> io.Input:
+    """A number among `settings`, with its default and limits."""
+    f = next(f for f in fields(settings) if f.name == name)
+    low, high = f.metadata["limits"]
+    shown = {"default": f.default, "min": low, "max": high, "step": step, **options}
+    return (io.Int if f.type is int else io.Float).Input(name, tooltip=tooltip, **shown)
 
 
 def use_inputs() -> list[io.Input]:

@@ -1,30 +1,24 @@
 """AGD Evaluate: MODEL, CLIP, an adapter and prompts in, an account of how good the adapter is here out."""
 
+import functools
+
 import numpy as np
 import torch
 from comfy_api.v0_0_2 import io
 
 from ..agd_core.comfyui.model.comfy_model import ComfyModel
 from ..agd_core.comfyui.model.sampler import ComfySampler
-from ..agd_core.seeds import LARGEST_SEED
 from ..training import prompts as prompt_sources
 from ..training.assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
-from .common import AdapterType, adapter_fingerprint, adapter_names, named_adapter, show_on_node
+from .common import AdapterType, adapter_fingerprint, adapter_names, named_adapter, number_input, show_on_node
 from .progress import NodeProgress
 
-_DEFAULTS = AssessConfig()
+_number = functools.partial(number_input, AssessConfig)
 
 
 def _size(name: str) -> io.Input:
-    return io.Int.Input(
-        name,
-        default=0,
-        min=0,
-        max=8192,
-        step=8,
-        advanced=True,
-        tooltip=f"{name.capitalize()} of the pictures. 0 takes the size that the adapter was trained at.",
-    )
+    tooltip = f"{name.capitalize()} of the pictures. 0 takes the size that the adapter was trained at."
+    return _number(name, tooltip, step=8, advanced=True)
 
 
 class AGDEvaluate(io.ComfyNode):
@@ -66,22 +60,9 @@ class AGDEvaluate(io.ComfyNode):
                     round=0.01,
                     tooltip="The guidance scale (omega) to compare at.",
                 ),
-                io.Int.Input(
-                    "count",
-                    default=_DEFAULTS.count,
-                    min=1,
-                    max=10_000,
-                    tooltip="Pictures by each method; the prompts take turns. More make the figures surer.",
-                ),
-                io.Int.Input("steps", default=_DEFAULTS.steps, min=1, max=1000, tooltip="Of every sampling, by Euler."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=LARGEST_SEED,
-                    control_after_generate=False,
-                    tooltip="Seed of the first picture; the next one has the next.",
-                ),
+                _number("count", "Pictures by each method; the prompts take turns. More make the figures surer."),
+                _number("steps", "Of every sampling, by Euler."),
+                _number("seed", "Seed of the first picture; the next one has the next.", control_after_generate=False),
                 _size("width"),
                 _size("height"),
                 io.Combo.Input(

@@ -1,5 +1,6 @@
 """AGD Train: MODEL, CLIP and prompts in, an adapter file and an account of the training out."""
 
+import functools
 from dataclasses import fields
 from typing import Any
 
@@ -12,13 +13,14 @@ from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.model.comfy_model import ComfyModel
 from ..agd_core.text import logger
 from ..training import prompts as prompt_sources
+from ..training.arguments import PromptSettings
 from ..training.config import KINDS, PRECISIONS, RULES, TrainConfig
 from ..training.job import Job
 from ..training.options import SettingsError
 from ..training.presets import CARDS, COMMON_RATIOS, check_chosen, defaults_of, settings_for
 from ..training.run_folder import longest_files_of
 from ..training.trainer import Callbacks
-from .common import AdapterName, AdapterType, AdapterValue, show_on_node, use_adapter
+from .common import AdapterName, AdapterType, AdapterValue, number_input, show_on_node, use_adapter
 from .progress import NodeProgress
 
 log = logger(__name__)
@@ -33,12 +35,7 @@ _BY_MODEL = ("iterations", "batch", "width", "height", "learning_rate", "hidden"
 _ONCE_AUTO = {"hidden": 128, "rank": 4}
 
 
-def _number(name: str, tooltip: str, *, step: float = 1, **options) -> io.Input:
-    """A setting of TrainConfig, with its default and limits."""
-    f = _OPTIONS[name]
-    low, high = f.metadata["limits"]
-    shown = {"default": f.default, "min": low, "max": high, "step": step, "advanced": True, **options}
-    return (io.Int if f.type is int else io.Float).Input(name, tooltip=tooltip, **shown)
+_number = functools.partial(number_input, TrainConfig, advanced=True)
 
 
 def _number_or_auto(name: str, tooltip: str, *, advanced: bool = True) -> io.Input:
@@ -159,13 +156,11 @@ class AGDTrain(io.ComfyNode):
                         "prompts and what people usually don't want."
                     ),
                 ),
-                io.Int.Input(
+                number_input(
+                    PromptSettings,
                     "prompt_count",
-                    default=2000,
-                    min=1,
-                    max=100_000,
+                    "How many prompts the generator or the wildcards make.",
                     advanced=True,
-                    tooltip="How many prompts the generator or the wildcards make.",
                 ),
                 _number_or_auto(
                     "reuse",
@@ -305,9 +300,10 @@ class AGDTrain(io.ComfyNode):
         chosen |= {} if aspect_ratios else {"aspect_ratios": ()}
         config = settings_for(trainable.base, chosen)
         begin = folders.adapter_path(start) if start != _NEW else None
-        texts = _prompts(prompts, prompt_count, early.seed)
+        count = PromptSettings(prompt_count).prompt_count
+        texts = _prompts(prompts, count, early.seed)
         negatives = prompt_sources.prompts_of(negative, "negative")
-        unwanted = prompt_sources.expand_negatives(negatives, prompt_count, early.seed)
+        unwanted = prompt_sources.expand_negatives(negatives, count, early.seed)
         job = Job(trainable, texts, config, path, unwanted, start=begin)
         display = NodeProgress(node_id)
         callbacks = Callbacks(on_progress=display, on_preview=display.show_preview)

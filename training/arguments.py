@@ -148,7 +148,7 @@ def _add_setting(group: Group, f: Field, default: str) -> None:
         return
     how |= {"type": item, "metavar": _METAVARS.get(item)}
     if several:
-        how |= {"nargs": "+", "metavar": how["metavar"] or "NAME"}
+        how |= {"nargs": "+", "metavar": how["metavar"] or ("NAME" if f.default else "W:H")}
     else:
         how |= {"choices": f.metadata["choices"], "required": f.default is MISSING}
     group.add_argument(flag, **how)

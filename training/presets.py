@@ -92,10 +92,19 @@ def _suited(family: Family) -> dict:
 
 
 def defaults_of(name: str) -> str:
-    """A setting's default, and where bases or kinds of adapters have others: what a run will really have, for help."""
+    """A setting's default, and where bases or kinds of adapters have others: what a run will really have, for help.
+
+    Of a setting that not all kinds have, those that do.
+    """
     default = getattr(TrainConfig, name)
     others = [f"{preset.title}: {_shown(preset.settings[name])}" for preset in _PRESETS if name in preset.settings]
-    return "; ".join([*_by_family(name, default), *others])
+    return "; ".join([*_by_family(name, default), *others, *_kinds_with(name)])
+
+
+def _kinds_with(name: str) -> Iterator[str]:
+    kinds = [kind for kind in KINDS if name in settings_of_kind(kind)]
+    if kinds and len(kinds) < len(KINDS):
+        yield f"kinds {', '.join(kinds)} only"
 
 
 def _by_family(name: str, default: Any) -> Iterator[str]:

@@ -37,9 +37,9 @@ class Watched:
 
 def config_of(model: ComfyModel, **settings):
     chosen = {"iterations": 6, "batch": 2, "pool": 2, "steps_min": 5, "steps_max": 6, "evaluate_every": 0, "reuse": 1}
-    chosen |= {"width": 64, "height": 64, "preview_every": 3, "vector": 8, "encoder_width": 8, "learning_rate": 2e-3}
+    chosen |= {"width": 64, "height": 64, "preview_every": 3, "learning_rate": 2e-3}
     config = settings_for(model.base, chosen | settings)
-    return dataclasses.replace(config, hidden=8, rank=2)
+    return dataclasses.replace(config, hidden=8, rank=2, vector=8, encoder_width=8)
 
 
 @pytest.mark.parametrize(("own", "is_high"), [({"sigma_from": BOUNDARY}, True), ({"sigma_to": BOUNDARY}, False)])
@@ -129,7 +129,7 @@ def test_on_a_card_the_other_expert_is_loaded_as_planned(monkeypatch, share, lea
     monkeypatch.setattr(mm, "minimum_inference_memory", lambda: own.model_size() // 20)
     model = ComfyModel(own, TinyClip(name), other_expert=(other, lambda sigma: sigma >= BOUNDARY))
     (prompt,) = model.text_encoder.encode(["a fox"])
-    found = plan(model, config_of(model, kind="scale", rank=0, vector=0), card, ExamplePrompts(prompt, prompt))
+    found = plan(model, config_of(model, kind="scale"), card, ExamplePrompts(prompt, prompt))
     assert least <= found.other_bytes_on_device / found.other_bytes <= most
     work = found.peak_bytes - found.base_bytes_on_device - found.other_bytes_on_device
     with model.denoiser.session(checkpointing=found.checkpointing, memory=found.reserve, work=work):

@@ -145,6 +145,14 @@ def test_a_config_file_of_before_kinds_had_their_own_settings_goes_on(folder, ki
     assert chosen.own_settings().keys() >= set(settings_of_kind(kind))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_runs_own_config_file_gives_its_settings_again(folder, kind):
+    config = TrainConfig(kind=kind, rank=9, hidden=12, aspect_ratios=("3:2",), memory=7.5)
+    (folder / "c.toml").write_text(to_toml(config.own_settings()))
+    again = check_chosen(cli._chosen(parse([*BASE, "--config", "c.toml"])))
+    assert again.own_settings() == config.own_settings()
+
+
 @pytest.mark.parametrize("name", ["loader", "comfyui"])
 def test_code_that_a_config_file_names_is_not_run_unless_the_command_line_names_it_too(folder, capsys, name):
     (folder / "c.toml").write_text(f'{name} = "some where; rm x\\u001b"\n')
