@@ -176,6 +176,8 @@ def read(expected: Any, data: Any, name: str) -> Any:
     if _is_named_tuple(kind):
         return kind(*_read_tuple(tuple(_hints(kind).values()), data, name))
     if is_typeddict(kind):
+        if missing := sorted(kind.__required_keys__ - set(data)):
+            raise ValueError(f"{name}: missing fields {missing}")
         known = {key: hint for key, hint in _hints(kind).items() if key in data}
         return data | _read_all({key: (known[key], data[key]) for key in known}, name)
     if get_origin(kind) is dict:

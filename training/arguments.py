@@ -264,6 +264,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         command = {"train": train, "record": record, "calibrate": calibrate}[args.command]
         command.set_defaults(**_read_config(args, command))
         args = parser.parse_args(argv)
+    if args.command == "calibrate" and args.kind != "scale":
+        raise UsageError(f"agd calibrate trains kind scale: for kind {args.kind} there is `agd train`.")
     return args
 
 

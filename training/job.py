@@ -83,7 +83,10 @@ class Job:
         return True
 
     def plan(self, progress: ProgressCallback = no_progress) -> Plan:
-        """What the run costs. Raises `DoesNotFit`, or `JobError` where the disk has too little space."""
+        """What the run costs. Raises `DoesNotFit`, or `JobError` where the disk has too little space, or the output is
+        somebody else's file.
+        """
+        check_replaceable(self.output)
         progress(0, 1)  # loading the text encoder may take a while
         prompts = ExamplePrompts.of(self.model.text_encoder, self.prompts or [""], self.negatives)
         memory = round(self.config.memory * 1e9) or self.model.memory.available()
@@ -200,6 +203,19 @@ def check_output(output: Path, beside: Callable[[Path], Sequence[Path]] = lambda
         raise JobError(f"The output {output} must be a file that ends in {SUFFIX}.")
     file_name(output.name)
     check_writable(output, *beside(output))
+
+
+def check_replaceable(output: Path) -> None:
+    """Raises `JobError` where there is a file that is no adapter: a checkpoint, say, that a config file names."""
+    if not output.exists():
+        return
+    try:
+        adapter_file.read_info(output)
+    except adapter_file.AdapterFileError as error:
+        raise JobError(
+            f"{output} is there already and no adapter that a new one could replace: choose another output, or delete "
+            "it first."
+        ) from error
 
 
 def check_writable(*files: Path) -> None:

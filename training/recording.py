@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..agd_core.atomic import NotWritten, bytes_of, read_torch, remove_remains, replacing, write_text, write_torch
+from ..agd_core.checked import Between, Like, read
 from ..agd_core.errors import AGDError
 from ..agd_core.seeds import seeded_generator
 from . import folder_lock
@@ -67,6 +68,32 @@ def _settings(config: TrainConfig) -> dict:
     return {key: value for key, value in config.result_settings().items() if key in named}
 
 
+class _Shard(TypedDict):
+    """A file beside the index: no other can be named."""
+
+    file: Annotated[str, Like(r"shard-[0-9]{5,9}\.safetensors", "shard-00000.safetensors")]
+    batches: Annotated[int, Between(1, 1_000_000)]
+    bytes: Annotated[int, Between(1, 10**15)]
+    sha256: Annotated[str, Like("[0-9a-f]{64}", "64 hexadecimal digits")]
+
+
+class _Identity(TypedDict):
+    """And settings beside, which `Recording.config` checks as such."""
+
+    prompts: tuple[str, ...]
+    negative: tuple[str, ...]
+    base: str
+
+
+class _Index(TypedDict):
+    """What `recording.json` holds."""
+
+    version: int
+    identity: _Identity
+    evaluations: Annotated[int, Between(0, 10**15)]
+    shards: tuple[_Shard, ...]
+
+
 @dataclass
 class Recording:
     """A recording in `folder`. `identity` holds its settings, prompts and base; `shards` name, batches, checksum."""
@@ -81,14 +108,21 @@ class Recording:
         """Raises `RecordingError` where shards are missing or cut short."""
         try:
             data = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            found = cls(folder, data["identity"], data["evaluations"], data["shards"])
-            version = data["version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            version = read(dict[str, Any], data, _INDEX).get("version")
+            if version != _VERSION:
+                raise RecordingError(
+                    f"{folder} has recording format {version!r:.20}, this version of AGD reads {_VERSION}."
+                )
+            read(_Index, data, _INDEX)
+            if missing := sorted({*SETTINGS} - {"frames"} - data["identity"].keys()):
+                raise ValueError(f"its settings lack {', '.join(missing)}")
+        except RecordingError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
             raise RecordingError(
-                f"{folder} is no recording ({error}); name a folder that `agd record` made."
+                f"{folder} is no recording ({error!s:.500}); name a folder that `agd record` made."
             ) from error
-        if version != _VERSION:
-            raise RecordingError(f"{folder} has recording format {version}, this version of AGD reads {_VERSION}.")
+        found = cls(folder, data["identity"], data["evaluations"], data["shards"])
         for shard in found.shards:
             path = folder / shard["file"]
             size = path.stat().st_size if path.is_file() else 0

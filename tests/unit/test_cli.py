@@ -310,3 +310,9 @@ def test_ctrl_c_before_a_run_begins_is_no_traceback(capsys, monkeypatch):
 
     monkeypatch.setitem(cli._COMMANDS, "train", interrupted)
     fails(capsys, "agd: Stopped.", *BASE)
+
+
+def test_calibrate_trains_a_scale_adapter_and_no_other(capsys, tmp_path):
+    (tmp_path / "c.toml").write_text('kind = "delta"')
+    for given in (("--kind", "delta"), ("--config", str(tmp_path / "c.toml"))):
+        fails(capsys, "agd calibrate trains kind scale: for kind delta there is `agd train`.", "calibrate", *given)

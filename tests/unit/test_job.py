@@ -1,14 +1,16 @@
-"""A training job: what its report begins with."""
+"""A training job: what it refuses, writes, and reports."""
 
 import re
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel
-from comfyui_agd.training.job import Job
+from comfyui_agd.training.job import Job, JobError
 from comfyui_agd.training.trainer import Callbacks
 
 
@@ -48,3 +50,15 @@ def test_a_final_write_that_fails_keeps_the_states_and_the_same_job_goes_on(tmp_
     assert steps == [5, 6, 7]  # where it goes on, and then each iteration
     assert job.output.exists()
     assert list(job.folder.glob("state-*")) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"not a tensor", b"", save({"weight": torch.zeros(2)})], ids=["text", "empty", "checkpoint"]
+)
+def test_a_file_that_is_no_adapter_is_not_replaced(tmp_path, content):
+    """An output may be named by a config file of a stranger, or by a slip."""
+    output = tmp_path / "model.safetensors"
+    output.write_bytes(content)
+    with pytest.raises(JobError, match=r"model\.safetensors is there already and no adapter .*: choose another output"):
+        Job(AnalyticModel(), PROMPTS, CONFIG, output).plan()
+    assert output.read_bytes() == content

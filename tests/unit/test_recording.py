@@ -1,5 +1,8 @@
 """Recordings: what online training would visit, to train from again and again."""
 
+import contextlib
+import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +12,10 @@ import torch
 
 from comfyui_agd.agd_core.guidance import RULES, cfg
 from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, Stopped, assert_same, stop_after, weights
+from comfyui_agd.tests.support.damaged import damaged_description
 from comfyui_agd.training import recording as module
 from comfyui_agd.training.job import Job
+from comfyui_agd.training.options import SettingsError
 from comfyui_agd.training.pool import TrajectoryPool
 from comfyui_agd.training.progress import Progress
 from comfyui_agd.training.recording import Recording, RecordingError, size_in_bytes
@@ -201,6 +206,32 @@ def test_what_is_no_recording_is_refused(folder, tmp_path):
         Recording.open(folder)
     index.write_text(index.read_text()[:50])
     with pytest.raises(RecordingError, match="is no recording"):
+        Recording.open(folder)
+
+
+def test_a_damaged_index_is_taken_or_refused(folder):
+    """A recording may come from a stranger: any other error than these is the test's failure."""
+    index, rng, taken = folder / "recording.json", random.Random(0), 0
+    whole = index.read_text()
+    for _ in range(400):
+        index.write_text(damaged_description(whole, rng))
+        with contextlib.suppress(RecordingError, SettingsError):
+            found = Recording.open(folder)
+            assert found.config(CONFIG).rule
+            assert found.checksum()
+            assert found.batches > 0
+            assert all((folder / shard["file"]).parent == folder for shard in found.shards)
+            taken += 1
+    assert 0 < taken < 200
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "shard-00000.safetensors/x", "shard-0.pt"])
+def test_a_shard_is_beside_the_index(folder, file):
+    index = folder / "recording.json"
+    data = json.loads(index.read_text())
+    data["shards"][0]["file"] = file
+    index.write_text(json.dumps(data))
+    with pytest.raises(RecordingError, match=r"file is '.*', but must be a text such as shard-00000.safetensors"):
         Recording.open(folder)
 
 
