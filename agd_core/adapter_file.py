@@ -96,7 +96,7 @@ class AdapterInfo(_About):
 class _Config:
     """An `AdapterConfig` in a file, where the base's description has the layers themselves."""
 
-    kind: Annotated[str, OneOf(tuple(KINDS))]
+    kind: Annotated[str, OneOf(KINDS)]
     settings: dict[str, Any]
     layers: tuple[LayerName, ...]
     prompt_tokens: Annotated[int, Between(1, 1_000_000)]

@@ -8,7 +8,7 @@ what is expected.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints, is_typeddict
@@ -48,7 +48,7 @@ class Items(NamedTuple):
 
 
 class OneOf(NamedTuple):
-    options: tuple[str, ...]
+    options: Collection[str]
 
     def holds(self, value: Any) -> bool:
         return value in self.options
