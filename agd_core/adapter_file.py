@@ -21,7 +21,7 @@ from torch import nn
 from . import older_formats
 from .adapter import Adapter
 from .checked import Between, Numeral, OneOf, Printable, depth, read
-from .config import AdapterConfig, BaseInfo, LayerName
+from .config import AdapterConfig, Architecture, BaseInfo, LayerName
 from .errors import AGDError
 from .guidance import RULES
 from .kinds import KINDS
@@ -112,7 +112,8 @@ class _Config:
         if unknown := [name for name in self.layers if name not in layers]:
             raise ValueError(f"the base has no layers {unknown[:_LISTED]}")
         kind = read(KINDS[self.kind].Config, self.settings, "config.settings")
-        return AdapterConfig(tuple(layers[name] for name in self.layers), kind, self.prompt_tokens, self.vector)
+        own = tuple(layers[name] for name in self.layers)
+        return AdapterConfig(own, kind, self.prompt_tokens, self.vector, base.time_channels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,7 @@ class _Description(_About):
     def info(self) -> AdapterInfo:
         """Raises `ValueError`."""
         read(TrainingSummary, self.training, "training")
+        read(Architecture, self.base.architecture, "base.architecture")
         about = {f.name: getattr(self, f.name) for f in fields(_About)}
         return AdapterInfo(config=self.config.for_base(self.base), **about)
 
@@ -322,7 +324,8 @@ def describe(info: AdapterInfo, path: str | Path) -> str:
         "base fingerprint": info.base.fingerprint,
         "adapter": f"{kind.describe()}, {parameters:,} parameters",
         "gain": "(omega - 1)" if kind.gain else "none",
-        "omega embedding": getattr(kind, "omega_embedding", "none") if kind.encoders(1) else "none",
+        "at cfg 1": "acts" if kind.acts_at_1 else "leaves the base as it is",
+        "omega embedding": kind.describe_omega(),
         "omega range": f"{low:g} to {high:g}",
         "unconditional": info.unconditional or "the negative prompt",
         "negative prompt": info.negative_mode,

@@ -264,7 +264,8 @@ class AGDTrain(io.ComfyNode):
                         "The adapter. 'auto' is what suits the model's family, hidden and rank included where they are "
                         "left as they are. 'delta' uses the negative prompt; 'scale' is tiny, trained in a tenth of "
                         "the time; 'low_rank' is a LoRA scaled by cfg that ignores the negative prompt, as the others "
-                        "do, which re-implement the paper's."
+                        "do: 'paper_attention' and 'paper_additive' are the paper authors' own, the rest ours after "
+                        "them."
                     ),
                 ),
                 io.Combo.Input(

@@ -72,11 +72,18 @@ class TrainConfig:
     checkpointing: str = option("auto", "compute activations twice to save memory", CHECKPOINTING, result=False)
     micro_batch: int = option(0, "states evaluated at once, on one GPU; 0 takes what fits", result=False)
     memory: float = option(0.0, "GB of the GPU's memory that may be used; 0 takes what is free", result=False)
-    kind: str = option("delta", "the adapter; cross_attention and offset re-implement the paper's two", KINDS)
+    kind: str = option(
+        "delta",
+        "the adapter; paper_attention and paper_additive are the paper authors' own, cross_attention and offset ours "
+        "after them",
+        KINDS,
+    )
     hidden: int = option(128, "width H inside the adapter of a layer; of low_rank the rank: try 16")
     modulated: bool = option(False, "low_rank, delta's rank: scaled by t and omega, and so no LoRA any more")
     rank: int = option(4, "delta: rank of changes of the blocks' linear layers beside it; 0: none")
     vector: int = option(0, "delta, low_rank: width inside a change of the timestep's vector; 0: none")
+    use_timestep: bool = option(True, "paper_attention, paper_additive: know the timestep; the authors' default: no")
+    use_prompt: bool = option(True, "paper_attention, paper_additive: know the prompt; the authors' default: no")
     encoder_width: int = option(128, "width inside the encoder of omega and t")
     gain: bool = option(True, "multiply the residual by (omega - 1); the paper: no")
     omega_embedding: str = option("log", "how omega is embedded; the paper: 'fourier'", OMEGA_EMBEDDINGS)
@@ -170,7 +177,8 @@ class TrainConfig:
 
     def adapter_config(self, base: BaseInfo, prompt_tokens: int) -> AdapterConfig:
         """`prompt_tokens`: the length of a short prompt's context."""
-        return AdapterConfig(base.layers, self.kind_config(), prompt_tokens, base.vector)
+        kind = self.kind_config()
+        return AdapterConfig(kind.layers_of(base), kind, prompt_tokens, base.vector, base.time_channels)
 
     def kind_config(self) -> KindConfig:
         """The kind's own settings: those of its fields, by their names. `hidden` is the rank of low_rank.

@@ -11,6 +11,7 @@ from comfyui_agd.agd_core.adapter_name import AdapterNameError
 from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel
 from comfyui_agd.agd_core.comfyui.runtime import ComfyUINotFound, ComfyUITooOld
 from comfyui_agd.agd_core.errors import AGDError
+from comfyui_agd.agd_core.kinds.paper_attention import PromptTooLong
 from comfyui_agd.training.arguments import UsageError
 from comfyui_agd.training.base_source import BaseSourceError
 from comfyui_agd.training.job import JobError
@@ -31,6 +32,7 @@ ERRORS = {
     DoesNotFit: ValueError,
     JobError: ValueError,
     PromptError: ValueError,
+    PromptTooLong: ValueError,
     RecordingError: ValueError,
     RunFolderError: ValueError,
     UnsupportedModel: ValueError,
