@@ -187,6 +187,11 @@ def _parse(text: str, path: Path) -> AdapterInfo:
 def _open(path: Path):
     if not path.is_file():
         raise AdapterFileError(f"There is no adapter file {path}. Choose another, or train one with AGD Train.")
+    if path.suffix == ".pt":
+        raise AdapterFileError(
+            f"This is no adapter file, but one of PyTorch: if the paper authors' code wrote it, import it first, with "
+            f"`agd import {path} OUTPUT.safetensors`."
+        )
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -250,7 +255,12 @@ def load(path: str | Path, operations=nn) -> tuple[AdapterInfo, Adapter]:
 
 def save(path: str | Path, adapter: Adapter, info: AdapterInfo) -> Path:
     """Write the adapter's file, as `write` does. Returns the path."""
-    return write(path, adapter.state_dict(), _to_metadata(info, Path(path).stem))
+    return save_weights(path, adapter.state_dict(), info)
+
+
+def save_weights(path: str | Path, weights: dict[str, torch.Tensor], info: AdapterInfo) -> Path:
+    """As `save`, of an adapter's `state_dict`."""
+    return write(path, weights, _to_metadata(info, Path(path).stem))
 
 
 def write(path: str | Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> Path:
