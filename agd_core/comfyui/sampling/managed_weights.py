@@ -14,14 +14,14 @@ def managed(
 ) -> comfy.model_patcher.ModelPatcher:
     """Weights as a ModelPatcher of its own, which ComfyUI counts, offloads and unloads, in `base`'s compute dtype.
 
-    What isn't trained stays as it is: random features of omega would be others when rounded. Raises `AdapterFileError`
+    Random features of omega stay as they are: rounded, they would be others. Raises `AdapterFileError`
     naming `source` where a weight is too large for that dtype.
     """
     dtype = base.model.manual_cast_dtype or base.model.get_dtype()
     adapter = Adapter(info.config, comfy.ops.manual_cast).requires_grad_(False)
-    cast = {key: dtype for key, _ in adapter.named_parameters()}
+    exact = {key for key, _ in adapter.named_buffers()} - {"unconditional"}  # that is a prompt's tokens
     # Copied: files may be mapped.
-    weights = {key: tensor.to(cast.get(key, tensor.dtype), copy=True) for key, tensor in weights.items()}
+    weights = {key: t.to(t.dtype if key in exact else dtype, copy=True) for key, t in weights.items()}
     overflown = sorted(key for key, tensor in weights.items() if not tensor.isfinite().all())
     if overflown:
         raise AdapterFileError(
