@@ -180,7 +180,7 @@ def describe(path: str | Path) -> str:
     """What `agd inspect` prints of their file, or of a run's folder. Raises `AdapterFileError`."""
     info, _ = load(path)
     return (
-        f"This is an adapter of the paper authors' code. Put the folder of its run into models/agd, or write it as a "
+        "This is an adapter of the paper authors' code. Put the folder of its run into models/agd, or write it as a "
         f"file of its own: agd import {path} OUTPUT.safetensors\n{adapter_file.describe(info, _checkpoint(Path(path)))}"
     )
 
@@ -211,7 +211,7 @@ def _checkpoint(path: Path) -> Path:
 
 
 def _config_beside(checkpoint: Path) -> Path:
-    places = [folder / _CONFIG for folder in (checkpoint.absolute().parent, checkpoint.absolute().parents[1])]
+    places = [folder / _CONFIG for folder in checkpoint.absolute().parents[:2]]
     for place in places:
         if place.is_file():
             return place
@@ -252,8 +252,13 @@ def _yaml(path: Path) -> Any:
         with path.open("rb") as file:
             return yaml.safe_load(file.read(_LONGEST_CONFIG))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise _refused(path, f"its {_CONFIG} can't be read ({reason:.{_SHOWN}})") from error
+        raise _refused(path, f"its {_CONFIG} can't be read ({_printable(error)})") from error
+
+
+def _printable(text: object) -> str:
+    """One line of what may be a stranger's text."""
+    line = " ".join(str(text).split())[:_SHOWN]
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def _read_modules(path: Path) -> _Modules:
@@ -261,10 +266,9 @@ def _read_modules(path: Path) -> _Modules:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle and zip raise whatever they like
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise AdapterFileError(
             f"{path} can't be read as a checkpoint of the paper authors' code: copy it again. Details: "
-            f"{reason:.{_SHOWN}}"
+            f"{type(error).__name__}: {_printable(error)}."
         ) from error
     modules = data.get("model") if isinstance(data, dict) else None
     if not isinstance(modules, dict) or not all(isinstance(module, dict) for module in modules.values()):
@@ -314,7 +318,7 @@ class _Converter:
         wrong += [(key, why) for key in both if (why := _why_wrong(found[key], self.places[key].shape))]
         if not wrong:
             wrong = [(key, "differs from the first module's") for key in both if not self._is_shared(key, modules)]
-        return sorted(f"{module} {name}: {why}"[:_SHOWN] for (module, name), why in wrong)
+        return sorted(_printable(f"{module} {name}: {why}") for (module, name), why in wrong)
 
     def _is_shared(self, key: tuple[str, str], modules: _Modules) -> bool:
         """Whether a tensor that we have once is the same in all modules; true of others."""
@@ -326,7 +330,7 @@ class _Converter:
         """Of modules without mismatches."""
         parts: dict[str, list[torch.Tensor]] = {}
         for (module, name), place in self.places.items():
-            parts.setdefault(place.key, []).append(modules[module][name])
+            parts.setdefault(place.key, []).append(modules[module][name].detach())
         weights = {
             key: each[0] if each[0].shape == self.own[key].shape else torch.stack(each) for key, each in parts.items()
         }

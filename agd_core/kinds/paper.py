@@ -51,8 +51,8 @@ class PaperConfig(KindConfig):
         return tuple(layer for layer in base.layers if layer.name.rpartition("_")[0] not in left_out)
 
     def describe(self) -> str:
-        knows = [name for name, used in (("t", self.use_timestep), ("the prompt", self.use_prompt)) if used]
-        return f"{self.name}, hidden {self.hidden}, knows {' and '.join(['omega', *knows])}"
+        knows = {"omega": True, "t": self.use_timestep, "the prompt": self.use_prompt}
+        return f"{self.name}, hidden {self.hidden}, from {', '.join(name for name, used in knows.items() if used)}"
 
     def describe_omega(self) -> str:
         return "fourier, with phases"

@@ -280,7 +280,7 @@ def damaged(modules: dict) -> dict:
     modules[names[3]]["k_proj.weight"] = torch.full((8, 8), float("nan"))
     modules[names[4]]["k_proj.weight"] = torch.zeros(8, 8, dtype=torch.int32)
     modules[names[5]]["k_proj.weight"] = "text"
-    modules["elsewhere"] = {"q_proj.weight": torch.zeros(1)}
+    modules["else\x1bwhere"] = {"q_proj.weight": torch.zeros(1)}
     return modules
 
 
@@ -296,7 +296,7 @@ def test_all_that_is_wrong_with_the_weights_is_in_one_error(tmp_path):
         "k_proj.weight: holds NaN or infinity",
         "k_proj.weight: torch.int32 numbers instead of torch.float32",
         "k_proj.weight: str instead of numbers",
-        "elsewhere q_proj.weight: unknown",
+        "else?where q_proj.weight: unknown",
     ):
         assert expected in str(refused.value)
 
@@ -384,11 +384,11 @@ def test_agd_import_writes_an_adapter_file_of_what_agd_inspect_says_it_is(tmp_pa
     status, shown = agd(capsys, "inspect", checkpoint)
     assert status == 0
     assert f"agd import {checkpoint} OUTPUT.safetensors" in shown.splitlines()[0]
-    for part in (f"paper_{arch}, hidden 8, knows omega and t and the prompt", "SDXL (EPS", "0005000.pt", "acts"):
+    for part in (f"paper_{arch}, hidden 8, from omega, t, the prompt", "SDXL (EPS", "0005000.pt", "acts"):
         assert part in shown
     assert agd(capsys, "import", tmp_path / "run", output) == (
         0,
-        f"Wrote {output}: paper_{arch}, hidden 8, knows omega and t and the prompt, for SDXL.\n",
+        f"Wrote {output}: paper_{arch}, hidden 8, from omega, t, the prompt, for SDXL.\n",
     )
     info, weights = authors.load(checkpoint)
     again, written = adapter_file.load_weights(output)
