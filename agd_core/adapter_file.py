@@ -7,8 +7,6 @@ The metadata key `agd` holds the adapter's config, what base it was made for and
 import datetime
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -20,11 +18,13 @@ from torch import nn
 
 from . import older_formats
 from .adapter import Adapter
-from .checked import Between, Numeral, OneOf, Printable, depth, read
+from .atomic import bytes_of, replacing
+from .checked import Between, Items, Numeral, OneOf, Printable, depth, read
 from .config import AdapterConfig, Architecture, BaseInfo, LayerName
 from .errors import AGDError
 from .guidance import RULES
 from .kinds import KINDS
+from .text import one_line
 
 FORMAT_VERSION = 3
 _KEY = "agd"
@@ -65,6 +65,7 @@ class TrainingSummary(TypedDict, total=False):
     """What a training was, as far as anything depends on it: a file may say more, which is only shown."""
 
     gap_closed: dict[_Omega, Annotated[float, Between(-1_000_000, 1)]]
+    gap_closed_se: dict[_Omega, _Positive]
     direction_cosine: dict[_Omega, Annotated[float, Between(-1, 1)]]
     base_patches: BasePatches
     config: TeacherSettings
@@ -80,7 +81,7 @@ class _About:
     # Whether a negative prompt has an effect.
     negative_mode: Annotated[str, OneOf(("used", "ignored"))] = "ignored"
     # (height, width) of the latents it was trained at
-    resolutions: Annotated[tuple[tuple[_Side, _Side], ...], Between(0, 1_000)] = ()
+    resolutions: Annotated[tuple[tuple[_Side, _Side], ...], Items(0, 1_000)] = ()
     training: dict[_Word, Any] = field(default_factory=dict)  # see `TrainingSummary`
 
 
@@ -270,34 +271,11 @@ def write(path: str | Path, weights: dict[str, torch.Tensor], metadata: dict[str
     weights = {key: value.detach().cpu().clone().contiguous() for key, value in weights.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with replacing(path, bytes_of(weights)) as temporary:
             save_file(weights, temporary, metadata=metadata)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(
-            f"The adapter could not be saved as {path} ({error}); make room or choose another place."
-        ) from error
+    except OSError as error:
+        raise AdapterFileError(f"The adapter could not be saved: {error}") from error
     return path
-
-
-class replacing:
-    """`with replacing(path) as temporary`: what is written to `temporary` takes the place of `path` on success."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> str:
-        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part")
-        os.close(handle)
-        return self.temporary
-
-    def __exit__(self, kind, value, trace) -> None:
-        if kind is not None:
-            os.unlink(self.temporary)
-            return
-        with open(self.temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave an empty file under the good one's name
-        os.chmod(self.temporary, 0o644)  # mkstemp makes it readable by its owner alone
-        os.replace(self.temporary, self.path)
 
 
 def check_base(info: AdapterInfo, base: BaseInfo, path: str | Path) -> None:
@@ -343,4 +321,4 @@ def describe(info: AdapterInfo, path: str | Path) -> str:
     }
     lines |= {f"training: {key}": json.dumps(value) for key, value in info.training.items()}
     width = max(map(len, lines))
-    return "\n".join(f"{key:<{width}}  {value!s:.{_LONGEST_LINE}}" for key, value in lines.items())
+    return "\n".join(f"{key:<{width}}  {one_line(value):.{_LONGEST_LINE}}" for key, value in lines.items())

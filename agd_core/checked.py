@@ -1,4 +1,4 @@
-"""Data from files, checked against the types of dataclasses' fields and the limits that are annotated there.
+"""Data from files and people, checked against the types of fields and the limits that are annotated there.
 
     width: Annotated[int, Between(1, 65_536)]
 
@@ -18,16 +18,33 @@ _SHOWN = 60  # characters of what was found
 
 
 class Between(NamedTuple):
-    """Of a number, or of how long a text or a list is."""
+    """Of a number."""
 
     least: float
     most: float
 
     def holds(self, value: Any) -> bool:
-        return self.least <= (value if _is_number(value) else len(value)) <= self.most
+        return self.least <= value <= self.most
 
     def __str__(self) -> str:
-        return f"from {self.least:,} to {self.most:,}"
+        return f"from {_figure(self.least)} to {_figure(self.most)}"
+
+
+def _figure(limit: float) -> str:
+    return f"{limit:g}" if isinstance(limit, float) else f"{limit}"
+
+
+class Items(NamedTuple):
+    """Of a list: so many."""
+
+    least: int
+    most: int
+
+    def holds(self, value: Any) -> bool:
+        return self.least <= len(value) <= self.most
+
+    def __str__(self) -> str:
+        return f"a list of {self.least} to {self.most}"
 
 
 class OneOf(NamedTuple):
@@ -37,7 +54,7 @@ class OneOf(NamedTuple):
         return value in self.options
 
     def __str__(self) -> str:
-        return f"of these: {', '.join(self.options)}"
+        return f"one of {', '.join(self.options)}"
 
 
 class Multiple(NamedTuple):
@@ -47,7 +64,7 @@ class Multiple(NamedTuple):
         return value % self.of == 0
 
     def __str__(self) -> str:
-        return f"and a multiple of {self.of}"
+        return f"a multiple of {self.of}"
 
 
 class Like(NamedTuple):
@@ -60,7 +77,7 @@ class Like(NamedTuple):
         return re.fullmatch(self.pattern, value) is not None
 
     def __str__(self) -> str:
-        return f"such as {self.example}"
+        return f"a text such as {self.example}"
 
 
 class Numeral(NamedTuple):
@@ -74,7 +91,7 @@ class Numeral(NamedTuple):
         return digits is not None and self.least <= float(value) <= self.most
 
     def __str__(self) -> str:
-        return f"with a number from {self.least:,} to {self.most:,}"
+        return f"a number from {_figure(self.least)} to {_figure(self.most)}"
 
 
 class Printable(NamedTuple):
@@ -86,7 +103,7 @@ class Printable(NamedTuple):
         return len(value) <= self.longest and value.isprintable()
 
     def __str__(self) -> str:
-        return f"of at most {self.longest:,} characters, all of which can be seen"
+        return f"a text of at most {self.longest} characters, all of which can be seen"
 
 
 class _Type(NamedTuple):
@@ -94,8 +111,8 @@ class _Type(NamedTuple):
     fits: Callable[[Any], bool]
 
 
-def _is_number(value: Any) -> bool:  # and no NaN
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _TYPES = {
@@ -129,20 +146,21 @@ def _is_named_tuple(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 
-def _why_wrong(expected: Any, data: Any) -> str | None:
-    """What `data` is instead of `expected`, its own parts aside."""
+def why_wrong(expected: Any, data: Any) -> str | None:
+    """What `data` is instead of `expected`, in a phrase, its own parts aside; None where it is that.
+
+    Infinity and NaN are numbers, but in no limits.
+    """
     kind, limits = _parts(expected)
     json_type = _TYPES[_json_type(kind)]
-    if json_type.fits(data) and all(limit.holds(data) for limit in limits):
-        return None
-    return f"is {_shown(data)}, but must be {' '.join([json_type.words, *map(str, limits)])}"
+    broken = (str(limit) for limit in limits if not limit.holds(data))
+    wanted = next(broken, None) if json_type.fits(data) else json_type.words
+    return None if wanted is None else f"is {_shown(data)}, but must be {wanted}"
 
 
 def _shown(data: Any) -> str:
     if isinstance(data, (list, dict)):
         return f"{'a list' if isinstance(data, list) else 'an object'} of {len(data):,}"
-    if isinstance(data, int) and not isinstance(data, bool) and not _is_number(data):
-        return "a huge number"  # of which Python may refuse to show the digits
     names = {None: "null", True: "true", False: "false"}
     found = names[data] if data is None or isinstance(data, bool) else repr(data)
     return found if len(found) <= _SHOWN else f"{found[:_SHOWN]}..."
@@ -150,7 +168,7 @@ def _shown(data: Any) -> str:
 
 def read(expected: Any, data: Any, name: str) -> Any:
     """`data`, as JSON has it, as a value of the type `expected`. Raises `ValueError`, naming it `name`."""
-    if wrong := _why_wrong(expected, data):
+    if wrong := why_wrong(expected, data):
         raise ValueError(f"{name} {wrong}")
     kind = _parts(expected)[0]
     if is_dataclass(kind):
@@ -217,5 +235,5 @@ def depth(data: Any) -> int:
 def wrong_fields(instance: Any) -> Iterator[str]:
     """What is wrong with the plain values of a dataclass that was made in code, a phrase for each field."""
     for name, hint in _hints_of_fields(type(instance)).items():
-        if _parts(hint)[0] in _TYPES and (wrong := _why_wrong(hint, getattr(instance, name))):
+        if _parts(hint)[0] in _TYPES and (wrong := why_wrong(hint, getattr(instance, name))):
             yield f"{name} {wrong}"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, NamedTuple, TypedDict
 
-from .checked import Between, Like, Multiple, OneOf, Printable, wrong_fields
+from .checked import Between, Items, Like, Multiple, OneOf, Printable, wrong_fields
 from .families import title_of
 
 OMEGA_EMBEDDINGS = ("log", "fourier")
@@ -30,8 +30,8 @@ _LAYERS_OF = {"unet": "cross-attentions", "transformer": "blocks"}
 Channels = Annotated[int, Between(1, 1_000_000)]
 InnerChannels = Annotated[int, Between(1, MOST_CHANNELS)]
 OptionalInnerChannels = Annotated[int, Between(0, MOST_CHANNELS)]
-LayerName = Annotated[str, Between(1, 200), Like(r"[A-Za-z][A-Za-z0-9_]*_[0-9]+", "input_1_0")]
-_Path = Annotated[str, Between(1, 200), Like(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", "attn1.to_q")]
+LayerName = Annotated[str, Printable(200), Like(r"[A-Za-z][A-Za-z0-9_]*_[0-9]+", "input_1_0")]
+_Path = Annotated[str, Printable(200), Like(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", "attn1.to_q")]
 _Title = Annotated[str, Printable(100)]
 
 
@@ -219,7 +219,7 @@ class Architecture(TypedDict, total=False):
     """
 
     time_channels: Annotated[int, Between(1, 1_000_000)]
-    num_res_blocks: Annotated[tuple[Annotated[int, Between(0, 1_000)], ...], Between(1, 100)]
+    num_res_blocks: Annotated[tuple[Annotated[int, Between(0, 1_000)], ...], Items(1, 100)]
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class BaseInfo:
 
     family: _Title
     prediction: _Title
-    layers: Annotated[tuple[AdapterLayer, ...], Between(1, _MOST_LAYERS)]
+    layers: Annotated[tuple[AdapterLayer, ...], Items(1, _MOST_LAYERS)]
     architecture: dict[_Title, Any] = field(default_factory=dict)
     fingerprint: _Title = ""
     layout: Annotated[str, OneOf(tuple(_LAYERS_OF))] = "unet"

@@ -141,7 +141,7 @@ def training_task(experiment, variant: Variant):
     settings = {"kind": "delta", "rank": 0, "encoder_width": 32} | variant.settings
     hidden = methods.widest(experiment, settings, variant.percent, variant.width)
     prompts = experiment.prompts(negatives=variant.uses_negative)
-    config = experiment.train_config(**settings, hidden=hidden)
+    config = experiment.train_config(**methods.sized(settings, hidden))
     return methods.TrainingTask(variant.stem, config, prompts, [], variant.width)
 
 

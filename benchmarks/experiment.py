@@ -51,8 +51,10 @@ from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.gap import Evaluation, TrajectoryState
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.presets import trajectories_of
+from comfyui_agd.training.progress import Progress
 from comfyui_agd.training.recording import Recording, identity_of
 from comfyui_agd.training.run_setup import split_prompts
+from comfyui_agd.training.trainer import Callbacks
 
 TRAINING_BATCH = 16
 REUSE = 4  # optimiser steps per recorded batch, each with other guidance scales
@@ -240,7 +242,12 @@ class ToyExperiment:
         name = f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}-{batches}"
         job = Job(self.model(), prompts.captions, config, self.work.path("recordings", name), prompts.negatives)
         with self.work.locked("recordings", name), tqdm(total=batches, desc="recording", leave=False) as bar:
-            recording = job.record(batches, lambda done, total: bar.update(done - bar.n))
+
+            def show(progress: Progress) -> None:
+                if progress.phase == "record":
+                    bar.update(progress.step - bar.n)
+
+            recording = job.record(batches, Callbacks(show))
         return recording, split_prompts(prompts.captions, config)[0]
 
     # Gap closed and direction cosine.

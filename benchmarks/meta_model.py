@@ -23,7 +23,7 @@ OMEGA = 7.0
 class MetaModel:
     """Implements what a plan needs of `training.model.Model`, of a model in `tests.support.architectures`.
 
-    `frames`: of a video's latents; 1 is a picture. Each cost is traced once.
+    `frames`: of a video's latents; 1 is a picture. Each cost is traced once. `prompt`: all that it is given.
     """
 
     def __init__(self, name: str, dtype: str = "bf16", frames: int = 1):
@@ -32,16 +32,16 @@ class MetaModel:
         from comfyui_agd.agd_core.comfyui.backbones import describe_base
         from comfyui_agd.agd_core.comfyui.model.denoiser import ComfyDenoiser
         from comfyui_agd.agd_core.comfyui.model.memory import ComfyMemory
-        from comfyui_agd.agd_core.comfyui.model.text_encoder import ComfyTextEncoder, EncodedPrompt
+        from comfyui_agd.agd_core.comfyui.model.text_encoder import EncodedPrompt
         from comfyui_agd.tests.support.architectures import ARCHITECTURES
         from comfyui_agd.tests.support.checkpoints import on_meta
 
         self.model = on_meta(name, *DTYPES[dtype])
         self.patcher = comfy.model_patcher.ModelPatcher(self.model, load_device=CPU, offload_device=CPU)
         self.base = describe_base(self.model)
-        self._denoiser, encoder = ComfyDenoiser(self.patcher, frames=frames), ComfyTextEncoder(None, self.patcher)
-        encoder.last_encoded = EncodedPrompt(ARCHITECTURES[name].prompt.condition(), "positive")
-        self._prompt, self.memory = encoder.last_encoded, ComfyMemory(self.patcher, self._denoiser, encoder)
+        self._denoiser = ComfyDenoiser(self.patcher, frames=frames)
+        self.prompt = EncodedPrompt(ARCHITECTURES[name].prompt.condition(), "positive")
+        self.memory = ComfyMemory(self.patcher, self._denoiser)
         for trace in ("trace_base", "trace_student"):
             setattr(self.memory, trace, functools.cache(getattr(self.memory, trace)))
         self.memory.matmul_rate = lambda: 0.0  # it is on no device: what that computes in a second is unknown
@@ -62,7 +62,7 @@ class MetaModel:
         from comfyui_agd.agd_core.comfyui.model import tracing
         from comfyui_agd.agd_core.comfyui.model.denoiser import options_of
 
-        conds, options = self._denoiser.conditions([self._prompt], (1, *shape)), options_of(self.patcher)
+        conds, options = self._denoiser.conditions([self.prompt], (1, *shape)), options_of(self.patcher)
 
         def evaluate(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             own = options if config is None else _with_adapter(options, config, conds)

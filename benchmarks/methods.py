@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.adapter_file import replacing
 from comfyui_agd.agd_core.alternating import AGREES, NEAR
+from comfyui_agd.agd_core.atomic import replacing
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.comfyui.model.sampler import guided_by
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
@@ -120,7 +120,7 @@ def adapter(
         in_transformer = experiment.model().base.layout == "transformer" and OURS.items() <= settings.items()
         own = settings | IN_TRANSFORMERS if in_transformer else settings
         hidden = widest(experiment, own, percent)
-        configs = [experiment.train_config(**own, hidden=hidden, learning_rate=rate) for rate in learning_rates]
+        configs = [experiment.train_config(**sized(own, hidden), learning_rate=rate) for rate in learning_rates]
         prompts = experiment.prompts(negatives=uses_negative, partial=partial)
         config, file = best_trained(experiment, name, configs, prompts, train_adapter)
         info, weights = adapter_file.load_weights(file)
@@ -172,12 +172,18 @@ def meng(experiment: ToyExperiment, name: str) -> PreparedMethod:
     return PreparedMethod(student.patcher(), identity, count, lambda states: evaluate(student, None, states))
 
 
+def sized(settings: dict, size: int) -> dict:
+    """With that width, or rank, of the adapter."""
+    name = TrainConfig(kind=settings["kind"]).size_setting
+    return settings | ({name: size} if name else {})
+
+
 def widest(experiment: ToyExperiment, settings: dict, percent: float, width: int | None = None) -> int:
-    """The `hidden` with which an adapter of layers of that `width` just stays within that share of the base's."""
+    """The size (`sized`) with which an adapter of layers of that `width` just stays within that share of the base's."""
     base, largest = experiment.model(width).base, 0
     step = 4 if settings["kind"] == "cross_attention" else 1  # its heads share the width
     for hidden in range(step, 513, step):
-        config = experiment.train_config(**settings, hidden=hidden).adapter_config(base, prompt_tokens=1)
+        config = experiment.train_config(**sized(settings, hidden)).adapter_config(base, prompt_tokens=1)
         with torch.device("meta"):
             if Adapter(config).parameter_count() > percent / 100 * experiment.base_parameters:
                 break

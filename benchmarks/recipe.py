@@ -59,6 +59,7 @@ def recipes(share: float) -> list[Recipe]:
         hidden=56,
         encoder_width=64,
         learning_rate=2e-3,
+        reuse=1,
         preview_every=0,
     )
     paper = dataclasses.replace(
@@ -131,10 +132,7 @@ class RecordedTrajectories:
         self.order = torch.randperm(self.x.shape[0] * self.x.shape[1], generator=torch.Generator().manual_seed(12))
         return self
 
-    def fill(self, progress) -> int:
-        return self.evaluations
-
-    def next(self, step: int):
+    def next(self, step: int, progress=None):
         from comfyui_agd.training.pool import Batch
 
         drawn = self.order[step * BATCH : (step + 1) * BATCH]
@@ -167,7 +165,7 @@ def measure(
     seconds, spent = time.perf_counter() - start, trained.info.training["teacher_evaluations"]
     rows = []
     for entry in trained.history:
-        # Online, evaluations are spent along the way, after what filling the pool took.
+        # Online, evaluations are spent along the way; what starting the pool's columns took comes first.
         steps = recipe.config.iterations // recipe.config.reuse
         left = 0 if recorded else 2 * BATCH * (steps - entry.step // recipe.config.reuse)
         rows.append(

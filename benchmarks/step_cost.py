@@ -131,13 +131,13 @@ def planned(at: TrueSize) -> dict:
 
 
 def _fits(at: TrueSize, dtype: str) -> str:
-    from comfyui_agd.training.plan import DoesNotFit, plan
+    from comfyui_agd.training.plan import DoesNotFit, ExamplePrompts, plan
     from comfyui_agd.training.presets import CARDS, settings_for
 
     model = MetaModel(at.name, dtype, at.frames)
     config = settings_for(model.base, {"width": at.width, "height": at.height})
     try:
-        found = plan(model, config, int(CARDS[CARD] * 1e9))
+        found = plan(model, config, int(CARDS[CARD] * 1e9), ExamplePrompts(model.prompt, model.prompt))
     except DoesNotFit:
         return "no"
     parts = [f"{found.peak_bytes / 1e9:.1f} GB", f"{found.micro_batch} at once"]
@@ -153,8 +153,9 @@ def peaks(at: TrueSize) -> dict:
 
     model, found = MetaModel(at.name, "bf16", at.frames), {}
     config = settings_for(model.base, {"width": at.width, "height": at.height}).adapter_config(model.base, 77)
+    shape = model.latent_shape(at.width, at.height)
     for suffix, checkpointing in (("", False), ("_checkpointed", True)):
-        step = model.memory.trace_student(config, model.latent_shape(at.width, at.height), 1, checkpointing)
+        step = model.memory.trace_student(config, shape, 1, checkpointing, model.prompt)
         found |= {f"step_bytes{suffix}": step.peak_bytes, f"step_flops{suffix}": step.flops}
     return found
 

@@ -93,9 +93,15 @@ def make_model(model, device: torch.device):
     from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
-    trainable = ComfyModel(patcher, RandomEncoder(model.model_config.unet_config["context_dim"]))
-    trainable.text_encoder.encode(["a prompt"])
-    return trainable
+    return ComfyModel(patcher, RandomEncoder(model.model_config.unet_config["context_dim"]))
+
+
+def prompts_of(model):
+    """What to plan with: all prompts are equally long."""
+    from comfyui_agd.training.plan import ExamplePrompts
+
+    (prompt,) = model.text_encoder.encode(["a prompt"])
+    return ExamplePrompts(prompt, prompt)
 
 
 def model_on_meta(name: str, dtype: str):
@@ -111,12 +117,12 @@ def model_on_meta(name: str, dtype: str):
 
 @functools.cache
 def traced_model(name: str, dtype: str):
-    """One that traces each cost once. It is on no device, so that what it computes a second is unknown."""
+    """(one that traces each cost once, what to plan with). It is on no device: what it computes a second is unknown."""
     model = make_model(model_on_meta(name, dtype), torch.device("cpu"))
     memory = model.memory
     memory.trace_student, memory.trace_base = functools.cache(memory.trace_student), functools.cache(memory.trace_base)
     memory.matmul_rate = lambda: 0.0
-    return model
+    return model, prompts_of(model)
 
 
 def config_of(case: MeasuredTraining):
@@ -127,6 +133,7 @@ def config_of(case: MeasuredTraining):
         batch=case.batch,
         width=case.pixels,
         height=case.pixels,
+        reuse=1,
         pool=1,
         steps_min=2,
         steps_max=3,
@@ -192,7 +199,7 @@ def timed_step(step, state, timer: PartTimer) -> Callable[[], None]:
     step.gradients = timer.timed("backward", step.gradients)
     step.optimise = timer.timed("optimiser", step.optimise)
     step.update_average = timer.timed("optimiser", step.update_average)
-    step.check_loss = lambda student, number: None  # of random weights any loss is as good as another
+    step.check = lambda *_: None  # of random weights any loss is as good as another
     return lambda: step(state, step.config.iterations)
 
 
@@ -215,7 +222,6 @@ def take_steps(model, config, plan, count: int) -> tuple[int, dict[str, float]]:
     timer = PartTimer(model.denoiser.device)
     with model.denoiser.session(checkpointing=plan.checkpointing, memory=plan.reserve):
         training_step, state = new_training(model, config, plan)
-        state.source.fill()
         step = timed_step(training_step, state, timer)
         step()  # autotuning, and the optimiser's state
         timer.clear()
@@ -254,9 +260,10 @@ def measure(case: MeasuredTraining, device: torch.device, memory: int | None) ->
 
     config = config_of(case)
     if not case.steps:
-        return row_of(case, device, plan_of(traced_model(case.model, case.dtype), config, memory), None, {})
+        traced, prompts = traced_model(case.model, case.dtype)
+        return row_of(case, device, plan_of(traced, config, memory, prompts), None, {})
     model = make_model(random_model(case.model, torch.device("cpu"), *DTYPES[case.dtype]), device)
-    plan = plan_of(model, config, memory)
+    plan = plan_of(model, config, memory, prompts_of(model))
     peak, parts = take_steps(model, config, plan, case.steps)
     return row_of(case, device, plan, peak, parts)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from comfyui_agd.agd_core.adapter_file import replacing
+from comfyui_agd.agd_core.atomic import replacing
 
 
 class WorkFolder:

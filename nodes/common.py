@@ -1,7 +1,8 @@
 """What the nodes share: the inputs of an adapter in use, the adapter as a value, messages on the node."""
 
-import logging
+import html
 from collections.abc import Callable
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,11 @@ from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.backbones import describe_base, is_trained_on
 from ..agd_core.comfyui.sampling.apply import apply_adapter
 from ..agd_core.comfyui.sampling.settings import GuidanceSettings
+from ..agd_core.text import logger, one_line, printable
 from ..training.authors import read_adapter
+from ..training.options import Settings
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 AdapterType = io.Custom("AGD_ADAPTER")
 AdapterName = io.Custom("STRING,COMBO")  # a text that may be linked to a list of names, as the loader's
@@ -57,6 +60,14 @@ def named_adapter(name: str, model) -> AdapterValue:
         base = describe_base(model.model, model.get_model_object("model_sampling"))
         return AdapterValue(*attention_guidance(base), source=name)
     return AdapterValue(*read_adapter(folders.adapter_path(name)), source=name)
+
+
+def number_input(settings: type[Settings], name: str, tooltip: str, *, step: float = 1, **options) -> io.Input:
+    """A number among `settings`, with its default and limits."""
+    f = next(f for f in fields(settings) if f.name == name)
+    low, high = f.metadata["limits"]
+    shown = {"default": f.default, "min": low, "max": high, "step": step, **options}
+    return (io.Int if f.type is int else io.Float).Input(name, tooltip=tooltip, **shown)
 
 
 def use_inputs() -> list[io.Input]:
@@ -105,6 +116,8 @@ def use_inputs() -> list[io.Input]:
 
 
 def show_on_node(node_id: str, text: str) -> None:
+    """The browser takes such a text for HTML; it may hold names and texts of files, which are to be read only."""
+    text = html.escape(printable(text), quote=False)
     if PromptServer.instance is not None:
         PromptServer.instance.send_progress_text(text, node_id)
 
@@ -118,7 +131,7 @@ def notices(node_id: str) -> Callable[[str], None]:
 
     def notify(message: str) -> None:
         log.warning("AGD: %s", message)
-        said.insert(0, message[0].upper() + message[1:])
+        said.insert(0, one_line(message[0].upper() + message[1:]))
         show_on_node(node_id, "\n\n".join(said))
 
     return notify

@@ -1,9 +1,7 @@
 """AGD Evaluate: MODEL, CLIP, an adapter and prompts in, an account of how good the adapter is here out."""
 
-import time
+import functools
 
-import comfy.model_management
-import comfy.utils
 import numpy as np
 import torch
 from comfy_api.v0_0_2 import io
@@ -12,44 +10,15 @@ from ..agd_core.comfyui.model.comfy_model import ComfyModel
 from ..agd_core.comfyui.model.sampler import ComfySampler
 from ..training import prompts as prompt_sources
 from ..training.assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
-from ..training.trainer import Progress
-from .common import AdapterType, adapter_fingerprint, adapter_names, named_adapter, show_on_node
+from .common import AdapterType, adapter_fingerprint, adapter_names, named_adapter, number_input, show_on_node
+from .progress import NodeProgress
 
-_DEFAULTS = AssessConfig()
-_SHOWN = {
-    "encode": "Encoding prompts",
-    "teacher": "Following the trajectories of guidance",
-    "adapter": "Measuring the adapter on them",
-    "sample": "Sampling by each method",
-}
-
-
-class _Display:
-    """Shows on the node and in ComfyUI's own bar what is done, and lets an interrupt through at every evaluation."""
-
-    def __init__(self, node_id: str):
-        self.node_id, self.shown = node_id, 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        now = time.monotonic()
-        if now - self.shown > 0.2 or progress.step == progress.total:
-            self.shown = now
-            bar = comfy.utils.ProgressBar(progress.total, node_id=self.node_id)
-            bar.update_absolute(progress.step, progress.total)
-            show_on_node(self.node_id, f"{_SHOWN[progress.phase]}: {progress.step}/{progress.total}")
+_number = functools.partial(number_input, AssessConfig)
 
 
 def _size(name: str) -> io.Input:
-    return io.Int.Input(
-        name,
-        default=0,
-        min=0,
-        max=8192,
-        step=8,
-        advanced=True,
-        tooltip=f"{name.capitalize()} of the pictures. 0 takes the size that the adapter was trained at.",
-    )
+    tooltip = f"{name.capitalize()} of the pictures. 0 takes the size that the adapter was trained at."
+    return _number(name, tooltip, step=8, advanced=True)
 
 
 class AGDEvaluate(io.ComfyNode):
@@ -91,22 +60,9 @@ class AGDEvaluate(io.ComfyNode):
                     round=0.01,
                     tooltip="The guidance scale (omega) to compare at.",
                 ),
-                io.Int.Input(
-                    "count",
-                    default=_DEFAULTS.count,
-                    min=1,
-                    max=10_000,
-                    tooltip="Pictures by each method; the prompts take turns. More make the figures surer.",
-                ),
-                io.Int.Input("steps", default=_DEFAULTS.steps, min=1, max=1000, tooltip="Of every sampling, by Euler."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Seed of the first picture; the next one has the next.",
-                ),
+                _number("count", "Pictures by each method; the prompts take turns. More make the figures surer."),
+                _number("steps", "Of every sampling, by Euler."),
+                _number("seed", "Seed of the first picture; the next one has the next.", control_after_generate=False),
                 _size("width"),
                 _size("height"),
                 io.Combo.Input(
@@ -145,12 +101,12 @@ class AGDEvaluate(io.ComfyNode):
         adapter_name="", adapter=None, vae=None,
     ) -> io.NodeOutput:  # fmt: skip
         config = AssessConfig((cfg,), steps=steps, count=count, seed=seed, width=width, height=height)
-        texts = prompt_sources.expand(prompt_sources.prompts_of(prompts), count, seed)
-        unwanted = prompt_sources.prompts_of(negative) or [""]
+        texts = prompt_sources.expand(prompt_sources.prompts_of(prompts, "prompts"), count, seed)
+        unwanted = prompt_sources.draw_each(prompt_sources.prompts_of(negative, "negative"), seed) or [""]
         candidate = Candidate(*(adapter or named_adapter(adapter_name, model)))
         info, weights, source = candidate.info, candidate.weights, candidate.source
         sampler = ComfySampler(model, info, weights, source=source, rule=rule_of(info))
-        display, node_id = _Display(cls.hidden.unique_id), cls.hidden.unique_id
+        display, node_id = NodeProgress(cls.hidden.unique_id), cls.hidden.unique_id
         prompt_texts = PromptTexts(texts, unwanted)
         found = assess(ComfyModel(model, clip, vae=vae), sampler, candidate, prompt_texts, config, display)
         show_on_node(node_id, found.report())

@@ -1,96 +1,77 @@
 """AGD Train: MODEL, CLIP and prompts in, an adapter file and an account of the training out."""
 
-import time
+import functools
+from dataclasses import fields
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import numpy as np
 import torch
 from comfy_api.v0_0_2 import io
-from PIL import Image
 
+from ..agd_core.adapter_name import AdapterNameError
 from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.model.comfy_model import ComfyModel
+from ..agd_core.text import logger
 from ..training import prompts as prompt_sources
+from ..training.arguments import PromptSettings
 from ..training.config import KINDS, PRECISIONS, RULES, TrainConfig
 from ..training.job import Job
-from ..training.plan import Plan
-from ..training.presets import CARDS, COMMON_RATIOS, settings_for
-from ..training.trainer import Callbacks, Progress
-from .common import AdapterName, AdapterType, AdapterValue, show_on_node, use_adapter
+from ..training.options import SettingsError
+from ..training.presets import CARDS, COMMON_RATIOS, check_chosen, defaults_of, settings_for
+from ..training.run_folder import longest_files_of
+from ..training.trainer import Callbacks
+from .common import AdapterName, AdapterType, AdapterValue, number_input, show_on_node, use_adapter
+from .progress import NodeProgress
+
+log = logger(__name__)
 
 _DEFAULTS = TrainConfig()
 _ALL = "all that is free"
 _NEW = "a new adapter"
 _AUTO = "auto"
-_SUITED = " 0 takes what suits the model's family."
+_OPTIONS = {f.name: f for f in fields(TrainConfig)}
+_BY_MODEL = ("iterations", "batch", "width", "height", "learning_rate", "hidden", "reuse", "rank")
+# The numbers that, in workflows of before they had the word, stood for 'auto' beside 0.
+_ONCE_AUTO = {"hidden": 128, "rank": 4}
 
 
-class _Display:
-    """Shows a run on the node and in ComfyUI's own bar, and lets an interrupt through at every step."""
-
-    def __init__(self, node_id: str, plan: Plan):
-        self.node_id, self.plan = node_id, plan
-        self.bar: comfy.utils.ProgressBar | None = None
-        self.preview: Image.Image | None = None
-        self.shown = 0.0
-
-    def callbacks(self) -> Callbacks:
-        return Callbacks(on_progress=self.progress, on_preview=self.show_preview)
-
-    def progress(self, progress: Progress) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if progress.phase == "train":
-            self.bar = self.bar or comfy.utils.ProgressBar(progress.total, node_id=self.node_id)
-            self._update(self.bar, progress.step, progress.total)
-        now = time.monotonic()
-        # A hundred messages a second would slow the browser down.
-        if now - self.shown > 0.2 or progress.step == progress.total:
-            self.shown = now
-            show_on_node(self.node_id, f"{_describe(progress)}\n\n{self.plan.describe()}")
-
-    def show_preview(self, step: int, image: Image.Image) -> None:
-        self.preview = image
-        if self.bar is not None:
-            self._update(self.bar, step, self.bar.total)
-
-    def _update(self, bar: comfy.utils.ProgressBar, step: int, total: int) -> None:
-        # Without its picture a message would take an earlier one off the node.
-        shown = ("PNG", self.preview, None) if self.preview is not None else None
-        bar.update_absolute(step, total, shown)
+_number = functools.partial(number_input, TrainConfig, advanced=True)
 
 
-_PHASES = {
-    "encode": "Encoding prompts",
-    "rollout": "Rolling out the first trajectories",
-    "measure": "Measuring on held-out prompts",
-}
+def _number_or_auto(name: str, tooltip: str, *, advanced: bool = True) -> io.Input:
+    """A setting of TrainConfig whose default goes by the model, as a text that says so; numbers may be linked."""
+    tooltip = f"{tooltip} A number, or 'auto': what suits the model ({defaults_of(name)})."
+    return io.MultiType.Input(
+        io.String.Input(name, default=_AUTO, tooltip=tooltip, advanced=advanced), [io.Int, io.Float]
+    )
 
 
-def _describe(progress: Progress) -> str:
-    """What matters most comes first: ComfyUI's classic canvas shows about 60 characters."""
-    parts = [f"{progress.step}/{progress.total}"]
-    if progress.phase in _PHASES:
-        return f"{_PHASES[progress.phase]}: {parts[0]}"
-    if progress.seconds_left is not None:
-        minutes = progress.seconds_left / 60
-        parts.append(f"{minutes:.0f} min left" if minutes > 1.5 else f"{progress.seconds_left:.0f} s left")
-    if progress.gap_closed is not None:
-        parts.append(f"gap closed {progress.gap_closed:.0%}")
-    if progress.loss is not None:
-        parts.append(f"loss {progress.loss:.4f}")
-    if progress.memory is not None:
-        parts.append(f"memory {progress.memory / 1e9:.1f} GB")
-    return ", ".join(parts)
+def _given(name: str, value: str | float) -> float | None:
+    """What such an input says, or None for 'auto'. Raises `SettingsError`.
+
+    0 is 'auto' where it is no value of the setting; and a number that is no text may be what once stood for it.
+    """
+    if _ONCE_AUTO.get(name) == value:
+        return None
+    number, (least, _) = _number_of(name, value), _OPTIONS[name].metadata["limits"]
+    return None if number == 0 and least > 0 else number
 
 
-def _number(kind, name: str, high, tooltip: str, *, suited: bool = True, **options):
-    """A setting of TrainConfig; where it is `suited`, 0 stands for what suits the model's family."""
-    default = 0 if suited else getattr(_DEFAULTS, name)
-    tooltip += _SUITED if suited else ""
-    chosen = {"min": 0, "step": 1, "advanced": True, **options}
-    return kind.Input(name, default=default, max=high, tooltip=tooltip, **chosen)
+def _number_of(name: str, value: str | float) -> float | None:
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() in ("", _AUTO):
+        return None
+    try:
+        return int(value) if _OPTIONS[name].type is int else float(value)
+    except ValueError:
+        raise SettingsError(f"{name} is {value!r:.60}, but must be a number or '{_AUTO}'.") from None
+
+
+def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without those that are left to what suits the model. Raises `SettingsError`."""
+    chosen = {name: _given(name, value) if name in _BY_MODEL else value for name, value in settings.items()}
+    return {name: value for name, value in chosen.items() if value not in (None, _AUTO)}
 
 
 class AGDTrain(io.ComfyNode):
@@ -138,54 +119,32 @@ class AGDTrain(io.ComfyNode):
                         "smaller parts, activations are computed twice, part of the model stays in system memory."
                     ),
                 ),
+                _number_or_auto(
+                    "iterations", "Optimiser steps. More close more of the gap to true guidance.", advanced=False
+                ),
                 _number(
-                    io.Int,
-                    "iterations",
-                    1_000_000,
-                    "Optimiser steps. More close more of the gap to true guidance.",
-                    advanced=False,
+                    "seed", "Seed of everything random in the training.", control_after_generate=False, advanced=False
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Seed of everything random in the training.",
-                ),
-                _number(io.Int, "batch", 256, "States per optimiser step."),
-                _number(io.Int, "width", 8192, "Width of the pictures.", step=8),
-                _number(io.Int, "height", 8192, "Height of the pictures.", step=8),
+                _number_or_auto("batch", "States per optimiser step."),
+                _number_or_auto("width", "Width of the pictures in pixels."),
+                _number_or_auto("height", "Height of the pictures in pixels."),
                 io.Boolean.Input(
                     "aspect_ratios",
                     default=True,
                     advanced=True,
                     tooltip="Also train the common aspect ratios, with the area of width x height.",
                 ),
-                io.Float.Input(
-                    "omega_max",
-                    default=_DEFAULTS.omega_max,
-                    min=1.1,
-                    max=100.0,
-                    step=0.5,
-                    advanced=True,
-                    tooltip="The largest guidance scale (cfg) that you will use. Training covers 1 to this.",
-                ),
                 _number(
-                    io.Float,
-                    "learning_rate",
-                    1.0,
-                    "Peak of AdamW's learning rate, after a warm-up and before a cosine decay to 0.",
-                    step=1e-6,
+                    "omega_max",
+                    "The largest guidance scale (cfg) that you will use. Training covers 1 to this.",
+                    min=1.1,
+                    step=0.5,
                 ),
-                io.Int.Input(
-                    "hidden",
-                    default=_DEFAULTS.hidden,
-                    min=8,
-                    max=512,
-                    step=8,
-                    advanced=True,
-                    tooltip="Width of the adapter: 128 is about 2 % of SDXL.",
+                _number_or_auto(
+                    "learning_rate", "Peak of AdamW's learning rate, after a warm-up and before a cosine decay to 0."
+                ),
+                _number_or_auto(
+                    "hidden", "Width of the adapter, but for kinds low_rank and scale: 128 is about 2 % of SDXL."
                 ),
                 io.String.Input(
                     "negative",
@@ -197,57 +156,37 @@ class AGDTrain(io.ComfyNode):
                         "prompts and what people usually don't want."
                     ),
                 ),
-                io.Int.Input(
+                number_input(
+                    PromptSettings,
                     "prompt_count",
-                    default=2000,
-                    min=1,
-                    max=100_000,
+                    "How many prompts the generator or the wildcards make.",
                     advanced=True,
-                    tooltip="How many prompts the generator or the wildcards make.",
                 ),
-                _number(
-                    io.Int,
+                _number_or_auto(
                     "reuse",
-                    64,
                     "Optimiser steps per evaluation of the model: states come again, each time with another cfg.",
                 ),
-                io.Float.Input(
+                _number(
                     "on_policy",
-                    default=_DEFAULTS.on_policy,
-                    min=0.0,
-                    max=1.0,
+                    "Share of trajectories that follow the adapter instead of CFG, after a quarter of the run.",
                     step=0.05,
-                    advanced=True,
-                    tooltip="Share of trajectories that follow the adapter instead of CFG, after a quarter of the run.",
                 ),
                 _number(
-                    io.Int,
                     "evaluate_every",
-                    1_000_000,
                     "Iterations between two measurements on prompts that are not trained with; the best adapter is "
                     "kept. 0: at the end.",
-                    suited=False,
                 ),
                 _number(
-                    io.Int,
                     "patience",
-                    1000,
                     "Measurements without a better adapter before training stops early. 0: never.",
-                    suited=False,
                 ),
                 _number(
-                    io.Int,
                     "preview_every",
-                    1_000_000,
                     "Iterations between two pictures of one prompt by CFG and by the adapter. 0: none.",
-                    suited=False,
                 ),
                 _number(
-                    io.Int,
                     "save_every",
-                    1_000_000,
                     "Iterations between two saved states, from which a killed training goes on. 0: on interrupt only.",
-                    suited=False,
                 ),
                 io.Combo.Input(
                     "precision",
@@ -261,11 +200,10 @@ class AGDTrain(io.ComfyNode):
                     options=[_AUTO, *KINDS],
                     default=_AUTO,
                     tooltip=(
-                        "The adapter. 'auto' is what suits the model's family, hidden and rank included where they are "
-                        "left as they are. 'delta' uses the negative prompt; 'scale' is tiny, trained in a tenth of "
-                        "the time; 'low_rank' is a LoRA scaled by cfg that ignores the negative prompt, as the others "
-                        "do: 'paper_attention' and 'paper_additive' are the paper authors' own, the rest ours after "
-                        "them."
+                        "The adapter. 'auto' is what suits the model's family. 'delta' uses the negative prompt; "
+                        "'scale' is tiny, trained in a tenth of the time; 'low_rank' is a LoRA scaled by cfg that "
+                        "ignores the negative prompt, as the others do: 'paper_attention' and 'paper_additive' are the "
+                        "paper authors' own, the rest ours after them."
                     ),
                 ),
                 io.Combo.Input(
@@ -282,16 +220,11 @@ class AGDTrain(io.ComfyNode):
                     advanced=True,
                     tooltip="An adapter to begin from: of the same kind and width, or a scale adapter for 'delta'.",
                 ),
-                io.Int.Input(
+                _number_or_auto(
                     "rank",
-                    default=_DEFAULTS.rank,
-                    min=0,
-                    max=512,
-                    advanced=True,
-                    tooltip=(
-                        "Of 'delta': of changes of the blocks' linear layers beside it, which bring it closer to CFG. "
-                        "Samplers have them in the model's weights, as a LoRA, so that they cost no step any time."
-                    ),
+                    "Of kind low_rank, or beside 'delta': of changes of the blocks' linear layers, which bring it "
+                    "closer to CFG. Samplers have them in the model's weights, as a LoRA, so that they cost no step "
+                    "any time. 0 leaves out those beside 'delta'.",
                 ),
                 io.Model.Input(
                     "other_expert",
@@ -302,32 +235,22 @@ class AGDTrain(io.ComfyNode):
                     ),
                 ),
                 _number(
-                    io.Float,
                     "sigma_from",
-                    1000.0,
                     "Learn at this noise level and above only: 0.875 for Wan 2.2's high-noise expert (0.9 of image to "
                     "video).",
-                    suited=False,
                     step=0.005,
                     optional=True,  # workflows of before there were experts have none
                 ),
                 _number(
-                    io.Float,
                     "sigma_to",
-                    1000.0,
                     "Learn below this noise level only: 0.875 for Wan 2.2's low-noise expert. 0: at any.",
-                    suited=False,
                     step=0.005,
                     optional=True,
                 ),
                 _number(
-                    io.Int,
                     "frames",
-                    257,
                     "Of a video model: learn on so many frames of its latent, which takes memory for all of them. "
                     "1: on a picture.",
-                    suited=False,
-                    min=1,
                     optional=True,
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the previews; without it they are approximate."),
@@ -344,7 +267,13 @@ class AGDTrain(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, adapter_name=None):
-        return adapter_name is None or folders.why_not_writable(adapter_name) or True
+        # Settings are checked when the node runs: ComfyUI would repeat a refusal for each input that is named here.
+        try:
+            if adapter_name is not None:  # otherwise it is linked
+                folders.new_adapter_path(adapter_name, longest_files_of)
+        except AdapterNameError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(
@@ -354,7 +283,6 @@ class AGDTrain(io.ComfyNode):
         prompts,
         adapter_name,
         card,
-        seed,
         aspect_ratios,
         negative,
         prompt_count,
@@ -363,13 +291,9 @@ class AGDTrain(io.ComfyNode):
         vae=None,
         **settings,
     ) -> io.NodeOutput:
-        node_id, path = cls.hidden.unique_id, folders.new_adapter_path(adapter_name)
-        suited = ("iterations", "batch", "width", "height", "learning_rate", "reuse")
-        chosen = {key: value for key, value in settings.items() if value or key not in suited}
-        usual = {"kind": _AUTO, "hidden": _DEFAULTS.hidden, "rank": _DEFAULTS.rank}
-        chosen = {key: value for key, value in chosen.items() if key not in usual or usual[key] != value}
-        chosen |= {"seed": seed, "memory": CARDS.get(card, 0.0)}
-        early = TrainConfig(**chosen)
+        node_id, path = cls.hidden.unique_id, folders.new_adapter_path(adapter_name, longest_files_of)
+        chosen = _chosen(settings) | {"memory": CARDS.get(card, 0.0)}
+        early = check_chosen(chosen)
         other = None if other_expert is None else (other_expert, early.learns_at)
         how: dict[str, Any] = {"autocast": early.autocast, "frames": early.frames}
         trainable = ComfyModel(model, clip, **how, vae=vae, other_expert=other)
@@ -377,22 +301,25 @@ class AGDTrain(io.ComfyNode):
         chosen |= {} if aspect_ratios else {"aspect_ratios": ()}
         config = settings_for(trainable.base, chosen)
         begin = folders.adapter_path(start) if start != _NEW else None
-        job = Job(trainable, _prompts(prompts, prompt_count, seed), config, path, _lines(negative), start=begin)
-        show_on_node(node_id, "Counting what a step takes")
-        plan = job.plan()
-        trained = job.run(_Display(node_id, plan).callbacks(), plan, {})
+        count = PromptSettings(prompt_count).prompt_count
+        texts = _prompts(prompts, count, early.seed)
+        negatives = prompt_sources.prompts_of(negative, "negative")
+        unwanted = prompt_sources.expand_negatives(negatives, count, early.seed)
+        job = Job(trainable, texts, config, path, unwanted, start=begin)
+        display = NodeProgress(node_id)
+        callbacks = Callbacks(on_progress=display, on_preview=display.show_preview)
+        plan = job.plan(callbacks.of_phase("plan"))
+        display.below = plan.describe()
+        trained = job.run(callbacks, plan, {})
         report = job.report(trained)
         show_on_node(node_id, report)
+        log.info("AGD: %s", report.partition("\n")[0])
         adapter = AdapterValue(trained.info, trained.adapter.state_dict(), f"of AGD Train, {folders.name_of(path)}")
         patched = use_adapter(model, adapter, node_id, guidance_scale=0)
         plot = torch.from_numpy(np.asarray(trained.plot(), dtype=np.float32) / 255)[None]
         return io.NodeOutput(patched, folders.name_of(path), plot, adapter, report)
 
 
-def _lines(text: str) -> list[str]:
-    return prompt_sources.prompts_of(text)
-
-
 def _prompts(text: str, count: int, seed: int) -> list[str]:
-    lines = _lines(text)
+    lines = prompt_sources.prompts_of(text, "prompts")
     return prompt_sources.expand(lines, count, seed) if lines else prompt_sources.generate(count, seed)

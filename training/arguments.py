@@ -1,17 +1,23 @@
 """The flags of the `agd` command, and the config files that hold them."""
 
 import argparse
+import shlex
 import sys
-from dataclasses import Field, fields
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from ..agd_core.attention_guidance import NAME as ATTENTION_GUIDANCE
+from ..agd_core.checked import why_wrong
 from ..agd_core.errors import AGDError
+from ..agd_core.text import one_line
 from .assess import AssessConfig
 from .base_source import LOADER_NODES
 from .config import TrainConfig
-from .presets import CARDS
+from .older_settings import without_other_kinds
+from .options import Settings, allowed, option
+from .presets import CARDS, defaults_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,10 +26,52 @@ else:  # ComfyUI's own requirements bring it
 
 Group = argparse._ActionsContainer  # a parser, or a group of its flags
 _DTYPES = ("fp32", "fp16", "bf16", "fp8", "fp8_e5m2")
+# What runs code that they name: a config file may come from a stranger.
+_RUN_CODE = ("loader", "comfyui")
+Given = TypeVar("Given", bound=Settings)
 
 
 class UsageError(AGDError):
     """Something the user gave that can't work; the message is one sentence and no traceback is shown."""
+
+
+@dataclass(frozen=True)
+class PromptSettings(Settings):
+    """Of the prompts that are made."""
+
+    prompt_count: int = option(2000, "of the generator, or with wildcards", limits=(1, 1_000_000))
+
+
+@dataclass(frozen=True)
+class RecordSettings(Settings):
+    """Of `agd record`, besides a training's."""
+
+    batches: int = option(0, "how many batches; 0: --iterations over --reuse", limits=(0, 10_000_000))
+
+
+@dataclass(frozen=True)
+class ExportSettings(Settings):
+    """Of `agd export`."""
+
+    omega: float = option(help="the guidance scale", limits=(0.01, 1000.0))
+
+
+def given(kind: type[Given], args: argparse.Namespace) -> Given:
+    """The settings of that kind that were given, with defaults for the others. Raises `SettingsError`."""
+    return kind(**given_values(kind, args))
+
+
+def given_values(kind: type[Settings], args: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given by flags or the config file."""
+    values = {f.name: getattr(args, f.name) for f in fields(kind)}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not None}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors repeat what was given, names of files among it."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
 
 
 def _add_file(group: Group, flag: str, help: str) -> None:
@@ -32,10 +80,6 @@ def _add_file(group: Group, flag: str, help: str) -> None:
 
 def _add_folder(group: Group, flag: str, help: str) -> None:
     group.add_argument(flag, type=Path, metavar="FOLDER", help=help)
-
-
-def _add_count(group: Group, flag: str, help: str) -> None:
-    group.add_argument(flag, type=int, metavar="N", help=help)
 
 
 def _add_negative(group: Group) -> None:
@@ -63,7 +107,7 @@ def _add_base(parser: argparse.ArgumentParser) -> Group:
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompts")
     _add_file(group, "--prompts", "a text file, one per line; default: the built-in generator's")
-    _add_count(group, "--prompt-count", "of the generator, or with wildcards (default: 2000)")
+    _add_settings_of(group, PromptSettings)
     _add_folder(group, "--wildcards", "folder of lists for __name__ in prompts")
     group.add_argument("--verbatim", action="store_true", default=None, help="prompts without wildcards or comments")
     _add_negative(group)
@@ -71,10 +115,11 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 # The settings that most people set come first in the help text; what is named nowhere is "advanced".
+_METAVARS = {int: "N", float: "X"}
 _MAIN = ("iterations", "batch", "learning_rate", "width", "height", "aspect_ratios", "omega_max", "hidden", "seed")
 _MEMORY = ("memory", "micro_batch", "checkpointing", "precision")
 _FILES = ("held_out", "evaluate_every", "patience", "preview_every", "save_every", "keep_states")
-_SUITED = "Defaults in brackets; for iterations, batch, learning_rate, sizes and reuse the base's family has its own."
+_SUITED = "Defaults in brackets, those of all bases first."
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -86,20 +131,31 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         if names is _MEMORY:
             group.add_argument("--card", choices=CARDS, help="the same as --memory for a card of that size")
         for name in names:
-            _add_setting(group, settings[name])
+            _add_setting(group, settings[name], defaults_of(name))
 
 
-def _add_setting(group: Group, f: Field) -> None:
-    flag, default = "--" + f.name.replace("_", "-"), f.default
-    shown = " ".join(default) if isinstance(default, tuple) else default
-    help = f"{f.metadata['help']} [{shown}]" if shown != "" else f.metadata["help"]
-    if isinstance(default, bool):
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
-    elif isinstance(default, tuple):
-        group.add_argument(flag, nargs="+", metavar="NAME" if default else "W:H", help=help)
+def _add_settings_of(group: Group, kind: type[Settings]) -> None:
+    for f in fields(kind):
+        _add_setting(group, f, "" if f.default in (MISSING, ()) else f"{f.default}")
+
+
+def _add_setting(group: Group, f: Field, default: str) -> None:
+    """`default`: as help shows it."""
+    flag, several, item = _flag(f), get_origin(f.type) is tuple, (get_args(f.type) or (f.type,))[0]
+    how: dict[str, Any] = {"dest": f.name, "help": f"{f.metadata['help']}{f' [{default}]' if default else ''}"}
+    if item is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, **how)
+        return
+    how |= {"type": item, "metavar": _METAVARS.get(item)}
+    if several:
+        how |= {"nargs": "+", "metavar": how["metavar"] or ("NAME" if f.default else "W:H")}
     else:
-        choices, metavar = f.metadata["choices"], {int: "N", float: "X"}.get(type(default))
-        group.add_argument(flag, type=type(default), choices=choices, metavar=metavar, help=help)
+        how |= {"choices": f.metadata["choices"], "required": f.default is MISSING}
+    group.add_argument(flag, **how)
+
+
+def _flag(f: Field) -> str:
+    return "--" + (f.metadata["called"] or f.name).replace("_", "-")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +193,7 @@ def _add_record(commands: Any) -> argparse.ArgumentParser:
         "Run the same command again to go on after a stop.",
     )
     _add_folder(parser, "--output", "the folder to record into")
-    _add_count(parser, "--batches", "how many batches (default: --iterations over --reuse)")
+    _add_settings_of(parser, RecordSettings)
     parser.add_argument("--dry-run", action="store_true", help="say how large it will be, and stop")
     _add_run(parser)
     return parser
@@ -176,11 +232,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     _add_negative(group)
     group = parser.add_argument_group("measuring", "Defaults in brackets.")
-    omegas = "guidance scales (cfg) to measure at; default: those that the adapter's training was measured at"
-    group.add_argument("--omega", type=float, nargs="+", metavar="X", help=omegas)
-    for setting in fields(AssessConfig):
-        if setting.name != "omegas":
-            _add_setting(group, setting)
+    _add_settings_of(group, AssessConfig)
 
 
 def _add_inspect(commands: Any) -> None:
@@ -208,43 +260,60 @@ def _add_export(commands: Any) -> None:
     )
     parser.add_argument("adapter", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--omega", type=float, required=True, metavar="X", help="the guidance scale")
+    _add_settings_of(parser, ExportSettings)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """What was given by flags, or else by the config file. Its `command` is the command's name."""
-    parser = argparse.ArgumentParser(prog="agd", description="Guidance without the second pass.")
+    parser = _Parser(prog="agd", description="Guidance without the second pass.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     train, record, calibrate = _add_train(commands), _add_record(commands), _add_calibrate(commands)
     for add in (_add_evaluate, _add_inspect, _add_import, _add_export):
         add(commands)
     args = parser.parse_args(argv)
     if getattr(args, "config", None):
-        _read_config(args.config, {"train": train, "record": record, "calibrate": calibrate}[args.command])
+        command = {"train": train, "record": record, "calibrate": calibrate}[args.command]
+        command.set_defaults(**_read_config(args, command))
         args = parser.parse_args(argv)
     return args
 
 
-def _read_config(path: Path, parser: argparse.ArgumentParser) -> None:
-    """Make what a TOML file holds the defaults of `parser`, whose flags it names. Raises `UsageError`."""
+def _read_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """What the config file of `args` holds, by the names of `parser`'s flags. Raises `UsageError`."""
     flags = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    try:
-        settings = {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text("utf-8")).items()}
-    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise UsageError(f"The config file {path} can't be read ({error}).") from error
+    settings, path = _load_toml(args.config), args.config
     unknown = sorted(settings.keys() - flags.keys())
     if unknown:
         raise UsageError(f"The config file {path} has unknown settings: {', '.join(unknown)}; see `agd train --help`.")
-    parser.set_defaults(**{key: _value_of(flags[key], value, path) for key, value in settings.items()})
+    if wrong := [phrase for key, value in settings.items() for phrase in _why_wrong(flags[key], value)]:
+        raise UsageError(f"The config file {path} can't be used: {'; '.join(wrong)}.")
+    _refuse_code(settings, args)
+    return without_other_kinds(settings)
 
 
-def _value_of(flag: argparse.Action, value: Any, path: Path) -> Any:
-    """A setting of a config file as the flag would have it. Raises `UsageError`."""
-    several, convert = flag.nargs == "+", flag.type if isinstance(flag.type, type) else None
-    if several != isinstance(value, list) or isinstance(value, dict):
-        raise UsageError(f"{flag.dest} in {path} is {value!r}, but must be {'a list' if several else 'one value'}.")
+def _load_toml(path: Path) -> dict[str, Any]:
     try:
-        return value if convert is None or several else convert(value)
-    except (TypeError, ValueError) as error:
-        expected = "" if convert is None else convert.__name__
-        raise UsageError(f"{flag.dest} in {path} is {value!r}, but must be of type {expected}.") from error
+        return {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text("utf-8")).items()}
+    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise UsageError(f"The config file {path} can't be read ({error}).") from error
+
+
+def _why_wrong(flag: argparse.Action, value: Any) -> Iterator[str]:
+    """What keeps a config file's value from being the flag's, a phrase each."""
+    several = flag.nargs == "+"
+    if several != isinstance(value, list):
+        yield f"{flag.dest} is {value!r:.60}, but must be {'a list' if several else 'one value'}"
+        return
+    kind = bool if flag.nargs == 0 else flag.type if flag.type in (int, float) else str
+    found = [why_wrong(allowed(kind, flag.choices), each) for each in (value if several else [value])]
+    yield from (f"{flag.dest} {phrase}" for phrase in found if phrase)
+
+
+def _refuse_code(settings: dict[str, Any], args: argparse.Namespace) -> None:
+    """Raises `UsageError` where a config file names code to run that the command line doesn't."""
+    if named := [name for name in _RUN_CODE if settings.get(name) and not getattr(args, name)]:
+        flags = " ".join(f"--{name} {shlex.quote(settings[name])}" for name in named)
+        raise UsageError(
+            f"The config file {args.config} names code to run: if you trust it, say so on the command line, with "
+            f"{flags}."
+        )

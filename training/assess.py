@@ -1,8 +1,9 @@
 """How good an adapter is on the user's own model and prompts: what `agd evaluate` and AGD Evaluate report."""
 
+import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -14,19 +15,24 @@ from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo, check_base
 from ..agd_core.guidance import GapErrors, GuidanceRule, square_norm
 from ..agd_core.mixed_precision import MixedPrecision
-from .assessment_report import METHODS, Assessment, Cost, Estimate, OmegaResult, SigmaResult, Transfer
-from .config import TrainConfig, option
+from ..agd_core.seeds import LARGEST_SEED, seeded_generator
+from .assessment_report import METHODS, Assessment, Cost, OmegaResult, SigmaResult, Transfer
+from .config import TrainConfig
+from .estimate import Estimate, mean, mean_of, of_sums, ratio_of_sums, share_closed_of, weighted_sum
 from .gap import Trajectories, TrajectoryState, errors_by_omega, follow_teacher, omegas_of, predict
 from .memory import retry_on_oom
 from .model import Model, ProgressCallback, Prompt, Shape, encode
+from .options import Settings, option
 from .plot import contact_sheet
 from .presets import settings_for
-from .trainer import Callbacks, Progress
+from .progress import Progress
+from .trainer import Callbacks
 
-_SMALLEST = {"steps": 1, "count": 1, "width": 64, "height": 64}
+_SMALLEST_SIDE = 64  # pixels
 _KEPT_STEPS = 8  # of the measured trajectories', as in training
 _ROWS = 4  # evaluated at once, if they fit
 _WARM_UP = 2  # steps by every method before any is timed
+_EVALUATIONS = {"unguided": 1, "guided": 2, "agd": 1}  # of a step by each of `METHODS`, about
 _SHOWN = 6  # images of each method in the picture
 _RULE = ("teacher", "interval_sigma_min", "interval_sigma_max", "rescale_phi", "apg_eta", "apg_threshold")
 
@@ -55,24 +61,29 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
-class AssessConfig:
+class AssessConfig(Settings):
     """What is measured. Without `omegas`: those that the adapter's training was measured at."""
 
-    omegas: tuple[float, ...] = ()
-    steps: int = option(20, "of every sample")
-    count: int = option(8, "images by each method; the prompts take turns, each time with another seed")
-    seed: int = option(0, "of the first image's noise; the next one's is one higher")
-    width: int = option(0, "of the images, in pixels; 0: as the adapter was trained")
-    height: int = option(0, "of the images, in pixels; 0: as the adapter was trained")
+    refusal = "This can't be evaluated"
 
-    def __post_init__(self):
-        values = {name: getattr(self, name) for name in _SMALLEST}
-        given = {name: value for name, value in values.items() if value or name in ("steps", "count")}
-        small = {name: value for name, value in given.items() if value < _SMALLEST[name]}
-        wrong = [f"{name} is {value}, but must be {_SMALLEST[name]} or more" for name, value in small.items()]
-        wrong += [f"cfg is {omega:g}, but guidance begins above 1" for omega in self.omegas if not omega > 1]
-        if wrong:
-            raise ValueError(f"This can't be evaluated: {'; '.join(wrong)}.")
+    omegas: tuple[float, ...] = option(
+        (),
+        "guidance scales (cfg) to measure at; default: those that the adapter's training was measured at",
+        limits=(1.01, 100.0),
+        called="omega",
+    )
+    steps: int = option(20, "of every sample", limits=(1, 1000))
+    count: int = option(
+        8, "images by each method; the prompts take turns, each time with another seed", limits=(1, 10_000)
+    )
+    seed: int = option(0, "of the first image's noise; the next one's is one higher", limits=(0, LARGEST_SEED))
+    width: int = option(0, "of the images, in pixels; 0: as the adapter was trained", limits=(0, 16_384))
+    height: int = option(0, "of the images, in pixels; 0: as the adapter was trained", limits=(0, 16_384))
+
+    def contradictions(self) -> Iterator[str]:
+        for name in ("width", "height"):
+            if 0 < getattr(self, name) < _SMALLEST_SIDE:
+                yield f"{name} is {getattr(self, name)}, but must be {_SMALLEST_SIDE} or more"
 
 
 def rule_of(info: AdapterInfo) -> GuidanceRule:
@@ -130,8 +141,8 @@ def assess(
     check_base(info, model.base, candidate.source)
     texts = prompts.pairs(config.count)
     trajectories = _trajectories(model, info, config)
-    positive = encode(model.text_encoder, [text for text, _ in texts], "positive", of_phase("encode"))
-    negative = encode(model.text_encoder, [text for _, text in texts], "negative", of_phase("encode"))
+    lists = [("positive", [text for text, _ in texts]), ("negative", [text for _, text in texts])]
+    positive, negative = encode(model.text_encoder, lists, of_phase("encode"))
     pairs = list(zip(positive, negative, strict=True))
     measured = _measure_gaps(model, candidate.adapter(), pairs, trajectories, of_phase)
     samples = _Samples(sampler, pairs, trajectories, of_phase("sample"))
@@ -148,7 +159,8 @@ def assess(
         latent=trajectories.shape[-2:],
         by_omega={omega: found.with_distance(samples.distance(omega)) for omega, found in measured.items()},
         costs=samples.costs(),
-        transfer=Transfer(_same_weights(model, info), _mean_of(gaps), _reported(info, trajectories.omegas)),
+        speedup=samples.speedup(),
+        transfer=Transfer(_same_weights(model, info), mean_of(gaps), _reported(info, trajectories.omegas)),
         notes=[*_notes(model, info), *sampler.notes],
         picture=_picture(model, [text for text, _ in texts], samples.shown, teacher, _middle(trajectories.omegas)),
     )
@@ -175,9 +187,10 @@ def _shape(model: Model, info: AdapterInfo, config: AssessConfig) -> Shape:
     return latent_shape(config.width or width, config.height or height)
 
 
-def _gap_of_training(info: AdapterInfo) -> dict[float, float]:
-    """Gap closed by omega, as the training reports it."""
-    return {float(omega): value for omega, value in info.training.get("gap_closed", {}).items()}
+def _gap_of_training(info: AdapterInfo) -> dict[float, Estimate]:
+    """Gap closed by omega, as the training reports it; files of earlier versions give no standard error."""
+    values, errors = (info.training.get(name, {}) for name in ("gap_closed", "gap_closed_se"))
+    return {float(omega): Estimate(value, errors.get(omega)) for omega, value in values.items()}
 
 
 def _omegas(info: AdapterInfo, config: AssessConfig) -> list[float]:
@@ -189,28 +202,6 @@ def _omegas(info: AdapterInfo, config: AssessConfig) -> list[float]:
 def _middle(omegas: Sequence[float]) -> float:
     """The one whose samples are shown."""
     return omegas[len(omegas) // 2]
-
-
-def _of_sums(function: Callable[[torch.Tensor], torch.Tensor], now: torch.Tensor, before: torch.Tensor) -> Estimate:
-    """function(sum now / sum before), with the jackknife's standard error: now and before (images,)."""
-    value, images = function(now.sum() / before.sum()).item(), len(now)
-    rest = before.sum() - before
-    if images < 2 or not (rest > 0).all():
-        return Estimate(value, None)
-    without = function((now.sum() - now).clamp_min(0) / rest)  # each image left out in turn
-    return Estimate(value, math.sqrt((images - 1) * without.var(correction=0).item()))
-
-
-def _mean(values: torch.Tensor) -> Estimate:
-    """values (images,); an image that has none is NaN."""
-    values = values[~values.isnan()]
-    return Estimate(values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None)
-
-
-def _mean_of(estimates: Iterable[Estimate]) -> Estimate:
-    """Of the same images under several omegas, so that the errors don't average out."""
-    values, errors = zip(*((estimate.value, estimate.se) for estimate in estimates), strict=True)
-    return Estimate(sum(values) / len(values), None if None in errors else sum(errors) / len(errors))
 
 
 @dataclass(frozen=True)
@@ -238,7 +229,7 @@ def _measure_gaps(
 
     def measure(rows: int) -> tuple[list[TrajectoryState], list[torch.Tensor]]:
         states = follow_teacher(denoiser, positive, negative, trajectories, rows, of_phase("teacher"))
-        return states, predict(denoiser, adapter.to(denoiser.device), states, of_phase("adapter"))
+        return states, predict(denoiser, adapter.to(denoiser.device), states, of_phase("measure"))
 
     with denoiser.session():
         (states, students), _ = retry_on_oom(model.memory, "the evaluation", measure, rows)
@@ -250,15 +241,11 @@ def _gap_of(levels: dict[float, GapErrors]) -> _Gap:
     # (images, levels) each
     remaining, total, cosine = (torch.stack(parts, dim=1).double() for parts in zip(*levels.values(), strict=True))
     by_sigma = [
-        SigmaResult(sigma, _of_sums(_closed, remaining[:, i], total[:, i]), _mean(cosine[:, i]))
+        SigmaResult(sigma, share_closed_of(remaining[:, i], total[:, i]), mean(cosine[:, i]))
         for i, sigma in enumerate(levels)
         if total[:, i].sum() > 0
     ]
-    return _Gap(_of_sums(_closed, remaining.sum(1), total.sum(1)), _mean(cosine.nanmean(1)), by_sigma)
-
-
-def _closed(still_open: torch.Tensor) -> torch.Tensor:
-    return 1 - still_open
+    return _Gap(share_closed_of(remaining.sum(1), total.sum(1)), mean(cosine.nanmean(1)), by_sigma)
 
 
 class _Samples:
@@ -281,10 +268,13 @@ class _Samples:
         self._rows: dict[str, list[int]] = {method: [] for method in METHODS}
         # Squared distances to the teacher's sample by omega: of the adapter's and of the unguided one.
         self._apart: dict[float, list[torch.Tensor]] = {omega: [] for omega in trajectories.omegas}
-        self._steps_done = 0
+        self._evaluated, each = 0, _EVALUATIONS
+        of_image = trajectories.steps * (each["unguided"] + (each["guided"] + each["agd"]) * len(trajectories.omegas))
+        self._total = sum(each.values()) * _WARM_UP + len(prompts) * of_image
 
     def draw_all(self) -> None:
         omegas, count = self.trajectories.omegas, len(self.prompts)
+        self.progress(0, self._total)
         for method in METHODS:  # the first time everything takes longer
             self._draw(method, 0, omegas[0], _WARM_UP)
             self._seconds[method].clear()
@@ -299,29 +289,37 @@ class _Samples:
                     self.shown.append({"unguided": unguided, "guided": guided, "agd": agd})
 
     def _draw(self, method: str, image: int, omega: float, steps: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.trajectories.seed + image)
+        generator = seeded_generator(self.trajectories.seed + image)
         noise, start = torch.randn(1, *self.trajectories.shape, generator=generator), time.perf_counter()
+        count_step = functools.partial(self._count_step, method)
         latent, evaluations = self.sampler(
-            method, noise, self.prompts[image], omega=omega, steps=steps, progress=self._count_step
+            method, noise, self.prompts[image], omega=omega, steps=steps, progress=count_step
         )
         self._seconds[method].append(time.perf_counter() - start)
         self._rows[method].append(evaluations)
         return latent
 
-    def _count_step(self) -> None:
-        self._steps_done += 1
-        each = self.trajectories.steps * (1 + 2 * len(self.trajectories.omegas))
-        self.progress(self._steps_done, len(METHODS) * _WARM_UP + len(self.prompts) * each)
+    def _count_step(self, method: str) -> None:
+        self._evaluated += _EVALUATIONS[method]
+        self.progress(self._evaluated, self._total)
 
     def costs(self) -> dict[str, Cost]:
         return {
-            method: Cost(_mean(torch.tensor(self._seconds[method])), sum(rows) / len(rows) / self.trajectories.steps)
+            method: Cost(mean(self._seconds_of(method)), sum(rows) / len(rows) / self.trajectories.steps)
             for method, rows in self._rows.items()
         }
 
+    def speedup(self) -> Estimate:
+        """How many times as fast as the teacher the adapter is: both sample the same images, in turn."""
+        return ratio_of_sums(self._seconds_of("guided"), self._seconds_of("agd"))
+
+    def _seconds_of(self, method: str) -> torch.Tensor:
+        """(images,), of each the mean over the omegas."""
+        return torch.tensor(self._seconds[method], dtype=torch.float64).view(len(self.prompts), -1).mean(1)
+
     def distance(self, omega: float) -> Estimate:
         """To the teacher's samples, over that of the unguided ones."""
-        return _of_sums(torch.sqrt, *torch.stack(self._apart[omega], dim=1))
+        return of_sums(torch.sqrt, *torch.stack(self._apart[omega], dim=1))
 
 
 def _same_weights(model: Model, info: AdapterInfo) -> bool | None:
@@ -329,19 +327,17 @@ def _same_weights(model: Model, info: AdapterInfo) -> bool | None:
     return info.base.fingerprint == model.base.fingerprint if info.base.fingerprint else None
 
 
-def _reported(info: AdapterInfo, omegas: Sequence[float]) -> float | None:
+def _reported(info: AdapterInfo, omegas: Sequence[float]) -> Estimate | None:
     """The mean of what the training reports at these omegas; in between, linear in log omega."""
     then = sorted(_gap_of_training(info).items())
-    if not then:
-        return None
-    return sum(_between(then, omega) for omega in omegas) / len(omegas)
+    return mean_of([_between(then, omega) for omega in omegas]) if then else None
 
 
-def _between(points: Sequence[tuple[float, float]], omega: float) -> float:
-    for (low, value), (high, next_value) in pairwise(points):
+def _between(points: Sequence[tuple[float, Estimate]], omega: float) -> Estimate:
+    for (low, estimate), (high, next_estimate) in pairwise(points):
         if low <= omega <= high:
             share = math.log(omega / low) / math.log(high / low)
-            return value + share * (next_value - value)
+            return weighted_sum([(estimate, 1 - share), (next_estimate, share)])
     return points[0][1] if omega < points[0][0] else points[-1][1]
 
 

@@ -18,6 +18,7 @@ from ..agd_core.checked import Between, Multiple, Printable, read
 from ..agd_core.config import MOST_CHANNELS, AdapterConfig, AdapterLayer, BaseInfo, Linear
 from ..agd_core.kinds import kind_config
 from ..agd_core.older_formats import unet_layer
+from ..agd_core.text import one_line
 
 SUFFIX = ".pt"
 _CONFIG = "config.yaml"
@@ -252,13 +253,12 @@ def _yaml(path: Path) -> Any:
         with path.open("rb") as file:
             return yaml.safe_load(file.read(_LONGEST_CONFIG))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise _refused(path, f"its {_CONFIG} can't be read ({_printable(error)})") from error
+        raise _refused(path, f"its {_CONFIG} can't be read ({_reason(error)})") from error
 
 
-def _printable(text: object) -> str:
-    """One line of what may be a stranger's text."""
-    line = " ".join(str(text).split())[:_SHOWN]
-    return "".join(character if character.isprintable() else "?" for character in line)
+def _reason(error: Exception) -> str:
+    """The beginning of what others' readers say, in a line."""
+    return one_line(" ".join(str(error).split())[:_SHOWN])
 
 
 def _read_modules(path: Path) -> _Modules:
@@ -268,7 +268,7 @@ def _read_modules(path: Path) -> _Modules:
     except Exception as error:  # pickle and zip raise whatever they like
         raise AdapterFileError(
             f"{path} can't be read as a checkpoint of the paper authors' code: copy it again. Details: "
-            f"{type(error).__name__}: {_printable(error)}."
+            f"{type(error).__name__}: {_reason(error)}."
         ) from error
     modules = data.get("model") if isinstance(data, dict) else None
     if not isinstance(modules, dict) or not all(isinstance(module, dict) for module in modules.values()):
@@ -318,7 +318,7 @@ class _Converter:
         wrong += [(key, why) for key in both if (why := _why_wrong(found[key], self.places[key].shape))]
         if not wrong:
             wrong = [(key, "differs from the first module's") for key in both if not self._is_shared(key, modules)]
-        return sorted(_printable(f"{module} {name}: {why}") for (module, name), why in wrong)
+        return sorted(one_line(f"{module} {name}: {why}"[:_SHOWN]) for (module, name), why in wrong)
 
     def _is_shared(self, key: tuple[str, str], modules: _Modules) -> bool:
         """Whether a tensor that we have once is the same in all modules; true of others."""

@@ -39,6 +39,7 @@ _FILES = {
     "vae": _Kind("VAE", ("vae",)),
     "other_expert": _Kind("expert", ("diffusion_models", "checkpoints")),
 }
+_STRONGEST_LORA = 100  # as in ComfyUI's nodes
 _TEXT_ENCODER = _Kind("text encoder", ("text_encoders",))
 _LORA = _Kind("LoRA", ("loras",))
 
@@ -85,6 +86,13 @@ class BaseSource:
             self._refuse(("text_encoder", "clip_type"), "--diffusion-model; the base has its own text encoder")
         if given == ["loader"]:
             self._refuse(("lora", "base_dtype", "vae"), "files; a --loader function sees to that itself")
+
+        for path, strength in map(lora_of, self.lora):
+            if not abs(strength) <= _STRONGEST_LORA:
+                raise BaseSourceError(
+                    f"The strength of the LoRA {path} is {strength}, but must be from -{_STRONGEST_LORA} to "
+                    f"{_STRONGEST_LORA}."
+                )
 
     def _check_text_encoder(self) -> None:
         if not self.text_encoder:

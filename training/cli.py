@@ -9,69 +9,78 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from ..agd_core import adapter_file, lora
 from ..agd_core.attention_guidance import NAME as ATTENTION_GUIDANCE
 from ..agd_core.attention_guidance import attention_guidance
+from ..agd_core.text import one_line, printable
 from . import authors
 from . import prompts as prompt_sources
-from .arguments import UsageError, parse
+from .arguments import ExportSettings, PromptSettings, RecordSettings, UsageError, given, given_values, parse
 from .assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
 from .base_source import BaseSource
 from .config import TrainConfig
 from .distributed import Ranks
 from .gap import Evaluation
-from .job import Job, check_disk_space, check_output
-from .presets import CARDS, settings_for
+from .job import Job, check_disk_space, check_output, check_writable
+from .presets import CARDS, check_chosen, settings_for
+from .progress import PHASES, Progress, ProgressLines
 from .recording import SETTINGS as RECORDED
-from .recording import Recording, size_in_bytes
-from .trainer import Callbacks, Progress
+from .recording import Recording, can_go_on, size_in_bytes
+from .run_folder import RunFolder, longest_files_of
+from .trainer import Callbacks
 
 _PICTURES = (".png", ".jpg", ".webp")
 
 
+# Bars that stay, while those of other phases come and go below them.
+_WHOLE = ("train", "record")
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
 class ProgressBar:
-    """tqdm with loss, gap closed and time left. A signal ends the run after the iteration, so that it can go on."""
+    """A bar for each phase, or where nobody watches a line now and then. A signal ends the run at the next report, so
+    that it can go on.
+    """
 
     def __init__(self, quiet: bool = False):
-        self.quiet = quiet
-        self.bar: tqdm | None = None
-        self.phase = ""
-        self.stopped = False
+        self.quiet, self.stopped = quiet, False
+        self.bars: dict[str, tqdm] = {}
+        self.lines = ProgressLines(lambda line: _say(line, stream=sys.stderr))
 
     def stop(self, *_: object) -> None:
         self.stopped = True
 
     def __call__(self, progress: Progress) -> None:
-        if progress.phase not in ("encode", "measure"):  # these come in between; the bar of training stays
-            self._show(progress)
+        if not self.quiet:
+            show = self._show if sys.stderr.isatty() else self.lines
+            show(progress)
         if self.stopped:
             raise KeyboardInterrupt
 
     def _show(self, progress: Progress) -> None:
+        for phase in [each for each in self.bars if each not in (progress.phase, *_WHOLE)]:
+            self.bars.pop(phase).close()
         bar = self._bar_of(progress)
         bar.total = progress.total  # a run that goes by the clock may change it
-        shown = {}
-        if progress.loss is not None:
-            shown["loss"] = f"{progress.loss:.4f}"
-        if progress.gap_closed is not None:
-            shown["gap"] = f"{progress.gap_closed:.3f}"
-        if progress.memory is not None:
-            shown["memory"] = f"{progress.memory / 1e9:.1f}GB"
-        bar.set_postfix(shown, refresh=False)
+        bar.set_postfix_str(", ".join(progress.details()), refresh=False)
         bar.update(progress.step - bar.n)
 
     def _bar_of(self, progress: Progress) -> tqdm:
-        if self.bar is None or progress.phase != self.phase:
-            self.close()
-            self.phase, first = progress.phase, max(0, progress.step - 1)
-            self.bar = tqdm(total=progress.total, desc=progress.phase, initial=first, disable=self.quiet)
-        return self.bar
+        if progress.phase not in self.bars:
+            self.bars[progress.phase] = tqdm(
+                total=progress.total,
+                desc=PHASES[progress.phase],
+                initial=progress.step,
+                leave=progress.phase in _WHOLE,
+                bar_format=_BAR,
+                dynamic_ncols=True,
+            )
+        return self.bars[progress.phase]
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         closed = ", ".join(f"{value:.3f} at cfg {omega:g}" for omega, value in evaluation.gap_closed.items())
@@ -79,8 +88,9 @@ class ProgressBar:
             tqdm.write(f"step {step}: gap closed {closed}")
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        for bar in reversed(self.bars.values()):
+            bar.close()
+        self.bars.clear()
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
@@ -94,21 +104,27 @@ class ProgressBar:
                 signal.signal(each, handler)
 
 
+def _say(text: str, end: str = "\n", stream: TextIO | None = None) -> None:
+    """Print what may hold names and texts of files, in the characters that the terminal has."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream, flush=True)
+
+
 def _chosen(args: argparse.Namespace) -> dict[str, Any]:
     """The trainer's settings that were given by flags or the config file."""
-    values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
-    chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if v is not None}
+    chosen = given_values(TrainConfig, args)
     if args.card:
         chosen.setdefault("memory", CARDS[args.card])
     return chosen
 
 
 def _prompts(args: argparse.Namespace, seed: int) -> list[str]:
-    count = args.prompt_count or 2000
+    count = given(PromptSettings, args).prompt_count
     if args.prompts is None:
         return prompt_sources.generate(count, seed)
     if args.verbatim:
-        return prompt_sources.read_prompts(args.prompts, verbatim=True)
+        return prompt_sources.read_verbatim(args.prompts)
     return prompt_sources.expand(prompt_sources.read_prompts(args.prompts), count, seed, args.wildcards)
 
 
@@ -117,10 +133,11 @@ def _negatives(args: argparse.Namespace, seed: int, count: int) -> list[str]:
         raise UsageError("Give --negative or --negatives, not both.")
     if args.negatives == "built-in":
         return prompt_sources.generate_negatives(min(count, 1000), seed)
-    if args.negatives:
-        lines = prompt_sources.read_prompts(Path(args.negatives))
-        return prompt_sources.expand(lines, args.prompt_count or 2000, seed, args.wildcards)
-    return list(args.negative or [])
+    told = prompt_sources.numbered(args.negative or [], "--negative")
+    if args.verbatim:
+        return prompt_sources.read_verbatim(args.negatives) if args.negatives else [line.text for line in told]
+    lines = prompt_sources.read_prompts(args.negatives) if args.negatives else told
+    return prompt_sources.expand_negatives(lines, given(PromptSettings, args).prompt_count, seed, args.wildcards)
 
 
 def _job(args: argparse.Namespace, output: Path, recording: Recording | None = None) -> Job:
@@ -128,7 +145,7 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
     from ..agd_core.comfyui.runtime import use_comfyui
 
     chosen, source = _chosen(args), BaseSource.given(args)
-    early = TrainConfig(**chosen)  # refused now, if it can't work with any base
+    early = check_chosen(chosen)
     seed = chosen.get("seed", TrainConfig.seed)
     if recording is None:
         prompts = _prompts(args, seed)
@@ -160,23 +177,31 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
 def _train(args: argparse.Namespace) -> None:
     if args.output is None:
         raise UsageError("Give the adapter file to write: --output FILE.safetensors.")
-    check_output(args.output)
+    check_output(args.output, longest_files_of)
     with Ranks() as ranks:  # before ComfyUI, which takes the current device for its own
         job = _job(args, args.output, Recording.open(args.recording) if args.recording else None)
-        planned = job.plan()
-        if ranks.first:
-            print(planned.describe(), flush=True)
-        if args.dry_run:
-            return
-        bar = ProgressBar(quiet=not ranks.first)
+        bar, planned = ProgressBar(quiet=not ranks.first), None
+        callbacks = Callbacks(on_progress=bar, on_evaluation=bar.evaluated)
         try:
             with bar.stopped_by_signals():
-                trained = job.run(Callbacks(on_progress=bar, on_evaluation=bar.evaluated), planned, _rerun(args))
+                planned = job.plan(callbacks.of_phase("plan"))
+                bar.close()
+                if ranks.first:
+                    _say(planned.describe())
+                if args.dry_run:
+                    return
+                trained = job.run(callbacks, planned, _rerun(args))
         except KeyboardInterrupt:
-            raise UsageError(f"Stopped; the same command goes on from {job.folder}.") from None
+            raise UsageError(_stopped(RunFolder(job.folder).run_states(), f"{job.folder}")) from None
     if ranks.first:
-        print(job.report(trained), end="")
-        print(f"Wrote {args.output}; plots, previews and measurements are in {job.folder}.")
+        _say(job.report(trained), end="")
+        _say(f"Wrote {args.output}; plots, previews and measurements are in {job.folder}.")
+
+
+def _stopped(can_go_on: object, place: str) -> str:
+    if not can_go_on:
+        return "Stopped before anything could be kept; the same command starts again."
+    return f"Stopped; the same command goes on from {place}."
 
 
 def _rerun(args: argparse.Namespace) -> dict[str, Any]:
@@ -188,34 +213,39 @@ def _rerun(args: argparse.Namespace) -> dict[str, Any]:
 def _record(args: argparse.Namespace) -> None:
     if args.output is None:
         raise UsageError("Give the folder to record into: --output FOLDER.")
+    recorded = given(RecordSettings, args)
+    check_writable(args.output / "recording.json")
     job = _job(args, args.output)
-    batches = args.batches or math.ceil(job.config.iterations / job.config.reuse)
+    batches = recorded.batches or math.ceil(job.config.iterations / job.config.reuse)
     size = size_in_bytes(job.model.denoiser, job.config, batches)
     check_disk_space(args.output, size, "record fewer batches (--batches)")
     rows = batches * job.config.batch
-    print(f"{rows:,} states, {2 * rows:,} teacher evaluations, {size / 1e9:.2f} GB in {args.output}.", flush=True)
+    _say(f"{rows:,} states, {2 * rows:,} teacher evaluations, {size / 1e9:.2f} GB in {args.output}.")
     if args.dry_run:
         return
     bar = ProgressBar()
     try:
         with bar.stopped_by_signals():
-            recording = job.record(batches, lambda done, total: bar(Progress("record", done, total)))
+            recording = job.record(batches, Callbacks(on_progress=bar))
     except KeyboardInterrupt:
-        raise UsageError(f"Stopped; the same command goes on from the whole shards in {args.output}.") from None
-    print(f"Recorded {recording.batches:,} batches; train with `agd train --recording {args.output}`.")
+        raise UsageError(_stopped(can_go_on(args.output), f"the whole shards in {args.output}")) from None
+    _say(f"Recorded {recording.batches:,} batches; train with `agd train --recording {args.output}`.")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from ..agd_core.comfyui.runtime import use_comfyui
 
-    settings = {f.name: getattr(args, f.name) for f in fields(AssessConfig) if f.name != "omegas"}
-    config = AssessConfig(tuple(args.omega or ()), **{name: v for name, v in settings.items() if v is not None})
+    config = given(AssessConfig, args)
     for path, suffixes in ((args.json, (".json",)), (args.picture, _PICTURES)):
-        if path is not None and (path.suffix.lower() not in suffixes or not path.absolute().parent.is_dir()):
+        if path is None:
+            continue
+        if path.suffix.lower() not in suffixes or not os.path.isdir(path.absolute().parent):
             raise UsageError(
                 f"{path} can't be written: it must end in {' or '.join(suffixes)}, in a folder that exists."
             )
-    prompts = PromptTexts(_given(args.prompts, config), args.negative or [""])
+        check_writable(path)
+    negative = prompt_sources.draw_each(prompt_sources.numbered(args.negative or [""], "--negative"), config.seed)
+    prompts = PromptTexts(_given(args.prompts, config), negative)
     source = BaseSource.given(args)
     from_file = None if str(args.adapter) == ATTENTION_GUIDANCE else authors.read_adapter(args.adapter)
     use_comfyui(source.comfyui)
@@ -232,9 +262,9 @@ def _evaluate(args: argparse.Namespace) -> None:
             found = assess(model, sampler, Candidate(info, weights, name), prompts, config, bar)
     except KeyboardInterrupt:
         raise UsageError("Stopped; nothing was written.") from None
-    print(found.report(), end="")
+    _say(found.report(), end="")
     if args.json is not None:
-        args.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+        args.json.write_text(json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n")
     if args.picture is not None:
         found.picture.save(args.picture)
 
@@ -244,29 +274,31 @@ def _given(texts: list[str] | None, config: AssessConfig) -> list[str]:
     if not texts:
         raise UsageError("Give prompts to evaluate with: --prompts FILE, or the prompts themselves.")
     is_file = len(texts) == 1 and (texts[0].endswith(".txt") or os.path.isfile(texts[0]))
-    return prompt_sources.expand(prompt_sources.read_prompts(texts[0]) if is_file else texts, config.count, config.seed)
+    lines = prompt_sources.read_prompts(texts[0]) if is_file else prompt_sources.numbered(texts, "--prompts")
+    return prompt_sources.expand(lines, config.count, config.seed)
 
 
 def _inspect(args: argparse.Namespace) -> None:
     if authors.is_authors(args.file):
-        print(authors.describe(args.file))
+        _say(authors.describe(args.file))
     else:
-        print(adapter_file.describe(adapter_file.load_weights(args.file)[0], args.file))
+        _say(adapter_file.describe(adapter_file.load_weights(args.file)[0], args.file))
 
 
 def _import(args: argparse.Namespace) -> None:
     check_output(args.output)
     info, weights = authors.load(args.source)
     adapter_file.save_weights(args.output, weights, info)
-    print(f"Wrote {args.output}: {info.config.kind.describe()}, for {info.base.family_name}.")
+    _say(f"Wrote {args.output}: {info.config.kind.describe()}, for {info.base.family_name}.")
 
 
 def _export(args: argparse.Namespace) -> None:
+    omega = given(ExportSettings, args).omega
     check_output(args.output)
-    lora.export(args.adapter, args.output, args.omega)
+    lora.export(args.adapter, args.output, omega)
     low, high = adapter_file.read_info(args.adapter).omega_range
-    outside = "" if low <= args.omega <= high else f" It was trained for guidance {low:g} to {high:g} only."
-    print(f"Wrote {args.output}: at strength 1 and cfg 1 it is guidance {args.omega:g}.{outside}")
+    outside = "" if low <= omega <= high else f" It was trained for guidance {low:g} to {high:g} only."
+    _say(f"Wrote {args.output}: at strength 1 and cfg 1 it is guidance {omega:g}.{outside}")
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -287,6 +319,9 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         _COMMANDS[args.command](args)
     except (UsageError, ValueError, OSError, RuntimeError, ArithmeticError) as error:
-        print(f"agd: {error}", file=sys.stderr)
+        _say(one_line(f"agd: {error}"), stream=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # where no run catches the signal: while the base is loaded, say
+        print("agd: Stopped.", file=sys.stderr)
         return 1
     return 0

@@ -8,15 +8,14 @@ import torch
 
 from ..agd_core.adapter import Adapter
 from ..agd_core.guidance import GapErrors, GuidanceRule, gap_errors, mean_cosine, share_closed
+from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
-from .model import Denoiser, ProgressCallback, Prompt, Shape
+from .estimate import share_closed_of
+from .finite import base_prediction
+from .model import Denoiser, ProgressCallback, Prompt, Shape, no_progress
 from .solvers import solver_step
 
 CFG = GuidanceRule()
-
-
-def _no_progress(done: int, total: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Trajectories:
 
     def noise(self, prompts: range) -> torch.Tensor:
         """(b, c, h, w). A generator per prompt: it doesn't depend on how many rows are evaluated at once."""
-        generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in prompts]
+        generators = [seeded_generator(self.seed, i) for i in prompts]
         return torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
 
 
@@ -63,16 +62,18 @@ def follow_teacher(
     negative: Sequence[Prompt],
     trajectories: Trajectories,
     batch: int = 8,
-    progress: ProgressCallback = _no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> list[TrajectoryState]:
     """The states on the teacher's own trajectories, to `evaluate` adapters at.
 
     `negative`: a prompt each, in the order of `positive`; `batch`: trajectories at once.
 
     Spends len(omegas) * len(positive) * steps * 2 evaluations (rows), once. Call it inside the denoiser's session.
+    Raises `BaseNotFinite`.
     """
     states, done, total = [], 0, len(trajectories.omegas) * len(positive) * trajectories.steps
     sigmas, kept = denoiser.sigmas(trajectories.scheduler, trajectories.steps), trajectories.kept_steps()
+    progress(done, total)
     for omega in trajectories.omegas:
         for first in range(0, len(positive), batch):
             prompts, unwanted = list(positive[first : first + batch]), list(negative[first : first + batch])
@@ -80,8 +81,7 @@ def follow_teacher(
             x = denoiser.start(trajectories.noise(range(first, first + rows)), sigmas[:1].expand(rows))
             for i in range(trajectories.steps):
                 sigma, sigma_next = sigmas[i].expand(rows), sigmas[i + 1].expand(rows)
-                cond = denoiser.denoise(x, sigma, prompts).cpu()
-                uncond = denoiser.denoise(x, sigma, unwanted).cpu()
+                cond, uncond = (base_prediction(denoiser, x, sigma, each) for each in (prompts, unwanted))
                 target = trajectories.rule(x, sigma, cond, uncond, torch.full((rows,), float(omega)))
                 if i in kept:
                     states.append(TrajectoryState(x, cond, target, sigmas[i].item(), omega, prompts, unwanted))
@@ -96,15 +96,17 @@ def predict(
     denoiser: Denoiser,
     adapter: Adapter,
     states: Sequence[TrajectoryState],
-    progress: ProgressCallback = _no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> list[torch.Tensor]:
     """f_psi at each of those states, (b, c, h, w) on the CPU. Call it inside the denoiser's session."""
-    students = []
-    for i, state in enumerate(states, 1):
+    students, done, total = [], 0, sum(len(state.positive) for state in states)
+    progress(done, total)
+    for state in states:
         rows = len(state.positive)
         sigma, omega = torch.full((rows,), state.sigma), torch.full((rows,), float(state.omega))
         students.append(denoiser.student(adapter, state.x, sigma, state.positive, state.negative, omega).cpu())
-        progress(i, len(states))
+        done += rows
+        progress(done, total)
     return students
 
 
@@ -136,11 +138,12 @@ def joined(errors: Iterable[GapErrors]) -> GapErrors:
 @dataclass(frozen=True)
 class Evaluation:
     """Per omega, over all states of the teacher's trajectories; `by_sigma` lists (sigma, gap closed) along them, at the
-    noise levels where the teacher guides."""
+    noise levels where the teacher guides; `gap_closed_se`: standard errors over prompts, where these are enough."""
 
     gap_closed: dict[float, float]
     direction_cosine: dict[float, float]
     by_sigma: dict[float, list[tuple[float, float]]]
+    gap_closed_se: dict[float, float] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
@@ -152,6 +155,7 @@ class Evaluation:
         return {
             "gap_closed": {f"{omega:g}": round(value, 4) for omega, value in self.gap_closed.items()},
             "direction_cosine": {f"{omega:g}": round(value, 4) for omega, value in self.direction_cosine.items()},
+            "gap_closed_se": {f"{omega:g}": round(value, 4) for omega, value in self.gap_closed_se.items()},
         }
 
     def sigmas(self) -> dict[str, list[list[float]]]:
@@ -173,21 +177,30 @@ class Measurement:
     score: float
     gap_closed: dict[str, float] = field(default_factory=dict)
     direction_cosine: dict[str, float] = field(default_factory=dict)
+    gap_closed_se: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(
     denoiser: Denoiser,
     adapter: Adapter,
     states: Sequence[TrajectoryState],
-    progress: ProgressCallback = _no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> Evaluation:
     """How the adapter does at those states: one evaluation (row) each. Call it inside the denoiser's session."""
-    gap, cosine, by_sigma = {}, {}, {}
+    gap, cosine, by_sigma, errors_of_gap = {}, {}, {}, {}
     for omega, levels in errors_by_omega(states, predict(denoiser, adapter, states, progress)).items():
         together = joined(levels.values())
         gap[omega], cosine[omega] = share_closed(together), mean_cosine(together)
         by_sigma[omega] = [(sigma, share_closed(errors)) for sigma, errors in levels.items() if errors.total.sum() > 0]
-    return Evaluation(gap, cosine, by_sigma)
+        if (error := _error_of_gap(levels.values())) is not None:
+            errors_of_gap[omega] = error
+    return Evaluation(gap, cosine, by_sigma, errors_of_gap)
+
+
+def _error_of_gap(levels: Iterable[GapErrors]) -> float | None:
+    """The standard error over prompts of the gap closed at several noise levels, of each the errors (prompts,)."""
+    remaining, total, _ = (torch.stack(parts, dim=1).double().sum(1) for parts in zip(*levels, strict=True))
+    return share_closed_of(remaining, total).se
 
 
 def omegas_of(config: TrainConfig) -> list[float]:

@@ -1,5 +1,6 @@
 """The adapter on prompts that are not trained with: how much of the gap it closes, and a picture."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from .gap import (
     omegas_of,
 )
 from .memory import BothPredictions
-from .model import Model, ProgressCallback, Prompt
+from .model import Model, ProgressCallback, Prompt, part_of
 from .plot import preview
 
 _KEPT_STEPS = 8  # of the held-out trajectories' twenty: to measure at
@@ -50,11 +51,11 @@ class HeldOutEvaluation:
         self._states: list[TrajectoryState] = []
         self._guided: torch.Tensor | None = None
 
-    def measure(self, adapter: Adapter, progress: ProgressCallback) -> Evaluation:
+    def measure(self, adapter: Adapter, of_phase: Callable[[str], ProgressCallback]) -> Evaluation:
         """Gap closed per omega and sigma."""
         if not self._states:
-            self._states = self._follow_teacher(progress)
-        return evaluate(self.model.denoiser, adapter, self._states, progress)
+            self._states = self._follow_teacher(of_phase("teacher"))
+        return evaluate(self.model.denoiser, adapter, self._states, of_phase("measure"))
 
     def _follow_teacher(self, progress: ProgressCallback) -> list[TrajectoryState]:
         prompts, config = self.prompts, self.config
@@ -65,15 +66,17 @@ class HeldOutEvaluation:
         return [state for state in states if config.learns_at(torch.tensor(state.sigma))]
 
     @torch.no_grad()
-    def show(self, adapter: Adapter, step: int, progress: ProgressCallback) -> Image.Image:
+    def show(self, adapter: Adapter, step: int, of_phase: Callable[[str], ProgressCallback]) -> Image.Image:
         """A picture of one prompt by the teacher beside the same by the adapter, of that step."""
         config = self.config
         omega = omegas_of(config)[-2] if len(omegas_of(config)) > 1 else config.omega_max
         settings = SampleSettings(self.shape, omega, rule=config.rule)
         what = self.model.denoiser, self.prompts.shown, self.prompts.unconditional, settings
+        progress, by_teacher = of_phase("preview"), 0 if self._guided is not None else 2 * settings.steps
+        total = by_teacher + settings.steps
         if self._guided is None:
-            self._guided = sample(*what, None, progress)
-        own = sample(*what, adapter, progress)
+            self._guided = sample(*what, None, part_of(progress, 0, total))
+        own = sample(*what, adapter, part_of(progress, by_teacher, total))
         teacher = config.teacher.replace("_", " ").upper()
         latents = {f"{teacher} {omega:g}": self._guided, f"AGD {omega:g}, step {step}": own}
         return preview({name: self.model.picture(latent) for name, latent in latents.items()})

@@ -3,20 +3,25 @@
 import dataclasses
 import functools
 import json
+import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..agd_core import adapter_file
 from ..agd_core.adapter_name import SUFFIX, file_name
+from ..agd_core.atomic import remove_remains
 from ..agd_core.errors import AGDError
+from ..agd_core.output_file import why_not_writable
+from ..agd_core.text import one_line
 from .config import TrainConfig
 from .distributed import Ranks
 from .memory import BothPredictions
-from .model import EncodedPrompts, Model, ProgressCallback
-from .plan import Plan, plan
+from .model import EncodedPrompts, Model, ProgressCallback, encode, no_progress
+from .plan import ExamplePrompts, Plan, plan
 from .pool import TrajectoryPool
 from .prompts import fragments, generate_negatives
 from .recording import Recording, identity_of, record
@@ -24,6 +29,7 @@ from .run_folder import RunFolder, folder_of
 from .run_setup import RunOptions, split_prompts
 from .trainer import Callbacks, Trained, train
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MOST_NEGATIVES = 256  # of either kind
 
 
@@ -69,17 +75,19 @@ class Job:
 
     def _can_encode(self, texts: Sequence[str]) -> bool:
         """Whether the text encoder knows these words; those of small models may know few."""
+        words = dict.fromkeys(" ".join(texts).split())
         try:
-            self.model.text_encoder.encode(list(texts), "negative")
+            self.model.text_encoder.length(" ".join(words))
         except ValueError:
             return False
         return True
 
-    def plan(self) -> Plan:
+    def plan(self, progress: ProgressCallback = no_progress) -> Plan:
         """What the run costs. Raises `DoesNotFit`, or `JobError` where the disk has too little space."""
-        self.model.text_encoder.encode([self.prompts[0] if self.prompts else ""])
+        progress(0, 1)  # loading the text encoder may take a while
+        prompts = ExamplePrompts.of(self.model.text_encoder, self.prompts or [""], self.negatives)
         memory = round(self.config.memory * 1e9) or self.model.memory.available()
-        found = plan(self.model, self.config, memory, ranks=Ranks().count)
+        found = plan(self.model, self.config, memory, prompts, ranks=Ranks().count, progress=progress)
         if self.recording is not None:
             found = dataclasses.replace(found, teacher_evaluations=0, seconds=None)
         check_disk_space(self.folder, found.disk_bytes, "keep fewer states (keep_states)")
@@ -90,38 +98,43 @@ class Job:
 
         `settings`: what the command line needs besides the trainer's settings, to repeat the run: the base and so on.
         """
-        callbacks = dataclasses.replace(callbacks, on_start=lambda: self._write_config(settings))
+        callbacks = dataclasses.replace(
+            callbacks, on_start=lambda: self._write_config(settings), on_end=self._write_result
+        )
         options = RunOptions(
             negative=self.negatives, folder=self.folder, recording=self.recording, plan=planned, start=self.start
         )
-        trained = train(self.model, self.prompts, self.config, callbacks, options)
-        if Ranks().first:
-            adapter_file.save(self.output, trained.adapter, trained.info)
-            files = RunFolder(self.folder)
-            files.save_text("report.txt", self.report(trained))
-            files.clear()
-        return trained
+        return train(self.model, self.prompts, self.config, callbacks, options)
 
-    def record(self, batches: int, progress: ProgressCallback) -> Recording:
+    def record(self, batches: int, callbacks: Callbacks) -> Recording:
         """Record so many batches of what this job's training would visit, into the folder `output`."""
         model, config, encoder = self.model, self.config, self.model.text_encoder
-        positive = encoder.encode(split_prompts(self.prompts, config)[0], "positive")
-        prompts = EncodedPrompts(positive, encoder.encode(self.negatives, "negative"))
+        lists = [("positive", split_prompts(self.prompts, config)[0]), ("negative", self.negatives)]
+        prompts = EncodedPrompts(*encode(encoder, lists, callbacks.of_phase("encode")))
         encoder.release()
         identity = identity_of(config, self.prompts, self.negatives, model.base.fingerprint)
         with model.denoiser.session():
             both = BothPredictions(model.denoiser, model.memory, 2 * config.batch)
             pool = TrajectoryPool(model.denoiser, prompts, config, range(config.batch), both)
-            return record(self.output, pool, identity, batches, progress)
+            return record(
+                self.output, pool, identity, batches, callbacks.of_phase("record"), callbacks.of_phase("rollout")
+            )
+
+    def _write_result(self, trained: Trained) -> None:
+        adapter_file.save(self.output, trained.adapter, trained.info)
+        files = RunFolder(self.folder)
+        files.save_text("report.txt", self.report(trained))
+        files.clear()
 
     def _write_config(self, settings: dict) -> None:
         """`config.toml` and the prompts themselves in the run's folder, from which the run can be repeated."""
+        remove_remains(self.output.parent, self.output.name)
         files = RunFolder(self.folder)
         files.save_text("prompts.txt", "".join(f"{prompt}\n" for prompt in self.prompts))
         settings |= {"prompts": str((self.folder / "prompts.txt").absolute()), "verbatim": True}
         settings |= {"negative": self.negatives, "output": str(self.output.absolute())}
         settings |= {"start": str(self.start.absolute())} if self.start else {}
-        files.save_text("config.toml", to_toml(settings | dataclasses.asdict(self.config)))
+        files.save_text("config.toml", to_toml(settings | self.config.own_settings()))
 
     def report(self, trained: Trained) -> str:
         """A page about the finished run, for people. The result comes first: a node may show 60 characters of it."""
@@ -147,18 +160,24 @@ class Job:
             for omega, pairs in measured.by_sigma.items():
                 levels = "  ".join(f"{sigma:.2f}: {value:.0%}" for sigma, value in pairs)
                 lines.append(f"  cfg {omega:g}  {levels}")
-        return "\n".join(lines) + "\n"
+        return "".join(f"{one_line(line)}\n" for line in lines)
 
 
 def to_toml(settings: dict) -> str:
-    """Flat settings as TOML: strings, numbers, booleans and lists of strings; None is left out."""
+    """Flat settings as TOML: strings, numbers, booleans and lists of them; None is left out.
 
-    def value_of(value: Any) -> str:
-        if isinstance(value, (list, tuple)):
-            return f"[{', '.join(map(value_of, value))}]"
-        return json.dumps(value, ensure_ascii=False)  # of these types TOML writes JSON's way
+    What no TOML can hold, halves of surrogate pairs, becomes U+FFFD.
+    """
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in settings.items() if value is not None)
 
-    return "".join(f"{key} = {value_of(value)}\n" for key, value in settings.items() if value is not None)
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, float):
+        return float.__repr__(value)  # infinity and NaN too
+    # The rest TOML writes JSON's way, but for one character.
+    return _SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f"))
 
 
 def check_disk_space(folder: Path, needed: int, otherwise: str) -> None:
@@ -172,8 +191,18 @@ def check_disk_space(folder: Path, needed: int, otherwise: str) -> None:
         )
 
 
-def check_output(output: Path) -> None:
-    """Raises `JobError` where no adapter file can be written, `AdapterNameError` where the loader can't list it."""
-    if output.is_dir() or not output.name.endswith(SUFFIX):
+def check_output(output: Path, beside: Callable[[Path], Sequence[Path]] = lambda output: ()) -> None:
+    """Raises `JobError` where no adapter file can be written, `AdapterNameError` where the loader can't list it.
+
+    `beside` gives the files that are written with it.
+    """
+    if os.path.isdir(output) or not output.name.endswith(SUFFIX):
         raise JobError(f"The output {output} must be a file that ends in {SUFFIX}.")
     file_name(output.name)
+    check_writable(output, *beside(output))
+
+
+def check_writable(*files: Path) -> None:
+    """Raises `JobError` for the first that can't be written."""
+    if reason := why_not_writable(files):
+        raise JobError(f"Choose another output: {reason}.")

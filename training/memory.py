@@ -1,14 +1,15 @@
 """Evaluations of as many rows at a time as there is memory for."""
 
-import logging
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
+from ..agd_core.text import logger
+from .finite import base_prediction
 from .model import Denoiser, DeviceMemory, Prompt
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 Result = TypeVar("Result")
 
 
@@ -38,14 +39,17 @@ class BothPredictions:
     def __call__(
         self, x: torch.Tensor, sigma: torch.Tensor, positive: list[Prompt], negative: list[Prompt]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """f(x, sigma, c) and f(x, sigma, c_neg), on the CPU: both in one batch as far as memory allows."""
+        """f(x, sigma, c) and f(x, sigma, c_neg), on the CPU: both in one batch as far as memory allows.
+
+        Raises `BaseNotFinite`.
+        """
         x, sigma, prompts = torch.cat([x, x]), torch.cat([sigma, sigma]), [*positive, *negative]
 
         def evaluate(rows: int) -> torch.Tensor:
             denoised = []
             for i in range(0, len(x), rows):
                 part = slice(i, i + rows)
-                denoised.append(self.denoiser.denoise(x[part], sigma[part], prompts[part]).cpu())
+                denoised.append(base_prediction(self.denoiser, x[part], sigma[part], prompts[part]))
             return torch.cat(denoised)
 
         both, self.rows = retry_on_oom(self.memory, "the teacher", evaluate, self.rows)

@@ -14,9 +14,18 @@ from PIL import Image
 from ..agd_core.adapter import Adapter
 from ..agd_core.config import AdapterConfig, BaseInfo
 
-Prompt = Any  # one encoded prompt, opaque to the trainer
+Prompt = Any  # one encoded prompt, opaque to the trainer but for its `text`
 Shape = tuple[int, ...]  # of a latent without its batch: channels first, height and width last
 ProgressCallback = Callable[[int, int], None]  # called with how many are done, and of how many
+
+
+def no_progress(done: int, total: int) -> None:
+    """For what nobody watches."""
+
+
+def part_of(progress: ProgressCallback, before: int, total: int) -> ProgressCallback:
+    """For a part of what `progress` counts to `total`, of which `before` are done before it."""
+    return lambda done, _: progress(before + done, total)
 
 
 class Denoiser(Protocol):
@@ -71,6 +80,12 @@ class TextEncoder(Protocol):
     def encode(self, prompts: Sequence[str], kind: str = ...) -> list[Prompt]:
         """`kind` is "positive" or "negative"."""
 
+    def length(self, prompt: str) -> int:
+        """In tokens, to compare prompts by: a longer one is encoded longer. Takes no evaluation.
+
+        Raises `ValueError` for a prompt that can't be encoded.
+        """
+
     def release(self) -> None:
         """No prompts will be encoded any more."""
 
@@ -110,10 +125,13 @@ class DeviceMemory(Protocol):
     def largest_block_bytes(self) -> int:
         """Of the base, or of the other expert, what has to be on the device at a time."""
 
-    def trace_student(self, config: AdapterConfig, shape: Shape, rows: int, checkpointing: bool) -> Cost:
-        """What the student's forward and backward pass take for `rows` latents; nothing is computed."""
+    def trace_student(
+        self, config: AdapterConfig, shape: Shape, rows: int, checkpointing: bool, prompt: Prompt
+    ) -> Cost:
+        """What the student's forward and backward pass take for `rows` latents, each with that prompt and it as the
+        negative one; nothing is computed."""
 
-    def trace_base(self, shape: Shape, rows: int) -> Cost: ...
+    def trace_base(self, shape: Shape, rows: int, prompt: Prompt) -> Cost: ...
 
     def matmul_rate(self) -> float:
         """FLOP/s of a large matrix product; 0 where it is unknown."""
@@ -150,15 +168,14 @@ class EncodedPrompts:
         return [self.positive[i] for i in positive.tolist()], [self.negative[i] for i in negative.tolist()]
 
 
-_ENCODED_AT_ONCE = 16  # prompts between two reports
-
-
-def encode(text_encoder: TextEncoder, prompts: Sequence[str], kind: str, progress: ProgressCallback) -> list[Prompt]:
-    """Each prompt encoded, equal ones once. `kind` is "positive" or "negative"; `progress` counts distinct ones."""
-    encoded: list[Prompt] = []
-    distinct = list(dict.fromkeys(prompts))
-    for i in range(0, len(distinct), _ENCODED_AT_ONCE):
-        encoded += text_encoder.encode(distinct[i : i + _ENCODED_AT_ONCE], kind)
-        progress(len(encoded), len(distinct))
-    found = dict(zip(distinct, encoded, strict=True))
-    return [found[prompt] for prompt in prompts]
+def encode(
+    text_encoder: TextEncoder, lists: Sequence[tuple[str, Sequence[str]]], progress: ProgressCallback
+) -> list[list[Prompt]]:
+    """Lists of prompts encoded, each with its kind, "positive" or "negative"; equal ones once, as `progress` counts."""
+    distinct = dict.fromkeys((kind, prompt) for kind, prompts in lists for prompt in prompts)
+    found = dict[tuple[str, str], Prompt]()
+    progress(0, len(distinct))
+    for kind, prompt in distinct:
+        (found[kind, prompt],) = text_encoder.encode([prompt], kind)
+        progress(len(found), len(distinct))
+    return [[found[kind, prompt] for prompt in prompts] for kind, prompts in lists]

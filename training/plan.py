@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from ..agd_core.adapter import Adapter
 from ..agd_core.errors import AGDError
 from .config import TrainConfig
-from .model import Cost, DeviceMemory, Model
+from .model import Cost, DeviceMemory, Model, ProgressCallback, Prompt, TextEncoder, no_progress
+from .progress import duration
 
 # What stays unused, for the allocator cuts memory into blocks, and kernels have a workspace that no one counts.
 SAFETY = 0.08
@@ -23,6 +25,8 @@ _BYTES_IN_STATE = 5 * 4
 _BYTES_OF_OPTIMISER_STEP = 2 * 4
 _SMALLER = (0.75, 0.5, 0.375, 0.25)
 _UNIT = 64  # pixels: sizes of pictures that every base takes
+# How long tracing takes beside tracing the base: 9 seconds and 1 for SDXL.
+_TO_TRACE_STUDENT, _TO_TRACE_BASE = 8, 1
 
 
 class DoesNotFit(AGDError, ValueError):
@@ -71,7 +75,7 @@ class Plan:
         ]
         if self.seconds is not None:
             lines.append(
-                f"time         at least {_duration(self.seconds)}, if all ran as fast as a large matrix product"
+                f"time         at least {duration(self.seconds)}, if all ran as fast as a large matrix product"
             )
         return "\n".join(lines)
 
@@ -85,10 +89,52 @@ def _gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+class _TracingProgress:
+    """Reports how much of the tracing is done. How much there is shows as it goes: more is traced where memory is
+    short.
+    """
+
+    def __init__(self, progress: ProgressCallback, once: bool):
+        self._report, self._done = progress, 0
+        self._total = (1 if once else 2) * (_TO_TRACE_STUDENT + _TO_TRACE_BASE)
+
+    def watched(self, trace: Callable[..., Cost], takes: int) -> Callable[..., Cost]:
+        """`trace`, which takes so long, reported before and after."""
+
+        def traced(*args: Any) -> Cost:
+            self._total = max(self._total, self._done + takes)
+            self._report(self._done, self._total)
+            found = trace(*args)
+            self._done += takes
+            self._report(self._done, self._total)
+            return found
+
+        return traced
+
+    def end(self) -> None:
+        self._report(self._total, self._total)
+
+
+@dataclass(frozen=True)
+class ExamplePrompts:
+    """Two of a run's prompts, encoded, to count with: memory by its `longest`, for a batch of only such ones may come;
+    time by a `usual` one, which is as long as the mean or the next shorter one, so that "at least" is true.
+    """
+
+    longest: Prompt
+    usual: Prompt
+
+    @classmethod
+    def of(cls, encoder: TextEncoder, positive: Sequence[str], negative: Sequence[str]) -> "ExamplePrompts":
+        """Of texts, one of each at least: all are tokenised, and the two encoded."""
+        lengths = {text: encoder.length(text) for text in dict.fromkeys([*positive, *negative])}
+        # The teacher evaluates as many of either kind.
+        mean = statistics.fmean(statistics.fmean(lengths[text] for text in texts) for texts in (positive, negative))
+        usual = max((text for text in lengths if lengths[text] <= mean), key=lengths.__getitem__)
+        longest = max(lengths, key=lengths.__getitem__)
+        if lengths[longest] == lengths[usual]:
+            return cls(*encoder.encode([longest]) * 2)
+        return cls(*encoder.encode([longest, usual]))
 
 
 class _CostByRows:
@@ -96,33 +142,47 @@ class _CostByRows:
     up, one and two are traced. With `once`, rows are only asked for one number, and that is traced.
     """
 
-    def __init__(self, trace: Callable[[int], Cost], once: bool):
-        self._trace, self._once = functools.cache(trace), once
+    def __init__(self, trace: Callable[[Prompt, int], Cost], prompts: ExamplePrompts, once: bool):
+        self._trace, self._prompts, self._once = functools.cache(trace), prompts, once
 
     def peak_bytes(self, rows: int) -> int:
         if self._once or rows == 1:
-            return self._trace(rows).peak_bytes
-        one = self._trace(1).peak_bytes
-        return one + (rows - 1) * (self._trace(2).peak_bytes - one)
+            return self._peak_bytes(rows)
+        one = self._peak_bytes(1)
+        return one + (rows - 1) * (self._peak_bytes(2) - one)
+
+    def _peak_bytes(self, rows: int) -> int:
+        return self._trace(self._prompts.longest, rows).peak_bytes
 
     def flops_per_row(self, rows: int) -> float:
         rows = rows if self._once else 1
-        return self._trace(rows).flops / rows
+        return self._trace(self._prompts.usual, rows).flops / rows
 
 
 class _Costs:
     """A config's costs on a model. Each is traced when it is first needed, for that takes seconds."""
 
-    def __init__(self, model: Model, config: TrainConfig, once: bool = False):
-        self.model, self.config = model, config
+    def __init__(
+        self,
+        model: Model,
+        config: TrainConfig,
+        prompts: ExamplePrompts,
+        progress: _TracingProgress,
+        once: bool = False,
+    ):
+        self.model, self.config, self.prompts, self.progress = model, config, prompts, progress
         self.memory: DeviceMemory = model.memory
         self.adapter = config.adapter_config(model.base, prompt_tokens=77)
         self.shape = model.denoiser.latent_shape(*max(config.buckets(), key=math.prod))  # the largest
-        self.teacher = _CostByRows(functools.partial(self.memory.trace_base, self.shape), once)
-        self._students = {on: _CostByRows(functools.partial(self._trace_student, on), once) for on in (False, True)}
+        self.teacher = _CostByRows(progress.watched(self._trace_base, _TO_TRACE_BASE), prompts, once)
+        trace_student = progress.watched(self._trace_student, _TO_TRACE_STUDENT)
+        self._students = {on: _CostByRows(functools.partial(trace_student, on), prompts, once) for on in (False, True)}
 
-    def _trace_student(self, checkpointing: bool, rows: int) -> Cost:
-        return self.memory.trace_student(self.adapter, self.shape, rows, checkpointing)
+    def _trace_base(self, prompt: Prompt, rows: int) -> Cost:
+        return self.memory.trace_base(self.shape, rows, prompt)
+
+    def _trace_student(self, checkpointing: bool, prompt: Prompt, rows: int) -> Cost:
+        return self.memory.trace_student(self.adapter, self.shape, rows, checkpointing, prompt)
 
     def student(self, checkpointing: bool) -> _CostByRows:
         return self._students[checkpointing]
@@ -254,20 +314,31 @@ def _bytes_to_reuse(costs: _Costs) -> int:
     return batches * config.batch * 3 * math.prod(costs.shape) * 4
 
 
-def plan(model: Model, config: TrainConfig, memory: int | None, *, ranks: int = 1) -> Plan:
-    """What the run of `config` costs, and how its steps fit into `memory` bytes on each of `ranks` devices.
+def plan(
+    model: Model,
+    config: TrainConfig,
+    memory: int | None,
+    prompts: ExamplePrompts,
+    *,
+    ranks: int = 1,
+    progress: ProgressCallback = no_progress,
+) -> Plan:
+    """What the run of `config` costs on such prompts, and how its steps fit into `memory` bytes on each of `ranks`
+    devices.
 
     None is no limit. Preferred is the whole batch without checkpointing, then with it, then with it in parts, at last
-    with a part of the base in system memory. Raises `DoesNotFit`, which names a setting that would.
+    with a part of the base in system memory. Raises `DoesNotFit`, which names a setting that would. `progress` may
+    raise, to stop.
     """
-    costs, batch = _Costs(model, config, once=memory is None), max(1, config.batch // ranks)
+    tracing, batch = _TracingProgress(progress, once=memory is None), max(1, config.batch // ranks)
+    costs = _Costs(model, config, prompts, tracing, once=memory is None)
     layout = _choose(costs, memory, batch)
     if layout is None:
         raise DoesNotFit(_refusal(costs, memory or 0, batch))
     teacher, student = evaluations(config)
     parameters = costs.parameters
     state = parameters * _BYTES_IN_STATE + _bytes_to_reuse(costs)
-    return Plan(
+    found = Plan(
         adapter_parameters=parameters,
         teacher_evaluations=teacher,
         student_evaluations=student,
@@ -278,15 +349,18 @@ def plan(model: Model, config: TrainConfig, memory: int | None, *, ranks: int = 
         seconds=_seconds(costs, layout, teacher / ranks, student / ranks),
         **vars(layout),
     )
+    tracing.end()
+    return found
 
 
 def evaluations(config: TrainConfig) -> tuple[int, int]:
-    """(teacher's, student's) of a run, in rows: both branches of every state visited, and of filling the pool."""
+    """(teacher's, student's) of a run, in rows: both branches of every state visited, and of starting the columns of
+    the pool that are. Expected ones, for what is visited is drawn."""
     # A trajectory of n steps starts at one of the phases 0 to n - 1.
     phase = ((config.steps_min + config.steps_max) / 2 - 1) / 2
-    columns = max(config.pool, len(config.buckets()))
-    to_fill = round(2 * config.batch * columns * phase)
-    return 2 * config.batch * _visits(config) + to_fill, config.batch * config.iterations
+    columns, visits = max(config.pool, len(config.buckets())), _visits(config)
+    started = columns * (1 - (1 - 1 / columns) ** visits)
+    return 2 * config.batch * visits + round(2 * config.batch * started * phase), config.batch * config.iterations
 
 
 def _seconds(costs: _Costs, layout: StepLayout, teacher: float, student: float) -> float | None:
@@ -301,16 +375,18 @@ def _refusal(costs: _Costs, memory: int, batch: int) -> str:
     config, needed = costs.config, _smallest(costs, batch)[-1]
     smaller = (change for change in _smaller_settings(config) if _has_memory(costs, change, memory, batch))
     found = ", ".join(f"{name} {value}" for name, value in next(smaller, {}).items())
-    advice = f"it would fit with {found}" if found else "no smaller pictures or hidden would make it fit"
+    advice = f"it would fit with {found}" if found else "no smaller pictures or adapter would make it fit"
+    size = f" with {config.size_setting} {getattr(config, config.size_setting)}" if config.size_setting else ""
     return (
-        f"Training at {config.width}x{config.height} with hidden {config.hidden} needs {_gigabytes(needed)} on the "
-        f"device, which has {_gigabytes(memory)} for it; {advice}."
+        f"Training at {config.width}x{config.height}{size} needs {_gigabytes(needed)} on the device, which has "
+        f"{_gigabytes(memory)} for it; {advice}."
     )
 
 
 def _has_memory(costs: _Costs, change: dict[str, Any], memory: int, batch: int) -> bool:
     """Whether the config would with that change."""
-    return _smallest(_Costs(costs.model, replace(costs.config, **change)), batch)[-1] <= memory
+    changed = _Costs(costs.model, replace(costs.config, **change), costs.prompts, costs.progress)
+    return _smallest(changed, batch)[-1] <= memory
 
 
 def _smaller_settings(config: TrainConfig) -> Iterator[dict[str, Any]]:
@@ -321,6 +397,8 @@ def _smaller_settings(config: TrainConfig) -> Iterator[dict[str, Any]]:
         {name: int(share * getattr(config, name) / _UNIT) * _UNIT for name in ("width", "height")} for share in _SMALLER
     ]
     sizes = [sides for sides in sizes if min(sides.values()) > 0]
-    widths = [{"hidden": config.hidden // part // 4 * 4} for part in (2, 4, 8) if config.hidden // part >= 4]
+    name = config.size_setting
+    width = getattr(config, name) if name else 0
+    widths = [{name: width // part // 4 * 4} for part in (2, 4, 8) if name and width // part >= 4]
     both = [sides | width for sides in sizes[-1:] for width in widths]
     yield from (memory_only | change for change in [{}, *sizes, *widths, *both] if memory_only | change)

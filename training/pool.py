@@ -4,12 +4,13 @@ Each of the pool's places is one guided trajectory of the base under its own pro
 own phase; a share of them follows the student instead of the teacher ("on policy"). A training step takes a column of
 places, one for each row of the batch, evaluates the conditional and the unconditional prediction there, which give the
 target, and with it moves the trajectories on: one pair of evaluations serves both, and as many further steps with other
-omegas as `reuse` says.
+omegas as `reuse` says. A column is started, each of its rows brought to a random phase, when it is first taken.
 
 Everything random of a row comes from the row's own generator, so that a run does not depend on how many processes share
 its batch.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,9 @@ from typing import Any, Protocol
 import torch
 
 from ..agd_core.guidance import GuidanceRule, per_row
+from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
-from .model import Denoiser, EncodedPrompts, ProgressCallback, Prompt
+from .model import Denoiser, EncodedPrompts, ProgressCallback, Prompt, Shape, no_progress
 from .solvers import Ancestral, SecondOrder, solver_step
 
 # (x, sigma, positive, negative) -> the conditional and the unconditional prediction: `memory.BothPredictions`.
@@ -47,7 +49,12 @@ class Batch:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Any], rule: GuidanceRule) -> "Batch":
-        """One that was visited before, from its tensors by name."""
+        """One that was visited before, from its tensors by name. Raises `ValueError` where these don't fit together."""
+        numbers, latents, rows = ("positive", "negative"), ("x", "cond", "uncond"), tensors["x"].shape[:1]
+        for name, value in tensors.items():
+            shape = tensors["x"].shape if name in latents else rows
+            if value.shape != shape or value.is_floating_point() == (name in numbers):
+                raise ValueError(f"{name} is of another type or shape")
         return cls(**tensors, rule=rule)
 
     @functools.cached_property
@@ -68,17 +75,15 @@ def draw_omega(config: TrainConfig, generator: torch.Generator) -> torch.Tensor:
 class BatchSource(Protocol):
     """Where a training step takes its batch from: `TrajectoryPool`, or `recording.RecordedBatches`."""
 
-    def fill(self, progress: ProgressCallback = ...) -> int:
-        """Get ready for the first batch. Returns the base's evaluations that were spent (rows)."""
-
-    def next(self, step: int) -> Batch:
-        """The batch of an optimiser step. Nothing but generators has changed until `advance`."""
+    def next(self, step: int, progress: ProgressCallback = ...) -> Batch:
+        """The batch of an optimiser step. Nothing but generators has changed until `advance`. `progress` may raise."""
 
     def restore_generators(self) -> None:
         """As if the last `next`, whose batch was not learnt from, had not been."""
 
     def advance(self, batch: Batch, student: torch.Tensor, progress: float) -> int:
-        """Go on from the batch, given the student's predictions there. Returns the evaluations (rows) that it cost.
+        """Go on from the last `next`'s batch, given the student's predictions there. Returns the base's evaluations
+        (rows) that it cost since the last batch that was learnt from.
 
         `progress`: how far training is, 0 to 1.
         """
@@ -89,48 +94,79 @@ class BatchSource(Protocol):
     def load_state_dict(self, shared: dict[str, torch.Tensor], per_row: dict[str, torch.Tensor]) -> None: ...
 
 
-class TrajectoryPool:
-    """Columns of trajectories, one for each row of the batch. Online training takes its batches from here."""
+_NUMBERS = ("positive", "negative", "scheduler", "solver", "steps", "position")
 
-    _NUMBERS = ("positive", "negative", "scheduler", "solver", "steps", "position")
+
+@dataclass
+class Column:
+    """A trajectory for each row of the batch, all of one size.
+
+    x, before: (b, c, h, w), where they are and the last denoised predictions; `numbers`: (b,) each, by `_NUMBERS`;
+    omega, policy: (b,). `evaluations`: of the base, in rows, since the column was last learnt from.
+    """
+
+    x: torch.Tensor
+    before: torch.Tensor
+    numbers: dict[str, torch.Tensor]
+    omega: torch.Tensor
+    policy: torch.Tensor
+    started: bool = False
+    evaluations: int = 0
+
+    @classmethod
+    def not_started(cls, rows: int, shape: Shape) -> "Column":
+        x, ones = torch.zeros(rows, *shape), torch.ones(rows)
+        return cls(x, x.clone(), {name: torch.zeros(rows, dtype=torch.long) for name in _NUMBERS}, ones, ones.clone())
+
+    def to_dict(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name, those of `numbers` among them."""
+        return {**self.numbers, "x": self.x, "before": self.before, "omega": self.omega, "policy": self.policy}
+
+
+class TrajectoryPool:
+    """Columns of trajectories. Online training takes its batches from here.
+
+    `next` moves a copy of a column on, `chosen`, and `advance` puts it in the column's place: whatever stops a run in
+    between, the pool is that of after the last batch.
+    """
 
     def __init__(self, denoiser: Denoiser, prompts: EncodedPrompts, config: TrainConfig, rows: range, predict: Predict):
-        """`rows`: of the batch, those of this process."""
+        """`rows`: of the batch, those of this process. Raises `ValueError` where no trajectory gets to where the config
+        learns.
+        """
         self.denoiser, self.prompts, self.config, self.predict = denoiser, prompts, config, predict
-        shapes = [denoiser.latent_shape(width, height) for width, height in config.buckets()]
-        columns, count = max(config.pool, len(shapes)), len(rows)
-        self.shapes = [shapes[column % len(shapes)] for column in range(columns)]
-        self.chooser = torch.Generator().manual_seed(config.seed)
-        self.generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + row + 1) for row in rows]
+        self.chooser = seeded_generator(config.seed)
+        self.generators = [seeded_generator(config.seed, row + 1) for row in rows]
         self._sigmas = [
             {steps: denoiser.sigmas(name, steps) for steps in range(config.steps_min, config.steps_max + 1)}
             for name in config.schedulers
         ]
-        self.x = [torch.zeros(count, *shape) for shape in self.shapes]
-        self.before = [torch.zeros(count, *shape) for shape in self.shapes]  # the last denoised predictions
-        self.numbers = {name: torch.zeros(count, columns, dtype=torch.long) for name in self._NUMBERS}
-        self.omega, self.policy = torch.ones(count, columns), torch.ones(count, columns)
+        self._learnt = [
+            {steps: config.learns_at(sigmas[:-1]).nonzero()[:, 0].tolist() for steps, sigmas in of_schedule.items()}
+            for of_schedule in self._sigmas
+        ]
+        self._check_range()
+        shapes = [denoiser.latent_shape(width, height) for width, height in config.buckets()]
+        columns = range(max(config.pool, len(shapes)))
+        self.columns = [Column.not_started(len(rows), shapes[i % len(shapes)]) for i in columns]
+        self.chosen = self.columns[0]
         self.visited: list[Batch] = []  # the last batches, for `reuse`
 
-    def fill(self, progress: ProgressCallback = lambda done, total: None) -> int:
-        """Start every trajectory and bring it to a random phase. Returns the base's evaluations spent (rows)."""
-        spent, total = 0, len(self.shapes) * (self.config.steps_max - 1)
-        for column in range(len(self.shapes)):
-            phases = torch.tensor([self._start(row, column) for row in range(len(self.generators))])
-            for i in range(int(phases.max())):
-                rows = (phases > i).nonzero()[:, 0]
-                batch = self._evaluate(column, rows)
-                self._step(column, rows, batch, batch.target)
-                spent += 2 * len(rows)
-                progress(column * (self.config.steps_max - 1) + i + 1, total)
-            spent += self._reach_what_is_learnt(column)
-        progress(total, total)
-        return spent
+    def _check_range(self) -> None:
+        config = self.config
+        if not any(positions for of_schedule in self._learnt for positions in of_schedule.values()):
+            raise ValueError(
+                f"No state of a trajectory is at a noise level from {config.sigma_from:g} to {config.sigma_to:g} "
+                f"in {config.steps_min} to {config.steps_max} steps: choose a wider range, or more steps."
+            )
 
-    def next(self, step: int) -> Batch:
+    def next(self, step: int, progress: ProgressCallback = no_progress) -> Batch:
         self._before = [generator.get_state() for generator in (self.chooser, *self.generators)]
         if step % self.config.reuse == 0:
-            return self._evaluate(self._choose(len(self.shapes)), torch.arange(len(self.generators)))
+            index = self._choose(len(self.columns))
+            self.chosen = copy.deepcopy(self.columns[index])
+            self._bring_to_what_is_learnt(self.chosen, progress)
+            return replace(self._evaluate(self.chosen, self._rows()), column=index)
         visited = self.visited[self._choose(len(self.visited))]
         omega = torch.stack([draw_omega(self.config, generator) for generator in self.generators])
         return replace(visited, omega=omega, column=None)
@@ -143,109 +179,142 @@ class TrajectoryPool:
         """Move the batch's trajectories on: along the teacher's guided prediction or, on policy, the student's."""
         if batch.column is None:
             return 0
+        column = self.chosen
         on_policy = self.config.on_policy if progress >= self.config.on_policy_from else 0
-        follows = self.policy[:, batch.column] < on_policy
+        follows = column.policy < on_policy
         denoised = torch.where(per_row(follows, student).bool(), student, batch.target)
-        self._step(batch.column, torch.arange(len(self.generators)), batch, denoised)
+        self._step(column, self._rows(), batch, denoised)
+        self.columns[batch.column] = column
         if self.config.reuse > 1:
             # More than are rolled out at a time: neighbours on a trajectory are learnt by heart, as one batch would be.
             self.visited = [*self.visited, batch][-self.config.reuse_from :]
-        return 2 * len(batch.x) + self._reach_what_is_learnt(batch.column)
-
-    def _reach_what_is_learnt(self, column: int) -> int:
-        """Bring trajectories on to where the config learns, through what another expert evaluates, and start those anew
-        that are past it. Returns the evaluations (rows) that it cost. Raises `ValueError` where they never get there.
-        """
-        rows, spent = torch.arange(len(self.generators)), 0
-        if self.config.learns_everywhere:
-            return spent
-        for _ in range(2 * self.config.steps_max + 1):
-            sigma = self._sigma(rows, column)
-            for row in rows[sigma < self.config.sigma_from].tolist():
-                self._start(row, column)
-            before = rows[~self.config.learns_at(self._sigma(rows, column))]
-            if not len(before):
-                return spent
-            batch = self._evaluate(column, before)
-            self._step(column, before, batch, batch.target)
-            spent += 2 * len(before)
-        raise ValueError(
-            f"No state of a trajectory is at a noise level from {self.config.sigma_from:g} to {self.config.sigma_to:g} "
-            f"in {self.config.steps_min} to {self.config.steps_max} steps: choose a wider range, or more steps."
-        )
+        spent, column.evaluations = column.evaluations, 0
+        return spent
 
     # Saved under the keys that earlier versions gave them, so that their runs and recordings go on.
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        rows = {**self.numbers, "omega": self.omega, "policy": self.policy}
+        columns = [column.to_dict() for column in self.columns]
+        rows = {name: torch.stack([each[name] for each in columns], dim=1) for name in (*_NUMBERS, "omega", "policy")}
         rows["generators"] = torch.stack([generator.get_state() for generator in self.generators])
-        rows |= {f"x{i}": x for i, x in enumerate(self.x)} | {f"before{i}": x for i, x in enumerate(self.before)}
+        rows |= {f"{name}{i}": each[name] for i, each in enumerate(columns) for name in ("x", "before")}
         for i, batch in enumerate(self.visited):
             rows |= {f"seen{i}.{name}": getattr(batch, name) for name in _SAVED}
-        return {"chooser": self.chooser.get_state(), "seen": torch.tensor(len(self.visited))}, rows
+        shared = {"chooser": self.chooser.get_state(), "seen": torch.tensor(len(self.visited))}
+        return shared | {"started": torch.tensor([column.started for column in self.columns])}, rows
 
     def load_state_dict(self, shared: dict[str, torch.Tensor], per_row: dict[str, torch.Tensor]) -> None:
         self.chooser.set_state(shared["chooser"])
         for generator, state in zip(self.generators, per_row["generators"], strict=True):
             generator.set_state(state.clone())  # torch crashes on a view into a larger tensor
-        self.numbers = {name: per_row[name].clone() for name in self._NUMBERS}
-        self.omega, self.policy = per_row["omega"].clone(), per_row["policy"].clone()
-        self.x = [per_row[f"x{i}"].clone() for i in range(len(self.shapes))]
-        self.before = [per_row[f"before{i}"].clone() for i in range(len(self.shapes))]
+        # Earlier versions started all columns before the first iteration.
+        started = shared.get("started", torch.ones(len(self.columns), dtype=torch.bool)).tolist()
+        self.columns = [
+            Column(
+                x=per_row[f"x{i}"].clone(),
+                before=per_row[f"before{i}"].clone(),
+                numbers={name: per_row[name][:, i].clone() for name in _NUMBERS},
+                omega=per_row["omega"][:, i].clone(),
+                policy=per_row["policy"][:, i].clone(),
+                started=is_started,
+            )
+            for i, is_started in enumerate(started)
+        ]
         visited = [{name: per_row[f"seen{i}.{name}"] for name in _SAVED} for i in range(int(shared["seen"]))]
         self.visited = [Batch.from_tensors(tensors, self.config.rule) for tensors in visited]
 
     def _choose(self, count: int) -> int:
         return int(torch.randint(count, (), generator=self.chooser))
 
-    def _start(self, row: int, column: int) -> int:
-        """Begin a trajectory. Returns a random phase, to bring the first one of each place to."""
-        config, generator = self.config, self.generators[row]
+    def _rows(self) -> torch.Tensor:
+        return torch.arange(len(self.generators))
+
+    def _bring_to_what_is_learnt(self, column: Column, progress: ProgressCallback) -> None:
+        """Each trajectory to a random phase, if the column was not started; else on to where the config learns, maybe
+        through what another expert evaluates.
+        """
+        if column.started:
+            moves = [self._moves_to_what_is_learnt(column, row) for row in range(len(self.generators))]
+        else:
+            moves = [self._start(column, row) for row in range(len(self.generators))]
+        column.started = True
+        self._move(column, torch.tensor(moves), progress)
+
+    def _moves_to_what_is_learnt(self, column: Column, row: int) -> int:
+        """The row's solver steps to the next state that is learnt from, on a new trajectory if this one has no more."""
+        position = int(column.numbers["position"][row])
+        ahead = [learnt - position for learnt in self._learnt_positions(column, row) if learnt >= position]
+        if ahead:
+            return ahead[0]
+        self._start(column, row)
+        return self._learnt_positions(column, row)[0]
+
+    def _learnt_positions(self, column: Column, row: int) -> list[int]:
+        schedule, steps = (int(column.numbers[name][row]) for name in ("scheduler", "steps"))
+        return self._learnt[schedule][steps]
+
+    def _move(self, column: Column, moves: torch.Tensor, progress: ProgressCallback) -> None:
+        """So many solver steps (b,) of each row along the teacher's guided prediction."""
+        done, total = 0, 2 * int(moves.sum())
+        for i in range(int(moves.max())):
+            progress(done, total)
+            rows = (moves > i).nonzero()[:, 0]
+            batch = self._evaluate(column, rows)
+            self._step(column, rows, batch, batch.target)
+            done += 2 * len(rows)
+        if total:
+            progress(total, total)
+
+    def _start(self, column: Column, row: int) -> int:
+        """Begin a trajectory. Returns a random phase of it that is learnt from, for the first one of each place."""
+        config, generator, numbers = self.config, self.generators[row], column.numbers
         counts = {"positive": len(self.prompts.positive), "negative": len(self.prompts.negative)}
         counts |= {"scheduler": len(config.schedulers), "solver": len(config.solvers)}
-        for name, count in counts.items():
-            self.numbers[name][row, column] = torch.randint(count, (), generator=generator)
-        steps = int(torch.randint(config.steps_min, config.steps_max + 1, (), generator=generator))
-        self.numbers["steps"][row, column], self.numbers["position"][row, column] = steps, 0
-        self.omega[row, column] = draw_omega(self.config, generator)
-        self.policy[row, column] = torch.rand((), generator=generator)
-        noise = torch.randn(1, *self.shapes[column], generator=generator)
-        sigma = self._sigma(torch.tensor([row]), column)
-        self.x[column][row] = self.denoiser.start(noise, sigma)[0].cpu()
-        return int(torch.randint(steps, (), generator=generator))
+        numbers["position"][row] = 0
+        while True:
+            for name, count in counts.items():
+                numbers[name][row] = torch.randint(count, (), generator=generator)
+            numbers["steps"][row] = torch.randint(config.steps_min, config.steps_max + 1, (), generator=generator)
+            if learnt := self._learnt_positions(column, row):
+                break
+        column.omega[row] = draw_omega(config, generator)
+        column.policy[row] = torch.rand((), generator=generator)
+        noise = torch.randn(1, *column.x.shape[1:], generator=generator)
+        column.x[row] = self.denoiser.start(noise, self._sigma(torch.tensor([row]), column))[0].cpu()
+        return learnt[int(torch.randint(len(learnt), (), generator=generator))]
 
-    def _sigma(self, rows: torch.Tensor, column: int, offset: int = 0) -> torch.Tensor:
+    def _sigma(self, rows: torch.Tensor, column: Column, offset: int = 0) -> torch.Tensor:
         """The noise levels (b,) of those rows' trajectories; `offset` 1 is the next one."""
-        at = [self.numbers[name][rows, column].tolist() for name in ("scheduler", "steps", "position")]
+        at = [column.numbers[name][rows].tolist() for name in ("scheduler", "steps", "position")]
         chosen = zip(*at, strict=True)
         return torch.stack([self._sigmas[schedule][steps][max(0, i + offset)] for schedule, steps, i in chosen])
 
-    def _evaluate(self, column: int, rows: torch.Tensor) -> Batch:
+    def _evaluate(self, column: Column, rows: torch.Tensor) -> Batch:
         """Those rows of a column, with both predictions of the base."""
-        x, sigma, omega = self.x[column][rows], self._sigma(rows, column), self.omega[rows, column]
-        positive, negative = (self.numbers[name][rows, column] for name in ("positive", "negative"))
+        x, sigma, omega = column.x[rows], self._sigma(rows, column), column.omega[rows]
+        positive, negative = column.numbers["positive"][rows], column.numbers["negative"][rows]
         cond, uncond = self.predict(x, sigma, *self.prompts.of_rows(positive, negative))
-        return Batch(x, sigma, omega, positive, negative, cond, uncond, column=column, rule=self.config.rule)
+        column.evaluations += 2 * len(rows)
+        return Batch(x, sigma, omega, positive, negative, cond, uncond, rule=self.config.rule)
 
-    def _step(self, column: int, rows: torch.Tensor, batch: Batch, denoised: torch.Tensor) -> None:
+    def _step(self, column: Column, rows: torch.Tensor, batch: Batch, denoised: torch.Tensor) -> None:
         """One solver step towards `denoised`, on the CPU; finished trajectories start anew."""
-        solvers = [self.config.solvers[i] for i in self.numbers["solver"][rows, column].tolist()]
-        shape = self.shapes[column]
-        noise = torch.stack([torch.randn(shape, generator=self.generators[row]) for row in rows.tolist()])
-        second = torch.tensor([name == "dpmpp_2m" for name in solvers]) & (self.numbers["position"][rows, column] > 0)
+        solvers = [self.config.solvers[i] for i in column.numbers["solver"][rows].tolist()]
+        noise = torch.stack([torch.randn(column.x.shape[1:], generator=self.generators[row]) for row in rows.tolist()])
+        second = torch.tensor([name == "dpmpp_2m" for name in solvers]) & (column.numbers["position"][rows] > 0)
         sigma_next, sigma_before = self._sigma(rows, column, 1), self._sigma(rows, column, -1)
-        self.x[column][rows] = solver_step(
+        column.x[rows] = solver_step(
             batch.x,
             denoised,
             batch.sigma,
             sigma_next,
             Ancestral(torch.tensor([name == "euler_ancestral" for name in solvers]), noise, self.denoiser.is_flow),
-            SecondOrder(second, self.before[column][rows], sigma_before),
+            SecondOrder(second, column.before[rows], sigma_before),
         )
-        self.before[column][rows] = denoised
-        self.numbers["position"][rows, column] += 1
+        column.before[rows] = denoised
+        column.numbers["position"][rows] += 1
         for row in rows[sigma_next == 0].tolist():
-            self._start(row, column)
+            self._start(column, row)
 
 
 _SAVED = ("x", "sigma", "omega", "positive", "negative", "cond", "uncond")

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..agd_core.adapter_file import replacing
+from ..agd_core.atomic import NotWritten, bytes_of, read_torch, remove_remains, replacing, write_text, write_torch
 from ..agd_core.errors import AGDError
+from ..agd_core.seeds import seeded_generator
+from . import folder_lock
 from .config import TrainConfig
-from .model import Denoiser, ProgressCallback
+from .finite import non_finite
+from .model import Denoiser, ProgressCallback, no_progress
 from .pool import Batch, TrajectoryPool, draw_omega
 
 _VERSION = 1
@@ -80,7 +83,7 @@ class Recording:
             data = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
             found = cls(folder, data["identity"], data["evaluations"], data["shards"])
             version = data["version"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecordingError(
                 f"{folder} is no recording ({error}); name a folder that `agd record` made."
             ) from error
@@ -147,8 +150,7 @@ class Recording:
             "evaluations": self.evaluations,
             "shards": self.shards,
         }
-        with replacing(self.folder / _INDEX) as temporary:
-            Path(temporary).write_text(json.dumps(data, indent=1), encoding="utf-8")
+        write_text(self.folder / _INDEX, json.dumps(data, indent=1))
 
 
 def identity_of(config: TrainConfig, prompts: Sequence[str], negative: Sequence[str], fingerprint: str) -> dict:
@@ -156,21 +158,44 @@ def identity_of(config: TrainConfig, prompts: Sequence[str], negative: Sequence[
     return _settings(config) | {"prompts": list(prompts), "negative": list(negative), "base": fingerprint}
 
 
-def record(folder: Path, pool: TrajectoryPool, identity: dict, batches: int, progress: ProgressCallback) -> Recording:
+def record(
+    folder: Path,
+    pool: TrajectoryPool,
+    identity: dict,
+    batches: int,
+    progress: ProgressCallback,
+    of_pool: ProgressCallback = no_progress,
+) -> Recording:
     """Roll out `batches` batches into `folder`, going on from what is there. Call it inside the denoiser's session.
 
-    `progress(done, batches)` may raise to stop; whole shards are kept.
+    `progress(done, batches)` may raise to stop, and so may `of_pool`, by which the pool reports; whole shards are kept.
+    Raises `FolderInUse` where another process records.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for remains in folder.glob(".*.part"):  # of a killed process
-        remains.unlink()
+    with folder_lock.held(folder):
+        remove_remains(folder)
+        return _record(folder, pool, identity, batches, progress, of_pool)
+
+
+def can_go_on(folder: Path) -> bool:
+    """Whether something was recorded there."""
+    return (folder / _POOL).exists()
+
+
+def _record(
+    folder: Path,
+    pool: TrajectoryPool,
+    identity: dict,
+    batches: int,
+    progress: ProgressCallback,
+    of_pool: ProgressCallback,
+) -> Recording:
     recording = _resumed(folder, pool, identity)
-    if not recording.shards:
-        recording.evaluations += pool.fill()
+    progress(recording.batches, batches)
     while recording.batches < batches:
         rolled = []
         for _ in range(min(_SHARD_BATCHES, batches - recording.batches)):
-            batch = pool.next(0)
+            batch = pool.next(0, of_pool)
             recording.evaluations += pool.advance(batch, batch.target, 0.0)
             rolled.append(batch)
             progress(recording.batches + len(rolled), batches)
@@ -179,20 +204,24 @@ def record(folder: Path, pool: TrajectoryPool, identity: dict, batches: int, pro
 
 
 def _resumed(folder: Path, pool: TrajectoryPool, identity: dict) -> Recording:
-    if not (folder / _POOL).exists():
+    if not can_go_on(folder):
         return Recording(folder, identity, 0, [])
     try:
-        saved = torch.load(folder / _POOL, weights_only=True)
+        saved = read_torch(folder / _POOL)
+        then = dict(saved["identity"])
     except Exception as error:  # whatever a damaged file makes torch raise
         raise RecordingError(f"{folder / _POOL} is damaged; delete {folder} to record anew.") from error
-    if saved["identity"] != identity:
-        changed = sorted(key for key in identity if saved["identity"].get(key) != identity[key])
+    if then != identity:
+        changed = sorted(key for key in identity if then.get(key) != identity[key])
         raise RecordingError(
             f"{folder} is a recording with other settings ({', '.join(changed)}); "
             "use the settings of then to go on with it, or another folder."
         )
-    pool.load_state_dict(saved["common"], saved["lanes"])
-    recording = Recording(folder, identity, saved["evaluations"], saved["shards"])
+    try:
+        pool.load_state_dict(saved["common"], saved["lanes"])
+        recording = Recording(folder, identity, saved["evaluations"], saved["shards"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise RecordingError(f"{folder / _POOL} is no recording's; delete {folder} to record anew.") from error
     recording._save_index()  # killed between the two files, it would lack the last shard
     return recording
 
@@ -204,20 +233,29 @@ def _append(recording: Recording, rolled: list[Batch], pool: TrajectoryPool) -> 
     for i, batch in enumerate(rolled):
         tensors |= {f"{i}.{key}": getattr(batch, key).half() for key in _HALVES}
         tensors |= {f"{i}.{key}": getattr(batch, key) for key in _EXACT}
-    try:
-        with replacing(path) as temporary:
-            save_file({key: value.contiguous().clone() for key, value in tensors.items()}, temporary)
-    except (SafetensorError, OSError) as error:
+    if wrong := next(non_finite(tensors, "shard"), None):
         raise RecordingError(
-            f"{path} could not be written ({error}); make room there, and the same command goes on."
+            f"A state of the recording is too large for fp16, in which it is kept ({wrong} of {path}): train without a "
+            "recording."
+        )
+    tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
+    try:
+        with replacing(path, bytes_of(tensors)) as temporary:
+            save_file(tensors, temporary)
+        _append_written(recording, len(rolled), path, pool)
+    except NotWritten as error:
+        raise RecordingError(
+            f"The recording could not be written; the same command goes on. Details: {error}"
         ) from error
+
+
+def _append_written(recording: Recording, batches: int, path: Path, pool: TrajectoryPool) -> None:
     size, checksum = path.stat().st_size, checksum_of(path)
-    recording.shards.append({"file": name, "batches": len(rolled), "bytes": size, "sha256": checksum})
+    recording.shards.append({"file": path.name, "batches": batches, "bytes": size, "sha256": checksum})
     shared, per_row = pool.state_dict()
     saved: dict[str, Any] = {"common": shared, "lanes": per_row, "identity": recording.identity}
     saved |= {"evaluations": recording.evaluations, "shards": recording.shards}
-    with replacing(recording.folder / _POOL) as temporary:
-        torch.save(saved, temporary)
+    write_torch(recording.folder / _POOL, saved)
     recording._save_index()
 
 
@@ -230,13 +268,10 @@ class RecordedBatches:
         self._checked: set[int] = set()
         self._places = [(i, j) for i, shard in enumerate(recording.shards) for j in range(shard["batches"])]
 
-    def fill(self, progress: ProgressCallback = lambda done, total: None) -> int:
-        return self.recording.evaluations
-
-    def next(self, step: int) -> Batch:
+    def next(self, step: int, progress: ProgressCallback = no_progress) -> Batch:
         epoch, at = divmod(step, len(self._places))
         if epoch > 0:
-            order = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            order = seeded_generator(self.config.seed, epoch)
             at = int(torch.randperm(len(self._places), generator=order)[at])
         index, place = self._places[at]
         if index not in self._checked:
@@ -244,9 +279,14 @@ class RecordedBatches:
             self._checked.add(index)
         own = slice(self.rows.start, self.rows.stop)
         values = {key: value[own] for key, value in self.recording.load(index, place).items()}
+        if wrong := next(non_finite(values, f"batch {place}"), None):
+            raise RecordingError(
+                f"The recording has NaN or infinity in it: delete {self.recording.folder} and record again, in bf16 or "
+                f"fp32 if it was in fp16 (--base-dtype). Details: {wrong} of {self.recording.shards[index]['file']}."
+            )
         values |= {key: values[key].float() for key in _HALVES}
         if epoch > 0:
-            generators = [torch.Generator().manual_seed((step << 20) + row) for row in self.rows]
+            generators = [seeded_generator((step << 20) + row) for row in self.rows]
             values["omega"] = torch.stack([draw_omega(self.config, generator) for generator in generators])
         return Batch.from_tensors(values, self.config.rule)
 

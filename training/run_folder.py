@@ -1,28 +1,34 @@
 """The folder of a training run: its settings, its saved states, what was measured, its pictures.
 
+One process at a time has it (`held`).
+
 config.toml           every setting of the run; `agd train --config` runs it again
 prompts.txt           the prompts, with all wildcards drawn
 state-000250.pt       the last few states, from which the run goes on; gone when it ends
 best.safetensors      the best adapter so far; the output takes its place when the run ends
 metrics.jsonl         a line per logged iteration and per measurement
 previews/             CFG beside AGD; training.png: loss and gap closed by iteration; report.txt
+holder.txt            who trains here, while one does
 """
 
-import contextlib
+import io
 import json
-import logging
 import os
 import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
-from ..agd_core.adapter_file import replacing
+from ..agd_core.atomic import NotWritten, append_text, read_torch, remove_remains, write_bytes, write_text, write_torch
 from ..agd_core.errors import AGDError
+from ..agd_core.text import logger
+from . import folder_lock
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _RUN_STATE = re.compile(r"state-(\d+)\.pt")
 
@@ -36,6 +42,11 @@ def folder_of(output: Path) -> Path:
     return output.with_suffix(".run")
 
 
+def longest_files_of(output: Path) -> list[Path]:
+    """Of the run that makes `output`, the files whose paths are the longest in either folder."""
+    return [folder_of(output) / "best.safetensors", folder_of(output) / "previews" / "step-1000000.png"]
+
+
 class RunFolder:
     """Files are replaced whole: killed at any moment, what was written before is still there."""
 
@@ -43,52 +54,69 @@ class RunFolder:
         self.path = path
         self._board: Any = None  # TensorBoard's writer, where it is installed
 
-    def prepare(self) -> None:
-        """Make the folder and try to write to it. Raises `RunFolderError`. Remains of a killed process are removed."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, no other process has the folder, and it can be written to. Raises `FolderInUse`, `RunFolderError`."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "previews").mkdir(exist_ok=True)
-            for remains in [*self.path.glob(".*.part"), *(self.path / "previews").glob(".*.part")]:
-                remains.unlink()
-            with replacing(self.path / "writable") as temporary:
-                Path(temporary).write_text("yes")
-            (self.path / "writable").unlink()
+            with tempfile.NamedTemporaryFile(dir=self.path, prefix=".", suffix=".part") as file:
+                file.write(b"yes")
         except OSError as error:
             raise RunFolderError(
                 f"The training's folder can't be written to: choose another output. Details: {self.path} ({error})."
             ) from error
+        with folder_lock.held(self.path):
+            for folder in (self.path, self.path / "previews"):
+                remove_remains(folder)
+            try:
+                yield
+            finally:
+                self.close()
 
     def run_states(self) -> list[Path]:
         """The saved ones, the newest first."""
-        found = {path: _RUN_STATE.fullmatch(path.name) for path in self.path.glob("state-*.pt")}
-        steps = {path: int(match[1]) for path, match in found.items() if match}
-        return sorted(steps, key=lambda path: steps[path], reverse=True)
+        found = [path for path in self.path.glob("state-*.pt") if _RUN_STATE.fullmatch(path.name)]
+        return sorted(found, key=_step_of, reverse=True)
+
+    def next_run(self) -> str:
+        """What another run of the same training does: "goes on from step 5"."""
+        saved = self.run_states()
+        return f"goes on from step {_step_of(saved[0])}" if saved else "starts again"
 
     def save_run_state(self, step: int, saved: dict, keep: int) -> None:
         """Raises `RunFolderError` where it can't be written; older states stay."""
         try:
-            with replacing(self.path / f"state-{step:06d}.pt") as temporary:
-                torch.save(saved, temporary)
-        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError on a full disk
+            write_torch(self.path / f"state-{step:06d}.pt", saved)
+        except NotWritten as error:
             raise RunFolderError(
-                f"The state of step {step} could not be saved in {self.path} ({str(error).splitlines()[0]}); make room "
-                "there, and the same command goes on from the last state that was."
+                f"The state of step {step} could not be saved; the same training {self.next_run()}. Details: {error}"
             ) from error
         for old in self.run_states()[keep:]:
             old.unlink()
 
-    def load_run_state(self) -> dict | None:
-        """The newest state that can be read, or None if there is none. Raises `RunFolderError` if all are damaged."""
+    def load_run_state(self, check: Callable[[Any], None] = lambda saved: None) -> Any:
+        """The newest state that can be read, or None if there is none. Raises `RunFolderError` if all are damaged.
+
+        `check`: raises for what was read and is no state.
+        """
         saved = self.run_states()
         for path in saved:
             try:
-                with torch.inference_mode(False):  # in which nodes run: nothing could be trained on from there
-                    return torch.load(path, map_location="cpu", weights_only=True)
+                found = read_torch(path)
+                check(found)
+                return found
             except Exception as error:  # whatever a damaged file makes torch raise
-                log.warning("AGD: %s is damaged (%s); an older state is used.", path, type(error).__name__)
+                log.warning("AGD: %s is damaged (%s); an older state is used.", path, _first_line(error))
         if saved:
             raise RunFolderError(f"No state in {self.path} can be read; delete the folder to start anew.")
         return None
+
+    def remove_run_states(self, after: int) -> None:
+        """Those of later steps than `after`."""
+        for path in self.run_states():
+            if _step_of(path) > after:
+                path.unlink()
 
     def clear(self) -> None:
         """Remove what only an unfinished run needs."""
@@ -98,36 +126,50 @@ class RunFolder:
     def start_metrics(self, step: int, measured: bool) -> None:
         """Keep only the lines up to `step`, with its measurement if it was `measured`: others will be written again."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        kept = []
-        for line in lines:
-            with contextlib.suppress(ValueError):  # a line that a killed process left half written
-                values = json.loads(line)
-                if values["step"] < step or (values["step"] == step and (measured or "score" not in values)):
-                    kept.append(line)
-        with replacing(path) as temporary:
-            Path(temporary).write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace") if step and path.exists() else ""
+        kept = [line for line in text.splitlines() if _is_up_to(line, step, measured)]
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self._board = _tensorboard(self.path / "tensorboard", step)
 
     def add_metrics(self, step: int, **values) -> None:
-        """A line of `metrics.jsonl`, and TensorBoard's scalars where it is installed."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """A line of `metrics.jsonl`, and TensorBoard's scalars where it is installed. Raises `NotWritten`."""
+        append_text(self.path / "metrics.jsonl", json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in _flat(values):
                 self._board.add_scalar(name, value, step)
 
     def save_text(self, name: str, text: str) -> None:
-        with replacing(self.path / name) as temporary:
-            Path(temporary).write_text(text, encoding="utf-8")
+        """Raises `NotWritten`."""
+        write_text(self.path / name, text)
 
     def save_image(self, name: str, image: Image.Image) -> None:
-        with replacing(self.path / name) as temporary:
-            image.save(temporary, format="PNG")
+        """Raises `NotWritten`."""
+        data = io.BytesIO()
+        image.save(data, format="PNG")
+        write_bytes(self.path / name, data.getvalue())
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("state-"))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_up_to(line: str, step: int, measured: bool) -> bool:
+    """Whether a line of metrics belongs to a run that goes on from `step`, with its measurement if `measured`."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):  # a killed process left it half written, or it isn't ours
+        return False
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return False
+    return values["step"] < step or (values["step"] == step and (measured or "score" not in values))
 
 
 def _flat(values: dict, prefix: str = "") -> list[tuple[str, float]]:

@@ -11,10 +11,12 @@ from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo
 from ..agd_core.config import AdapterConfig
 from ..agd_core.mixed_precision import MixedPrecision
+from ..agd_core.seeds import seeded_generator
 from .authors import read_adapter
 from .config import TrainConfig
 from .held_out import HeldOutPrompts
-from .model import Denoiser, EncodedPrompts, Model, ProgressCallback, Prompt, TextEncoder, encode
+from .model import Denoiser, EncodedPrompts, Model, ProgressCallback, TextEncoder, encode
+from .options import SettingsError
 from .plan import Plan
 from .recording import Recording, checksum_of
 
@@ -58,7 +60,7 @@ class Start:
             weights = {key.replace("kind.", "kind.scale."): value for key, value in weights.items()}
         weights = {key: value for key, value in weights.items() if key != "unconditional"}
         if not all(key in own and own[key].shape == value.shape for key, value in weights.items()):
-            raise ValueError(
+            raise SettingsError(
                 f"The adapter {self.file} ({self.info.config.kind.describe()}) can't be the start of one of kind "
                 f"{config.kind.describe()}: train the same kind and width, or start a delta adapter from a scale "
                 "adapter."
@@ -97,7 +99,7 @@ def split_prompts(prompts: Sequence[str], config: TrainConfig) -> tuple[list[str
     if not prompts:
         raise ValueError("There are no prompts to train with; give at least one line of text.")
     count = min(config.held_out, len(prompts) // 5)
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    order = torch.randperm(len(prompts), generator=seeded_generator(config.seed)).tolist()
     return [prompts[i] for i in order[count:]], [prompts[i] for i in order[:count]]
 
 
@@ -146,13 +148,10 @@ class RunPrompts:
     @classmethod
     def encode(cls, texts: RunTexts, encoder: TextEncoder, progress: ProgressCallback) -> "RunPrompts":
         """The text encoder is released."""
-
-        def encoded(prompts: Sequence[str], kind: str) -> list[Prompt]:
-            return encode(encoder, prompts, kind, progress)
-
-        positive, negative = encoded(texts.positive, "positive"), encoded(texts.negative, "negative")
+        shown = texts.held_out or texts.positive[:1]
+        lists = [("positive", texts.positive), ("negative", texts.negative), ("positive", shown)]
+        positive, negative, shown = encode(encoder, lists, progress)
         unconditional = negative[texts.negative.index("") if "" in texts.negative else 0]
-        shown = encoded(texts.held_out or texts.positive[:1], "positive")
         encoder.release()
         return cls(
             EncodedPrompts(positive, negative),

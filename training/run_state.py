@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,16 +11,32 @@ import torch
 from ..agd_core.adapter import Adapter
 from ..agd_core.errors import AGDError
 from ..agd_core.older_formats import rename_weights
+from ..agd_core.text import logger
 from .config import TrainConfig
 from .distributed import Ranks
+from .finite import non_finite
 from .gap import Measurement
+from .older_settings import without_other_kinds
 from .pool import BatchSource
+
+log = logger(__name__)
 
 _VERSION, _READABLE = 3, (2, 3)  # in version 2 weights have the names of adapter files of format 1
 
 
+_KEYS = {"identity", "step", "evaluations", "seconds", "losses", "history", "best", "adapter", "average", "optimiser"}
+_KEYS |= {"common", "lanes", "loss_scale"}
+_LISTED = 4  # offenders named in one error
+# How a run computes: it may go on with others, which is what the errors of what isn't finite advise.
+_MAY_CHANGE = ("learning_rate", "precision")
+
+
 class DifferentRun(AGDError, ValueError):
-    """A saved run state belongs to a run with other settings."""
+    """A saved run state belongs to a run with other settings, or of another version."""
+
+
+class DamagedState(AGDError, ValueError):
+    """What was saved is no state of this run."""
 
 
 @dataclass
@@ -92,42 +109,142 @@ class RunState:
         }
 
     def load_state_dict(self, saved: dict[str, Any], rows: range) -> None:
-        """Go on from what `check_same_run` has let through; `rows`: of the batch, those of this rank."""
+        """Go on from what `check_same_run` has let through; `rows`: of the batch, those of this rank.
+
+        Raises `DamagedState`, and then this one is of no use any more.
+        """
+        try:
+            own = {name: value[rows.start : rows.stop] for name, value in saved["lanes"].items()}
+            saved = {**_renamed(saved), "lanes": own}
+            wrong = [*_unlike(self._template(saved), saved, ""), *_no_tensors(own)]
+            if wrong:
+                raise ValueError(f"of another type or shape: {', '.join(wrong[:_LISTED])}")
+            self._load(saved)
+        # Whatever the values of somebody else's file make of torch.
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise DamagedState(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+    def _load(self, saved: dict[str, Any]) -> None:
         self.step, self.evaluations, self.seconds = saved["step"], saved["evaluations"], saved["seconds"]
-        self.losses, self.loss_scale = saved["losses"], saved["loss_scale"]
+        self.losses = saved["losses"]
+        if (self.loss_scale == 1) == (saved["loss_scale"] == 1):  # else the run goes on in another precision
+            self.loss_scale = saved["loss_scale"]
         self.history = [Measurement(**measured) for measured in saved["history"]]
-        if saved["best"]:
-            self.best = Best(**{**saved["best"], "weights": rename_weights(saved["best"]["weights"])})
-        self.adapter.load_state_dict(rename_weights(saved["adapter"]))
-        self.average.load_state_dict(rename_weights(saved["average"]))
-        self.optimiser.load_state_dict(saved["optimiser"])
-        own = {name: value[rows.start : rows.stop] for name, value in saved["lanes"].items()}
-        self.source.load_state_dict(saved["common"], own)
+        self.best = Best(**saved["best"]) if saved["best"] else None
+        self.adapter.load_state_dict(saved["adapter"])
+        self.average.load_state_dict(saved["average"])
+        # Its settings are the same in every run, but for the learning rate, which each step sets.
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": saved["optimiser"]["state"]})
+        self.source.load_state_dict(saved["common"], saved["lanes"])
+
+    def _template(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Something like what should have been `saved`, for `_unlike`; earlier versions saved less."""
+        weights, (shared, per_row) = self.adapter.state_dict(), self.source.state_dict()
+        moments = [{"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p} for p in self.adapter.parameters()]
+        return {
+            "step": 0,
+            "evaluations": 0,
+            "seconds": 0.0,
+            "loss_scale": 1.0,
+            "losses": [0.0] * saved["step"],
+            "history": [_like_measurement(measured) for measured in saved["history"]],
+            "best": vars(Best(0.0, 0, weights)) if saved["history"] else None,
+            "adapter": weights,
+            "average": weights,
+            "optimiser": {"state": {i: each for i, each in enumerate(moments) if i in saved["optimiser"]["state"]}},
+            "common": {name: value for name, value in shared.items() if name in saved["common"]},
+            "lanes": per_row,
+        }
+
+
+def _renamed(saved: dict[str, Any]) -> dict[str, Any]:
+    """With the weights' names of today."""
+    renamed = {name: rename_weights(saved[name]) for name in ("adapter", "average")}
+    best = saved["best"] and {**saved["best"], "weights": rename_weights(saved["best"]["weights"])}
+    return {**saved, **renamed, "best": best}
+
+
+def _like_measurement(saved: dict[str, Any]) -> dict[str, Any]:
+    by_omega = {name: dict.fromkeys(value, 0.0) for name, value in saved.items() if isinstance(value, dict)}
+    return {name: value for name, value in asdict(Measurement(0, 0.0, **by_omega)).items() if name in saved}
+
+
+def _unlike(expected: Any, found: Any, name: str) -> Iterator[str]:
+    """The names of what has another type, shape or dtype, or isn't there."""
+    if isinstance(expected, torch.Tensor):
+        alike = isinstance(found, torch.Tensor) and found.dtype == expected.dtype
+        if not alike or found.shape != expected.shape:
+            yield name
+    elif isinstance(expected, dict) and isinstance(found, dict):
+        for key, value in expected.items():
+            yield from _unlike(value, found.get(key), f"{name}.{key}" if name else str(key))
+    elif isinstance(expected, list) and isinstance(found, list):
+        for i, (one, other) in enumerate(zip(expected, found, strict=True)):
+            yield from _unlike(one, other, f"{name}.{i}")
+    elif not isinstance(found, (int, float) if isinstance(expected, float) else type(expected)):
+        yield name
+
+
+def _no_tensors(values: dict[str, Any]) -> list[str]:
+    return [name for name, value in values.items() if not isinstance(value, torch.Tensor)]
+
+
+def check_saved(saved: Any) -> None:
+    """Raises `ValueError` for what is no run state, or one that leads nowhere: it has a NaN.
+
+    What depends on the run is left to `RunState.load_state_dict`.
+    """
+    if not isinstance(saved, dict) or not isinstance(saved.get("version"), int):
+        raise ValueError("it is no state of a training")
+    if saved["version"] not in _READABLE:
+        return  # `check_same_run` refuses it
+    if missing := sorted(_KEYS - saved.keys()):
+        raise ValueError(f"it has no {', '.join(missing)}")
+    if not isinstance(saved["identity"], dict) or not isinstance(saved["step"], int):
+        raise ValueError("it doesn't say of which training and step it is")
+    if wrong := next(non_finite_parts(saved), None):
+        raise ValueError(f"{wrong} holds NaN or infinity")
+
+
+def non_finite_parts(saved: dict[str, Any]) -> Iterator[str]:
+    """The names of what holds NaN or infinity; in measurements that says that there was nothing to measure."""
+    for name, value in saved.items():
+        if name != "history":
+            yield from non_finite(value, name)
 
 
 def check_same_run(saved: dict[str, Any], identity: dict, folder: object) -> None:
-    """Raises `DifferentRun` if the run state that was saved in `folder` is another run's.
+    """Raises `DifferentRun` if the run state that was saved in `folder` is another run's, or another version's.
 
     Settings that there were none of then had what is the default now.
     """
-    then = saved.get("identity", {})
-    then = TrainConfig().result_settings() | then if then else then
-    if saved.get("version") not in _READABLE or then != identity:
+    if saved["version"] not in _READABLE:
+        readable = " and ".join(map(str, _READABLE))
+        raise DifferentRun(
+            "A training of this name was begun with another version of AGD: use that one to go on with it, or delete "
+            f"its folder to start anew. Details: the states in {folder} are of version {saved['version']}, this AGD "
+            f"reads {readable}."
+        )
+    then = without_other_kinds(saved["identity"])
+    then = TrainConfig(kind=then.get("kind", TrainConfig.kind)).result_settings() | then
+    changed = differences(then, identity)
+    if any(name not in _MAY_CHANGE for name in changed):
         raise DifferentRun(
             "A training of this name was begun with other settings: use those to go on with it, or delete its folder "
-            f"to start anew. Details: {folder} ({'; '.join(differences(then, identity)) or 'of another version'})."
+            f"to start anew. Details: {folder} ({'; '.join(changed.values())})."
         )
+    if changed:
+        log.warning("AGD: the training in %s goes on with another setting (%s).", folder, "; ".join(changed.values()))
 
 
-def differences(then: dict, now: dict) -> list[str]:
-    """What changed between two runs, a phrase each: "batch: 4 then, 8 now"."""
+def differences(then: dict, now: dict) -> dict[str, str]:
+    """What changed between two runs, by name, a phrase each: "batch: 4 then, 8 now"."""
 
     def short(value: Any) -> str:
         return f"{len(value)} lines" if isinstance(value, list) and len(json.dumps(value)) > 60 else f"{value!r:.60}"
 
-    changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
-    phrases = []
-    for key in changed:
+    phrases = {}
+    for key in sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key)):
         old, new = short(then.get(key)), short(now.get(key))
-        phrases.append(f"{key}: {old} then, {new} now" if old != new else f"{key}: others now")
+        phrases[key] = f"{key}: {old} then, {new} now" if old != new else f"{key}: others now"
     return phrases

@@ -1,9 +1,11 @@
 """The one function that distils an adapter. The node, the command line and the demo all call it."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +14,10 @@ from PIL import Image
 from ..agd_core import adapter_file
 from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo
+from ..agd_core.text import logger
 from .config import TrainConfig
 from .distributed import Ranks
+from .finite import Diverged
 from .gap import Evaluation, Measurement
 from .held_out import HeldOutEvaluation
 from .memory import BothPredictions
@@ -21,7 +25,8 @@ from .model import Model, ProgressCallback
 from .plan import StepLayout
 from .plot import training_plot
 from .pool import BatchSource, TrajectoryPool
-from .run_folder import RunFolder
+from .progress import Progress, TimeLeft
+from .run_folder import RunFolder, RunFolderError
 from .run_setup import (
     RunOptions,
     RunPrompts,
@@ -32,33 +37,18 @@ from .run_setup import (
     new_adapter,
     run_identity,
 )
-from .run_state import Best, RunState, check_same_run
-from .training_step import TrainingStep, initial_loss_scale
+from .run_state import Best, DamagedState, RunState, check_same_run, check_saved, non_finite_parts
+from .training_step import RECENT, TrainingStep, initial_loss_scale
 
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands. `phase`: "encode" (prompts), "rollout" (filling the pool), "measure" (on held-out prompts) or
-    "train", after an iteration.
-
-    `loss` is the mean of the last 50 iterations', `gap_closed` the last measured, its mean over omega; `memory` in
-    bytes, the most so far.
-    """
-
-    phase: str
-    step: int
-    total: int
-    loss: float | None = None
-    gap_closed: float | None = None
-    memory: int | None = None
-    seconds_left: float | None = None
+log = logger(__name__)
 
 
 @dataclass(frozen=True)
 class Callbacks:
     """What a caller is told of a run. Raising from `on_progress` stops it; its state is saved first.
 
-    `on_start` is called once it is clear that the run's folder is this run's. `iterations` is asked before each one for
+    `on_start` is called once it is clear that the run's folder is this run's, `on_end` with the result while it still
+    is; on the first of several ranks. `iterations` is asked before each one for
     the number of all: the step and the config's number go in, and the learning rate falls to 0 at what comes out. It
     has to be the same in all processes of a run.
     """
@@ -67,11 +57,17 @@ class Callbacks:
     on_evaluation: Callable[[int, Evaluation], None] = lambda step, evaluation: None
     on_preview: Callable[[int, Image.Image], None] = lambda step, image: None
     on_start: Callable[[], None] = lambda: None
+    on_end: Callable[["Trained"], None] = lambda trained: None
     iterations: Callable[[int, int], int] = lambda step, planned: planned
+    time_left: TimeLeft = field(default_factory=TimeLeft)
 
     def of_phase(self, phase: str) -> ProgressCallback:
         """For what only counts."""
-        return lambda done, total: self.on_progress(Progress(phase, done, total))
+
+        def report(done: int, total: int) -> None:
+            self.on_progress(Progress(phase, done, total, seconds_left=self.time_left(phase, done, total)))
+
+        return report
 
 
 @dataclass
@@ -103,6 +99,20 @@ class _Run:
     step: TrainingStep
     held_out: HeldOutEvaluation
     evaluation: Evaluation | None = None
+    stopped: BaseException | None = None  # what a caller raised in a phase, of several ranks
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What nothing can be refused of any more. `rows`: of the batch, this rank's; `saved`: the state to go on from."""
+
+    ranks: Ranks
+    rows: range
+    start: Start | None
+    identity: dict
+    files: RunFolder | None
+    saved: dict[str, Any] | None
+    texts: RunTexts
 
 
 def train(
@@ -114,19 +124,37 @@ def train(
 ) -> Trained:
     """Distil the base's guidance into a new adapter by online rollouts (the method: arXiv 2503.07274).
 
-    `DifferentRun` is raised if the folder of the options is another run's. Started by `torchrun`, all processes train
-    one adapter; each returns it.
+    Started by `torchrun`, all processes train one adapter; each returns it. Raises `DifferentRun` if the folder of the
+    options is another run's, `FolderInUse` while another process trains there, `BaseNotFinite`, and `Diverged`, after
+    which the same folder can be trained into again.
     """
     # What can be refused is, before any evaluation.
     ranks, start = Ranks(), Start.load(options.start) if options.start is not None else None
     rows = ranks.rows(config.batch)
     check_settings(model.denoiser, config, options.recording)
     identity = run_identity(model, prompts, config, options)
-    files = _prepared_folder(options.folder, ranks)
-    saved = _saved_state(files, identity)
-    if ranks.first:
-        callbacks.on_start()
-    texts = RunTexts.split(prompts, config, options)
+    files = RunFolder(options.folder) if options.folder is not None else None
+    with files.held() if files is not None and ranks.first else nullcontext():
+        saved = _saved_state(files, identity)
+        if ranks.first:
+            callbacks.on_start()
+        begun = _Begun(ranks, rows, start, identity, files, saved, RunTexts.split(prompts, config, options))
+        try:
+            trained = _trained(model, config, callbacks, options, begun)
+        except Diverged as error:
+            raise _with_remedy(error, begun, config.learning_rate) from error
+        except BaseException:
+            if files is not None and ranks.first:
+                log.info("AGD: the training stopped; the same one %s (%s).", files.next_run(), files.path)
+            raise
+        if ranks.first:
+            callbacks.on_end(trained)
+    return trained
+
+
+def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: RunOptions, begun: _Begun) -> Trained:
+    """The run itself."""
+    ranks, rows, files, saved, texts = begun.ranks, begun.rows, begun.files, begun.saved, begun.texts
     encoded = RunPrompts.encode(texts, model.text_encoder, callbacks.of_phase("encode"))
 
     layout = options.plan or StepLayout.of_config(config, len(rows))
@@ -135,9 +163,9 @@ def train(
         adapter_config = config.adapter_config(model.base, prompt_tokens=encoded.shortest)
         model.denoiser.check_adapter(adapter_config)
         adapter = new_adapter(adapter_config, config.seed, encoded.unconditional, model.denoiser.device)
-        if start is not None:
-            adapter_file.check_base(start.info, model.base, start.file)
-            start.copy_into(adapter)
+        if begun.start is not None:
+            adapter_file.check_base(begun.start.info, model.base, begun.start.file)
+            begun.start.copy_into(adapter)
         both = BothPredictions(model.denoiser, model.memory, layout.teacher_rows)
         if options.recording is not None:
             source: BatchSource = options.recording.source(config, rows)
@@ -145,28 +173,25 @@ def train(
             source = TrajectoryPool(model.denoiser, encoded.training, config, rows, both)
         loss_scale = initial_loss_scale(model.denoiser.computes_in)
         state = RunState.begin(adapter, source, config.learning_rate, loss_scale)
+        state.evaluations = options.recording.evaluations if options.recording is not None else 0
         step = TrainingStep(model.denoiser, model.memory, encoded.training, config, ranks, layout.micro_batch)
         held_out = HeldOutEvaluation(model, config, encoded.held_out, both)
         info = describe_adapter(adapter, model, config, texts)
-        run = _Run(model, config, callbacks, ranks, identity, files, info, state, step, held_out)
+        run = _Run(model, config, callbacks, ranks, begun.identity, files, info, state, step, held_out)
         try:
             if saved is not None:
-                state.load_state_dict(saved, rows)
+                _go_on(state, saved, rows, files)
             if files is not None and ranks.first:
                 files.start_metrics(state.step, state.is_measured)
-            if saved is None:
-                spent = source.fill(callbacks.of_phase("rollout"))
-                state.evaluations += spent if options.recording is not None else int(ranks.sum(torch.tensor(spent)))
-            state.resumable = True
+            state.resumable = saved is not None  # before the first iteration there is nothing to go on from
             _train_loop(run)
+        except Diverged:
+            raise  # from a state that leads nowhere
         except BaseException:  # ComfyUI's interrupt and KeyboardInterrupt among them
             # Several ranks save together or not at all: `_train_loop` has done it where they agreed to stop.
             if state.resumable and ranks.count == 1:
                 _save(run)
             raise
-        finally:
-            if files is not None:
-                files.close()
         adapter = state.average.cpu()
     if state.best is not None:
         adapter.load_state_dict(state.best.weights)
@@ -177,25 +202,40 @@ def train(
     return trained
 
 
-def _prepared_folder(path: Path | None, ranks: Ranks) -> RunFolder | None:
-    files = RunFolder(path) if path is not None else None
-    if files is not None and ranks.first:
-        files.prepare()
-    return files
-
-
 def _saved_state(files: RunFolder | None, identity: dict) -> dict[str, Any] | None:
     """What to go on from. Raises `DifferentRun`."""
-    saved = files.load_run_state() if files is not None else None
+    saved = files.load_run_state(check_saved) if files is not None else None
     if files is not None and saved is not None:
         check_same_run(saved, identity, files.path)
     return saved
+
+
+def _go_on(state: RunState, saved: dict[str, Any], rows: range, files: RunFolder | None) -> None:
+    """Raises `RunFolderError` where that can't be gone on from."""
+    try:
+        state.load_state_dict(saved, rows)
+    except DamagedState as error:
+        place = files.path if files is not None else None
+        raise RunFolderError(
+            "The saved state of this training is damaged or of something else: delete it to go on from an older one, "
+            f"or all states to start anew. Details: state {saved['step']} in {place} ({error})."
+        ) from error
+
+
+def _with_remedy(error: Diverged, begun: _Begun, learning_rate: float) -> Diverged:
+    """Says what to do. The states of the last iterations go: from there it would diverge again."""
+    remedy = f" Train again with a smaller learning rate than {learning_rate:g}"
+    if begun.files is None or not begun.ranks.first:
+        return Diverged(error.what, error.step, f"{remedy}.")
+    begun.files.remove_run_states(after=error.step - RECENT)
+    return Diverged(error.what, error.step, f"{remedy}: the same output {begun.files.next_run()}.")
 
 
 def _train_loop(run: _Run) -> None:
     """The loop. Each iteration ends complete: a run that stops there goes on to the same result."""
     state, config, callbacks = run.state, run.config, run.callbacks
     clock, first_step, seconds_before = time.monotonic(), state.step, state.seconds
+    _of_phase(run, "train")(state.step, config.iterations)
     while True:
         iterations = callbacks.iterations(state.step, config.iterations)
         # Measured before anything else, so that a run stopped at this step measures here when it goes on.
@@ -206,14 +246,13 @@ def _train_loop(run: _Run) -> None:
             _show(run)
         if ended or _out_of_patience(state, config.patience):
             return
-        run.step(state, iterations)
+        run.step(state, iterations, _of_phase(run, "rollout"))
         state.seconds = seconds_before + time.monotonic() - clock
 
         if run.files is not None and run.ranks.first:
             rate, seconds = state.optimiser.param_groups[0]["lr"], round(state.seconds, 2)
             run.files.add_metrics(state.step, loss=state.losses[-1], learning_rate=rate, seconds=seconds)
-        left = (iterations - state.step) * (time.monotonic() - clock) / (state.step - first_step)
-        error = _report(run, iterations, left)
+        error = _report(run, iterations)
         stopping = run.ranks.any(error is not None)
         regular = config.save_every and state.step % config.save_every == 0
         # Alone, a stopped run is saved by `train`; several ranks save together, here, where all know of the stop.
@@ -233,17 +272,33 @@ def _out_of_patience(state: RunState, patience: int) -> bool:
     return 0 < patience <= len(since_best)
 
 
-def _report(run: _Run, iterations: int, seconds_left: float) -> BaseException | None:
+def _report(run: _Run, iterations: int) -> BaseException | None:
     """Report an iteration. What the caller raises, to stop, is returned."""
     state, memory = run.state, run.model.memory.used()
     gap = state.history[-1].score if state.history else None
+    left = _seconds_left(run, iterations)
     try:
-        run.callbacks.on_progress(
-            Progress("train", state.step, iterations, state.recent_loss(), gap, memory, seconds_left)
-        )
+        run.callbacks.on_progress(Progress("train", state.step, iterations, state.recent_loss(), gap, memory, left))
     except BaseException as error:
         return error
-    return None
+    return run.stopped
+
+
+def _seconds_left(run: _Run, iterations: int) -> float | None:
+    """Of the iterations, and of what comes in between them."""
+    time_left, step, config = run.callbacks.time_left, run.state.step, run.config
+    of_iterations = time_left("train", step, iterations)
+    if of_iterations is None:
+        return None
+    measured = _times_left(step, config.evaluate_every, iterations) * time_left.of_whole("measure")
+    shown = _times_left(step, config.preview_every, iterations) if config.preview_every else 0
+    return of_iterations + measured + shown * time_left.of_whole("preview")
+
+
+def _times_left(step: int, every: int, iterations: int) -> int:
+    """How often what comes `_at_interval` does from `step` on."""
+    every = every or iterations
+    return math.ceil(iterations / every) - math.ceil(step / every) + 1
 
 
 def _save(run: _Run, plotted: bool = False) -> None:
@@ -252,14 +307,24 @@ def _save(run: _Run, plotted: bool = False) -> None:
         return
     saved = run.state.state_dict(run.identity, run.ranks)
     if saved is not None:
+        if wrong := next(non_finite_parts(saved), None):
+            raise Diverged(f"{wrong} of step {run.state.step} holds NaN or infinity", run.state.step)
         run.files.save_run_state(run.state.step, saved, run.config.keep_states)
         if plotted:
             run.files.save_image("training.png", training_plot(run.state.losses, run.state.history))
 
 
-def _progress_of_held_out(run: _Run) -> ProgressCallback:
-    """Lets the caller stop in between. Of several ranks none may stop alone."""
-    return (lambda done, total: None) if run.ranks.count > 1 else run.callbacks.of_phase("measure")
+def _of_phase(run: _Run, phase: str) -> ProgressCallback:
+    """Lets the caller stop in between. Of several ranks none may stop alone: they do after the iteration."""
+    report = run.callbacks.of_phase(phase)
+
+    def report_and_go_on(done: int, total: int) -> None:
+        try:
+            report(done, total)
+        except BaseException as error:
+            run.stopped = error
+
+    return report if run.ranks.count == 1 else report_and_go_on
 
 
 def _measure(run: _Run) -> None:
@@ -268,10 +333,12 @@ def _measure(run: _Run) -> None:
         return
     state, files = run.state, run.files if run.ranks.first else None
     if run.ranks.first:
-        run.evaluation = run.held_out.measure(state.average, _progress_of_held_out(run))
+        run.evaluation = run.held_out.measure(state.average, partial(_of_phase, run))
     found = run.evaluation.summary() if run.evaluation else {}
     own_score = torch.tensor([run.evaluation.score if run.evaluation else 0.0], dtype=torch.float64)
     score = run.ranks.broadcast(own_score).item()
+    if not math.isfinite(score):
+        raise Diverged(f"what the adapter closes of the gap is {score} at step {state.step}", state.step)
     state.history.append(Measurement(state.step, score, **found))
     if state.best is None or score > state.best.score:
         weights = {key: value.detach().cpu().clone() for key, value in state.average.state_dict().items()}
@@ -290,7 +357,7 @@ def _show(run: _Run) -> None:
     if not run.ranks.first:
         return
     step = run.state.step
-    image = run.held_out.show(run.state.average, step, _progress_of_held_out(run))
+    image = run.held_out.show(run.state.average, step, partial(_of_phase, run))
     if run.files is not None:
         run.files.save_image(f"previews/step-{step:06d}.png", image)
     run.callbacks.on_preview(step, image)
@@ -312,6 +379,6 @@ def _summary(run: _Run, texts: RunTexts) -> dict[str, Any]:
     }
     if state.best is not None:
         best = next(measured for measured in state.history if measured.step == state.best.step)
-        found = {"gap_closed": best.gap_closed, "direction_cosine": best.direction_cosine}
+        found = {name: getattr(best, name) for name in ("gap_closed", "gap_closed_se", "direction_cosine")}
         summary |= {key: value for key, value in found.items() if value}
     return summary | ({"base_patches": run.model.base_patches} if run.model.base_patches else {})

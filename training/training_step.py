@@ -11,14 +11,15 @@ from torch import nn
 from ..agd_core.guidance import balanced_weights, gaps, weighted_error
 from .config import TrainConfig
 from .distributed import Ranks
+from .finite import Diverged, TargetNotFinite
 from .learning_rate import learning_rate
 from .memory import retry_on_oom
-from .model import Denoiser, DeviceMemory, EncodedPrompts
+from .model import Denoiser, DeviceMemory, EncodedPrompts, ProgressCallback, no_progress
 from .pool import Batch
 from .run_state import RunState
 
 _LOSS_SCALE = 2.0**16  # as mixed precision training usually begins (Micikevicius et al. 2018, arXiv 1710.03740)
-_RECENT, _EXPLODED = 20, 20.0  # so many iterations with so many times the loss of no adapter: that won't come back
+RECENT, _EXPLODED = 20, 20.0  # so many iterations with so many times the loss of no adapter: that won't come back
 
 
 def initial_loss_scale(computes_in: torch.dtype) -> float:
@@ -48,22 +49,23 @@ class TrainingStep:
     micro_batch: int
     _relative_losses: list[float] = field(default_factory=list)
 
-    def __call__(self, state: RunState, iterations: int) -> None:
-        """Take the step; `iterations`: of the whole run. Where it raises, the state is that of the step before, unless
-        it is no longer `resumable`.
+    def __call__(self, state: RunState, iterations: int, of_pool: ProgressCallback = no_progress) -> None:
+        """Take the step; `iterations`: of the whole run, `of_pool`: by which the pool reports. Where either raises,
+        the state is that of the step before, unless it is no longer `resumable`.
         """
         rate = learning_rate(state.step, replace(self.config, iterations=iterations))
         try:
-            batch = state.source.next(state.step)
+            batch = state.source.next(state.step, of_pool)
             student = self.gradients(state, batch)
-            self.check_loss(student, state.step)
+            norm = nn.utils.clip_grad_norm_(state.adapter.parameters(), self.config.clip)
+            self.check(batch, student, norm, state.step)
         except BaseException:
             state.source.restore_generators()  # ComfyUI's layers raise on interrupt
             raise
         state.resumable = False
         self.optimise(state, rate)
-        progress = state.step / iterations
-        state.evaluations += self.ranks.count * state.source.advance(batch, student.predictions, progress)
+        spent = state.source.advance(batch, student.predictions, state.step / iterations)
+        state.evaluations += int(self.ranks.sum(torch.tensor(spent)))
         state.step += 1
         state.losses.append(student.loss)
         self.update_average(state)
@@ -73,6 +75,8 @@ class TrainingStep:
         """Gradients of the whole batch's loss, this rank's share of it evaluated here, in parts that fit."""
         while True:
             student = self._backward(state, batch)
+            if not math.isfinite(student.loss):
+                return student  # no scale makes that finite
             gradients = [p.grad for p in state.adapter.parameters() if p.grad is not None]
             for gradient in gradients if state.loss_scale != 1 else []:
                 gradient.div_(state.loss_scale)
@@ -121,22 +125,25 @@ class TrainingStep:
             weight, of_none = weight / max(of_none, 1e-12), 1.0
         return weight, of_none if of_none > 1e-12 else math.inf
 
-    def check_loss(self, student: StudentLoss, step: int) -> None:
-        """Raises `FloatingPointError` where training can't succeed."""
-        self._relative_losses = [*self._relative_losses, student.relative][-_RECENT:]
-        remedy = f"train again with a smaller learning rate than {self.config.learning_rate:g}"
-        if not math.isfinite(student.loss):
-            raise FloatingPointError(f"The loss became {student.loss} at iteration {step + 1}; {remedy}.")
-        middle = statistics.median(self._relative_losses)
-        if len(self._relative_losses) == _RECENT and middle > _EXPLODED:
-            raise FloatingPointError(
-                f"The loss exploded: at iteration {step + 1} it is {middle:.0f} times that of no adapter; {remedy}."
+    def check(self, batch: Batch, student: StudentLoss, norm: torch.Tensor, step: int) -> None:
+        """`norm`: the gradient's, (). Raises `Diverged` where training can't succeed, and `TargetNotFinite`."""
+        at = f"at iteration {step + 1}"
+        if not batch.target.isfinite().all():
+            raise TargetNotFinite(
+                f"The teacher's guidance ({self.config.teacher}) is NaN or infinite {at}, though the model's own "
+                f"predictions are not: choose another teacher, or omega_max below {self.config.omega_max:g}."
             )
+        for name, value in (("loss", student.loss), ("gradient", norm.item())):
+            if not math.isfinite(value):
+                raise Diverged(f"the {name} became {value} {at}", step)
+        self._relative_losses = [*self._relative_losses, student.relative][-RECENT:]
+        middle = statistics.median(self._relative_losses)
+        if len(self._relative_losses) == RECENT and middle > _EXPLODED:
+            raise Diverged(f"the loss exploded, {at} it is {middle:.0f} times that of no adapter", step)
 
     def optimise(self, state: RunState, learning_rate: float) -> None:
         for group in state.optimiser.param_groups:
             group["lr"] = learning_rate
-        nn.utils.clip_grad_norm_(state.adapter.parameters(), self.config.clip)
         state.optimiser.step()
 
     def update_average(self, state: RunState) -> None:

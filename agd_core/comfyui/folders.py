@@ -2,12 +2,13 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import folder_paths
 
-from ..adapter_name import AdapterNameError, file_name, why_invalid
+from ..adapter_name import AdapterNameError, file_name
+from ..output_file import why_not_writable
 
 KEY = "agd"
 
@@ -47,12 +48,8 @@ def adapter_path(name: str) -> Path:
     return Path(folder_paths.get_full_path(KEY, name))
 
 
-def _in_the_way(path: Path) -> str | None:
-    """What keeps a new adapter file from being written at `path` in `models/agd` and read from there."""
-    if path.is_dir():
-        return f"{path} is a folder"
-    if blocked := next((parent for parent in path.parents if parent.is_file()), None):
-        return f"{blocked} is a file"
+def _hidden_by(path: Path) -> str | None:
+    """What would be read in place of a new adapter file at `path` in `models/agd`."""
     own, folders = _own_folder(), folder_paths.get_folder_paths(KEY)
     # Another node pack may have put its folder before ours.
     before = [folder for folder in folders[: folders.index(own)] if Path(folder).resolve() != Path(own).resolve()]
@@ -62,19 +59,23 @@ def _in_the_way(path: Path) -> str | None:
     return None
 
 
-def why_not_writable(name: str) -> str | None:
-    """Why no adapter can be saved under that name, in one sentence, or None if one can."""
-    if reason := why_invalid(name):
-        return reason
-    reason = _in_the_way(Path(_own_folder(), file_name(name)))
-    return f"No adapter can be called {name!r}: {reason}. Choose another name." if reason else None
+def _leads_outside(files: Sequence[Path]) -> str | None:
+    """Which of `files`, in `models/agd` by their names, isn't there by its links."""
+    own = Path(_own_folder()).resolve()
+    outside = next((file for file in files if not file.resolve().is_relative_to(own)), None)
+    return f"{outside} leads out of {_own_folder()}" if outside else None
 
 
-def new_adapter_path(name: str) -> Path:
-    """Where an adapter called `name` is saved, in `models/agd`. Raises `AdapterNameError`."""
-    if reason := why_not_writable(name):
-        raise AdapterNameError(reason)
-    return Path(_own_folder(), file_name(name))
+def new_adapter_path(name: str, beside: Callable[[Path], Sequence[Path]] = lambda path: ()) -> Path:
+    """Where an adapter called `name` is saved, in `models/agd`. `beside` gives the files that are written with it.
+
+    Raises `AdapterNameError` where they can't be, which a real attempt tells.
+    """
+    path = Path(_own_folder(), file_name(name))
+    files = [path, *beside(path)]
+    if reason := _leads_outside(files) or why_not_writable(files) or _hidden_by(path):
+        raise AdapterNameError(f"No adapter can be called {name!r}: {reason}. Choose another name.")
+    return path
 
 
 def name_of(path: Path) -> str:

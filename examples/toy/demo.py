@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.agd_core.atomic import write_text
 from comfyui_agd.agd_core.comfyui.counting import RowCounter, counted
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
@@ -286,8 +287,7 @@ def main(argv: list[str]) -> None:
 
 def write(folder: Path, report: dict, samples: list[MethodSamples], base: Base) -> None:
     """report.json and comparison.png."""
-    with adapter_file.replacing(folder / "report.json") as temporary:
-        Path(temporary).write_text(json.dumps(report, indent=2) + "\n")
+    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     title = f"{base.name}, {STEPS} steps of {SAMPLER}: CFG evaluates the model twice per step, AGD once"
     comparison([(each.title, each.images[:_SHOWN]) for each in samples], title).save(folder / "comparison.png")
 

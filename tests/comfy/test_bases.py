@@ -11,7 +11,7 @@ from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.agd_core.mixed_precision import MixedPrecision
 from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
-from comfyui_agd.tests.support.analytic import PROMPTS
+from comfyui_agd.tests.support.analytic import PROMPTS, of_kind
 from comfyui_agd.tests.support.runtime import TinyUNet, in_dtype, ksampler, tiny
 from comfyui_agd.tests.support.small import randomised
 from comfyui_agd.training.trainer import train
@@ -27,7 +27,7 @@ def gradients(toy):
         trained = ComfyModel(model, toy.clip)
         prompts = trained.text_encoder.encode(PROMPTS[:2])
         torch.manual_seed(0)
-        config = dataclasses.replace(CONFIG, kind=kind).adapter_config(trained.base, 16)
+        config = of_kind(kind, CONFIG).adapter_config(trained.base, 16)
         adapter = randomised(Adapter(config, MixedPrecision))
         x, sigma, omega = torch.randn(2, 12, 8, 8), torch.tensor([3.0, 1.0]), torch.tensor([4.0, 2.0])
         with trained.denoiser.session(**session):
@@ -44,7 +44,7 @@ FEW_BITS = [(torch.float16, None), (torch.bfloat16, None), (torch.float8_e4m3fn,
 def test_a_base_in_few_bits_trains_an_adapter_in_fp32_and_stays_as_it_is(toy, stored, computed):
     base = in_dtype(tiny(TinyUNet()), TinyUNet, stored, computed)
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
-    config = dataclasses.replace(CONFIG, iterations=3, kind="low_rank")  # a new one adds nothing
+    config = dataclasses.replace(of_kind("low_rank", CONFIG), iterations=3)  # a new one adds nothing
     trained = train(ComfyModel(base, toy.clip), PROMPTS, config)
     assert {value.dtype for value in trained.adapter.state_dict().values()} == {torch.float32}
     assert trained.losses[0] == pytest.approx(1.0, abs=0.02)

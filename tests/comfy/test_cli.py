@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 from comfyui_agd.agd_core import adapter_file
-from comfyui_agd.training.cli import main
+from comfyui_agd.training.cli import ProgressBar, main
+from comfyui_agd.training.trainer import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
@@ -72,7 +73,7 @@ def test_train_then_again_from_the_runs_config(agd, prompts, tmp_path):
     done = agd(*train(prompts, output, "--iterations", "4", "--evaluate-every", "2", "--preview-every", "4"))
     assert done.status == 0, done.stderr
     assert "parameters\nevaluations" in done.stdout  # the plan comes first
-    assert "loss=" in done.stderr
+    assert "Encoding prompts: 0/8\nTraining: 0/4\n" in done.stderr
     assert done.stdout.count(": gap closed ") == 2
     assert "Gap closed on 1 prompts that were not trained with" in done.stdout
     assert adapter_file.read_info(output).training["iterations"] == 4
@@ -81,7 +82,14 @@ def test_train_then_again_from_the_runs_config(agd, prompts, tmp_path):
     assert Image.open(folder / "previews" / "step-000004.png").size[1] > 256
     assert tomllib.loads((folder / "config.toml").read_text())["batch"] == 4  # resolved, not only what was given
     again = tmp_path / "again.safetensors"
-    done = agd("train", "--config", str(folder / "config.toml"), "--output", str(again))
+    repeat = ("train", "--config", str(folder / "config.toml"), "--output", str(again))
+    refused = agd(*repeat)
+    assert refused.status == 1
+    said = (
+        "names code to run: if you trust it, say so on the command line, with --loader comfyui_agd.examples.toy.model"
+    )
+    assert said in refused.stderr
+    done = agd(*repeat, "--loader", "comfyui_agd.examples.toy.model:load")
     assert done.status == 0, done.stderr
     assert equal_weights(output, again)
 
@@ -153,6 +161,48 @@ def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(agd, prompts, tmp_p
     assert "iterations: 4000 then, 5000 now" in other.stderr
 
 
+@pytest.fixture
+def ctrl_c(monkeypatch) -> Callable[[str, int], None]:
+    """Ctrl-C at that step of that phase, once."""
+
+    def at(phase: str, step: int) -> None:
+        def show(bar: ProgressBar, progress: Progress) -> None:
+            if (progress.phase, progress.step) == (phase, step):
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(ProgressBar, "_show", show)
+
+    return at
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_the_first_state_says_that_the_next_run_starts_again(agd, prompts, tmp_path, ctrl_c, caplog):
+    output = tmp_path / "toy.safetensors"
+    caplog.set_level("INFO", "comfyui_agd.training")
+    command, starts = train(prompts, output, "--iterations", "3"), "the same command starts again."
+    ctrl_c("rollout", 1)
+    done = agd(*command)
+    assert (done.status, done.stderr.splitlines()[-1]) == (1, f"agd: Stopped before anything could be kept; {starts}")
+    assert "AGD: the training stopped; the same one starts again" in caplog.text
+    ctrl_c("train", 2)
+    done = agd(*command)
+    assert done.stderr.splitlines()[-1] == f"agd: Stopped; the same command goes on from {tmp_path / 'toy.run'}."
+    assert "AGD: the training stopped; the same one goes on from step 2" in caplog.text
+    ctrl_c("none", 0)
+    assert agd(*command).status == 0
+
+
+def test_ctrl_c_in_a_recording_says_whether_there_is_something_to_go_on_from(agd, prompts, tmp_path, ctrl_c):
+    base = ("--loader", "comfyui_agd.examples.toy.model:load", "--prompts", str(prompts), *SETTINGS)
+    command = ("record", *base, "--output", str(tmp_path / "recorded"), "--batches", "66")
+    for step, told in (
+        (3, "Stopped before anything could be kept; the same command starts again."),
+        (65, f"Stopped; the same command goes on from the whole shards in {tmp_path / 'recorded'}."),
+    ):
+        ctrl_c("record", step)
+        assert agd(*command).stderr.splitlines()[-1] == f"agd: {told}"
+
+
 @pytest.mark.slow
 def test_recorded_then_trained_from(agd, prompts, tmp_path):
     base = ("--loader", "comfyui_agd.examples.toy.model:load")
@@ -182,6 +232,18 @@ def test_a_dry_run_writes_nothing(agd, prompts, tmp_path):
     assert done.status == 0, done.stderr
     assert "of the teacher" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_a_dry_run_counts_the_longest_prompt_wherever_it_is_in_the_list(agd, prompts, tmp_path):
+    def megabytes(*lines: str) -> float:
+        prompts.write_text("\n".join(lines))
+        done = agd(*train(prompts, tmp_path / "a.safetensors", "--dry-run"))
+        assert done.status == 0, done.stderr
+        return float(re.search(r"^memory +([\d.]+) MB", done.stdout, re.MULTILINE)[1])
+
+    long = " ".join(["a red star"] * 200)
+    short = megabytes("a red star", "a blue star")
+    assert megabytes("a red star", long, "a blue star") == megabytes(long) > 1.1 * short
 
 
 def test_a_missing_checkpoint_is_one_sentence(agd, prompts):

@@ -8,33 +8,44 @@ import pytest
 
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.adapter_name import AdapterNameError
+from comfyui_agd.agd_core.atomic import NotWritten
 from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel
 from comfyui_agd.agd_core.comfyui.runtime import ComfyUINotFound, ComfyUITooOld
 from comfyui_agd.agd_core.errors import AGDError
 from comfyui_agd.agd_core.kinds.paper_attention import PromptTooLong
 from comfyui_agd.training.arguments import UsageError
 from comfyui_agd.training.base_source import BaseSourceError
+from comfyui_agd.training.finite import BaseNotFinite, Diverged, TargetNotFinite
+from comfyui_agd.training.folder_lock import FolderInUse
 from comfyui_agd.training.job import JobError
+from comfyui_agd.training.options import SettingsError
 from comfyui_agd.training.plan import DoesNotFit
 from comfyui_agd.training.prompts import PromptError
 from comfyui_agd.training.recording import RecordingError
 from comfyui_agd.training.run_folder import RunFolderError
-from comfyui_agd.training.run_state import DifferentRun
+from comfyui_agd.training.run_state import DamagedState, DifferentRun
 
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = {
     AdapterFileError: ValueError,
     AdapterNameError: ValueError,
+    BaseNotFinite: ArithmeticError,
     BaseSourceError: ValueError,
     ComfyUINotFound: RuntimeError,
     ComfyUITooOld: RuntimeError,
+    DamagedState: ValueError,
     DifferentRun: ValueError,
+    Diverged: FloatingPointError,
     DoesNotFit: ValueError,
+    FolderInUse: RuntimeError,
     JobError: ValueError,
+    NotWritten: OSError,
     PromptError: ValueError,
     PromptTooLong: ValueError,
     RecordingError: ValueError,
     RunFolderError: ValueError,
+    TargetNotFinite: ArithmeticError,
+    SettingsError: ValueError,
     UnsupportedModel: ValueError,
     UsageError: Exception,
 }

@@ -13,7 +13,7 @@ from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.model.loading import loaded_models
 from comfyui_agd.tests.support.family_adapters import TinyClip
 from comfyui_agd.tests.support.tiny_families import tiny_model
-from comfyui_agd.training.plan import plan
+from comfyui_agd.training.plan import ExamplePrompts, plan
 from comfyui_agd.training.presets import settings_for
 from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import train
@@ -37,9 +37,9 @@ class Watched:
 
 def config_of(model: ComfyModel, **settings):
     chosen = {"iterations": 6, "batch": 2, "pool": 2, "steps_min": 5, "steps_max": 6, "evaluate_every": 0, "reuse": 1}
-    chosen |= {"width": 64, "height": 64, "preview_every": 3, "vector": 8, "encoder_width": 8, "learning_rate": 2e-3}
+    chosen |= {"width": 64, "height": 64, "preview_every": 3, "learning_rate": 2e-3}
     config = settings_for(model.base, chosen | settings)
-    return dataclasses.replace(config, hidden=8, rank=2)
+    return dataclasses.replace(config, hidden=8, rank=2, vector=8, encoder_width=8)
 
 
 @pytest.mark.parametrize(("own", "is_high"), [({"sigma_from": BOUNDARY}, True), ({"sigma_to": BOUNDARY}, False)])
@@ -103,8 +103,8 @@ def test_the_plan_counts_the_other_expert_as_a_training_holds_it(stored):
     config = dataclasses.replace(config_of(model), checkpointing="on")
     prompts = model.text_encoder.encode(["a fox"] * 4)
     alone = ComfyModel(own, TinyClip(NAME))
-    alone.text_encoder.encode(["a fox"])
-    found, without = plan(model, config, None), plan(alone, config, None)
+    examples = ExamplePrompts(prompts[0], prompts[0])
+    found, without = plan(model, config, None, examples), plan(alone, config, None, examples)
     assert found.other_bytes == found.other_bytes_on_device == other.model_size()
     state, held = 20 * found.adapter_parameters, sum(tensor.nbytes for tensor in weights_of(model))
     x = torch.ones(4, *model.denoiser.latent_shape(64, 64))
@@ -128,8 +128,8 @@ def test_on_a_card_the_other_expert_is_loaded_as_planned(monkeypatch, share, lea
     monkeypatch.setattr(mm, "get_free_memory", free)
     monkeypatch.setattr(mm, "minimum_inference_memory", lambda: own.model_size() // 20)
     model = ComfyModel(own, TinyClip(name), other_expert=(other, lambda sigma: sigma >= BOUNDARY))
-    model.text_encoder.encode(["a fox"])
-    found = plan(model, config_of(model, kind="scale", rank=0, vector=0), card)
+    (prompt,) = model.text_encoder.encode(["a fox"])
+    found = plan(model, config_of(model, kind="scale"), card, ExamplePrompts(prompt, prompt))
     assert least <= found.other_bytes_on_device / found.other_bytes <= most
     work = found.peak_bytes - found.base_bytes_on_device - found.other_bytes_on_device
     with model.denoiser.session(checkpointing=found.checkpointing, memory=found.reserve, work=work):

@@ -237,7 +237,7 @@ def training(name: str, **settings):
     chosen = {"iterations": 16, "batch": 2, "pool": 2, "steps_min": 3, "steps_max": 4, "evaluate_every": 0}
     chosen |= {"learning_rate": 2e-3, "omega_max": 6.0, "width": side, "height": side, "reuse": 1, "preview_every": 0}
     config = settings_for(model.base, chosen | {"encoder_width": 8, "vector": 8, **settings})
-    rank = {"hidden": 2} if config.kind == "low_rank" else {"hidden": 8, "rank": 2}
+    rank = {"rank": 2} if config.kind == "low_rank" else {"hidden": 8, "rank": 2}
     options = RunOptions(negative=["", "dark"], held_out=PROMPTS)
     return train(model, PROMPTS, dataclasses.replace(config, **rank), options=options)
 

@@ -7,6 +7,7 @@ import pytest
 
 from comfyui_agd.agd_core.adapter_name import AdapterNameError
 from comfyui_agd.agd_core.comfyui import folders
+from comfyui_agd.training.run_folder import longest_files_of
 
 
 @pytest.fixture
@@ -51,7 +52,6 @@ def test_registering_twice_changes_nothing(shared):
 
 @pytest.mark.parametrize("name", ["", "..", "/tmp/mine", "../../escape", "nul"])
 def test_a_name_against_the_rule_has_no_path(shared, name):
-    assert "No adapter can be called" in folders.why_not_writable(name)
     with pytest.raises(AdapterNameError, match="No adapter can be called"):
         folders.new_adapter_path(name)
 
@@ -78,5 +78,51 @@ def test_folders_and_files_in_the_way_are_said_before_training(shared, tmp_path)
     with pytest.raises(AdapterNameError, match=r"taken\.safetensors is a folder"):
         folders.new_adapter_path("taken")
     write(own / "file")
-    with pytest.raises(AdapterNameError, match="file is a file"):
+    with pytest.raises(AdapterNameError, match="file is no folder"):
         folders.new_adapter_path("file/mine")
+
+
+@pytest.fixture
+def own(shared, tmp_path) -> Path:
+    """models/agd, with a folder beside it that isn't in it."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "models" / "agd" / "inside").mkdir(parents=True)
+    return tmp_path / "models" / "agd"
+
+
+@pytest.mark.parametrize(("link", "name"), [("link", "link/mine"), ("mine.safetensors", "mine"), ("mine.run", "mine")])
+def test_a_link_that_leads_out_of_the_folder_is_refused(own, tmp_path, link, name):
+    target = tmp_path / "outside"
+    (own / link).symlink_to(target / "a.safetensors" if link.endswith(".safetensors") else target)
+    with pytest.raises(AdapterNameError, match=rf"No adapter can be called '{name}': .*{link}.* leads out of .*agd\."):
+        folders.new_adapter_path(name, longest_files_of)
+    assert list(target.iterdir()) == []
+
+
+def test_a_link_that_stays_in_the_folder_is_fine_and_so_is_one_to_the_folder(own, tmp_path):
+    (own / "link").symlink_to(own / "inside")
+    assert folders.new_adapter_path("link/mine", longest_files_of) == own / "link" / "mine.safetensors"
+    elsewhere = tmp_path / "disk"
+    own.rename(elsewhere)
+    own.symlink_to(elsewhere)
+    assert folders.new_adapter_path("link/mine", longest_files_of) == own / "link" / "mine.safetensors"
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_training(shared, monkeypatch):
+    monkeypatch.setattr(folder_paths, "models_dir", "/proc")  # read-only, for the superuser too
+    folders.register()
+    with pytest.raises(AdapterNameError, match=r"'mine': /proc/agd/mine\.safetensors can't be written"):
+        folders.new_adapter_path("mine")
+
+
+@pytest.mark.parametrize("name", ["mine", "new/folder/mine"])
+def test_the_attempt_to_write_leaves_nothing(own, name):
+    before = sorted(own.rglob("*"))
+    folders.new_adapter_path(name, longest_files_of)
+    assert sorted(own.rglob("*")) == before
+
+
+def test_a_run_that_cannot_keep_its_files_is_refused(own):
+    write(own / "mine.run")
+    with pytest.raises(AdapterNameError, match=r"mine\.run is no folder"):
+        folders.new_adapter_path("mine", longest_files_of)

@@ -22,7 +22,7 @@ from comfyui_agd.agd_core.comfyui.sampling import merging
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.kinds.low_rank import key_of
 from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
-from comfyui_agd.tests.support.analytic import PROMPTS
+from comfyui_agd.tests.support.analytic import PROMPTS, RANK, of_kind
 from comfyui_agd.tests.support.companions import write_lora
 from comfyui_agd.tests.support.runtime import (
     CFG,
@@ -266,7 +266,8 @@ def test_on_a_base_that_is_partly_in_system_memory(base, prompts, file, card):
 
 @pytest.mark.parametrize("how", [{"modulated": True}, {"modulated": False}, {"kind": "delta", "rank": 4}], ids=str)
 def test_it_learns(base, toy, how):
-    config = replace(ANALYTIC, **{"kind": "low_rank", "iterations": 60, "held_out": 1, "evaluate_every": 0} | how)
+    settings = {"kind": "low_rank", "rank": RANK, "iterations": 60, "held_out": 1, "evaluate_every": 0}
+    config = replace(ANALYTIC, **settings | how)
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     trained = train(ComfyModel(base, toy.clip), PROMPTS, config)
     assert sum(trained.losses[-10:]) / 10 < 0.8
@@ -286,7 +287,7 @@ def test_under_autocast_it_leaves_the_dtype_of_the_layers(base, toy, monkeypatch
         return changed
 
     monkeypatch.setattr(LinearHook, "__call__", watch)
-    config = replace(ANALYTIC, kind="low_rank").adapter_config(model.base, 16)
+    config = of_kind("low_rank").adapter_config(model.base, 16)
     prompt, omega = model.text_encoder.encode(PROMPTS[:1]), torch.tensor([4.0])
     with model.denoiser.session():
         x = torch.randn(1, 12, 8, 8)

@@ -16,7 +16,7 @@ from comfyui_agd.agd_core.comfyui.guided_step import ActiveAdapter, GuidedStep
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.sampling import merging, messages
 from comfyui_agd.agd_core.lora import lora
-from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, of_kind
 from comfyui_agd.tests.support.made_up import MadeUp
 from comfyui_agd.tests.support.runtime import CFG, STEPS, TinyUNet, ksampler, patched, rows_of, tiny
 from comfyui_agd.tests.support.small import info_for, randomised
@@ -74,7 +74,7 @@ def test_with_a_row_there_is_no_note(family, base, prompts, file):
 
 def test_prompts_of_another_width_than_the_structure_tells_are_refused(base, toy):
     base.model.diffusion_model.text = torch.nn.Linear(64, 32)
-    config = dataclasses.replace(CONFIG, kind="low_rank", hidden=4)
+    config = dataclasses.replace(CONFIG, kind="low_rank", rank=4)
     with pytest.raises(ValueError, match=r"prompts have 128 channels, .* has 64: its family needs a row"):
         train(ComfyModel(base, toy.clip), PROMPTS, config)
 
@@ -138,7 +138,11 @@ def test_its_evaluations_are_counted_though_it_runs_no_hook_of_comfyui(base, pro
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 def test_a_training_closes_a_part_of_the_gap(family, base, toy, checkpointing):
     model = ComfyModel(base, toy.clip)
-    settings = dataclasses.asdict(CONFIG) | {"checkpointing": checkpointing, "learning_rate": 1e-3, "iterations": 30}
+    settings = of_kind("low_rank").own_settings() | {
+        "checkpointing": checkpointing,
+        "learning_rate": 1e-3,
+        "iterations": 30,
+    }
     config = settings_for(model.base, {key: settings[key] for key in settings.keys() - family.settings.keys()})
     assert config.kind == "low_rank"
     trained = train(model, PROMPTS, config)

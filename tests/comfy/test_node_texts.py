@@ -1,9 +1,12 @@
 """What nodes show: the result in the first 60 characters, for ComfyUI's classic canvas cuts the rest."""
 
+import folder_paths
 import pytest
 
+from comfyui_agd.agd_core.comfyui import folders
+from comfyui_agd.agd_core.seeds import LARGEST_SEED
 from comfyui_agd.nodes import common, evaluate, train
-from comfyui_agd.training.trainer import Progress
+from comfyui_agd.training.progress import PHASES, Progress
 
 SHOWN = 60
 
@@ -16,21 +19,17 @@ def shown(monkeypatch) -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize("phase", ["encode", "rollout", "measure"])
-def test_what_training_prepares_and_how_far_it_is_can_be_read(phase):
-    assert train._describe(Progress(phase, 99_998, 99_999)).endswith(": 99998/99999")
-    assert len(train._describe(Progress(phase, 99_998, 99_999))) <= SHOWN
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_is_done_how_far_it_is_and_how_long_it_takes_can_be_read(phase):
+    text = Progress(phase, 9_998, 9_999, seconds_left=7200.0).describe()
+    assert text.endswith(": 9998/9999, 2.0 h left")
+    assert len(text) <= SHOWN
 
 
 def test_of_an_iteration_the_time_left_and_the_gap_closed_can_be_read():
     progress = Progress("train", 12_345, 20_000, 0.1234, 0.62, 12_300_000_000, 7200.0)
-    assert train._describe(progress)[:SHOWN].startswith("12345/20000, 120 min left, gap closed 62%, loss 0.1234")
-    assert train._describe(progress).endswith("memory 12.3 GB")
-
-
-@pytest.mark.parametrize("phase", evaluate._SHOWN)
-def test_what_an_evaluation_does_and_how_far_it_is_can_be_read(phase):
-    assert len(f"{evaluate._SHOWN[phase]}: 99999/99999") <= SHOWN
+    assert progress.describe()[:SHOWN].startswith("Training: 12345/20000, 2.0 h left, gap closed 62%, loss")
+    assert progress.describe().endswith("memory 12.3 GB")
 
 
 def test_what_was_said_last_can_be_read_whatever_was_said_before(shown):
@@ -38,3 +37,11 @@ def test_what_was_said_last_can_be_read_whatever_was_said_before(shown):
     notify("trained on other weights: " + 100 * "x")
     notify("no speed-up: the sampler needs two passes.")
     assert shown[-1][:SHOWN].startswith("No speed-up: the sampler needs two passes.\n\nTrained on other")
+
+
+@pytest.mark.parametrize("node", [evaluate.AGDEvaluate, train.AGDTrain])
+def test_every_seed_that_comfyui_draws_can_be_chosen(node, monkeypatch):
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {**folder_paths.folder_names_and_paths})
+    folders.register()
+    (seed,) = [each for each in node.define_schema().inputs if each.id == "seed"]
+    assert (seed.min, seed.max) == (0, LARGEST_SEED)

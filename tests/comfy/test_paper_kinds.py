@@ -296,7 +296,7 @@ def test_all_that_is_wrong_with_the_weights_is_in_one_error(tmp_path):
         "k_proj.weight: holds NaN or infinity",
         "k_proj.weight: torch.int32 numbers instead of torch.float32",
         "k_proj.weight: str instead of numbers",
-        "else?where q_proj.weight: unknown",
+        r"else\x1bwhere q_proj.weight: unknown",
     ):
         assert expected in str(refused.value)
 
@@ -318,8 +318,8 @@ def test_positions_that_differ_between_layers_are_refused(tmp_path):
             {"base_model": "stabilityai/stable-diffusion-3-medium-diffusers"},
             "its base_model is stabilityai/stable-diff",
         ),
-        ({"hidden_dim": "320"}, "config.hidden_dim is '320', but must be a whole number from 2 to 512"),
-        ({"hidden_dim": 9}, "hidden_dim is 9, but must be .* a multiple of 2"),
+        ({"hidden_dim": "320"}, "config.hidden_dim is '320', but must be a whole number"),
+        ({"hidden_dim": 9}, "hidden_dim is 9, but must be a multiple of 2"),
         ({"use_prompt": 1}, "use_prompt is 1, but must be true or false"),
         ({"arch": "a\x1b[31m" * 9}, r"arch is 'a\\x1b"),
     ],

@@ -64,7 +64,8 @@ def test_with_matrix_products_in_fp8_it_can_be_trained_and_planned(name, way, mo
     monkeypatch.setattr(mm, "supports_fp8_compute", lambda device=None: True)
     model = ComfyModel(quantised_model(name, way), TinyClip(name))
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients(name, model, True))
-    assert model.memory.trace_student(config_of(name), model.denoiser.latent_shape(64, 64), 1, True).peak_bytes > 0
+    shape, prompt = model.denoiser.latent_shape(64, 64), model.text_encoder.encode(["a fox"])[0]
+    assert model.memory.trace_student(config_of(name), shape, 1, True, prompt).peak_bytes > 0
 
 
 def computed(name: str, model: ComfyModel, checkpointing: bool) -> tracing.Traced:
@@ -86,14 +87,14 @@ def computed(name: str, model: ComfyModel, checkpointing: bool) -> tracing.Trace
 @pytest.mark.parametrize("way", ["fp8-scaled", "int8"])
 def test_the_copies_that_layers_unpack_are_planned(name, way, checkpointing):
     model, plain = ComfyModel(quantised_model(name, way), TinyClip(name)), ComfyModel(tiny_model(name), TinyClip(name))
-    plain.text_encoder.encode(["a fox"])
-    real, costs = computed(name, model, checkpointing), (config_of(name), model.denoiser.latent_shape(64, 64), 1)
-    found = model.memory.trace_student(*costs, checkpointing)
+    real, (prompt,) = computed(name, model, checkpointing), plain.text_encoder.encode(["a fox"])
+    costs = config_of(name), model.denoiser.latent_shape(64, 64), 1, checkpointing, prompt
+    found = model.memory.trace_student(*costs)
     assert found.flops == real.flops
     assert found.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
     # Kept for the backward pass, or of one block of two at a time.
     unpacked = sum(weight.nbytes for weight in blocks_linears(plain)) / (2 if checkpointing else 1)
-    assert 0.6 * unpacked < found.peak_bytes - plain.memory.trace_student(*costs, checkpointing).peak_bytes
+    assert 0.6 * unpacked < found.peak_bytes - plain.memory.trace_student(*costs).peak_bytes
 
 
 def blocks_linears(model: ComfyModel) -> list[torch.Tensor]:

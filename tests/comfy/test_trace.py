@@ -21,9 +21,11 @@ SHAPE = 12, 32, 32
 
 
 def model_of(base, toy) -> ComfyModel:
-    model = ComfyModel(base, toy.clip)
-    model.text_encoder.encode(["a red circle"])
-    return model
+    return ComfyModel(base, toy.clip)
+
+
+def prompt_of(model) -> EncodedPrompt:
+    return model.text_encoder.encode(["a red circle"])[0]
 
 
 @pytest.fixture
@@ -49,8 +51,12 @@ def in_dtype(stored: torch.dtype, computed: torch.dtype | None = None):
     return comfy.model_patcher.CoreModelPatcher(config.get_model({}), load_device=cpu, offload_device=cpu)
 
 
-def student(model, rows: int = 2, checkpointing: bool = False, shape=SHAPE) -> tracing.Traced:
-    return model.memory.trace_student(config_of(model), shape, rows, checkpointing)
+def student(model, rows: int = 2, checkpointing: bool = False, shape=SHAPE, prompt=None) -> tracing.Traced:
+    return model.memory.trace_student(config_of(model), shape, rows, checkpointing, prompt or prompt_of(model))
+
+
+def teacher(model, rows: int = 2) -> tracing.Traced:
+    return model.memory.trace_base(SHAPE, rows, prompt_of(model))
 
 
 def computed(model, rows: int, kind: str) -> tracing.Traced:
@@ -60,7 +66,7 @@ def computed(model, rows: int, kind: str) -> tracing.Traced:
         parameter.grad = torch.zeros_like(parameter)
     x, conds = (
         torch.randn(rows, *SHAPE),
-        model.denoiser.conditions([model.text_encoder.last_encoded] * rows, torch.Size([rows, *SHAPE])),
+        model.denoiser.conditions([prompt_of(model)] * rows, torch.Size([rows, *SHAPE])),
     )
     options = with_adapter(model.denoiser._options, adapter, torch.full((rows,), 4.0), conds, conds)
     with tracing.Counter() as counter:
@@ -75,16 +81,16 @@ def test_the_student_costs_what_it_costs_when_it_is_computed(toy, config, checkp
     model = model_of(tiny(config()), toy)
     with model.denoiser.session(checkpointing=checkpointing):
         real = computed(model, 2, kind)
-    found = model.memory.trace_student(config_of(model, kind), SHAPE, 2, checkpointing)
+    found = model.memory.trace_student(config_of(model, kind), SHAPE, 2, checkpointing, prompt_of(model))
     assert found.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
     assert found.flops == real.flops
 
 
 def test_the_teacher_costs_what_it_costs_when_it_is_computed(model):
-    prompts, x = [model.text_encoder.last_encoded] * 2, torch.randn(2, *SHAPE)
+    prompts, x = [prompt_of(model)] * 2, torch.randn(2, *SHAPE)
     with model.denoiser.session(), tracing.Counter() as counter:
         model.denoiser.denoise(x, torch.ones(2), prompts)
-    found = model.memory.trace_base(SHAPE, 2)
+    found = teacher(model)
     assert found.peak_bytes == pytest.approx(counter.peak_bytes, rel=0.02)
     assert found.flops == counter.flops
 
@@ -99,7 +105,7 @@ def test_costs_grow_evenly_with_the_rows(model, checkpointing):
 
 
 def test_checkpointing_lowers_the_peak_for_another_forward_pass(model):
-    kept, again, forward = student(model), student(model, checkpointing=True), model.memory.trace_base(SHAPE, 2)
+    kept, again, forward = student(model), student(model, checkpointing=True), teacher(model)
     assert again.peak_bytes < 0.6 * kept.peak_bytes
     assert kept.flops < again.flops < kept.flops + 1.1 * forward.flops
     assert forward.peak_bytes < again.peak_bytes
@@ -127,16 +133,16 @@ def test_a_base_in_half_precision_takes_half(toy, base):
 
 def test_a_model_with_pooled_conditions_is_traced(toy):
     model = ComfyModel(tiny(TinyXL()), toy.clip)
-    model.text_encoder.last_encoded = EncodedPrompt(
+    prompt = EncodedPrompt(
         {"cross_attn": torch.zeros(1, 77, 128), "pooled_output": torch.zeros(1, 1280), "model_conds": {}}, ""
     )
-    assert student(model, shape=(4, 32, 32)).peak_bytes > 0
+    assert student(model, shape=(4, 32, 32), prompt=prompt).peak_bytes > 0
 
 
 def test_a_model_without_weights_costs_the_same(model):
-    real = student(model), model.memory.trace_base(SHAPE, 2)
+    real = student(model), teacher(model)
     model._model.model.to("meta")
-    assert (student(model), model.memory.trace_base(SHAPE, 2)) == real
+    assert (student(model), teacher(model)) == real
 
 
 def everything_in(unet) -> list[tuple[str, int]]:
@@ -146,12 +152,12 @@ def everything_in(unet) -> list[tuple[str, int]]:
 def test_the_model_is_left_as_it_was(model):
     unet = model._model.model
     kept, values = everything_in(unet), {key: value.clone() for key, value in unet.state_dict().items()}
-    x, prompts = torch.randn(1, *SHAPE), [model.text_encoder.last_encoded]
+    x, prompts = torch.randn(1, *SHAPE), [prompt_of(model)]
     with model.denoiser.session():
         before = model.denoiser.denoise(x, torch.ones(1), prompts)
     for checkpointing in (False, True):
         student(model, checkpointing=checkpointing)
-    model.memory.trace_base(SHAPE, 1)
+    teacher(model, 1)
     assert everything_in(unet) == kept
     assert all(torch.equal(value, values[key]) for key, value in unet.state_dict().items())
     held = [value for module in unet.modules() for value in vars(module).values()]

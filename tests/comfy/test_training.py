@@ -10,8 +10,9 @@ from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
-from comfyui_agd.tests.support.analytic import PROMPTS, Stopped, assert_same, stop_after
+from comfyui_agd.tests.support.analytic import PROMPTS, Stopped, assert_same, of_kind, stop_after
 from comfyui_agd.tests.support.runtime import TinyUNet, ksampler, patched, tiny
+from comfyui_agd.training.finite import BaseNotFinite
 from comfyui_agd.training.gap import Trajectories, evaluate, follow_teacher
 from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import Callbacks, train
@@ -37,7 +38,7 @@ def test_training_closes_part_of_the_gap_and_leaves_the_base_alone(base, model):
         model, PROMPTS, replace(CONFIG, iterations=60, held_out=1, evaluate_every=0), Callbacks(steps.append)
     )
     assert sum(trained.losses[-10:]) / 10 < 0.8
-    assert [p.step for p in steps if p.phase == "train"] == list(range(1, 61))
+    assert [p.step for p in steps if p.phase == "train"] == list(range(61))
     assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
     assert all(not p.requires_grad for p in base.model.parameters())
     assert trained.info.training["teacher_evaluations"] >= 2 * 4 * 60
@@ -47,7 +48,7 @@ def test_training_closes_part_of_the_gap_and_leaves_the_base_alone(base, model):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_of_the_adapter_moves(model, kind):
-    config = replace(CONFIG, kind=kind)
+    config = of_kind(kind, CONFIG)
     trained = train(model, PROMPTS, config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -101,6 +102,32 @@ def test_a_run_stopped_inside_an_evaluation_goes_on_to_the_same_result(base, new
     assert_same(train(new_model(), PROMPTS, VARIED, options=RunOptions(folder=folder)), whole)
 
 
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_base_that_is_not_finite_is_named_with_its_prompt_and_dtype(base, new_model, tmp_path, negative):
+    """In the real runtime: one prompt of all, positive or negative, makes its activations overflow."""
+    text, prompts = "a small green ring on a white background", [*PROMPTS]
+    overflowing = new_model().text_encoder.encode([text])[0].cond["cross_attn"]
+    prompts, unwanted = (prompts, [text]) if negative else ([*prompts, text], [""])
+
+    def overflow(block, inputs, out):
+        rows = [torch.equal(context, overflowing[0]) for context in seen[-1]]
+        return torch.where(torch.tensor(rows)[:, None, None, None], out / 0, out)
+
+    seen, unet = [], base.model.diffusion_model
+    hooks = [
+        unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["context"]), with_kwargs=True),
+        unet.middle_block[0].register_forward_hook(overflow),
+    ]
+    config, options = replace(CONFIG, iterations=30), RunOptions(negative=unwanted, folder=tmp_path / "a.run")
+    try:
+        with pytest.raises(BaseNotFinite, match=rf"predicts NaN for the prompt '{text}' at .* computed in float32"):
+            train(new_model(), prompts, config, options=options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(train(new_model(), prompts, config, options=options).losses) == 30
+
+
 def test_training_works_under_inference_mode_as_nodes_run(toy):
     with torch.inference_mode():
         base = tiny(TinyUNet())
@@ -149,8 +176,6 @@ def test_the_gap_of_a_new_adapter_is_open(model):
         states = follow_teacher(
             model.denoiser, positive, negative, Trajectories(model.denoiser.latent_shape(64, 64), [3.0], steps=3)
         )
-        result = evaluate(
-            model.denoiser, Adapter(replace(CONFIG, kind="low_rank").adapter_config(model.base, 16)), states
-        )
+        result = evaluate(model.denoiser, Adapter(of_kind("low_rank", CONFIG).adapter_config(model.base, 16)), states)
     assert result.gap_closed[3.0] == pytest.approx(0.0, abs=1e-4)
     assert [sigma for sigma, _ in result.by_sigma[3.0]] == model.denoiser.sigmas("normal", 3)[:3].tolist()

@@ -3,7 +3,7 @@
 import contextlib
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.guidance import per_row
 from comfyui_agd.tests.support.small import small_layers
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.trainer import Callbacks, Progress, Trained
+from comfyui_agd.training.progress import Progress
+from comfyui_agd.training.trainer import Callbacks, Trained
 
 PROMPTS = [
     f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "star", "ring", "cross")
@@ -31,12 +32,19 @@ CONFIG = TrainConfig(
     encoder_width=8,
     steps_min=3,
     steps_max=5,
+    reuse=1,
     held_out=2,
     evaluate_every=5,
     preview_every=0,
     save_every=5,
 )
+RANK = 8  # of a low_rank adapter in `CONFIG`'s size
 CHANNELS, TOKENS, CONTEXT, SPREAD = 2, 3, 16, 0.5  # SPREAD: of the data around its mean
+
+
+def of_kind(kind: str, config: TrainConfig = CONFIG) -> TrainConfig:
+    """With a small adapter of that kind."""
+    return replace(config, kind=kind, rank=RANK if kind == "low_rank" else config.rank)
 
 
 def _fixed(*shape: int, seed: int) -> torch.Tensor:
@@ -80,8 +88,14 @@ class AnalyticModel:
                 raise ValueError(f"There is no scheduler {name!r}.")
 
     def encode(self, prompts: list[str], kind: str = "positive") -> list[torch.Tensor]:
-        """A prompt is its context: (m, d)."""
-        return [_fixed(TOKENS, CONTEXT, seed=zlib.crc32(prompt.encode())) for prompt in prompts]
+        """A prompt is its context: (m, d), with its text."""
+        encoded = [_fixed(TOKENS, CONTEXT, seed=zlib.crc32(prompt.encode())) for prompt in prompts]
+        for context, prompt in zip(encoded, prompts, strict=True):
+            context.text = prompt
+        return encoded
+
+    def length(self, prompt: str) -> int:
+        return TOKENS
 
     def release(self) -> None:
         pass
@@ -150,9 +164,9 @@ class Stopped(Exception):
     """What a caller raises to stop a run."""
 
 
-def stop_after(step: int) -> Callbacks:
+def stop_after(step: int, phase: str = "train") -> Callbacks:
     def on_progress(progress: Progress) -> None:
-        if progress.phase == "train" and progress.step == step:
+        if progress.phase == phase and progress.step >= step:
             raise Stopped
 
     return Callbacks(on_progress)

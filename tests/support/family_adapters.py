@@ -26,11 +26,12 @@ class TinyClip:
     def __init__(self, name: str):
         self.name = name
 
-    def tokenize(self, text: str) -> str:
-        return text
+    def tokenize(self, text: str) -> dict[str, list]:
+        return {"letters": [list(text)]}
 
-    def encode_from_tokens_scheduled(self, text: str) -> list:
-        ((cond, entries),) = conditioning(self.name, text)
+    def encode_from_tokens_scheduled(self, tokens: dict[str, list]) -> list:
+        ((letters,),) = tokens.values()
+        ((cond, entries),) = conditioning(self.name, "".join(letters))
         return [[cond, {"pooled_output": None, **entries}]]
 
 

@@ -146,6 +146,8 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         values = iter(node["widgets_values"])
         known = object_info[node["type"]]["input"]
         for name, (kind, *options) in {**known.get("required", {}), **known.get("optional", {})}.items():
+            # Of an input that may be linked to several types, that of its own field.
+            kind = options[0].get("widgetType", kind) if options else kind
             if name in inputs or not (isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")):
                 continue
             inputs[name] = next(values)

@@ -26,11 +26,10 @@ def free_port() -> int:
         return at.getsockname()[1]
 
 
-def train_together(
-    count: int, folder: Path, stop: int = 0, recording: Path | None = None, **settings
-) -> list[Finished]:
-    """`count` ranks on the analytic host, stopped after the step `stop`; `settings` differ from `analytic.CONFIG`."""
-    task = {"folder": str(folder), "stop": stop, "settings": settings}
+def train_together(count: int, folder: Path, stop: int = 0, phase: str = "train", **settings) -> list[Finished]:
+    """`count` ranks on the analytic host, stopped after the step `stop` of that phase; `settings` differ from
+    `analytic.CONFIG`."""
+    task = {"folder": str(folder), "stop": stop, "phase": phase, "settings": settings}
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for rank in range(count):
@@ -63,7 +62,7 @@ def _train(task: dict) -> None:
             AnalyticModel(),
             PROMPTS,
             replace(CONFIG, **settings),
-            stop_after(task["stop"]) if stopped else Callbacks(),
+            stop_after(task["stop"], task["phase"]) if stopped else Callbacks(),
             options=RunOptions(folder=Path(task["folder"])),
         )
     torch.save({**reported(trained), "weights": weights(trained)}, task["result"])

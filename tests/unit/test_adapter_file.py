@@ -185,7 +185,7 @@ def test_a_sibling_with_other_weights_is_taken(info, base):
 def test_a_failed_save_leaves_the_old_file(file, adapter, info, monkeypatch):
     before = file.read_bytes()
     monkeypatch.setattr(adapter_file, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(AdapterFileError, match=r"could not be saved as .* \(disk full\); make room"):
+    with pytest.raises(AdapterFileError, match=r"could not be saved: .* \(disk full\): it takes .* make room"):
         adapter_file.save(file, adapter, info)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]

@@ -11,12 +11,14 @@ from PIL import Image
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
-from comfyui_agd.agd_core.guidance import cfg
+from comfyui_agd.agd_core.guidance import cfg, per_row
 from comfyui_agd.tests.support.analytic import CHANNELS, PROMPTS, AnalyticModel, Stopped
 from comfyui_agd.tests.support.small import info_for, randomised
-from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, _of_sums, assess, rule_of
-from comfyui_agd.training.assessment_report import Estimate, Transfer
+from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
+from comfyui_agd.training.assessment_report import Transfer
+from comfyui_agd.training.estimate import Estimate, of_sums, ratio, ratio_of_sums
 from comfyui_agd.training.gap import Trajectories, evaluate, follow_teacher
+from comfyui_agd.training.options import SettingsError
 from comfyui_agd.training.solvers import solver_step
 
 SMALL = AssessConfig(omegas=(3.0, 6.0), steps=4, count=3, width=64, height=64)
@@ -115,19 +117,20 @@ def test_what_is_measured_is_what_training_measures():
     expected, found = evaluate(model, adapter, states), assessed(model, random=True)
     for omega, closeness in found.by_omega.items():
         assert closeness.gap_closed.value == pytest.approx(expected.gap_closed[omega])
+        assert closeness.gap_closed.se == pytest.approx(expected.gap_closed_se[omega])
         assert closeness.direction_cosine.value == pytest.approx(expected.direction_cosine[omega])
         levels = [(level.sigma, level.gap_closed.value) for level in closeness.by_sigma]
         assert levels == [pytest.approx(pair) for pair in expected.by_sigma[omega]]
 
 
-@pytest.mark.parametrize("function", [lambda ratio: 1 - ratio, torch.sqrt])
+@pytest.mark.parametrize("function", [lambda share: 1 - share, torch.sqrt])
 def test_the_standard_error_is_the_spread_of_many_repetitions(function):
     generator = torch.Generator().manual_seed(0)
     repeated = []
     for _ in range(400):
         before = torch.rand(20, generator=generator).double() + 0.5
         now = before * torch.rand(20, generator=generator)
-        repeated.append(_of_sums(function, now, before))
+        repeated.append(of_sums(function, now, before))
     spread = torch.tensor([estimate.value for estimate in repeated]).std().item()
     assert sum(estimate.se for estimate in repeated) / len(repeated) == pytest.approx(spread, rel=0.1)
 
@@ -207,35 +210,113 @@ def test_what_training_reported_is_interpolated_in_log_omega():
     model = Partly(1.0)
     for omega, reported in ((1.5, 0.8), (2.0, 0.8), (4.0, 0.6), (12.0, 0.4)):
         found = assessed(model, replace(SMALL, omegas=(omega,)), training)
-        assert found.transfer.reported == pytest.approx(reported)
+        assert found.transfer.reported.value == pytest.approx(reported)
+        assert found.transfer.reported.se is None
     assert assessed(model).transfer.reported is None
+    training["gap_closed_se"] = {"2": 0.02, "8": 0.04}
+    for omegas, error in (((1.5,), 0.02), ((4.0,), 0.03), ((2.0, 12.0), 0.03)):
+        found = assessed(model, replace(SMALL, omegas=omegas), training)
+        assert found.transfer.reported.se == pytest.approx(error)
+
+
+EXACT, KNOWN = Estimate(0.6, 0.0), Estimate(0.6, 0.03)
 
 
 @pytest.mark.parametrize(
     ("gap", "reported", "fits", "said"),
     [
-        (0.6, 0.6, "yes", r"It fits: 100% \(± 8%\) of the gap closed in its own training is kept here\.$"),
-        (0.48, 0.6, "yes", "It fits: 80%"),
-        (0.3, 0.6, "partly", "It fits partly: 50% .* train one for this checkpoint"),
-        (0.2, 0.6, "no", "It does not fit: 33% .* train one for this checkpoint"),
-        (-0.2, 0.6, "no", "It does not fit: 0%"),
-        (0.2, None, "unknown", "can't be told"),
-        (-0.1, None, "no", "It does not fit: no gap is closed here"),
-        (0.3, 0.0, "unknown", "can't be told"),
+        (
+            Estimate(0.6, 0.05),
+            EXACT,
+            "yes",
+            r"It fits: 100% \(± 8%\) of the gap closed in its own training is kept here",
+        ),
+        (Estimate(0.6, 0.03), KNOWN, "yes", r"It fits: 100% \(± 7%\) of the gap"),
+        (
+            Estimate(0.6, 0.06),
+            KNOWN,
+            "yes",
+            r"It seems to fit: 100% \(± 11%\).*; that is not sure, evaluate more images",
+        ),
+        (Estimate(0.48, 0.05), EXACT, "yes", "It seems to fit: 80% .* not sure, evaluate more images"),
+        (Estimate(0.6, None), KNOWN, "yes", "It seems to fit: 100% of the gap .* not sure, evaluate more images"),
+        (Estimate(0.4, 0.01), EXACT, "partly", "It fits partly: 67% .* train one for this checkpoint"),
+        (Estimate(0.3, 0.05), EXACT, "partly", "It seems to fit partly: 50% .* not sure"),
+        (Estimate(0.2, 0.04), EXACT, "no", "It does not fit: 33% .* train one for this checkpoint"),
+        (Estimate(0.2, 0.06), EXACT, "no", "It seems not to fit: 33% .* not sure"),
+        (Estimate(-0.2, 0.05), EXACT, "no", "It does not fit: 0%"),
+        (Estimate(0.2, 0.05), None, "unknown", "How well it fits can't be told: no gap closed in a training"),
+        (Estimate(-0.1, 0.01), None, "no", "It does not fit: no gap is closed here"),
+        (Estimate(-0.1, 0.1), None, "no", "It seems not to fit: no gap is closed here"),
+        (Estimate(0.3, 0.05), Estimate(0.0, 0.0), "unknown", "How well it fits can't be told: no gap closed"),
+        (
+            Estimate(math.nan, None),
+            KNOWN,
+            "unknown",
+            "How well it fits can't be told: predictions with the adapter aren't",
+        ),
     ],
 )
-def test_the_verdict_on_another_checkpoint(gap, reported, fits, said):
-    transfer = Transfer(False, Estimate(gap, 0.05), reported)
+def test_the_verdict_on_another_checkpoint_claims_what_two_standard_errors_carry(gap, reported, fits, said):
+    transfer = Transfer(False, gap, reported)
     assert transfer.fits == fits
-    assert re.search(said, transfer.verdict())
-    if reported:
-        assert transfer.kept.se == pytest.approx(0.05 / reported)
+    assert re.match(said, transfer.verdict())
+    assert transfer.is_sure == (fits != "unknown" and "seems" not in said)
+
+
+def test_what_is_kept_has_the_error_of_both_measurements():
+    kept = Transfer(False, Estimate(0.3, 0.02), Estimate(0.6, 0.06)).kept
+    assert kept.value == pytest.approx(0.5)
+    assert kept.se == pytest.approx(math.hypot(0.02 / 0.6, 0.3 * 0.06 / 0.6**2))
+    assert ratio(Estimate(1.0, None), Estimate(2.0, 0.1)) == Estimate(0.5, None)
+
+
+def test_of_a_file_without_the_error_of_its_training_that_is_said():
+    transfer = Transfer(False, Estimate(0.6, 0.03), Estimate(0.6, None))
+    assert transfer.kept.se is None
+    assert transfer.kept_se_here == pytest.approx(0.05)
+    assert "100% (± 5% of this measurement; how sure its training's is, the file doesn't say)" in transfer.verdict()
 
 
 def test_the_remedy_for_its_own_checkpoint_is_no_new_training():
-    verdict = Transfer(True, Estimate(0.2, None), 0.6).verdict()
+    verdict = Transfer(True, Estimate(0.2, 0.01), EXACT).verdict()
     assert "train one" not in verdict
     assert "unlike its training's" in verdict
+
+
+def test_the_errors_of_ratios_are_those_of_many_repetitions():
+    """Of two sums over the same images, and of two that were measured apart."""
+    generator, paired, apart = torch.Generator().manual_seed(0), [], []
+    for _ in range(400):
+        image, one, other = torch.rand(3, 24, generator=generator).double() + 0.5
+        paired.append(ratio_of_sums(2 * image + 0.1 * one, image + 0.1 * other))
+        apart.append(ratio(*(Estimate(each.mean().item(), each.std().item() / 24**0.5) for each in (one, other))))
+    for found in (paired, apart):
+        spread = torch.tensor([estimate.value for estimate in found]).std().item()
+        assert sum(estimate.se for estimate in found) / len(found) == pytest.approx(spread, rel=0.1)
+    assert paired[0].se < 0.5 * apart[0].se  # what images have in common is no error
+
+
+def test_a_speed_up_is_that_of_the_same_images_and_has_its_error(monkeypatch):
+    """One image takes ten times as long as another, by either method: that is no doubt about the ratio."""
+    model, clock, image = AnalyticModel(), [0.0], [0]
+    info, state = info_and_state(model)
+    sampler = EulerSampler(model, Adapter(info.config))
+
+    def sample(method, *args, **options):
+        image[0] += method == "unguided"  # the first one is of the warm-up
+        clock[0] += {"unguided": 1, "guided": 2 + image[0] % 2 / 10, "agd": 1}[method] * 10 ** (image[0] % 3)
+        return sampler(method, *args, **options)
+
+    sample.notes = []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    config = replace(SMALL, count=12)
+    found = assess(model, sample, Candidate(info, state, "a"), PromptTexts(PROMPTS), config)
+    seconds = [10 ** (i % 3) for i in range(2, 14)]
+    guided = [own * (2 + i % 2 / 10) for i, own in enumerate(seconds)]
+    assert found.speedup.value == pytest.approx(sum(guided) / sum(seconds))
+    assert 0 < found.speedup.se < 0.1
+    assert found.costs["agd"].seconds_per_image.se > 5
 
 
 def test_a_sibling_is_told_from_the_checkpoint_of_the_training_and_so_are_loras():
@@ -265,10 +346,11 @@ def test_the_patches_of_the_base_that_it_was_trained_on_are_known():
 
 
 def test_the_report_and_the_json_say_it_all():
-    found = assessed(Partly(0.5), training={"gap_closed": {"3": 0.8, "6": 0.7}})
+    errors = {"3": 0.0, "6": 0.0}
+    found = assessed(Partly(0.5), training={"gap_closed": {"3": 0.8, "6": 0.7}, "gap_closed_se": errors})
     report = found.report()
     first = report.splitlines()[0]
-    assert re.fullmatch(r"Gap closed 0\.750 ± 0\.000; \d+\.\d\d times as fast as CFG\.", first)
+    assert re.fullmatch(r"Gap closed 0\.750 ± 0\.000; \d+\.\d\d ± \d+\.\d\d times as fast as CFG\.", first)
     assert len(first) <= 60  # all that ComfyUI's classic canvas shows
     assert "cfg 3: gap closed 0.750 ± 0.000, direction cosine 1.000 ± 0.000, distance to CFG 0." in report
     assert "AGD: " in report
@@ -282,6 +364,23 @@ def test_the_report_and_the_json_say_it_all():
     assert "picture" not in data
     assert data["transfer"]["fits"] == "yes"
     assert data["transfer"]["kept"]["value"] == pytest.approx(1.0)
+    assert data["speedup"].keys() == data["transfer"]["reported"].keys() == {"value", "se"}
+
+
+class Overflowing(Partly):
+    """Whose student is no number, from the noise level of 5 down."""
+
+    def student(self, adapter, x, sigma, prompts, negative, omega):
+        return super().student(adapter, x, sigma, prompts, negative, omega) + per_row(0.0 / (sigma > 5), x)
+
+
+def test_what_is_no_finite_number_is_null_in_the_json_and_no_verdict():
+    found = assessed(Overflowing(0.5), training={"gap_closed": {"3": 0.8, "6": 0.7}})
+    assert "Gap closed nan;" in found.report()
+    data = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert data["by_omega"]["3"]["gap_closed"] == {"value": None, "se": None}
+    assert data["by_omega"]["3"]["distance"]["value"] is None
+    assert (data["transfer"]["fits"], data["transfer"]["sure"]) == ("unknown", False)
 
 
 def test_the_picture_has_a_row_per_image_and_shows_differences():
@@ -302,7 +401,7 @@ def test_raising_from_progress_stops_at_any_evaluation():
         last[progress.phase] = progress
 
     assessed(model, progress=remember)
-    assert list(last) == ["encode", "teacher", "adapter", "sample"]
+    assert list(last) == ["encode", "teacher", "measure", "sample"]
     assert all(progress.step == progress.total for progress in last.values())
     for phase in last:
 
@@ -324,12 +423,13 @@ def test_rows_are_halved_when_memory_runs_out():
 def test_what_cannot_be_evaluated_is_one_sentence():
     with pytest.raises(ValueError, match="There are no prompts to evaluate with"):
         assessed(AnalyticModel(), prompts=["", "  "])
-    with pytest.raises(ValueError, match=r"count is 0, but must be 1 or more; width is 32, but must be 64 or more"):
-        AssessConfig(count=0, width=32)
-    with pytest.raises(ValueError, match="cfg is 1, but guidance begins above 1"):
-        AssessConfig(omegas=(1.0,))
-    with pytest.raises(ValueError, match="cfg is nan"):
-        AssessConfig(omegas=(math.nan,))
+    with pytest.raises(SettingsError, match=r"count is 0, but must be from 1 to 10000; seed is -1, but must be from 0"):
+        AssessConfig(count=0, seed=-1)
+    with pytest.raises(SettingsError, match=r"width is 32, but must be 64 or more"):
+        AssessConfig(width=32)
+    for wrong in (1.0, math.nan, math.inf):
+        with pytest.raises(SettingsError, match=f"omega is {wrong}, but must be from 1.01 to 100"):
+            AssessConfig(omegas=(3.0, wrong))
     model = AnalyticModel()
     other = AnalyticModel(base=replace(model.base, prediction="V_PREDICTION"))
     info, state = info_and_state(model)

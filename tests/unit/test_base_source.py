@@ -42,7 +42,7 @@ def test_a_config_file_says_the_same_as_flags(tmp_path):
     flags = []
     for name, value in VALUES.items():
         flags += ["--" + name.replace("_", "-"), *(value if isinstance(value, list) else [value])]
-    source = given("--config", str(tmp_path / "c.toml"))
+    source = given("--config", str(tmp_path / "c.toml"), "--comfyui", VALUES["comfyui"])  # which runs code
     assert source == given(*flags)
     assert {f.name for f in dataclasses.fields(source) if getattr(source, f.name)} == VALUES.keys()
     assert VALUES.keys() | {"checkpoint", "loader"} == {f.name for f in dataclasses.fields(source)}

@@ -1,18 +1,26 @@
 """The command line as far as it gets without ComfyUI: flags, config files, and what is refused before the long work."""
 
 import dataclasses
+import io
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.training import cli
 from comfyui_agd.training.arguments import parse
 from comfyui_agd.training.assess import AssessConfig
-from comfyui_agd.training.config import TrainConfig
+from comfyui_agd.training.config import TrainConfig, settings_of_kind
 from comfyui_agd.training.job import to_toml
+from comfyui_agd.training.presets import check_chosen
+from comfyui_agd.training.progress import PHASES, Progress
 
+EVALUATE = ("evaluate", "a.safetensors", "--loader", "some.module:load")
 BASE = ("train", "--loader", "some.module:load", "--output", "a.safetensors")
+WITH_LORA = ("train", "--checkpoint", "c.safetensors", "--output", "a.safetensors", "--lora")
 INTERVAL = ("--teacher", "interval", "--interval-sigma-min", "3", "--interval-sigma-max", "2")
 
 
@@ -45,7 +53,7 @@ def test_help_names_every_setting_with_its_default(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--iterations N optimiser steps [1000]" in text
+    assert "--iterations N optimiser steps [1500; scale: 150]" in text
     assert "--solvers NAME [NAME ...]" in text
 
 
@@ -54,9 +62,28 @@ def test_help_names_every_setting_with_its_default(capsys):
     [
         ("iterations = = 3", "can't be read"),
         ("iteratons = 3", "unknown settings: iteratons"),
-        ('iterations = "many"', "iterations in .* is 'many', but must be of type int"),
+        ('iterations = "many"', "c.toml can't be used: iterations is 'many', but must be a whole number"),
         ("iterations = [3]", "must be one value"),
         ('schedulers = "karras"', "must be a list"),
+        ("iterations = 5.0", "iterations is 5.0, but must be a whole number"),
+        ("iterations = true", "iterations is true, but must be a whole number"),
+        ("iterations = 1000000000000000000000000000000", "iterations is 10{30}, but must be from 1 to 1000000"),
+        ("iterations = 2026-01-31", r"iterations is datetime.date\(2026, 1, 31\), but must be a whole number"),
+        ("learning_rate = inf", "learning_rate is inf, but must be from"),
+        ("learning_rate = nan", "learning_rate is nan, but must be from"),
+        ("learning-rate = 1e400", "learning_rate is inf, but must be from"),
+        ("[batch]\nsize = 4", "batch is an object of 1, but must be a whole number"),
+        ("gain = 1", "gain is 1, but must be true or false"),
+        ("dry_run = 1", "dry_run is 1, but must be true or false"),
+        ("lora = [3]", "lora is 3, but must be a text"),
+        ("schedulers = [3]", "schedulers is 3, but must be a text"),
+        ("aspect_ratios = [['1:1']]", r"aspect_ratios is a list of 1, but must be a text"),
+        ("output = 3", "output is 3, but must be a text"),
+        ("prompt_count = 0", "prompt_count is 0, but must be from 1 to"),
+        ("prompt_count = 2.5", "prompt_count is 2.5, but must be a whole number"),
+        ('card = "99 GB"', "card is '99 GB', but must be one of 8 GB, 12 GB, 24 GB"),
+        ('base_dtype = "fp4"', "base_dtype is 'fp4', but must be one of"),
+        ("seed = -1\nbatch = 0", "batch is 0, .*; seed is -1, but must be from 0 to 18446744073709551615"),
     ],
 )
 def test_a_bad_config_file_is_one_sentence(folder, capsys, text, message):
@@ -78,12 +105,69 @@ def fails(capsys, message: str, *args: str) -> None:
     assert message in refused(capsys)
 
 
+NUMBERS = [f for f in dataclasses.fields(TrainConfig) if f.type in (int, float)]
+
+
+@pytest.mark.parametrize("f", NUMBERS, ids=lambda f: f.name)
+def test_a_number_that_no_run_could_have_is_refused_by_its_name(folder, capsys, f):
+    wrong = ("inf", "nan", "1e400", "-inf") if f.type is float else (f"1{'0' * 30}", f"-1{'0' * 30}")
+    for value in wrong:
+        fails(capsys, f"{f.name} is ", *BASE, f"--{f.name.replace('_', '-')}={value}")
+    assert list(folder.iterdir()) == []
+
+
+def test_the_other_numbers_of_commands_are_refused_by_their_names(folder, capsys):
+    record = ("record", "--loader", "some.module:load", "--output", "recording")
+    export = ("export", "a.safetensors", "b.safetensors")
+    fails(capsys, "prompt_count is 0, but must be from 1 to", *BASE, "--prompt-count", "0")
+    fails(capsys, "batches is -1, but must be from 0 to", *record, "--batches", "-1")
+    fails(capsys, "omega is inf, but must be from 0.01 to", *export, "--omega", "inf")
+    fails(capsys, "omega is nan, but must be from 1.01 to", "evaluate", "a.safetensors", "--omega", "2", "nan")
+    fails(capsys, "The strength of the LoRA a.safetensors is inf", *WITH_LORA, "a.safetensors:inf")
+    fails(capsys, "The strength of the LoRA a.safetensors is nan", *WITH_LORA, "b.safetensors:1", "a.safetensors:nan")
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_kind_does_not_have_is_refused_before_anything_is_loaded(folder, capsys, kind):
+    flags = {"hidden": "--hidden=64", "rank": "--rank=4", "shared_encoder": "--shared-encoder", "vector": "--vector=9"}
+    for name in flags.keys() - set(settings_of_kind(kind)):
+        fails(capsys, f"An adapter of kind {kind} has no {name}", *BASE, "--kind", kind, flags[name])
+        (folder / "c.toml").write_text(to_toml({"kind": kind, name: getattr(TrainConfig, name)}))
+        fails(capsys, f"An adapter of kind {kind} has no {name}", *BASE, "--config", "c.toml")
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("low_rank", 16), ("delta", 4), ("scale", None)])
+def test_a_config_file_of_before_kinds_had_their_own_settings_goes_on(folder, kind, rank):
+    (folder / "c.toml").write_text(to_toml(dataclasses.asdict(TrainConfig(kind=kind, hidden=16))))
+    chosen = check_chosen(cli._chosen(parse([*BASE, "--config", "c.toml"])))
+    assert getattr(chosen.kind_config(), "rank", None) == rank
+    assert chosen.own_settings().keys() >= set(settings_of_kind(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_runs_own_config_file_gives_its_settings_again(folder, kind):
+    config = TrainConfig(kind=kind, rank=9, hidden=12, aspect_ratios=("3:2",), memory=7.5)
+    (folder / "c.toml").write_text(to_toml(config.own_settings()))
+    again = check_chosen(cli._chosen(parse([*BASE, "--config", "c.toml"])))
+    assert again.own_settings() == config.own_settings()
+
+
+@pytest.mark.parametrize("name", ["loader", "comfyui"])
+def test_code_that_a_config_file_names_is_not_run_unless_the_command_line_names_it_too(folder, capsys, name):
+    (folder / "c.toml").write_text(f'{name} = "some where; rm x\\u001b"\n')
+    base = ("train", "--output", "a.safetensors", "--config", "c.toml")
+    message = f"c.toml names code to run: if you trust it, say so on the command line, with --{name} 'some where; rm x"
+    fails(capsys, message, *base)
+    assert str(getattr(parse([*base, f"--{name}", "mine"]), name)) == "mine"
+
+
 def test_bad_settings_are_refused_before_anything_is_loaded(capsys):
-    fails(capsys, "omega goes from -2.0 to 12.0", *BASE, "--omega-min", "-2")
+    fails(capsys, "omega_min is -2.0, but must be from 0.01 to 1000", *BASE, "--omega-min", "-2")
     fails(capsys, "omega goes from 8.0 to 4.0", *BASE, "--omega-min", "8", "--omega-max", "4")
-    fails(capsys, "there is no sampler 'plms' for trajectories", *BASE, "--solvers", "euler", "plms")
+    fails(capsys, "solvers is 'plms', but must be one of", *BASE, "--solvers", "euler", "plms")
     fails(capsys, "aspect ratio 'wide' is not like 3:2", *BASE, "--aspect-ratios", "wide")
-    fails(capsys, "rescale_phi is 2.0, but is a share", *BASE, "--teacher", "rescale", "--rescale-phi", "2")
+    fails(capsys, "rescale_phi is 2.0, but must be from 0 to 1", *BASE, "--teacher", "rescale", "--rescale-phi", "2")
     fails(capsys, "goes from sigma 3.0 to 2.0, but must rise", *BASE, *INTERVAL)
     fails(capsys, "must be a file that ends in .safetensors", *BASE[:-1], "a.ckpt")
     fails(capsys, "Give the adapter file to write", *BASE[:-2])
@@ -108,13 +192,12 @@ def test_an_output_that_is_no_adapter_file_is_refused_before_anything_is_loaded(
 
 
 def test_bad_settings_of_an_evaluation_are_refused_before_anything_is_loaded(folder, capsys):
-    base = ("evaluate", "a.safetensors", "--loader", "some.module:load")
-    prompts = (*base, "--prompts", "a red star")
-    fails(capsys, "Give prompts to evaluate with", *base)
-    fails(capsys, "There is no file gone.txt", *base, "--prompts", "gone.txt")
-    fails(capsys, "has no }", *base, "--prompts", "a {red star")
-    fails(capsys, "cfg is 1, but guidance begins above 1", *prompts, "--omega", "1", "3")
-    fails(capsys, "steps is 0, but must be 1 or more", *prompts, "--steps", "0")
+    prompts = (*EVALUATE, "--prompts", "a red star")
+    fails(capsys, "Give prompts to evaluate with", *EVALUATE)
+    fails(capsys, "There is no file gone.txt", *EVALUATE, "--prompts", "gone.txt")
+    fails(capsys, "has no } in line 1 of --prompts (", *EVALUATE, "--prompts", "a {red star")
+    fails(capsys, "omega is 1.0, but must be from 1.01 to 100", *prompts, "--omega", "1", "3")
+    fails(capsys, "steps is 0, but must be from 1 to 1000", *prompts, "--steps", "0")
     fails(capsys, "must end in .json, in a folder that exists", *prompts, "--json", "elsewhere/a.json")
     fails(capsys, "must end in .png or .jpg or .webp", *prompts, "--picture", "a.safetensors")
     fails(capsys, "There is no adapter file a.safetensors", *prompts)
@@ -130,13 +213,31 @@ def test_prompts_to_evaluate_with_are_a_file_or_texts(folder):
     assert cli._given(["x" * 300], config) == ["x" * 300]  # too long for a file's name
 
 
+def test_negative_prompts_are_drawn_by_the_rules_of_prompts(folder, capsys):
+    def drawn(*given: str) -> list[str]:
+        return cli._negatives(parse([*BASE, *given]), 0, 9)
+
+    (folder / "negatives.txt").write_text("# no\n{low|worst} quality\nblurry\n")
+    assert sorted(drawn("--negative", "", "{low|worst} quality")) == ["", "low quality", "worst quality"]
+    assert sorted(drawn("--negatives", "negatives.txt")) == ["blurry", "low quality", "worst quality"]
+    assert drawn() == []
+    fails(capsys, "has no } in line 2 of --negative (", *BASE, "--negative", "fine", "low {quality")
+    fails(capsys, "has no } in line 1 of --negative (", *EVALUATE, "--prompts", "a star", "--negative", "low {quality")
+
+
+def test_verbatim_leaves_negative_prompts_alone_too(folder):
+    (folder / "negatives.txt").write_text("# a {\nb b\n")
+    for given in (["--negative", "# a {", "b b"], ["--negatives", "negatives.txt"]):
+        assert cli._negatives(parse([*BASE, "--verbatim", *given]), 0, 9) == ["# a {", "b b"]
+
+
 def test_bad_prompt_files_are_refused_before_anything_is_loaded(folder, capsys):
     (folder / "empty.txt").write_text("\n# nothing\n")
     (folder / "latin.txt").write_bytes(b"caf\xe9\n")
     (folder / "open.txt").write_text("a {red|blue star\n")
     fails(capsys, "holds no prompts", *BASE, "--prompts", "empty.txt")
     fails(capsys, "UTF-8", *BASE, "--prompts", "latin.txt")
-    fails(capsys, "has no }", *BASE, "--prompts", "open.txt")
+    fails(capsys, "has no } in line 1 of open.txt (", *BASE, "--prompts", "open.txt")
     fails(capsys, "There is no file gone.txt", *BASE, "--prompts", "gone.txt")
 
 
@@ -147,3 +248,65 @@ def test_a_folder_that_is_no_recording_is_refused(folder, capsys):
 def test_what_is_no_adapter_is_not_inspected(folder, capsys):
     (folder / "lora.safetensors").write_bytes(b"nothing")
     fails(capsys, "is not a readable safetensors file", "inspect", "lora.safetensors")
+
+
+class Terminal(io.StringIO):
+    """Standard error that someone watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def show_a_run(bar: cli.ProgressBar) -> None:
+    for phase, total in (("encode", 3), ("train", 2), ("rollout", 5)):
+        bar(Progress(phase, 0, total))
+    bar(Progress("rollout", 5, 5, seconds_left=0.0))
+    bar(Progress("train", 1, 2, loss=0.5, gap_closed=0.25, seconds_left=150.0))
+
+
+def test_a_terminal_has_a_bar_for_each_phase_and_that_of_training_stays(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar = cli.ProgressBar()
+    show_a_run(bar)
+    assert list(bar.bars) == ["train"]
+    bar(Progress("measure", 0, 7))
+    assert list(bar.bars) == ["train", "measure"]
+    bar.close()
+    painted = sys.stderr.getvalue()
+    for phase in ("encode", "train", "rollout", "measure"):
+        assert f"{PHASES[phase]}:   0%" in painted
+    last = painted.rsplit("Training: ", 1)[1]
+    assert re.match(r" 50%.* 1/2 .*2 min left, gap closed 25%, loss 0.5000", last)
+
+
+def test_where_nobody_watches_there_are_lines(capsys):
+    show_a_run(cli.ProgressBar())
+    assert capsys.readouterr().err.splitlines() == [
+        "Encoding prompts: 0/3",
+        "Training: 0/2",
+        "Rolling out trajectories: 0/5",
+    ]
+
+
+def test_a_quiet_bar_of_a_further_process_says_nothing(capsys):
+    show_a_run(cli.ProgressBar(quiet=True))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_ends_any_phase_at_its_next_report(phase, sent):
+    bar = cli.ProgressBar()
+    with bar.stopped_by_signals():
+        bar(Progress(phase, 0, 2))
+        signal.raise_signal(sent)
+        with pytest.raises(KeyboardInterrupt):
+            bar(Progress(phase, 1, 2))
+
+
+def test_ctrl_c_before_a_run_begins_is_no_traceback(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, "train", interrupted)
+    fails(capsys, "agd: Stopped.", *BASE)

@@ -6,7 +6,6 @@ import torch
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.kinds.scale import KNOTS, LAST_TIMESTEP, START
 from comfyui_agd.tests.support.small import config_for, randomised, small_layers
-from comfyui_agd.training.config import TrainConfig
 
 KINDS = pytest.mark.parametrize("kind", ["scale", "delta"])
 
@@ -102,12 +101,6 @@ def test_the_scale_is_linear_between_its_knots():
         torch.testing.assert_close(guide(adapter, t=0.75 * low + 0.25 * high), 0.75 * first + 0.25 * second)
     weight = adapter.kind.to_scale.weight[:24]  # the first layer's
     torch.testing.assert_close(at[0], 3 * weight[:, 0] * some(1, 2, 9, 24))
-
-
-@pytest.mark.parametrize("kind", ["delta", "low_rank"])
-def test_what_has_one_encoder_for_all_layers_can_not_be_trained_with_one_for_each(kind):
-    with pytest.raises(ValueError, match=f"Kind '{kind}' has one encoder for all layers, so shared_encoder must be on"):
-        TrainConfig(kind=kind, shared_encoder=False).kind_config()
 
 
 def test_scale_has_no_encoder():

@@ -59,6 +59,19 @@ def test_a_run_of_two_ranks_goes_on_with_another_number_of_them(tmp_path, alone)
     assert len(metrics(folder)) == len(alone.losses) + len(alone.history)
 
 
+@pytest.mark.slow
+def test_ranks_that_are_stopped_where_one_of_them_rolls_out_stop_together_after_the_iteration(tmp_path, alone):
+    folder = tmp_path / "a.run"
+    stopped = train_together(2, folder, stop=1, phase="rollout", **VARIED)
+    assert all(rank.status for rank in stopped)
+    assert "Stopped" in stopped[1].output
+    assert "KeyboardInterrupt" in stopped[0].output
+    (state,) = folder.glob("state-*")
+    assert len([line for line in metrics(folder) if "loss" in line]) == int(state.stem[-6:])
+    resumed = train(AnalyticModel(), PROMPTS, replace(CONFIG, **VARIED), options=RunOptions(folder=folder))
+    assert_as_alone([Finished(0, "", {**reported(resumed), "weights": weights(resumed)})], alone)
+
+
 def test_alone_nothing_is_sent():
     with Ranks() as ranks:
         x = torch.arange(4.0)

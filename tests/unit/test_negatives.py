@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, of_kind
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.prompts import fragments
 
@@ -13,16 +13,17 @@ LONG = ["a photo of an owl, soft light, in the snow", "two lions"]
 
 
 def negatives(negative=(), model=None, prompts=LONG, **config) -> list[str]:
-    return Job(model or AnalyticModel(), prompts, replace(CONFIG, **config), Path("a.safetensors"), negative).negatives
+    chosen = replace(of_kind(config.get("kind", CONFIG.kind)), **config)
+    return Job(model or AnalyticModel(), prompts, chosen, Path("a.safetensors"), negative).negatives
 
 
 class FewWords(AnalyticModel):
     """As the toy: unknown words are an error."""
 
-    def encode(self, prompts, kind="positive"):
-        if any("lions" not in prompt and "owl" not in prompt and prompt for prompt in prompts):
+    def length(self, prompt):
+        if "lions" not in prompt and "owl" not in prompt and prompt:
             raise ValueError("I don't know these words.")
-        return super().encode(prompts, kind)
+        return super().length(prompt)
 
 
 @pytest.mark.parametrize("kind", ["delta", "scale"])

@@ -1,5 +1,6 @@
 """How a run is planned, on a base whose costs are simple: so much per row and pixel."""
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass, field, replace
@@ -10,8 +11,9 @@ import torch
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.tests.support.small import small_layer
+from comfyui_agd.training import plan as planning
 from comfyui_agd.training.config import TrainConfig
-from comfyui_agd.training.plan import SAFETY, DoesNotFit, evaluations, plan
+from comfyui_agd.training.plan import SAFETY, DoesNotFit, ExamplePrompts, Plan, evaluations
 
 GB = 1e9
 
@@ -27,7 +29,10 @@ LAYERS = tuple(small_layer(f"input_{i}_0", f"blocks.{i}", 640, 768) for i in ran
 
 @dataclass
 class PlainModel:
-    """At 512 x 512 the student takes 1 GB per row, checkpointed 0.2 GB, the teacher 0.1 GB, and 0.05 GB besides."""
+    """At 512 x 512 the student takes 1 GB per row, checkpointed 0.2 GB, the teacher 0.1 GB, and 0.05 GB besides.
+
+    A prompt, encoded, is its length: all that goes with the rows goes with it, too.
+    """
 
     base: BaseInfo = field(default_factory=lambda: BaseInfo("Plain", "EPS", LAYERS))
     traced: list = field(default_factory=list)
@@ -54,23 +59,42 @@ class PlainModel:
     def other_expert_bytes_on_device(self, free):
         return max(0, min(self.other_expert_bytes(), int(free - 0.2 * GB)))
 
-    def _cost(self, what, shape, rows, each, flops):
+    def _cost(self, what, shape, rows, prompt, each, flops):
         self.traced.append((what, rows))
-        area = shape[1] * shape[2] / 64**2
-        return Cost(int((0.05 + each * rows * area) * GB), int(flops * rows * area))
+        size = prompt * shape[1] * shape[2] / 64**2
+        return Cost(int((0.05 + each * rows * size) * GB), int(flops * rows * size))
 
-    def trace_student(self, config, shape, rows, checkpointing):
+    def trace_student(self, config, shape, rows, checkpointing, prompt):
         each, flops = (0.2, 4e12) if checkpointing else (1.0, 3e12)
-        return self._cost("checkpointed" if checkpointing else "kept", shape, rows, each, flops)
+        return self._cost("checkpointed" if checkpointing else "kept", shape, rows, prompt, each, flops)
 
-    def trace_base(self, shape, rows):
-        return self._cost("teacher", shape, rows, 0.1, 1e12)
+    def trace_base(self, shape, rows, prompt):
+        return self._cost("teacher", shape, rows, prompt, 0.1, 1e12)
 
     def matmul_rate(self):
         return 1e13
 
 
-CONFIG = TrainConfig(batch=8, iterations=100, pool=4, steps_min=10, steps_max=20)
+CONFIG = TrainConfig(batch=8, iterations=100, reuse=1, pool=4, steps_min=10, steps_max=20)
+ALIKE = ExamplePrompts(1, 1)
+
+
+def plan(model, config: TrainConfig, memory: float | None, prompts: ExamplePrompts = ALIKE, **options) -> Plan:
+    return planning.plan(model, config, memory, prompts, **options)
+
+
+class Words:
+    """A text encoder to which a prompt is as long as it has words, the empty one too."""
+
+    def __init__(self):
+        self.encoded: list[str] = []
+
+    def length(self, prompt: str) -> int:
+        return 1 + len(prompt.split())
+
+    def encode(self, prompts: list[str]) -> list[int]:
+        self.encoded += prompts
+        return [self.length(prompt) for prompt in prompts]
 
 
 @pytest.fixture
@@ -207,7 +231,7 @@ def test_a_refusal_names_what_is_needed_and_a_setting_that_does_fit(model, confi
 
 
 def test_a_refusal_says_so_where_nothing_helps(model):
-    with pytest.raises(DoesNotFit, match=r"has 0\.0 MB for it; no smaller pictures or hidden would make it fit\.$"):
+    with pytest.raises(DoesNotFit, match=r"has 0\.0 MB for it; no smaller pictures or adapter would make it fit\.$"):
         plan(model, CONFIG, 1000)
 
 
@@ -221,6 +245,9 @@ def test_a_smaller_hidden_helps_where_the_adapter_is_what_is_large(model):
 def test_evaluations_are_those_that_training_spends(model):
     # 100 steps of 8 states, both branches; 4 columns of 8 that start 7 steps in, on average.
     assert evaluations(CONFIG) == (2 * 8 * 100 + 2 * 8 * 4 * 7, 800)
+    # One step starts one column; two take the same one with a probability of 1/4.
+    assert evaluations(replace(CONFIG, iterations=1)) == (2 * 8 * 1 + 2 * 8 * 7, 8)
+    assert evaluations(replace(CONFIG, iterations=2)) == (2 * 8 * 2 + round(1.75 * 2 * 8 * 7), 16)
     assert evaluations(replace(CONFIG, reuse=4))[0] == 2 * 8 * 25 + 2 * 8 * 4 * 7
     found = plan(model, CONFIG, None)
     assert (found.teacher_evaluations, found.student_evaluations) == evaluations(CONFIG)
@@ -231,6 +258,36 @@ def test_seconds_are_the_flops_of_all_evaluations(model):
     assert found.seconds == pytest.approx((found.teacher_evaluations * 1e12 + 800 * 3e12) / 1e13)
     twice = plan(model, replace(CONFIG, checkpointing="on"), None)
     assert twice.seconds == pytest.approx((twice.teacher_evaluations * 1e12 + 800 * 4e12) / 1e13)
+
+
+def test_memory_is_counted_with_the_longest_prompt_and_time_with_a_usual_one(model):
+    alike, longer = plan(model, CONFIG, None), plan(model, CONFIG, None, ExamplePrompts(longest=3, usual=1))
+    assert longer.peak_bytes - alike.peak_bytes == pytest.approx(2 * 8 * 1.0 * GB)
+    assert longer.seconds == alike.seconds
+    assert plan(model, CONFIG, room_for(model, WHOLE)).micro_batch == 8
+    assert plan(model, CONFIG, room_for(model, WHOLE), ExamplePrompts(3, 1)).checkpointing
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "longest", "usual"),
+    [
+        (["a fox", "an owl"], ["", ""], 3, 1),
+        (["one", "one two three", "one two three four five"], ["one two three"], 6, 4),
+        (["one"], ["blurry, low quality, text"], 5, 2),
+        (["one two", "one two", "one two", "one two three four five six"], ["one two"], 7, 3),
+    ],
+)
+def test_the_longest_and_a_usual_one_are_found_among_prompts_and_negative_prompts(positive, negative, longest, usual):
+    encoder = Words()
+    found = ExamplePrompts.of(encoder, positive, negative)
+    assert (found.longest, found.usual) == (longest, usual)
+    assert len(encoder.encoded) == 2
+
+
+def test_of_prompts_that_are_equally_long_one_is_encoded_and_traced(model):
+    encoder = Words()
+    assert ExamplePrompts.of(encoder, ["a fox", "an owl"], ["too dark"]) == ExamplePrompts(3, 3)
+    assert len(encoder.encoded) == 1
 
 
 def test_unknown_seconds_are_not_guessed(model, monkeypatch):
@@ -273,6 +330,39 @@ def test_the_largest_size_counts(model):
 def test_nothing_is_traced_that_need_not_be(model):
     plan(model, replace(CONFIG, batch=1), None)
     assert sorted(model.traced) == [("kept", 1), ("teacher", 2)]
+
+
+@pytest.mark.parametrize("work", [None, 10.0, 0.4, 0.06])
+def test_planning_reports_before_and_after_every_trace(model, work):
+    """Also where more is traced, for memory is short, and where all is refused."""
+    reports, traced = [], []
+
+    def progress(done, total):
+        reports.append((done, total))
+        traced.append(len(model.traced))
+
+    memory = None if work is None else room_for(model, work, base=0.1)
+    model.traced.clear()
+    with contextlib.suppress(DoesNotFit):
+        plan(model, CONFIG, memory, progress=progress)
+    assert reports[0][0] == 0
+    assert reports == sorted(reports)
+    assert all(done <= total for done, total in reports)
+    assert sorted(set(traced)) == list(range(len(model.traced) + 1))
+
+
+def test_the_end_of_planning_is_reported_and_it_can_be_stopped(model):
+    reports = []
+    plan(model, CONFIG, None, progress=lambda *report: reports.append(report))
+    assert reports[-1][0] == reports[-1][1]
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    model.traced.clear()
+    with pytest.raises(KeyboardInterrupt):
+        plan(model, CONFIG, None, progress=stop)
+    assert model.traced == []
 
 
 def test_counting_parameters_takes_no_memory(model):

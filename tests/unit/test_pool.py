@@ -1,5 +1,7 @@
 """Live trajectories on a base whose answers are known."""
 
+import contextlib
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -14,17 +16,14 @@ from comfyui_agd.training.solvers import SOLVERS, Ancestral, SecondOrder, solver
 TWO_SIZES = replace(CONFIG, aspect_ratios=("1:1", "2:1"))
 
 
-def pool_of(config=CONFIG, rows: range = range(4), filled: bool = True) -> TrajectoryPool:
+def pool_of(config=CONFIG, rows: range = range(4)) -> TrajectoryPool:
     model = AnalyticModel()
 
     def predict(x, sigma, positive, negative):
         return model.denoise(x, sigma, positive), model.denoise(x, sigma, negative)
 
     prompts = EncodedPrompts(model.encode(PROMPTS), model.encode(["", "a blot"]))
-    pool = TrajectoryPool(model, prompts, config, rows, predict)
-    if filled:
-        pool.fill()
-    return pool
+    return TrajectoryPool(model, prompts, config, rows, predict)
 
 
 def go_on(pool: TrajectoryPool, count: int, first: int = 0, share: float = 0.0) -> list[Batch]:
@@ -72,7 +71,7 @@ BETTER = [name for name in RULES if name != "cfg"]
 def test_the_target_follows_the_teachers_rule_wherever_a_batch_comes_from(teacher):
     """New, visited before, and from a saved pool."""
     config = replace(CONFIG, teacher=teacher, reuse=2, interval_sigma_min=1.0, apg_threshold=3.0)
-    first, second = pool_of(config), pool_of(config, filled=False)
+    first, second = pool_of(config), pool_of(config)
     batches = go_on(first, 10)
     second.load_state_dict(*first.state_dict())
     for batch in [*batches, *go_on(second, 10, 1)]:
@@ -83,18 +82,17 @@ def test_the_target_follows_the_teachers_rule_wherever_a_batch_comes_from(teache
 
 @pytest.mark.parametrize("teacher", BETTER)
 def test_trajectories_follow_the_teachers_rule(teacher):
-    """Also while the pool is filled: a step to the end goes to the target itself."""
+    """Also where a column is brought to its phases: a step to the end goes to the target itself."""
     config = replace(CONFIG, teacher=teacher, solvers=("euler",), steps_min=2, steps_max=2, apg_threshold=3.0)
-    pool = pool_of(config)
-    plain = pool_of(replace(config, teacher="cfg"))
-    assert not all(torch.allclose(one, other, atol=0.01) for one, other in zip(pool.x, plain.x, strict=True))
+    pool, plain = pool_of(config, range(16)), pool_of(replace(config, teacher="cfg"), range(16))
     batch = pool.next(0)
-    column, first = batch.column, pool.numbers["position"][:, batch.column] == 0
-    sigma_next = pool._sigma(torch.arange(4), column, 1)
+    assert not torch.allclose(batch.x, plain.next(0).x, atol=0.01)
+    first = pool.chosen.numbers["position"] == 0
+    sigma_next = pool._sigma(torch.arange(16), pool.chosen, 1)
     pool.advance(batch, torch.zeros_like(batch.x), 0.0)
     for row in first.nonzero()[:, 0].tolist():
-        kept = sigma_next[row] / batch.sigma[row]
-        torch.testing.assert_close(pool.x[column][row], kept * batch.x[row] + (1 - kept) * batch.target[row])
+        kept, x = sigma_next[row] / batch.sigma[row], pool.columns[batch.column].x[row]
+        torch.testing.assert_close(x, kept * batch.x[row] + (1 - kept) * batch.target[row])
     assert first.any()
 
 
@@ -103,10 +101,10 @@ def test_batches_are_varied():
     pool, numbers = pool_of(), {name: set() for name in ("positive", "negative", "solver", "scheduler", "steps")}
     phases = []
     for step in range(150):
-        (batch,) = go_on(pool, 1, step)
-        phases.append(pool.numbers["position"][:, batch.column].tolist())
+        go_on(pool, 1, step)
+        phases.append(pool.chosen.numbers["position"].tolist())
         for name, seen in numbers.items():
-            seen |= set(pool.numbers[name].flatten().tolist())
+            seen |= set(pool.chosen.numbers[name].tolist())
     counts = {name: len(seen) for name, seen in numbers.items()}
     assert counts == {"positive": len(PROMPTS), "negative": 2, "solver": 3, "scheduler": 2, "steps": 3}
     assert {phase for row in phases for phase in row} == {0, 1, 2, 3, 4}
@@ -119,7 +117,7 @@ def test_a_finished_trajectory_starts_anew_from_noise():
     for step in range(60):
         (batch,) = go_on(pool, 1, step)
         omegas.add(batch.omega.item())
-        assert pool.numbers["position"][0, 0] < pool.numbers["steps"][0, 0]
+        assert pool.chosen.numbers["position"] < pool.chosen.numbers["steps"]
         assert (batch.x - batch.cond).std() < 3 * batch.sigma
     assert 60 / CONFIG.steps_max <= len(omegas) <= 60 / CONFIG.steps_min + 1
 
@@ -131,9 +129,9 @@ def test_a_trajectory_is_that_of_its_solver(solver):
     pool, sigmas, compared = pool_of(config, range(1)), AnalyticModel().sigmas("karras", 6), []
     before, sigma_before = None, None
     for step in range(60):
-        position, generator = int(pool.numbers["position"][0, 0]), torch.Generator()
+        batch, policy, generator = pool.next(step), pool.chosen.policy.item(), torch.Generator()
+        position = pool.chosen.numbers["position"].item()
         generator.set_state(pool.generators[0].get_state())
-        batch, policy = pool.next(step), pool.policy[0, 0].item()
         student = batch.target + 0.1
         denoised, sigma, sigma_next = student if policy < 0.5 else batch.target, batch.sigma, sigmas[position + 1, None]
         assert sigma == sigmas[position]
@@ -143,7 +141,7 @@ def test_a_trajectory_is_that_of_its_solver(solver):
             ancestral = Ancestral(torch.tensor([solver == "euler_ancestral"]), noise)
             second = SecondOrder(torch.tensor([solver == "dpmpp_2m"]), before, sigma_before) if position > 0 else None
             expected = solver_step(batch.x, denoised, sigma, sigma_next, ancestral, second)
-            torch.testing.assert_close(pool.x[0], expected)
+            torch.testing.assert_close(pool.columns[0].x, expected)
             compared.append(policy < 0.5)
         before, sigma_before = denoised, sigma
     assert compared.count(True) > 10
@@ -160,20 +158,66 @@ def test_restored_generators_are_as_if_the_batch_had_not_been(reuse):
         assert_equal([expected], go_on(pool, 1, step))
 
 
-def test_an_interrupt_inside_the_teacher_can_be_undone():
-    pool, expected = pool_of(), go_on(pool_of(), 2)
-    predict = pool.predict
+# Of the noise levels 10 to 0.1: those of a first expert, and of a second one that comes to them through the first's.
+RANGES = [{"sigma_from": 4.0}, {"sigma_to": 4.0}]
 
-    def interrupted(*_):
+
+@pytest.mark.parametrize("settings", [{}, *RANGES])
+def test_an_interrupt_inside_any_evaluation_can_be_undone(settings):
+    """While a column is brought to its phases or to what is learnt too: what was done of it is as if it hadn't been."""
+    config = replace(CONFIG, **settings)
+    undisturbed = pool_of(config)
+    expected = go_on(undisturbed, 8)
+    for at in range(len(undisturbed.denoiser.base_rows) // 2):
+        pool, seen = pool_of(config), []
+        interrupt_at(pool, at)
+        with contextlib.suppress(KeyboardInterrupt):
+            while len(seen) < 8:
+                seen += go_on(pool, 1, len(seen))
+        assert len(seen) < 8
+        pool.restore_generators()
+        restored = pool_of(config)
+        restored.load_state_dict(*pool.state_dict())
+        assert_equal(expected, seen + go_on(restored, 8 - len(seen), len(seen)))
+
+
+def interrupt_at(pool: TrajectoryPool, evaluation: int) -> None:
+    """The pool's evaluation of that number doesn't end, as when ComfyUI is interrupted."""
+    numbers, predict = itertools.count(), pool.predict
+
+    def interrupted(*args):
+        if next(numbers) == evaluation:
+            raise KeyboardInterrupt
+        return predict(*args)
+
+    pool.predict = interrupted
+
+
+def test_a_caller_may_stop_before_any_evaluation_of_a_column_that_is_started():
+    pool, rows = pool_of(), []
+
+    def stop(done, total):
+        rows.append(len(pool.denoiser.base_rows))
         raise KeyboardInterrupt
 
-    go_on(pool, 1)
-    pool.predict = interrupted
     with pytest.raises(KeyboardInterrupt):
-        pool.next(1)
+        pool.next(0, stop)
+    assert rows == [0]
     pool.restore_generators()
-    pool.predict = predict
-    assert_equal(expected[1:], go_on(pool, 1, 1))
+    assert_equal(go_on(pool_of(), 3), go_on(pool, 3))
+
+
+def test_a_column_is_started_when_it_is_first_taken():
+    """A pool that was saved by an earlier version, all of whose columns were started, goes on with them."""
+    pool = pool_of(replace(CONFIG, pool=6))
+    assert pool.denoiser.base_rows == []
+    taken = {batch.column for batch in go_on(pool, 4)}
+    assert {i for i, column in enumerate(pool.columns) if column.started} == taken
+    assert len(taken) < 6
+    shared, per_row = pool.state_dict()
+    restored = pool_of(replace(CONFIG, pool=6))
+    restored.load_state_dict({name: value for name, value in shared.items() if name != "started"}, per_row)
+    assert all(column.started for column in restored.columns)
 
 
 @pytest.mark.parametrize("stop", [1, 7, 12])
@@ -182,16 +226,17 @@ def test_a_restored_pool_goes_on_to_the_bit(stop, tmp_path):
     whole, first = go_on(pool_of(config), 20, share=1.0), pool_of(config)
     go_on(first, stop, share=1.0)
     torch.save(first.state_dict(), tmp_path / "state")
-    second = pool_of(config, filled=False)
+    second = pool_of(config)
     second.load_state_dict(*torch.load(tmp_path / "state", weights_only=True))
     assert_equal(whole[stop:], go_on(second, 20 - stop, stop, share=1.0))
 
 
 def test_a_saved_state_does_not_move_with_the_pool():
     pool = pool_of()
+    go_on(pool, 10)
     _, per_row = pool.state_dict()
     before = {name: value.clone() for name, value in per_row.items()}
-    restored = pool_of(filled=False)
+    restored = pool_of()
     restored.load_state_dict(*pool.state_dict())
     go_on(restored, 10)
     assert all(torch.equal(value, before[name]) for name, value in per_row.items())
@@ -220,21 +265,48 @@ def test_states_are_reused_from_recent_visits_only():
 
 
 def test_only_new_visits_cost_evaluations():
-    pool = pool_of(replace(CONFIG, reuse=3))
-    costs = []
+    pool, costs = pool_of(replace(CONFIG, reuse=3, steps_min=1, steps_max=1)), []  # started columns are at their phase
     for step in range(9):
         batch = pool.next(step)
         costs.append(pool.advance(batch, batch.target, 0.0))
     assert costs == [8, 0, 0] * 3
 
 
-def test_filling_returns_what_it_cost():
-    pool = pool_of(filled=False)
-    seen = []
-    spent = pool.fill(lambda done, total: seen.append((done, total)))
-    assert spent == sum(pool.denoiser.base_rows)
-    assert seen == sorted(seen)
-    assert seen[-1][0] == seen[-1][1]
+@pytest.mark.parametrize("settings", [{}, {"reuse": 2}, *RANGES])
+def test_all_evaluations_are_counted_and_those_that_start_a_column_reported(settings):
+    """Of a column from none to all that it takes, in rows."""
+    pool, spent, reported = pool_of(replace(CONFIG, **settings)), 0, 0
+    for step in range(12):
+        told = []
+        batch = pool.next(step, lambda *report, told=told: told.append(report))
+        spent += pool.advance(batch, batch.target, 0.0)
+        assert spent == sum(pool.denoiser.base_rows)
+        assert told == sorted(told)
+        if told:
+            assert (told[0][0], told[-1][0]) == (0, told[-1][1])
+            reported += told[-1][1]
+    visits = 12 // pool.config.reuse
+    assert reported == spent - 2 * 4 * visits > 0
+
+
+@pytest.mark.parametrize("settings", RANGES)
+def test_only_states_in_the_range_are_learnt_from_and_rows_are_varied_there(settings):
+    """Through other noise levels trajectories come to it, and past it they start anew, for nothing."""
+    config = replace(CONFIG, **settings)
+    pool, sigmas = pool_of(config), []
+    predict = pool.predict
+    pool.predict = lambda x, sigma, *rest: (sigmas.extend(sigma.tolist()), predict(x, sigma, *rest))[1]
+    batches = go_on(pool, 60)
+    assert all(config.learns_at(batch.sigma).all() for batch in batches)
+    assert len({round(sigma, 4) for batch in batches for sigma in batch.sigma.tolist()}) > 3
+    others = [sigma for sigma in sigmas if not config.learns_at(torch.tensor(sigma))]
+    assert all(sigma >= 4.0 for sigma in others)
+    assert bool(others) == ("sigma_to" in settings)
+
+
+def test_a_range_without_a_noise_level_is_refused_before_any_evaluation():
+    with pytest.raises(ValueError, match=r"No state .* from 0.2 to 0.20001 in 3 to 5 steps: choose a wider range"):
+        pool_of(replace(CONFIG, sigma_from=0.2, sigma_to=0.20001))
 
 
 def test_every_size_occurs_and_batches_are_of_one_size():
@@ -253,15 +325,16 @@ def test_rows_on_policy_follow_the_student_from_on_policy_from_on(share, follow)
     pool, seen = pool_of(config, range(16)), set()
     for step in range(20):
         batch = pool.next(step)
-        column, first = batch.column, pool.numbers["position"][:, batch.column] == 0
-        policy, sigma_next = pool.policy[:, column].clone(), pool._sigma(torch.arange(16), column, 1)
+        first, policy = pool.chosen.numbers["position"] == 0, pool.chosen.policy.clone()
+        sigma_next = pool._sigma(torch.arange(16), pool.chosen, 1)
         student = batch.target + 5
         pool.advance(batch, student, share)
         for row in first.nonzero()[:, 0].tolist():  # those that didn't start anew
             on_policy = bool(policy[row] < 0.5) and follow
             aim = (student if on_policy else batch.target)[row]
             kept = sigma_next[row] / batch.sigma[row]
-            torch.testing.assert_close(pool.x[column][row], kept * batch.x[row] + (1 - kept) * aim)
+            x = pool.columns[batch.column].x[row]
+            torch.testing.assert_close(x, kept * batch.x[row] + (1 - kept) * aim)
             seen.add(on_policy)
     assert seen == ({True, False} if follow else {False})
 
@@ -276,5 +349,6 @@ def test_without_on_policy_the_student_changes_nothing():
 
 
 def test_the_policy_is_that_share_of_the_trajectories():
-    pool = pool_of(replace(CONFIG, on_policy=0.3, pool=10, steps_min=1, steps_max=1), range(40))
-    assert (pool.policy < 0.3).float().mean().item() == pytest.approx(0.3, abs=0.06)
+    pool = pool_of(replace(CONFIG, on_policy=0.3, steps_min=1, steps_max=1), range(400))
+    pool.next(0)
+    assert (pool.chosen.policy < 0.3).float().mean().item() == pytest.approx(0.3, abs=0.06)

@@ -1,15 +1,28 @@
 """Prompts from files, from wildcards and from the built-in lists."""
 
 import os
+import random
 import re
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 
 import pytest
 
+from comfyui_agd.training import prompts as prompt_sources
 from comfyui_agd.training.prompt_lists import BUILT_IN
-from comfyui_agd.training.prompts import PromptError, expand, generate, generate_negatives, prompts_of, read_prompts
+from comfyui_agd.training.prompts import (
+    PromptError,
+    draw_each,
+    expand_negatives,
+    generate,
+    generate_negatives,
+    numbered,
+    prompts_of,
+    read_prompts,
+    read_verbatim,
+)
 
 # Words that begin with a vowel and sound otherwise, or the other way round.
 WRONG_ARTICLE = re.compile(
@@ -17,6 +30,18 @@ WRONG_ARTICLE = re.compile(
 )
 SYNTAX = re.compile(r"[{}|\\]|__|::")
 BAD_SPACING = re.compile(r"  | [,.]|,,|^[ ,]|[ ,]$|,\S")
+
+
+def expand(texts, count=99, seed=0, folder=None) -> list[str]:
+    return prompt_sources.expand(numbered(texts, "mine.txt"), count, seed, folder)
+
+
+def refused(line: str, folder=None) -> str:
+    """Why the line is refused; it is the second one, and nothing before it is wrong."""
+    with pytest.raises(PromptError) as error:
+        expand(["fine", line], folder=folder)
+    assert "line 2 of mine.txt" in str(error.value)
+    return str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +68,35 @@ def lists(tmp_path):
     return write
 
 
-# Files.
+# Files and fields.
+
+
+def texts(lines) -> list[str]:
+    return [line.text for line in lines]
 
 
 def test_a_file_holds_one_prompt_per_line(tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeffun café, été\r\n\r\n  # not this one\r\n  a fox # 2  \r\n".encode())
-    assert read_prompts(file) == read_prompts(str(file)) == ["un café, été", "a fox # 2"]
-    assert prompts_of("a\n\n#b\n c ") == ["a", "c"]
+    file.write_bytes("\ufeffun café, été\r\n\r\n  # not this one\r\n// nor this\r  a fox # 2  \r\n".encode())
+    lines = read_prompts(file)
+    assert lines == read_prompts(str(file))
+    assert [(line.text, line.number) for line in lines] == [("un café, été", 1), ("a fox # 2", 5)]
+    assert str(lines[1]) == f'line 5 of {file} ("a fox # 2")'
+
+
+def test_comments_are_those_of_comfyuis_text_fields():
+    given = "a // the first\n//b\n#c\n .hack//sign, https://a.b/c // end\nd"
+    assert [(line.text, line.number) for line in prompts_of(given, "prompts")] == [
+        ("a", 1),
+        (".hack//sign, https://a.b/c", 4),
+        ("d", 5),
+    ]
+
+
+def test_verbatim_is_every_line_as_it_is(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("# a {\n\n __b // c \n")
+    assert read_verbatim(file) == ["# a {", "", " __b // c "]
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
@@ -61,17 +107,46 @@ def test_another_encoding_is_refused_with_its_place(tmp_path, start):
         read_prompts(file)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_needs_its_byte_order_mark(tmp_path, encoding):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffun été\nthe end".encode(encoding))
+    assert texts(read_prompts(file)) == ["un été", "the end"]
+    file.write_bytes("a fox\nthe end".encode(encoding))
+    with pytest.raises(PromptError, match=r"U\+0000 can't be part of a prompt, but is in line 1 of .*save it as UTF-8"):
+        read_prompts(file)
+    file.write_bytes("\ufeffa fox\nthe end".encode(encoding)[:-1])
+    with pytest.raises(PromptError, match=r"is not UTF-16 text .* in line 2"):
+        read_prompts(file)
+
+
+def test_what_no_prompt_holds_is_taken_out():
+    given = "a\ufeff \tfox\x1b\na\u2028b\x0bc\x85d\x1ce\u2029f"
+    assert texts(prompts_of(given, "prompts")) == ["a  fox", "a b c d e f"]
+    assert texts(numbered(["a\nb\rc"], "--negative")) == ["a b c"]
+
+
+@pytest.mark.parametrize("code", [0xD83D, 0xDCE9, 0])
+def test_what_no_encoding_has_is_refused_with_its_line(code):
+    with pytest.raises(PromptError, match=rf"U\+{code:04X} can't be .* line 2 of prompts \(") as error:
+        prompts_of(f"fine\na {chr(code)} fox", "prompts")
+    assert str(error.value).encode("utf-8")
+
+
 def test_what_is_no_file_with_prompts_is_refused(tmp_path):
     with pytest.raises(PromptError, match=r"There is no file .*none.txt"):
         read_prompts(tmp_path / "none.txt")
     with pytest.raises(PromptError, match="is a folder; give the text file"):
-        read_prompts(tmp_path)
+        read_verbatim(tmp_path)
     (tmp_path / "empty.txt").write_text("\n# only this\n")
     with pytest.raises(PromptError, match=r"empty.txt holds no prompts; write one per line"):
         read_prompts(tmp_path / "empty.txt")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(PromptError, match=r"empty.txt holds no prompts; write one per line"):
+        read_verbatim(tmp_path / "empty.txt")
 
 
-# Wildcards.
+# Alternatives.
 
 
 @pytest.mark.parametrize(
@@ -79,12 +154,36 @@ def test_what_is_no_file_with_prompts_is_refused(tmp_path):
     [
         "a (red:1.2) fox, ((tall)), [small]",
         "a cat \\(animal\\), embedding:easy__negative__v2",
-        "embedding:my_style.pt, __, ____, my__file__name, __init",
-        "left | right, 3::4, C:\\prompts, <lora:name:0.8>, two  spaces ,",
+        "embedding:my_style.pt, <lora:sub/my__file__name:0.8>, _init_, a_b_",
+        "left | right, three::4, [from::0.5], C:\\prompts, two  spaces ,",
+        "$5 or $9, 100%, @home, wow!, a ~ b, #1, ¯\\_(ツ)_/¯, ^_^, .hack//sign",
     ],
 )
 def test_what_is_no_wildcard_is_left_alone(line):
     assert expand([line], 5, 0) == [line]
+
+
+@pytest.mark.parametrize(
+    ("written", "character"),
+    [
+        (r"my\__style\__v2", "my__style__v2"),
+        (r"\____", "____"),
+        (r"\{a\|b\}", "{a|b}"),
+        (r"{a\|b|a\|b}", "a|b"),
+        (r"\${a}", "$" + "a"),
+        (r"\$\{v\}", "${v}"),
+        (r"3\::a", "3::a"),
+        (r"{3\::a}", "3::a"),
+        (r"{5\$$}, \$$$", "5$$, $$$"),
+        (r"{\@_@}", "@_@"),
+        (r"3\#__one__", "3#1"),
+        (r"\{%", "{%"),
+        (r"\/* a \*/", "/* a */"),
+        (r"\// a", "// a"),
+    ],
+)
+def test_a_backslash_makes_an_ordinary_character(lists, written, character):
+    assert expand([written], 9, 0, lists(one="1")) == [character]
 
 
 def test_emphasis_may_hold_wildcards():
@@ -98,11 +197,6 @@ def test_emphasis_may_hold_wildcards():
 
 def test_alternatives_nest_and_all_come():
     assert set(expand(["a {red|dark {green|grey}} fox"], 99, 0)) == {"a red fox", "a dark green fox", "a dark grey fox"}
-
-
-def test_escaped_braces_and_bars_are_characters():
-    assert expand(["a \\{b|c\\}"], 1, 0) == ["a {b|c}"]
-    assert set(expand(["{a\\|b|\\{c\\}}"], 9, 0)) == {"a|b", "{c}"}
 
 
 def test_empty_alternatives_leave_no_gaps():
@@ -128,6 +222,37 @@ def test_weights_are_how_often():
     assert 0.6 < counts["red"] / 1200 < 0.75  # 3 of 4.5, fewer as they run out
     assert 1.3 < counts["blue"] / counts["dark"] < 3
     assert counts["grey"] == 0
+
+
+@pytest.mark.parametrize(
+    ("written", "drawn"),
+    [
+        ("{2$$a|b|c}", {"a, b", "b, a", "a, c", "c, a", "b, c", "c, b"}),
+        ("{2$$ and $$a|b}", {"a and b", "b and a"}),
+        ("{2$$ | $$a|b}", {"a | b", "b | a"}),
+        ("{2$$$$a|b}", {"ab", "ba"}),
+        ("{1-2$$a|b}", {"a", "b", "a, b", "b, a"}),
+        ("{ 1 - 2 $$a|b}", {"a", "b", "a, b", "b, a"}),
+        ("{-1$$a|b}", {"a", "b"}),
+        ("{2-$$a|b}", {"a, b", "b, a"}),
+        ("x{0$$a|b}", {"x"}),
+        ("{0-1$$a|b} x", {"x", "a x", "b x"}),
+        ("{9$$a|b}", {"a, b", "b, a"}),
+        ("{2$$a|0::b|c}", {"a, c", "c, a"}),
+        ("{2$${a|b}|c}", {"a, c", "c, a", "b, c", "c, b"}),
+        ("{2$$__n__}", {"1, 2", "2, 1", "1, 3", "3, 1", "2, 3", "3, 2"}),
+        ("{2$$__n__|4::x}", {f"{n}, x" for n in "123"} | {f"x, {n}" for n in "123"}),
+        ("{$5|$10}", {"$5", "$10"}),
+    ],
+)
+def test_a_count_is_of_different_alternatives(lists, written, drawn):
+    assert set(expand([written], folder=lists(n="1\n2\n3"))) == drawn
+
+
+def test_what_has_more_weight_is_chosen_sooner():
+    many = "{" + "|".join(map(str, range(10000))) + "}"
+    firsts = Counter(prompt.split(",")[0] for prompt in expand([f"{{2$$8::a|b|c}}, {many}"], 1000))
+    assert 0.75 < firsts["a"] / 1000 < 0.85
 
 
 def test_fixed_lines_come_once_unchanged_and_in_order():
@@ -172,46 +297,190 @@ def test_the_users_list_wins_over_the_built_in_one(lists):
 
 
 @pytest.mark.parametrize(
-    ("line", "found", "missing"), [("a {b|c", "{", "}"), ("a b} c", "}", "{"), ("{a|{b}", "{", "}")]
+    "name", ["動物", "mein tier", "v1.5", "été", "a-b_c", "собака", "under_in_my animals", "_mine", "a+b,c (d)"]
 )
-def test_a_lone_brace_is_refused(line, found, missing):
-    with pytest.raises(PromptError, match=re.escape(f'A {found} has no {missing} in the line "{line}"')):
-        expand(["fine", line], 1, 0)
+def test_lists_have_names_of_any_script(lists, name):
+    folder = lists(**{name: "owl"})
+    written = name.replace("_in_", "/")
+    assert expand([f"(__{written}__:1.2)", f"的__{written}__在", f"an__{written}__s"], folder=folder) == [
+        "(owl:1.2)",
+        "的owl在",
+        "anowls",
+    ]
+    decomposed = unicodedata.normalize("NFD", written)
+    assert expand([f"__{decomposed}__"], folder=folder) == ["owl"]
 
 
-def test_a_lone_brace_in_a_list_is_refused_with_the_list(lists):
-    with pytest.raises(PromptError, match=r'in the line "b\{" of the list mine'):
-        expand(["{1000::x|__mine__}"], 1, 0, lists(mine="a\nb{"))
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        ("birds/*", {"owl", "heron", "swan"}),
+        ("b*", {"owl", "heron", "swan"}),
+        ("*/deep/?", {"heron"}),
+        ("*/deep/*", {"heron", "swan"}),
+        ("*", {"owl", "heron", "swan", "cat", "tern"}),
+        ("swans", {"swan"}),
+        ("s[1]", {"tern"}),
+    ],
+)
+def test_patterns_and_names_in_subfolders_are_all_lists_that_fit(lists, name, drawn):
+    birds = {"birds_in_a": "owl", "birds_in_deep_in_b": "heron", "birds_in_deep_in_swans": "swan"}
+    folder = lists(**birds, cat="cat", **{"terns_in_s[1]": "tern"})
+    assert set(expand([f"__{name}__"], folder=folder)) == drawn
 
 
-def test_choices_that_can_choose_nothing_are_refused():
-    with pytest.raises(PromptError, match=r'All weights of a choice are 0 in the line "{0::a\|0.0::b}"'):
-        expand(["{0::a|0.0::b}"], 1, 0)
+def test_patterns_are_of_built_in_lists_where_no_own_list_fits(lists):
+    both = {*BUILT_IN["warm_color"], *BUILT_IN["cool_color"]}
+    assert set(expand(["__?*m_color__", "__c*l_color__"], folder=lists(red="my red"))) <= both
+    assert expand(["__c*l_color__"], folder=lists(cool_color="my blue")) == ["my blue"]
+
+
+@pytest.mark.parametrize("written", ["__mine__", "__m*__", "{1$$__mine__}"])
+def test_lines_of_a_list_have_weights(lists, written):
+    folder = lists(mine=" 3 ::red\nblue\n0::grey\n0.5::dark green\nratio::x", n="\n".join(map(str, range(10000))))
+    counts = Counter(prompt.split()[0] for prompt in expand([f"{written} __n__"], 1200, 0, folder))
+    assert set(counts) == {"red", "blue", "dark", "ratio::x"}
+    assert 2 < counts["red"] / counts["blue"] < 4.5
+    assert 1.3 < counts["blue"] / counts["dark"] < 3
+
+
+def test_lists_are_no_others_than_text_files(lists):
+    folder = lists(bird="owl")
+    (folder / "my_own.yaml").write_text("- cat")
+    unknown = refused("__my_own__", folder)
+    assert "Lists in YAML and JSON aren't read (my_own); write each as a text file" in unknown
+
+
+# Variables.
+
+
+@pytest.mark.parametrize(
+    ("written", "drawn"),
+    [
+        ("${v={a|b}}${v}${v}", {"aa", "ab", "ba", "bb"}),
+        ("${v=!{a|b}}${v}${v}", {"aa", "bb"}),
+        ("${ v = a } ${v} [${ v }]", {"a [a]"}),
+        ("${v:c}", {"c"}),
+        ("${v:{c|d}}", {"c", "d"}),
+        ("${v:}x", {"x"}),
+        ("${v=a}${v:c}", {"a"}),
+        ("${v=a}${v?=b}${v}", {"a"}),
+        ("${v?=b}${v}", {"b"}),
+        ("${v=a}${v=${v}b}${v}", {"ab"}),
+        ("${v=a}${w=${v}}${v=b}${w}${v}", {"ab"}),
+        ("${größe-2=a}{${größe-2}|x}", {"a", "x"}),
+        ("${v=a}__uses__", {"a wing", "no wing"}),
+        ("__sets__ ${v:outside}", {"inside outside"}),
+        ("${v=!__uses_default__}${v}${v}", {"99"}),
+    ],
+)
+def test_variables(lists, written, drawn):
+    folder = lists(uses="${v} wing\nno wing", sets="${v=inside}${v}", uses_default="${n:9}")
+    assert set(expand([written], folder=folder)) == drawn
+
+
+@pytest.mark.parametrize("written", ["${v}", "{a|b${v}}", "${v}${v=a}", "${v=${v}}", "${w:${v}}", "{2$$${v}|a}"])
+def test_a_variable_without_a_value_is_refused(written):
+    assert "The variable v has no value in line 2 of mine.txt" in refused(written)
+
+
+def test_a_variable_that_a_list_needs_is_refused_with_the_line_of_the_list(lists):
+    folder = lists(uses="x\n${v} wing", over="__uses__")
+    with pytest.raises(PromptError, match=r'variable v has no value in line 2 of .*uses.txt \("\${v} wing"\); set it'):
+        expand(["{1000::x|__over__}"], folder=folder)
+    assert expand(["${v=a}__over__"], folder=folder)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("written", "why"),
+    [
+        ("a {b|c", r"A { has no } in line 2 of mine.txt ("),
+        ("a b} c", "A } has no {"),
+        ("{a|{b}", "A { has no }"),
+        ("{0::a|0.0::b}", "All weights of a choice are 0"),
+        ("{" + "9" * 400 + "::a|b}", "weights of a choice are far too large"),
+        ("{-1::a|b}", "A :: is not after a weight"),
+        ("{::a|b}", "A :: is not after a weight"),
+        ("{50%::a|b}", "A :: is not after a weight"),
+        ("{__animal__::a|b}", "A :: is not after a weight"),
+        ("3::a", "A weight stands before a prompt"),
+        ("{3-1$$a|b}", "A count goes from 3 to 1"),
+        ("{-0$$a|b}", "A count goes from 1 to 0"),
+        ("2$$a|b", "A $$ that isn't after a count"),
+        ("{x$$a|b}", "A $$ that isn't after a count"),
+        ("{2$$a|b$$c}", "A $$ that isn't after a count"),
+        ("{2$$__animal__$$a|b}", "A $$ that isn't after a count"),
+        ("{99999999999999999999$$a|b}", "A $$ that isn't after a count"),
+        ("{~a|b}", "A sampler"),
+        ("{ @a|b}", "A sampler"),
+        ("__!animal__", "A sampler"),
+        ("3#__animal__", "A list with a number of times"),
+        ("__animal(v=a)__", "A list with values for variables"),
+        ("{% if a %}", "A Jinja template"),
+        ("a /* b */", "A comment between /* and */"),
+        ("${v=a|b}", "A | stands in a variable"),
+        ("{a|${v=b}}", "A variable is set inside of braces"),
+        ("${=b}", "A ${ that doesn't begin a variable"),
+        ("${5|10}", "A ${ that doesn't begin a variable"),
+        ("${v=3::a}", "A :: is not after a weight"),
+        ("__", "Two underscores that don't make a list"),
+        ("a ____ b", "Two underscores that don't make a list"),
+        ("__animal_", "Two underscores that don't make a list"),
+        ("the __ and the __", "Two underscores with a space after them"),
+        ("__brid__", "There is no wildcard list brid"),
+        ("my__style__v2", "There is no wildcard list style"),
+        ("__brids/*__", "There is no wildcard list brids/*"),
+        ("__/etc/passwd__", "There is no wildcard list /etc/passwd"),
+    ],
+)
+def test_what_can_not_be_understood_is_refused_by_line(written, why):
+    assert why in refused(written)
+
+
+def test_a_line_of_a_list_is_refused_with_the_file_and_its_number(lists):
+    with pytest.raises(PromptError, match=r'A { has no } in line 3 of .*mine.txt \("b\{"\)'):
+        expand(["{1000::x|__mine__}"], 1, 0, lists(mine="a\n# comment\nb{"))
+
+
+@pytest.mark.parametrize(("text", "total"), [("0::a\n0::b", "0"), ("9" * 400 + "::a", "inf")])
+def test_weights_of_a_list_that_can_choose_nothing_are_refused(lists, text, total):
+    with pytest.raises(PromptError, match=r"weight.* (is far too large|of the list mine are 0 together)"):
+        expand(["__mine__"], folder=lists(mine=text))
 
 
 def test_an_unknown_list_is_refused_even_if_it_might_not_be_drawn(lists):
     folder = lists(bird="owl", sea_in_fish="cod")
-    unknown = r'no wildcard list brid for the line "{1000::a\|__brid__}".* has bird, sea/fish; built in are a_color, '
-    with pytest.raises(PromptError, match=unknown) as error:
-        expand(["{1000::a|__brid__}"], 1, 0, folder)
-    assert str(folder) in str(error.value)
-    with pytest.raises(PromptError, match="No folder with lists was given; built in are"):
-        expand(["__brid__"], 1, 0)
+    unknown = refused("{1000::a|__brid__}", folder)
+    assert "no wildcard list brid for line 2 of mine.txt" in unknown
+    assert f"{folder} has bird, sea/fish; built in are a_color, " in unknown
+    assert "No folder with lists was given; built in are" in refused("__brid__")
 
 
-def test_no_list_is_read_from_outside_the_folder(lists):
+@pytest.mark.parametrize("name", ["../secret", "{}/secret", "lists/../../secret", "..", "./mine"])
+def test_no_list_is_read_from_outside_the_folder(lists, name):
     folder = lists(mine="x")
     (folder.parent / "secret.txt").write_text("secret")
-    line = f"__../secret__ __{folder.parent}/secret__"
-    assert expand([line], 1, 0, folder) == [line]
+    assert "There is no wildcard list" in refused(f"__{name.format(folder.parent)}__", folder)
+
+
+def test_a_link_that_leads_out_of_the_folder_is_refused(lists):
+    folder = lists(mine="x")
+    (folder.parent / "secret.txt").write_text("secret")
+    (folder / "link.txt").symlink_to(folder.parent / "secret.txt")
+    with pytest.raises(PromptError, match=r"link.txt leads out of the folder of wildcard lists"):
+        expand(["__link__"], folder=folder)
 
 
 @pytest.mark.parametrize(
-    ("line", "circle"), [("__a__", "a -> b -> a"), ("__start__", "a -> b -> a"), ("__c__", "c -> c")]
+    ("line", "circle"),
+    [("__a__", "a -> b -> a"), ("__start__", "a -> b -> a"), ("__c__", "c -> c"), ("__d__", "d -> d")],
 )
 def test_lists_that_go_in_circles_are_refused(lists, line, circle):
-    folder = lists(a="x\ny {z|__b__}", b="__a__", c="deep __c__\nend", start="{1|__a__}")
-    with pytest.raises(PromptError, match=rf"go in circles \({circle}\) in the line "):
+    folder = lists(a="x\ny {z|__b__}", b="__a__", c="deep __c__\nend", start="{1|__a__}", d="${v=__*d__}x")
+    with pytest.raises(PromptError, match=rf"go in circles \({circle}\) in line "):
         expand([line], 1, 0, folder)
 
 
@@ -225,6 +494,75 @@ def test_a_folder_or_a_list_that_can_not_be_read_is_refused(lists, tmp_path):
         expand(["a"], 1, 0, tmp_path / "nowhere")
     with pytest.raises(PromptError, match=r"mine.txt holds no prompts"):
         expand(["__mine__"], 1, 0, lists(mine="# nothing"))
+
+
+def test_prompts_that_are_all_empty_are_refused():
+    assert expand(["{}", "a"]) == ["a"]
+    with pytest.raises(PromptError, match=r'Every prompt .* is empty, from line 1 of mine.txt \("{\|}"\) on'):
+        expand(["{|}", "{0$$a}"])
+
+
+@pytest.mark.parametrize("depth", [51, 5000])
+@pytest.mark.parametrize(("left", "right"), [("{", "}"), ("${v:", "}"), ("{a|", "|b}")])
+def test_braces_may_be_nested_but_not_without_end(depth, left, right):
+    assert expand([left * 50 + "x" + right * 50])
+    assert "There are braces in braces, more than 50 deep" in refused(left * depth + "x" + right * depth)
+    assert "more than 50 deep" in refused(left * depth)
+
+
+def test_lists_may_lead_to_lists_but_not_without_end(lists):
+    folder = lists(l0="x", **{f"l{n}": f"${{v=!__l{n - 1}__}}${{v}}" for n in range(1, 51)})
+    assert expand(["__l49__"], 1, folder=folder) == ["x"]
+    with pytest.raises(PromptError, match=r"Lists lead to lists, more than 50 deep, in line 1 of .*l1.txt"):
+        expand(["__l50__"], folder=folder)
+    folder = lists(**{f"l{n}": "{" * 50 + f"__l{n - 1}__" + "}" * 50 for n in range(1, 50)})
+    assert expand(["__l49__"], 1, folder=folder) == ["x"]
+
+
+@pytest.mark.parametrize("last", ["x", "{|}", "${v:}"])
+def test_a_prompt_that_grows_without_measure_is_refused(lists, last):
+    folder = lists(l0=last, **{f"l{n}": f"__l{n - 1}____l{n - 1}__" for n in range(1, 45)})
+    assert "takes more than 20000 characters and choices" in refused("{2-$$__l44__|__l44__}", folder)
+    assert "takes more than 20000" in refused("${v=xx}" + "${v=${v}${v}}" * 40 + "${v}")
+    assert "takes more than 20000" in refused("x" * 20_001)
+
+
+def test_broken_syntax_is_refused_or_drawn_whole_and_nothing_else(lists):
+    """Random strings of syntax: what is drawn has none of it left, whatever can't be understood is a PromptError."""
+    folder = lists(a="owl\n3::{fox|cat}", b_in_c="__a__ ${v:x}\n{2$$y|z}", d="${v}")
+    syntax = ["{", "{", "}", "}", "|", "|", "::", "3::", "0::", "$$", "2$$", "1-2$$", "-", "__", "__a__", "__b/*__"]
+    syntax += ["__d__", "${v=", "${v=!", "${v:", "${v}", "}", "*", "~", "#", "@", "%", "(w:1.2)", "a", "é", " "]
+    syntax += ["{a|", "|b}", "{2$$", "{3::a|", "{__a__|b}", "${v={a|b}}", "{1-2$$__a__}", "\\::"]
+    rng, counts = random.Random(0), Counter()
+    for _ in range(3000):
+        line = "".join(rng.choices(syntax, k=rng.randint(1, 7)))
+        try:
+            prompts = expand([line, "fine"], 3, 0, folder)
+        except PromptError as error:
+            counts["refused"] += 1
+            counts["without a line"] += not re.search(r"line [12] of (mine|.*/d)\.txt", str(error))
+        else:
+            counts["drawn"] += 1
+            assert not [prompt for prompt in prompts if re.search(r"[{}]|__|\$[{$]", prompt)], line
+    assert counts["without a line"] == 0
+    assert min(counts["drawn"], counts["refused"]) > 300
+
+
+# Negative prompts.
+
+
+def test_empty_negative_prompts_stay():
+    lines = numbered(["", "bad", "", "{low|worst} quality"], "--negative")
+    assert sorted(expand_negatives(lines, 9, 0)) == ["", "", "bad", "low quality", "worst quality"]
+    assert expand_negatives(numbered([""], "--negative"), 9, 0) == [""]
+    assert expand_negatives([], 9, 0) == []
+
+
+def test_each_line_may_be_drawn_once_in_order():
+    drawn = draw_each(numbered(["a", "{b|c}", "", "a"], "negative"), 0)
+    assert drawn in (["a", "b", "", "a"], ["a", "c", "", "a"])
+    with pytest.raises(PromptError, match=r"A { has no } in line 1 of negative"):
+        draw_each(numbered(["{a"], "negative"), 0)
 
 
 # The built-in generator.

@@ -12,10 +12,11 @@ from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, S
 from comfyui_agd.training import recording as module
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.pool import TrajectoryPool
+from comfyui_agd.training.progress import Progress
 from comfyui_agd.training.recording import Recording, RecordingError, size_in_bytes
 from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.run_state import DifferentRun
-from comfyui_agd.training.trainer import train
+from comfyui_agd.training.trainer import Callbacks, train
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,13 @@ def short_shards(monkeypatch):
 
 
 def make(folder: Path, config=CONFIG, batches: int = CONFIG.iterations, progress=lambda done, total: None) -> Recording:
-    return Job(AnalyticModel(), PROMPTS, config, folder, [""]).record(batches, progress)
+    """`progress`: of the batches."""
+
+    def of_phase(told: Progress) -> None:
+        if told.phase == "record":
+            progress(told.step, told.total)
+
+    return Job(AnalyticModel(), PROMPTS, config, folder, [""]).record(batches, Callbacks(of_phase))
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +58,8 @@ def test_training_from_a_recording_is_online_training(recorded, monkeypatch):
     seen, real = {"online": [], "recorded": []}, module.RecordedBatches.next
 
     def watch(kind, next_):
-        def next_and_keep(self, step):
-            batch = next_(self, step)
+        def next_and_keep(self, *args):
+            batch = next_(self, *args)
             seen[kind].append(batch)
             return batch
 
@@ -133,7 +140,7 @@ def test_an_interrupted_recording_goes_on_to_the_same_shards(recorded, tmp_path,
         make(tmp_path / "r", progress=interrupt)
     done = []
     resumed = make(tmp_path / "r", progress=lambda d, total: done.append(d))
-    assert done[0] == (stop - 1 if stop % 4 == 0 else stop) // 4 * 4 + 1  # from the last whole shard on
+    assert done[0] == (stop - 1 if stop % 4 == 0 else stop) // 4 * 4  # from the last whole shard on
     whole = Recording.open(recorded)
     assert checksums(resumed) == checksums(Recording.open(tmp_path / "r")) == checksums(whole)
     assert resumed.evaluations == whole.evaluations
@@ -228,7 +235,9 @@ def test_a_full_disk_keeps_whole_shards(folder, recorded, tmp_path):
     make(tmp_path / "r", wide, batches=4)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max(shard, pool), before[1]))
     try:
-        with pytest.raises(RecordingError, match=r"shard-00001\.safetensors could not be written .*; make room there"):
+        with pytest.raises(
+            RecordingError, match=r"same command goes on.*shard-00001\.safetensors could not be .*; make room"
+        ):
             make(tmp_path / "r", wide)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

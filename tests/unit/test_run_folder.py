@@ -2,19 +2,35 @@
 
 import errno
 import json
+import os
+import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.atomic import NotWritten, replacing, write_text
+from comfyui_agd.agd_core.config import BaseInfo
+from comfyui_agd.agd_core.errors import AGDError
+from comfyui_agd.tests.support.small import info_for, small_layers
 from comfyui_agd.training.run_folder import RunFolder, RunFolderError, folder_of
 
 
 @pytest.fixture
 def folder(tmp_path):
     files = RunFolder(tmp_path / "a.run")
-    files.prepare()
-    yield files
-    files.close()
+    with files.held():
+        yield files
+
+
+@pytest.fixture
+def adapter_and_info():
+    info = info_for(BaseInfo("Small", "EPS", small_layers(), {}), hidden=512)
+    return Adapter(info.config), info
 
 
 def lines(folder: RunFolder) -> list[dict]:
@@ -63,53 +79,118 @@ def test_a_state_that_would_run_code_is_not_loaded(folder):
         folder.load_run_state()
 
 
-def test_remains_of_a_killed_process_are_removed(folder):
-    remains = [folder.path / ".state-000005.pt.abc.part", folder.path / "previews" / ".step-000005.png.abc.part"]
-    for path in remains:
+def test_remains_of_a_killed_process_are_removed_and_what_is_not_ours_stays(tmp_path):
+    files = RunFolder(tmp_path / "a.run")
+    with files.held():
+        files.save_run_state(5, {"step": 5}, keep=2)
+    notes = [files.path / "notes.txt", files.path / "notes.part", files.path / "state-mine.pt"]
+    remains = [files.path / ".state-000005.pt.abc.part", files.path / "previews" / ".step-000005.png.abc.part"]
+    for path in [*notes, *remains]:
         path.write_bytes(b"half")
-    folder.save_run_state(5, {"step": 5}, keep=2)
-    folder.prepare()
-    assert not any(path.exists() for path in remains)
-    assert folder.load_run_state() == {"step": 5}
+    with files.held():
+        assert not any(path.exists() for path in remains)
+        assert files.load_run_state() == {"step": 5}
+        files.clear()
+    assert all(path.exists() for path in notes)
 
 
 def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
     (tmp_path / "a.run").write_text("a file")
-    with pytest.raises(
-        RunFolderError, match=r"^The training's folder can't be written to: choose another output.*a\.run"
+    with (
+        pytest.raises(
+            RunFolderError, match=r"^The training's folder can't be written to: choose another output.*a\.run"
+        ),
+        RunFolder(tmp_path / "a.run").held(),
     ):
-        RunFolder(tmp_path / "a.run").prepare()
+        pass
 
 
-def full_disk(state, path):
-    """What torch.save leaves behind and raises when the disk is full; tests can't fill every machine's."""
-    with open(path, "wb") as file:
-        file.write(b"half a state")
-    raise OSError(errno.ENOSPC, "No space left on device")
+def full_disk(state, file):
+    """What torch.save writes and raises when the disk is full; tests can't fill every machine's."""
+    file.write(b"half a state")
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    finally:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 
 
-def test_a_full_disk_keeps_the_older_state_and_says_so(folder, monkeypatch):
+SAYS = r"state of step 10 could not be saved; the same training goes on from step 5\. Details: .*state-000010\.pt "
+SAYS += r"could not be written "
+
+
+def test_a_full_disk_keeps_the_older_state_and_says_what_it_takes(folder, monkeypatch):
     folder.save_run_state(5, {"step": 5}, keep=1)
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(RunFolderError, match=r"state of step 10 could not be saved .*No space left.* make room"):
-        folder.save_run_state(10, {"step": 10}, keep=1)
+    found = SAYS + r"\(No space left on device\): it takes 4,000,000 bytes, and [\d,]+ are free there"
+    with pytest.raises(RunFolderError, match=found):
+        folder.save_run_state(10, {"step": 10, "x": [torch.zeros(1_000_000)]}, keep=1)
     assert folder.load_run_state() == {"step": 5}
     assert list(folder.path.glob(".*.part")) == []
 
 
-def test_a_write_that_ends_half_way_keeps_the_older_state(folder):
-    """torch's own writer at a real limit: that of the process on the size of a file."""
+@pytest.fixture
+def small_files():
+    """A real limit of the process on the size of a file, which its writers meet as a full disk: 100 kB."""
     resource = pytest.importorskip("resource", reason="Windows has no such limit")
-    folder.save_run_state(5, {"step": 5}, keep=1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
-    try:
-        with pytest.raises(RunFolderError, match=r"state of step 10 could not be saved .* make room"):
-            folder.save_run_state(10, {"step": 10, "x": torch.zeros(1_000_000)}, keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_is_free_counts_what_was_written_so_far(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+
+    def fill() -> None:
+        with replacing(tmp_path / "a", 5_000_000) as temporary:
+            Path(temporary).write_bytes(bytes(2000))
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(NotWritten, match="it takes 5,000,000 bytes, and 3,000 are free there"):
+        fill()
+
+
+def test_a_write_that_ends_half_way_keeps_the_older_state(folder, small_files):
+    folder.save_run_state(5, {"step": 5}, keep=1)
+    with pytest.raises(RunFolderError, match=SAYS + r"\(File too large\)") as refused:
+        folder.save_run_state(10, {"step": 10, "x": torch.zeros(1_000_000)}, keep=1)
+    assert "inline_container" not in str(refused.value)
     assert folder.load_run_state() == {"step": 5}
     assert list(folder.path.glob(".*.part")) == []
+
+
+def test_everything_else_that_a_run_writes_says_the_same_of_a_full_disk(folder, small_files, adapter_and_info):
+    noise = Image.frombytes("RGB", (512, 512), random.Random(0).randbytes(3 * 512 * 512))
+    writes = {
+        "report.txt": lambda path: folder.save_text(path.name, "x" * 200_000),
+        "previews/step.png": lambda path: folder.save_image("previews/step.png", noise),
+        "metrics.jsonl": lambda path: folder.add_metrics(1, text="x" * 200_000),
+        "best.safetensors": lambda path: adapter_file.save(path, *adapter_and_info),
+    }
+    for name, write in writes.items():
+        path = folder.path / name
+        with pytest.raises(
+            AGDError, match=rf"{name} could not be written \(.*\): it takes [\d,]+ bytes, and [\d,]+ are free"
+        ):
+            write(path)
+        assert name == "metrics.jsonl" or not path.exists()
+    assert list(folder.path.rglob("*.part")) == []
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_write_that_fails_at_its_end_leaves_nothing(tmp_path, monkeypatch, fails):
+    write_text(tmp_path / "a.txt", "before")
+    monkeypatch.setattr(os, fails, lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(NotWritten, match=r"a\.txt could not be written \(Input/output error\): it takes 5 bytes"):
+        write_text(tmp_path / "a.txt", "after")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "before"
+
+
+def test_a_disk_that_knows_no_modes_is_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "chmod", lambda *_: (_ for _ in ()).throw(PermissionError("no")))
+    write_text(tmp_path / "a.txt", "text")
+    assert (tmp_path / "a.txt").read_text() == "text"
 
 
 def test_metrics_go_on_after_the_state_that_was_loaded(folder):
@@ -128,9 +209,17 @@ def test_metrics_go_on_after_the_state_that_was_loaded(folder):
     assert lines(folder) == []
 
 
+@pytest.mark.parametrize("line", ["[1]", "7", "null", '{"loss": 1.0}', '{"step": "2"}', "[" * 100_000, "\xff\xfe"])
+def test_lines_of_metrics_that_are_not_ours_are_dropped(folder, line):
+    (folder.path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n' + line.encode("latin1") + b"\n")
+    folder.start_metrics(2, measured=True)
+    assert lines(folder) == [{"step": 1, "loss": 1.0}]
+
+
 def test_a_finished_run_keeps_its_records_but_no_states(folder):
     folder.save_run_state(5, {"step": 5}, keep=2)
     (folder.path / "best.safetensors").write_bytes(b"an adapter")
     folder.start_metrics(0, measured=False)
     folder.clear()
-    assert [path.name for path in folder.path.iterdir() if path.is_file()] == ["metrics.jsonl"]
+    found = [path.name for path in folder.path.iterdir() if path.is_file() and not path.name.startswith(".")]
+    assert sorted(found) == ["holder.txt", "metrics.jsonl"]

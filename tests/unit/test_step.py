@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, TOKENS, AnalyticModel, assert_close
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, TOKENS, AnalyticModel, Stopped, assert_close, stop_after
 from comfyui_agd.tests.support.small import randomised
 from comfyui_agd.training.distributed import Ranks
 from comfyui_agd.training.memory import BothPredictions
 from comfyui_agd.training.model import EncodedPrompts
 from comfyui_agd.training.pool import Batch
+from comfyui_agd.training.run_folder import RunFolder
 from comfyui_agd.training.run_setup import RunOptions, new_adapter
 from comfyui_agd.training.run_state import RunState
 from comfyui_agd.training.trainer import train
@@ -255,3 +256,14 @@ def test_in_fp16_neither_small_nor_large_gradients_are_lost(size, monkeypatch):
         found.append(gradients(parts) / size)
     assert found[0].isfinite().all()
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2 * found[1].abs().max().item())
+
+
+@pytest.mark.parametrize(("first", "then"), [(HalfModel, AnalyticModel), (AnalyticModel, HalfModel)])
+def test_a_run_that_goes_on_in_another_precision_begins_with_its_scale_of_the_loss(tmp_path, first, then):
+    folder, config = RunOptions(folder=tmp_path / "a.run"), replace(UNMEASURED, kind="scale")
+    with pytest.raises(Stopped):
+        train(first(), PROMPTS, config, stop_after(5), options=folder)
+    with pytest.raises(Stopped):
+        train(then(), PROMPTS, replace(config, precision="bf16"), stop_after(6), options=folder)
+    saved = RunFolder(folder.folder).load_run_state()
+    assert (saved["step"], saved["loss_scale"] > 1) == (6, then is HalfModel)

@@ -76,5 +76,5 @@ def test_a_base_without_one_is_refused():
 
 @pytest.mark.parametrize("vector", [-1, 4096])
 def test_its_width_has_limits(vector):
-    with pytest.raises(ValueError, match=rf"vector is {vector}, but must be a whole number from 0 to 512"):
+    with pytest.raises(ValueError, match=rf"vector is {vector}, but must be from 0 to 512"):
         kind_config("low_rank", vector=vector)

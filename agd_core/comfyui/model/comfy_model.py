@@ -43,7 +43,7 @@ class ComfyModel:
             other, is_own = other_expert
             self.denoiser = TwoExperts(self._model, with_original_parts(other).clone(), is_own, autocast, frames)
         self.text_encoder = ComfyTextEncoder(clip, self._model)
-        self.memory = ComfyMemory(self._model, self.denoiser, self.text_encoder)
+        self.memory = ComfyMemory(self._model, self.denoiser)
 
     def picture(self, latent: torch.Tensor) -> Image.Image:
         """A latent (1, c, h, w) as the sampler leaves it, as a picture: decoded, or approximated without a VAE."""

@@ -1,6 +1,5 @@
 """A ComfyUI MODEL as the trainer sees it: noise levels, evaluations of the frozen base and of the student."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from ...adapter import Adapter
 from ...config import AdapterConfig
 from ...guidance import per_row
+from ...text import logger
 from ..apply_model import register
 from ..backbones import Backbone, backbone_of, check_adapter
 from ..fused_attention import FUSED_ATTENTION
@@ -28,7 +28,7 @@ from .activation_checkpointing import checkpointed
 from .text_encoder import EncodedPrompt
 from .trainable import trainable
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @contextmanager
@@ -202,7 +202,7 @@ class ComfyDenoiser:
     def conditions(self, prompts: Sequence[EncodedPrompt], shape: Sequence[int]) -> dict:
         """The arguments of `apply_model` for one prompt per row of latents of `shape` (b, c, h, w).
 
-        The prompts are of lengths that ComfyUI evaluates together.
+        The prompts are of lengths that ComfyUI evaluates together: shorter ones are repeated to a common multiple.
         """
         return comfy.samplers.cond_cat(self._rows_of(prompts, shape))  # apply_model brings them to the device
 
@@ -219,15 +219,14 @@ class ComfyDenoiser:
         return rows
 
     def _together(self, shape: Sequence[int], *prompts: Sequence[EncodedPrompt]) -> Iterator[tuple[list[int], list]]:
-        """Groups of rows that ComfyUI would evaluate together, for their prompts are of lengths that allow it.
+        """Groups of rows whose prompts are of equal lengths, so that no token is evaluated that isn't a prompt's own.
 
         Gives the rows' numbers, and of each kind of `prompts` the arguments of `apply_model`.
         """
         each = [self._rows_of(own, shape) for own in prompts]
         groups: list[list[int]] = []
         for row in range(shape[0]):
-            fitting = (g for g in groups if all(comfy.samplers.cond_equal_size(own[g[0]], own[row]) for own in each))
-            group = next(fitting, None)
+            group = next((g for g in groups if all(_equal_lengths(own[g[0]], own[row]) for own in each)), None)
             if group is None:
                 groups.append([row])
             else:
@@ -275,6 +274,15 @@ class ComfyDenoiser:
             options = with_adapter(self._options, adapter, omega[rows], wanted, *unwanted)
             parts[tuple(rows)] = self.evaluate(x[rows], sigma[rows], wanted, options)
         return in_order(parts)
+
+
+def _equal_lengths(one: dict, other: dict) -> bool:
+    """Whether ComfyUI would evaluate two rows' conditions together, without repeating the tokens of either.
+
+    It repeats to the least common multiple of all lengths, which of 2, 3 and 4 chunks of CLIP's is 12, though it
+    compares two at a time.
+    """
+    return comfy.samplers.cond_equal_size(one, other) and all(one[key].size() == other[key].size() for key in one)
 
 
 def in_order(parts: dict[tuple[int, ...], torch.Tensor]) -> torch.Tensor:

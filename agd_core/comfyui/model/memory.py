@@ -15,16 +15,14 @@ from .activation_checkpointing import largest_block_bytes
 from .denoiser import ComfyDenoiser, options_of, with_adapter
 from .experts import TwoExperts
 from .loading import loaded_models
-from .text_encoder import ComfyTextEncoder
+from .text_encoder import EncodedPrompt
 
 
 class ComfyMemory:
     """Implements `training.model.DeviceMemory`."""
 
-    def __init__(
-        self, model: comfy.model_patcher.ModelPatcher, denoiser: ComfyDenoiser, text_encoder: ComfyTextEncoder
-    ):
-        self._model, self._denoiser, self._text_encoder = model, denoiser, text_encoder
+    def __init__(self, model: comfy.model_patcher.ModelPatcher, denoiser: ComfyDenoiser):
+        self._model, self._denoiser = model, denoiser
         self._other = denoiser.other if isinstance(denoiser, TwoExperts) else None
         self.device = denoiser.device
 
@@ -69,38 +67,34 @@ class ComfyMemory:
         return [self._denoiser, *([] if self._other is None else [self._other])]
 
     def trace_student(
-        self, config: AdapterConfig, shape: tuple[int, ...], rows: int, checkpointing: bool
+        self, config: AdapterConfig, shape: tuple[int, ...], rows: int, checkpointing: bool, prompt: EncodedPrompt
     ) -> tracing.Traced:
         """What the student's forward and backward pass take for `rows` latents of `shape`; nothing is computed.
 
-        Here and in `trace_base` the prompt is the last that was encoded.
+        `prompt`: of all rows, and the negative one too.
         """
         self._denoiser.check_adapter(config)
-        conds, options = self._example_conditions(self._denoiser, shape, rows), options_of(self._model)
+        conds, options = self._denoiser.conditions([prompt] * rows, (rows, *shape)), options_of(self._model)
 
         def evaluate(adapter: Adapter, x: torch.Tensor, sigma: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
             return self._denoiser.evaluate(x, sigma, conds, with_adapter(options, adapter, omega, conds, conds))
 
         return tracing.student(self._model.model, evaluate, config, shape, rows, checkpointing=checkpointing)
 
-    def trace_base(self, shape: tuple[int, ...], rows: int) -> tracing.Traced:
+    def trace_base(self, shape: tuple[int, ...], rows: int, prompt: EncodedPrompt) -> tracing.Traced:
         """As `trace_student`, for an evaluation of the base: of two experts by the one that takes more."""
-        found = [self._trace(denoiser, shape, rows) for denoiser in self._experts]
+        found = [self._trace(denoiser, shape, rows, prompt) for denoiser in self._experts]
         return tracing.Traced(max(each.peak_bytes for each in found), max(each.flops for each in found))
 
-    def _trace(self, denoiser: ComfyDenoiser, shape: tuple[int, ...], rows: int) -> tracing.Traced:
-        conds, options = self._example_conditions(denoiser, shape, rows), options_of(denoiser.model)
+    def _trace(
+        self, denoiser: ComfyDenoiser, shape: tuple[int, ...], rows: int, prompt: EncodedPrompt
+    ) -> tracing.Traced:
+        conds, options = denoiser.conditions([prompt] * rows, (rows, *shape)), options_of(denoiser.model)
 
         def evaluate(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             return denoiser.evaluate(x, sigma, conds, options)
 
         return tracing.base(denoiser.model.model, evaluate, shape, rows)
-
-    def _example_conditions(self, denoiser: ComfyDenoiser, shape: tuple[int, ...], rows: int) -> dict:
-        example = self._text_encoder.last_encoded
-        if example is None:
-            raise ValueError("Evaluations are traced with the last prompt that was encoded; encode one before.")
-        return denoiser.conditions([example] * rows, (rows, *shape))
 
     def matmul_rate(self) -> float:
         """FLOP/s of a large matrix product in the dtype that the base computes in."""

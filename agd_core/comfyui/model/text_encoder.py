@@ -14,37 +14,49 @@ import torch
 from ..backbones import backbone_of, describe_base
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """What the text encoder made of a prompt, on the CPU; `kind` is "positive" or "negative"."""
+    """What the text encoder made of a prompt, on the CPU; `kind` is "positive" or "negative", `text` the prompt.
+
+    Equal to itself alone.
+    """
 
     cond: dict
     kind: str
+    text: str = ""
 
 
 class ComfyTextEncoder:
-    """Implements `training.model.TextEncoder`. `last_encoded`: a prompt to trace evaluations with."""
+    """Implements `training.model.TextEncoder`."""
 
     def __init__(self, clip: Any, model: comfy.model_patcher.ModelPatcher):
         """`model`: the base that the prompts are for."""
         self._clip, self._model = clip, model
-        self.last_encoded: EncodedPrompt | None = None
 
     def encode(self, prompts: Sequence[str], kind: str = "positive") -> list[EncodedPrompt]:
         """Prompts for pictures of any size; `kind` is "positive" or "negative"."""
-        if self._clip is None:
-            raise ValueError("This model has released its text encoder; make another one for another run.")
         dtype, encoded = self._model.model.get_dtype_inference(), []
         with torch.inference_mode(False), torch.no_grad():
             for prompt in prompts:
-                conds = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))
+                tokens = self._tokens(prompt)
+                conds = self._clip.encode_from_tokens_scheduled(tokens)
                 cond = comfy.sampler_helpers.convert_cond(conds)[0]
                 cond = backbone_of(self._model.model).condition_of(self._model.model, cond)
                 self._check_width(cond["cross_attn"])
                 # As the model will cast them; thousands of prompts wait in memory.
-                encoded.append(EncodedPrompt({**cond, "cross_attn": cond["cross_attn"].to("cpu", dtype)}, kind))
-        self.last_encoded = encoded[-1] if encoded else self.last_encoded
+                cond = {**cond, "cross_attn": cond["cross_attn"].to("cpu", dtype)}
+                encoded.append(EncodedPrompt(cond, kind, prompt))
         return encoded
+
+    def length(self, prompt: str) -> int:
+        """The tokens of a prompt, padding included, of all text encoders together: a longer one is encoded longer."""
+        return sum(len(chunk) for chunks in self._tokens(prompt).values() for chunk in chunks)
+
+    def _tokens(self, prompt: str) -> dict[str, list]:
+        """By text encoder, chunks of tokens."""
+        if self._clip is None:
+            raise ValueError("This model has released its text encoder; make another one for another run.")
+        return self._clip.tokenize(prompt)
 
     @functools.cached_property
     def _width(self) -> int | None:

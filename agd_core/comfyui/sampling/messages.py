@@ -3,10 +3,11 @@
 Warnings begin with what the user gets ("No speed-up", "Unguided"), because a node shows little more than that.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 
-log = logging.getLogger(__name__)
+from ...text import logger
+
+log = logger(__name__)
 
 Notify = Callable[[str], None]
 

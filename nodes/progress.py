@@ -1,0 +1,53 @@
+"""What a node shows of its work while it runs."""
+
+import time
+
+import comfy.model_management
+import comfy.utils
+from PIL import Image
+
+from ..agd_core.text import logger
+from ..training.progress import Progress, ProgressLines
+from .common import show_on_node
+
+log = logger(__name__)
+
+_SECONDS_BETWEEN_MESSAGES = 0.2  # a hundred a second would slow the browser down
+
+
+class NodeProgress:
+    """Shows each phase on the node, in ComfyUI's own bar and in its log, and lets an interrupt through at every report.
+
+    `below`: a text that follows on the node.
+    """
+
+    def __init__(self, node_id: str, below: str = ""):
+        self.node_id, self.below = node_id, below
+        self._preview: Image.Image | None = None
+        self._lines = ProgressLines(lambda line: log.info("AGD: %s", line))
+        self._progress: Progress | None = None  # that was shown last
+        self._begun: set[str] = set()
+        self._shown = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._lines(progress)
+        now = time.monotonic()
+        # What a phase begins with may take minutes, so that its first report isn't left out.
+        if progress.phase not in self._begun or now - self._shown >= _SECONDS_BETWEEN_MESSAGES:
+            self._begun.add(progress.phase)
+            self._shown = now
+            self._show(progress)
+
+    def show_preview(self, step: int, image: Image.Image) -> None:
+        self._preview = image
+        if self._progress is not None:
+            self._show(self._progress)
+
+    def _show(self, progress: Progress) -> None:
+        self._progress = progress
+        # Without its picture a message would take an earlier one off the node.
+        picture = ("PNG", self._preview, None) if self._preview is not None else None
+        bar = comfy.utils.ProgressBar(progress.total, node_id=self.node_id)
+        bar.update_absolute(progress.step, progress.total, picture)
+        show_on_node(self.node_id, "\n\n".join(filter(None, [progress.describe(), self.below])))
