@@ -100,23 +100,33 @@ class Adapter(nn.Module):
         dtype: torch.dtype,
         strength=1.0,
         difference: torch.Tensor | None = None,
+        time: torch.Tensor | None = None,
     ) -> Prepared:
         """omega (b,) or (1,), t (b,), context (b, m, d) -> what the layers need. `strength` multiplies the residuals.
 
-        `difference`: (b, d) of both prompts, for an adapter that changes the vector of the timestep.
-
-        Without the gain omega = 1 would not be the base itself, so residuals are dropped there.
+        `difference`: (b, d) of both prompts, for an adapter that changes the vector of the timestep; `time`: (b, e),
+        the base's own embedding of t, for one that uses it.
         """
         omega = omega.to(t.device).expand(t.shape[0]).float()
-        gain = strength * (omega - 1 if self.config.kind.gain else (omega != 1).float())
         tokens = [encoder(omega, t, dtype) for encoder in self.encoders]
-        guidance = Guidance(t.float(), torch.stack(tokens, dim=1) if tokens else None, dtype)
-        gain = gain.to(dtype)[:, None, None]
+        guidance = Guidance(omega, t.float(), time, torch.stack(tokens, dim=1) if tokens else None, dtype)
+        gain = (strength * self._gain(omega)).to(dtype)[:, None, None]
         vector = None
         if self.kind.vector is not None:
             assert difference is not None
             vector = gain[:, 0] * self.kind.vector(guidance, difference)
         return Prepared(guidance, gain, context, self.kind.prepare(guidance, context), vector)
+
+    def _gain(self, omega: torch.Tensor) -> torch.Tensor:
+        """omega (b,) -> (b,). Without a gain omega = 1 would not be the base itself, so residuals are dropped there."""
+        kind = self.config.kind
+        if kind.gain:
+            return omega - 1
+        return torch.ones_like(omega) if kind.acts_at_1 else (omega != 1).float()
+
+    def has_layer(self, name: str) -> bool:
+        """Whether that layer of the base is one of its own."""
+        return name in self._index
 
     def add_after_attention(
         self, name: str, out: torch.Tensor, h: torch.Tensor, context: torch.Tensor, prepared: Prepared

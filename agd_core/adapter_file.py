@@ -20,7 +20,7 @@ from . import older_formats
 from .adapter import Adapter
 from .atomic import bytes_of, replacing
 from .checked import Between, Items, Numeral, OneOf, Printable, depth, read
-from .config import AdapterConfig, BaseInfo, LayerName
+from .config import AdapterConfig, Architecture, BaseInfo, LayerName
 from .errors import AGDError
 from .guidance import RULES
 from .kinds import KINDS
@@ -113,7 +113,8 @@ class _Config:
         if unknown := [name for name in self.layers if name not in layers]:
             raise ValueError(f"the base has no layers {unknown[:_LISTED]}")
         kind = read(KINDS[self.kind].Config, self.settings, "config.settings")
-        return AdapterConfig(tuple(layers[name] for name in self.layers), kind, self.prompt_tokens, self.vector)
+        own = tuple(layers[name] for name in self.layers)
+        return AdapterConfig(own, kind, self.prompt_tokens, self.vector, base.time_channels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,7 @@ class _Description(_About):
     def info(self) -> AdapterInfo:
         """Raises `ValueError`."""
         read(TrainingSummary, self.training, "training")
+        read(Architecture, self.base.architecture, "base.architecture")
         about = {f.name: getattr(self, f.name) for f in fields(_About)}
         return AdapterInfo(config=self.config.for_base(self.base), **about)
 
@@ -186,6 +188,11 @@ def _parse(text: str, path: Path) -> AdapterInfo:
 def _open(path: Path):
     if not path.is_file():
         raise AdapterFileError(f"There is no adapter file {path}. Choose another, or train one with AGD Train.")
+    if path.suffix == ".pt":
+        raise AdapterFileError(
+            f"This is no adapter file, but one of PyTorch: if the paper authors' code wrote it, import it first, with "
+            f"`agd import {path} OUTPUT.safetensors`."
+        )
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -249,7 +256,12 @@ def load(path: str | Path, operations=nn) -> tuple[AdapterInfo, Adapter]:
 
 def save(path: str | Path, adapter: Adapter, info: AdapterInfo) -> Path:
     """Write the adapter's file, as `write` does. Returns the path."""
-    return write(path, adapter.state_dict(), _to_metadata(info, Path(path).stem))
+    return save_weights(path, adapter.state_dict(), info)
+
+
+def save_weights(path: str | Path, weights: dict[str, torch.Tensor], info: AdapterInfo) -> Path:
+    """As `save`, of an adapter's `state_dict`."""
+    return write(path, weights, _to_metadata(info, Path(path).stem))
 
 
 def write(path: str | Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> Path:
@@ -300,7 +312,8 @@ def describe(info: AdapterInfo, path: str | Path) -> str:
         "base fingerprint": info.base.fingerprint,
         "adapter": f"{kind.describe()}, {parameters:,} parameters",
         "gain": "(omega - 1)" if kind.gain else "none",
-        "omega embedding": getattr(kind, "omega_embedding", "none") if kind.encoders(1) else "none",
+        "at cfg 1": "acts" if kind.acts_at_1 else "leaves the base as it is",
+        "omega embedding": kind.describe_omega(),
         "omega range": f"{low:g} to {high:g}",
         "unconditional": info.unconditional or "the negative prompt",
         "negative prompt": info.negative_mode,

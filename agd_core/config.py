@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, TypedDict
 
 from .checked import Between, Items, Like, Multiple, OneOf, Printable, wrong_fields
 from .families import title_of
@@ -73,13 +73,12 @@ class AdapterLayer:
 
 @dataclass(frozen=True)
 class KindConfig:
-    """The settings of one kind of adapter: a kind adds its fields, and to `validation_errors` what is wrong with them.
+    """The settings of one kind of adapter.
 
-    `gain`: multiply what the adapter adds by (omega - 1); the paper (arXiv 2503.07274) doesn't.
+    A kind adds its fields, and to `validation_errors` what is wrong with them.
     """
 
     name: ClassVar[str]
-    gain: bool = True
 
     def __post_init__(self):
         if errors := list(self.validation_errors()):
@@ -88,6 +87,21 @@ class KindConfig:
     def validation_errors(self) -> Iterator[str]:
         """What can't work, a phrase each."""
         yield from wrong_fields(self)
+
+    @property
+    def gain(self) -> bool:
+        """Whether what the adapter adds is multiplied by (omega - 1)."""
+        return False
+
+    @property
+    def acts_at_1(self) -> bool:
+        """Whether the adapter acts at omega = 1 too, where others leave the base as it is."""
+        return False
+
+    @property
+    def uses_time(self) -> bool:
+        """Whether it needs the base's own embedding of the timestep."""
+        return False
 
     @property
     def lora_rank(self) -> int:
@@ -113,13 +127,31 @@ class KindConfig:
         """E: how many encoders of (omega, t) there are, for so many adapter layers."""
         return 0
 
+    def layers_of(self, base: "BaseInfo") -> tuple[AdapterLayer, ...]:
+        """Those of a base's layers that an adapter is trained for."""
+        return base.layers
+
     def describe(self) -> str:
         """A few words for `agd inspect`."""
         return self.name
 
+    def describe_omega(self) -> str:
+        """How omega is embedded."""
+        return "none"
+
 
 @dataclass(frozen=True)
-class EncodedKindConfig(KindConfig):
+class GainKindConfig(KindConfig):
+    """Of a kind that is the base at omega = 1.
+
+    `gain`: multiply what the adapter adds by (omega - 1); the paper (arXiv 2503.07274) doesn't.
+    """
+
+    gain: bool = True
+
+
+@dataclass(frozen=True)
+class EncodedKindConfig(GainKindConfig):
     """Of a kind that is told omega and t by an encoder.
 
     `omega_embedding`: "log" is smooth in log(omega); "fourier", the paper's, has random features of omega.
@@ -132,22 +164,28 @@ class EncodedKindConfig(KindConfig):
     def encoders(self, layers: int) -> int:
         return 1
 
+    def describe_omega(self) -> str:
+        return self.omega_embedding if self.encoders(1) else "none"
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """An adapter's architecture: the base's layers that it is for, and the kind that it is of, with its settings.
 
     `prompt_tokens`: the length of a short prompt's context; CLIP's is 77. `vector`: channels of the vector of the
-    timestep that modulates the base's blocks; 0: there is none to change.
+    timestep that modulates the base's blocks; 0: there is none to change. `time_channels`: of the base's own embedding
+    of the timestep; 0: there is none to know.
     """
 
     layers: tuple[AdapterLayer, ...]
     kind: KindConfig
     prompt_tokens: int = 77
     vector: int = 0
+    time_channels: int = field(default=0, compare=False)  # the base says it
 
     def __post_init__(self):
         without_vector = self.kind.vector_width > 0 and not self.vector
+        without_time = self.kind.uses_time and not self.time_channels
         checks = {
             f"prompt_tokens is {self.prompt_tokens}, but must be positive": self.prompt_tokens < 1,
             "there are no layers": not self.layers,
@@ -155,6 +193,7 @@ class AdapterConfig:
             "the layers' context_dim differ": len({layer.context_dim for layer in self.layers}) > 1,
             "two layers have the same name": len({layer.name for layer in self.layers}) != len(self.layers),
             "this base has no vector of the timestep that an adapter could change": without_vector,
+            "this base has no embedding of the timestep that an adapter could know": without_time,
         }
         if wrong := [message for message, fails in checks.items() if fails]:
             raise ValueError(f"This is no valid adapter config: {'; '.join(wrong)}.")
@@ -172,6 +211,17 @@ class AdapterConfig:
         return self.kind.lora_rank > 0
 
 
+class Architecture(TypedDict, total=False):
+    """Of a UNet, what adapters depend on besides its layers; a base may say more, which is only kept.
+
+    `time_channels`: of its embedding of the timestep; `num_res_blocks`: blocks of each level on the way down, beside
+    the one that leads to the next; on the way up each level has one more.
+    """
+
+    time_channels: Annotated[int, Between(1, 1_000_000)]
+    num_res_blocks: Annotated[tuple[Annotated[int, Between(0, 1_000)], ...], Items(1, 100)]
+
+
 @dataclass(frozen=True)
 class BaseInfo:
     """What is known of a base model: enough to tell whether an adapter fits it, and to name it in an error.
@@ -179,8 +229,8 @@ class BaseInfo:
     Two bases with equal `family`, `prediction` and layers are siblings: an adapter of one loads onto the other.
     More input channels (inpainting) or another noise schedule (zero terminal SNR) keep them siblings: both reach an
     adapter only through `h` and `t`. Another prediction doesn't: the same change of `h` is another guidance there.
-    `layout`: of its network, by which `backbones.LAYOUTS` names it; `vector`: as in `AdapterConfig`. `fingerprint` is
-    for information only: it tells one sibling's weights from another's.
+    `architecture`: see `Architecture`. `layout`: of its network, by which `backbones.LAYOUTS` names it; `vector`: as in
+    `AdapterConfig`. `fingerprint` is for information only: it tells one sibling's weights from another's.
     """
 
     family: _Title
@@ -194,6 +244,11 @@ class BaseInfo:
     @property
     def family_name(self) -> str:
         return title_of(self.family)
+
+    @property
+    def time_channels(self) -> int:
+        """As in `AdapterConfig`."""
+        return self.architecture.get("time_channels", 0)
 
     @property
     def prediction_name(self) -> str:

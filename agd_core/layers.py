@@ -14,12 +14,15 @@ from .config import EncodedKindConfig
 
 @dataclass(frozen=True)
 class Guidance:
-    """What an evaluation is guided by: t (b,), fp32, and what the E encoders make of omega and t, (b, E, 2, D).
+    """What an evaluation is guided by: omega and t (b,), fp32, and what the E encoders make of both, (b, E, 2, D).
 
-    Without encoders `tokens` is None. `dtype`: of the base's activations.
+    Without encoders `tokens` is None. `time`: (b, e), the base's own embedding of t, for kinds that use it. `dtype`: of
+    the base's activations.
     """
 
+    omega: torch.Tensor
     t: torch.Tensor
+    time: torch.Tensor | None
     tokens: torch.Tensor | None
     dtype: torch.dtype
 
@@ -30,8 +33,9 @@ class Guidance:
 
     def for_rows(self, rows: int) -> "Guidance":
         """For an attention that another node has given more rows than the evaluation has."""
+        time = None if self.time is None else fit_rows(self.time, rows)
         tokens = None if self.tokens is None else fit_rows(self.tokens, rows)
-        return Guidance(fit_rows(self.t, rows), tokens, self.dtype)
+        return Guidance(fit_rows(self.omega, rows), fit_rows(self.t, rows), time, tokens, self.dtype)
 
 
 def fit_rows(value: torch.Tensor, rows: int) -> torch.Tensor:

@@ -49,13 +49,13 @@ def _format_2(data: dict[str, Any]) -> dict[str, Any]:
     config = {"layers": [site["name"] for site in flat["sites"]], "prompt_tokens": flat["prompt_tokens"]}
     config |= {"kind": flat["kind"], "settings": settings}
     own = {name: value for name, value in base.items() if name != "sites"}
-    own |= {"layout": "unet", "layers": [_layer(site) for site in base["sites"]]}
+    own |= {"layout": "unet", "layers": [unet_layer(site) for site in base["sites"]]}
     training = {"base_patches" if key == "teacher" else key: value for key, value in data["training"].items()}
     return {**data, "format_version": 2, "config": config, "base": own, "training": training}
 
 
-def _layer(site: dict[str, Any]) -> dict[str, Any]:
-    """A cross-attention of a UNet, of which format 1 keeps the name and the channels.
+def unet_layer(site: dict[str, Any]) -> dict[str, Any]:
+    """A cross-attention of a UNet from its name and channels, which is what format 1 keeps; as `AdapterLayer`'s fields.
 
     Each block of a UNet begins with its residual block, so the transformer is its second module.
     """

@@ -9,7 +9,6 @@ import torch
 from comfy_api.v0_0_2 import io
 from server import PromptServer
 
-from ..agd_core import adapter_file
 from ..agd_core.adapter_file import AdapterInfo
 from ..agd_core.attention_guidance import NAME as ATTENTION_GUIDANCE
 from ..agd_core.attention_guidance import attention_guidance
@@ -18,6 +17,7 @@ from ..agd_core.comfyui.backbones import describe_base, is_trained_on
 from ..agd_core.comfyui.sampling.apply import apply_adapter
 from ..agd_core.comfyui.sampling.settings import GuidanceSettings
 from ..agd_core.text import logger, one_line, printable
+from ..training.authors import read_adapter
 from ..training.options import Settings
 
 log = logger(__name__)
@@ -59,7 +59,7 @@ def named_adapter(name: str, model) -> AdapterValue:
     if name == ATTENTION_GUIDANCE:
         base = describe_base(model.model, model.get_model_object("model_sampling"))
         return AdapterValue(*attention_guidance(base), source=name)
-    return AdapterValue(*adapter_file.load_weights(folders.adapter_path(name)), source=name)
+    return AdapterValue(*read_adapter(folders.adapter_path(name)), source=name)
 
 
 def number_input(settings: type[Settings], name: str, tooltip: str, *, step: float = 1, **options) -> io.Input:

@@ -202,7 +202,8 @@ class AGDTrain(io.ComfyNode):
                     tooltip=(
                         "The adapter. 'auto' is what suits the model's family. 'delta' uses the negative prompt; "
                         "'scale' is tiny, trained in a tenth of the time; 'low_rank' is a LoRA scaled by cfg that "
-                        "ignores the negative prompt, as the others do, which re-implement the paper's."
+                        "ignores the negative prompt, as the others do: 'paper_attention' and 'paper_additive' are the "
+                        "paper authors' own, the rest ours after them."
                     ),
                 ),
                 io.Combo.Input(

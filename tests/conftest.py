@@ -14,7 +14,7 @@ from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterInfo
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.agd_core.config import BaseInfo
-from comfyui_agd.tests.support.small import info_for, randomised, small_layers
+from comfyui_agd.tests.support.small import TIME_CHANNELS, info_for, randomised, small_layers
 
 use_comfyui(cpu=True)
 
@@ -56,7 +56,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def base() -> BaseInfo:
-    return BaseInfo("Small", "EPS", small_layers(), {"model_channels": 24}, "abc")
+    architecture = {"model_channels": 24, "time_channels": TIME_CHANNELS, "num_res_blocks": [2, 2]}
+    return BaseInfo("Small", "EPS", small_layers(), architecture, "abc")
 
 
 @pytest.fixture

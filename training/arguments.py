@@ -237,7 +237,18 @@ def _add_evaluate(commands: Any) -> None:
 
 def _add_inspect(commands: Any) -> None:
     parser = commands.add_parser("inspect", help="check an adapter file and show what it says of itself")
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, help="an adapter file, or a .pt of the paper authors' code")
+
+
+def _add_import(commands: Any) -> None:
+    parser = commands.add_parser(
+        "import",
+        help="write an adapter of the paper authors' code as a file of AGD's",
+        description="Writes an adapter that the public code of the paper's authors has trained, for SD 2.1 or SDXL, as "
+        "an adapter file.",
+    )
+    parser.add_argument("source", type=Path, help="the run's folder, of which the newest checkpoint is taken, or a .pt")
+    parser.add_argument("output", type=Path, help="the adapter file to write")
 
 
 def _add_export(commands: Any) -> None:
@@ -257,7 +268,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="agd", description="Guidance without the second pass.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     train, record, calibrate = _add_train(commands), _add_record(commands), _add_calibrate(commands)
-    for add in (_add_evaluate, _add_inspect, _add_export):
+    for add in (_add_evaluate, _add_inspect, _add_import, _add_export):
         add(commands)
     args = parser.parse_args(argv)
     if getattr(args, "config", None):

@@ -18,6 +18,7 @@ from ..agd_core import adapter_file, lora
 from ..agd_core.attention_guidance import NAME as ATTENTION_GUIDANCE
 from ..agd_core.attention_guidance import attention_guidance
 from ..agd_core.text import one_line, printable
+from . import authors
 from . import prompts as prompt_sources
 from .arguments import ExportSettings, PromptSettings, RecordSettings, UsageError, given, given_values, parse
 from .assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
@@ -246,7 +247,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     negative = prompt_sources.draw_each(prompt_sources.numbered(args.negative or [""], "--negative"), config.seed)
     prompts = PromptTexts(_given(args.prompts, config), negative)
     source = BaseSource.given(args)
-    from_file = None if str(args.adapter) == ATTENTION_GUIDANCE else adapter_file.load_weights(args.adapter)
+    from_file = None if str(args.adapter) == ATTENTION_GUIDANCE else authors.read_adapter(args.adapter)
     use_comfyui(source.comfyui)
     from ..agd_core.comfyui.model.comfy_model import ComfyModel
     from ..agd_core.comfyui.model.sampler import ComfySampler
@@ -278,7 +279,17 @@ def _given(texts: list[str] | None, config: AssessConfig) -> list[str]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    _say(adapter_file.describe(adapter_file.load_weights(args.file)[0], args.file))
+    if authors.is_authors(args.file):
+        _say(authors.describe(args.file))
+    else:
+        _say(adapter_file.describe(adapter_file.load_weights(args.file)[0], args.file))
+
+
+def _import(args: argparse.Namespace) -> None:
+    check_output(args.output)
+    info, weights = authors.load(args.source)
+    adapter_file.save_weights(args.output, weights, info)
+    _say(f"Wrote {args.output}: {info.config.kind.describe()}, for {info.base.family_name}.")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -296,6 +307,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "record": _record,
     "evaluate": _evaluate,
     "inspect": _inspect,
+    "import": _import,
     "export": _export,
 }
 

@@ -108,13 +108,20 @@ class TrainConfig(Settings):
     memory: float = option(
         0.0, "GB of the GPU's memory that may be used; 0 takes what is free", limits=(0.0, 1e5), result=False
     )
-    kind: str = option("delta", "the adapter; cross_attention and offset re-implement the paper's two", KINDS)
+    kind: str = option(
+        "delta",
+        "the adapter; paper_attention and paper_additive are the paper authors' own, cross_attention and offset ours "
+        "after them",
+        KINDS,
+    )
     hidden: int = option(128, "width H inside the adapter of a layer", limits=(1, MOST_CHANNELS))
     modulated: bool = option(False, "the rank's changes are scaled by t and omega, and so no LoRA any more")
     rank: int = option(
         4, "of changes of the blocks' linear layers, beside the others or alone; 0: none", limits=(0, MOST_CHANNELS)
     )
     vector: int = option(0, "width inside a change of the timestep's vector; 0: none", limits=(0, MOST_CHANNELS))
+    use_timestep: bool = option(True, "the adapter knows the timestep; the authors' default: no")
+    use_prompt: bool = option(True, "the adapter knows the prompt; the authors' default: no")
     encoder_width: int = option(128, "width inside the encoder of omega and t", limits=(2, 4096))
     gain: bool = option(True, "multiply the residual by (omega - 1); the paper: no")
     omega_embedding: str = option("log", "how omega is embedded; the paper: 'fourier'", OMEGA_EMBEDDINGS)
@@ -184,7 +191,8 @@ class TrainConfig(Settings):
 
     def adapter_config(self, base: BaseInfo, prompt_tokens: int) -> AdapterConfig:
         """`prompt_tokens`: the length of a short prompt's context."""
-        return AdapterConfig(base.layers, self.kind_config(), prompt_tokens, base.vector)
+        kind = self.kind_config()
+        return AdapterConfig(kind.layers_of(base), kind, prompt_tokens, base.vector, base.time_channels)
 
     def kind_config(self) -> KindConfig:
         """The kind's own settings: those of its fields, by their names. Raises `ValueError` where they can't work."""

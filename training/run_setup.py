@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ..agd_core import adapter_file
 from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo
 from ..agd_core.config import AdapterConfig
 from ..agd_core.mixed_precision import MixedPrecision
 from ..agd_core.seeds import seeded_generator
+from .authors import read_adapter
 from .config import TrainConfig
 from .held_out import HeldOutPrompts
 from .model import Denoiser, EncodedPrompts, Model, ProgressCallback, TextEncoder, encode
@@ -51,7 +51,7 @@ class Start:
 
     @classmethod
     def load(cls, file: Path) -> "Start":
-        return cls(*adapter_file.load_weights(file), file)
+        return cls(*read_adapter(file), file)
 
     def copy_into(self, adapter: Adapter) -> None:
         """Raises `ValueError` where that one has no place for these weights."""

@@ -27,7 +27,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         if not prompt.keys_values:
             compute_keys_values(prompt, executor.class_obj, x, step)
     with (
-        in_one_graph(transformer_options, lambda: step.visited == step.layer_names()),
+        in_one_graph(transformer_options, step.visited_all_layers),
         backbone.intercept(step) as more,
     ):
         return executor(*given, **{**kwargs, **more})

@@ -23,7 +23,8 @@ def register() -> None:
     Before, because AGD Train writes there: of two files with one name it is the newer one that has to be read.
     """
     folder_paths.add_model_folder_path(KEY, _own_folder(), is_default=True)
-    folder_paths.folder_names_and_paths[KEY][1].add(".safetensors")  # a new key starts without extensions
+    # A new key starts without extensions. What ends in .pt are files of the paper authors' code.
+    folder_paths.folder_names_and_paths[KEY][1].update((".safetensors", ".pt"))
 
 
 def adapters() -> list[str]:

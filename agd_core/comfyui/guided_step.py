@@ -53,22 +53,34 @@ class ActiveAdapter:
 class GuidedStep:
     """What an evaluation needs to be guided by adapters.
 
-    `areas`: of conditions that have one, by their uuid; `visited` lists the adapter layers of the last evaluation;
-    `attentions`: heads and precision of the layers' attentions, for adapters that work inside them. `prompts`: the
-    positive ones by their conditions' uuid, or by None where all rows are of one, if the base's attentions need them;
-    `compile_options`: of torch.compile, if the base is to be compiled with what adapters do in it.
+    `areas`: of conditions that have one, by their uuid; `visited` lists the blocks of the last evaluation that could be
+    adapter layers; `places`: all of those in their order, for blocks that don't say which they are; `attentions`: heads
+    and precision of the layers' attentions, for adapters that work inside them. `prompts`: the positive ones by their
+    conditions' uuid, or by None where all rows are of one, if the base's attentions need them; `compile_options`: of
+    torch.compile, if the base is to be compiled with what adapters do in it.
     """
 
     active: tuple[ActiveAdapter, ...]
     areas: dict = field(default_factory=dict)
     visited: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
     attentions: dict[str, tuple] = field(default_factory=dict)
     prompts: dict[Any, Prompt] = field(default_factory=dict)
     compile_options: dict[str, Any] | None = None
 
     def layer_names(self) -> list[str]:
-        """All adapter layers in the order of evaluation."""
-        return [layer.name for layer in self.active[0].adapter.config.layers]
+        """Every layer that an adapter has something for."""
+        names = (layer.name for active in self.active for layer in active.adapter.config.layers)
+        return list(dict.fromkeys(names))
+
+    def visited_all_layers(self) -> bool:
+        """Whether the last evaluation came by every adapter layer."""
+        return set(self.layer_names()) <= set(self.visited)
+
+    @property
+    def uses_time(self) -> bool:
+        """Whether an adapter needs the base's own embedding of the timestep."""
+        return any(active.adapter.config.kind.uses_time for active in self.active)
 
     @property
     def changes_linears(self) -> bool:
@@ -107,19 +119,23 @@ class GuidedStep:
         return [weighted.negative for active in guiding for weighted in active.negatives]
 
     def prepare(
-        self, t: torch.Tensor, context: Any, dtype: torch.dtype, mask: torch.Tensor | None = None
+        self,
+        t: torch.Tensor,
+        context: Any,
+        dtype: torch.dtype,
+        mask: torch.Tensor | None = None,
+        time: torch.Tensor | None = None,
     ) -> list[tuple[Adapter, Prepared]]:
         """Once per evaluation, what does not depend on the image.
 
         t: (b,), timesteps from 0 to 1000; context (b, m, d), or None where a model has none; `dtype`: of the base's
-        activations; `mask`: (b, m), which of the tokens count, if not all do.
+        activations; `mask`: (b, m), which of the tokens count, if not all do; `time`: (b, e), the base's own embedding
+        of t, where an adapter uses it.
         """
         prepared = []
         for each in self.active:
-            own = each.adapter.prepare(
-                each.omega, t, context, dtype=dtype, strength=each.strength, difference=each.difference(context, mask)
-            )
-            prepared.append((each.adapter, own))
+            more = {"strength": each.strength, "difference": each.difference(context, mask), "time": time}
+            prepared.append((each.adapter, each.adapter.prepare(each.omega, t, context, dtype=dtype, **more)))
         return prepared
 
 

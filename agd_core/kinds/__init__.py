@@ -6,11 +6,13 @@ from .cross_attention import CrossAttentionAdapter
 from .delta import DeltaAdapter
 from .low_rank import LowRankAdapter
 from .offset import OffsetAdapter
+from .paper_additive import PaperAdditiveAdapter
+from .paper_attention import PaperAttentionAdapter
 from .scale import ScaleAdapter
 
+_OURS = (CrossAttentionAdapter, OffsetAdapter, DeltaAdapter, LowRankAdapter, ScaleAdapter)
 KINDS: dict[str, type[AdapterKind]] = {
-    kind.Config.name: kind
-    for kind in (CrossAttentionAdapter, OffsetAdapter, DeltaAdapter, LowRankAdapter, ScaleAdapter)
+    kind.Config.name: kind for kind in (*_OURS, PaperAttentionAdapter, PaperAdditiveAdapter)
 }
 
 

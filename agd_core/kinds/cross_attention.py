@@ -1,4 +1,4 @@
-"""The paper's better adapter (arXiv 2503.07274).
+"""Ours after the paper's better adapter (arXiv 2503.07274); the authors' own is `paper_attention.py`.
 
 Shapes: b rows, n image tokens, m prompt tokens, d their channels (`context_dim`), w channels of a layer, H `hidden`,
 S layers, E encoders of (omega, t): 1, or S if every layer has its own.
@@ -23,8 +23,9 @@ HEADS = 4
 
 
 @dataclass(frozen=True)
-class PaperKindConfig(EncodedKindConfig):
-    """Of the paper's two. `hidden`: H. `shared_encoder`: one omega/t encoder for all layers; the paper has one each."""
+class AfterPaperConfig(EncodedKindConfig):
+    """Of our two after the paper's. `hidden`: H. `shared_encoder`: one omega/t encoder for all layers; the paper has
+    one each."""
 
     hidden: InnerChannels = 128
     shared_encoder: bool = True
@@ -37,7 +38,7 @@ class PaperKindConfig(EncodedKindConfig):
 
 
 @dataclass(frozen=True)
-class CrossAttentionConfig(PaperKindConfig):
+class CrossAttentionConfig(AfterPaperConfig):
     name = "cross_attention"
     hidden: Annotated[int, Between(HEADS, MOST_CHANNELS), Multiple(HEADS)] = 128
 

@@ -1,4 +1,7 @@
-"""The paper's other adapter (arXiv 2503.07274). Shapes as in cross_attention.py."""
+"""Ours after the paper's other adapter (arXiv 2503.07274); the authors' own is `paper_additive.py`.
+
+Shapes as in cross_attention.py.
+"""
 
 from collections.abc import Iterable
 
@@ -10,10 +13,10 @@ from torch import nn
 from ..config import AdapterConfig
 from ..layers import Guidance, zero_init
 from .adapter_kind import AdapterKind
-from .cross_attention import PaperKindConfig
+from .cross_attention import AfterPaperConfig
 
 
-class OffsetConfig(PaperKindConfig):
+class OffsetConfig(AfterPaperConfig):
     name = "offset"
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..config import AdapterConfig, KindConfig
+from ..config import AdapterConfig, GainKindConfig
 from ..layers import Guidance
 from .adapter_kind import AdapterKind
 
@@ -23,7 +23,7 @@ KNOTS, LAST_TIMESTEP = 4, 999
 
 
 @dataclass(frozen=True)
-class ScaleConfig(KindConfig):
+class ScaleConfig(GainKindConfig):
     """It has no settings of its own."""
 
     name = "scale"

@@ -14,7 +14,7 @@ from comfyui_agd.agd_core.comfyui.model.activation_checkpointing import checkpoi
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.runtime import TinyUNet, TwoWidths, tiny
-from comfyui_agd.tests.support.small import config_for, randomised
+from comfyui_agd.tests.support.small import info_for, randomised
 
 PROMPTS = ["a red circle", "a blue star"]
 
@@ -25,7 +25,7 @@ def model(request, toy):
 
 
 def new_adapter(model, kind: str = "cross_attention") -> Adapter:
-    config = config_for(model.base.layers, kind, hidden=8, encoder_width=8, prompt_tokens=16)
+    config = info_for(model.base, kind, hidden=8, encoder_width=8, prompt_tokens=16).config
     torch.manual_seed(0)
     return randomised(Adapter(config))
 

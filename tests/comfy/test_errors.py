@@ -12,6 +12,7 @@ from comfyui_agd.agd_core.atomic import NotWritten
 from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel
 from comfyui_agd.agd_core.comfyui.runtime import ComfyUINotFound, ComfyUITooOld
 from comfyui_agd.agd_core.errors import AGDError
+from comfyui_agd.agd_core.kinds.paper_attention import PromptTooLong
 from comfyui_agd.training.arguments import UsageError
 from comfyui_agd.training.base_source import BaseSourceError
 from comfyui_agd.training.finite import BaseNotFinite, Diverged, TargetNotFinite
@@ -40,6 +41,7 @@ ERRORS = {
     JobError: ValueError,
     NotWritten: OSError,
     PromptError: ValueError,
+    PromptTooLong: ValueError,
     RecordingError: ValueError,
     RunFolderError: ValueError,
     TargetNotFinite: ArithmeticError,

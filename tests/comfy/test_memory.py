@@ -166,7 +166,7 @@ def test_without_vram_nothing_is_loaded_and_the_pictures_are_the_same(base, file
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
-@pytest.mark.parametrize("kind", ["cross_attention", "offset"])
+@pytest.mark.parametrize("kind", ["cross_attention", "offset", "paper_attention"])
 def test_a_part_is_loaded_where_there_is_room_for_a_part(base, tmp_path, prompts, card, kind, share):
     file = write_adapter(tmp_path, base, kind=kind, **EVEN)
     model, size = patched(base, file), weights_of(file)

@@ -15,7 +15,7 @@ from comfyui_agd.agd_core.comfyui.model.text_encoder import EncodedPrompt
 from comfyui_agd.agd_core.config import AdapterConfig
 from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.runtime import TinyUNet, TinyXL, TwoWidths, tiny
-from comfyui_agd.tests.support.small import config_for, randomised
+from comfyui_agd.tests.support.small import info_for, randomised
 
 SHAPE = 12, 32, 32
 
@@ -40,7 +40,7 @@ def model(base, toy):
 
 
 def config_of(model, kind: str = "cross_attention") -> AdapterConfig:
-    return config_for(model.base.layers, kind, hidden=32, encoder_width=32, prompt_tokens=16)
+    return info_for(model.base, kind, hidden=32, encoder_width=32, prompt_tokens=16).config
 
 
 def in_dtype(stored: torch.dtype, computed: torch.dtype | None = None):

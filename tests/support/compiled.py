@@ -85,6 +85,7 @@ def main() -> None:
     first, second = adapter("first", 1), adapter("second", 2)
     low_rank = adapter("low_rank", 3, kind="low_rank", modulated=True)
     merged = adapter("merged", 4, rank=4)
+    theirs, additive = (adapter(kind, 5, kind=kind) for kind in ("paper_attention", "paper_additive"))
     said: list[str] = []
     alternating.NEAR, alternating.AGREES = math.inf, -math.inf  # however few the steps are
     agd = partial(patched, notify=said.append)
@@ -97,6 +98,9 @@ def main() -> None:
         ("another adapter", compile_it(agd(BASE, second)), agd(BASE, second), 5.0),
         ("a low_rank adapter", compile_it(agd(BASE, low_rank)), agd(BASE, low_rank), 5.0),
         ("an adapter in the weights", compile_it(agd(BASE, merged)), agd(BASE, merged), 5.0),
+        ("the paper's attention", compile_it(agd(BASE, theirs)), agd(BASE, theirs), 5.0),
+        ("the paper's attention at cfg 1", compile_it(agd(BASE, theirs)), agd(BASE, theirs), 1.0),
+        ("the paper's additive", compile_it(agd(BASE, additive)), agd(BASE, additive), 5.0),
         ("an adapter again", one, agd(BASE, first), 5.0),
         ("the loader after the compile node", agd(compile_it(BASE), first), agd(BASE, first), 5.0),
         ("training-free", compile_it(apply_training_free(BASE)), apply_training_free(BASE), 5.0),

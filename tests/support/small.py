@@ -9,6 +9,8 @@ from comfyui_agd.agd_core.adapter_file import AdapterInfo
 from comfyui_agd.agd_core.config import AdapterConfig, AdapterLayer, BaseInfo, Linear
 from comfyui_agd.agd_core.kinds import KINDS, kind_config
 
+TIME_CHANNELS = 12
+
 
 def small_layer(name: str, path: str, width: int, context_dim: int = 16) -> AdapterLayer:
     """With the linear layers of a UNet's transformer block."""
@@ -38,7 +40,12 @@ def randomised(adapter: Adapter, seed: int = 0) -> Adapter:
 
 
 def config_for(
-    layers: tuple[AdapterLayer, ...], kind: str = "delta", *, prompt_tokens: int = 77, **settings
+    layers: tuple[AdapterLayer, ...],
+    kind: str = "delta",
+    *,
+    prompt_tokens: int = 77,
+    time_channels: int = TIME_CHANNELS,
+    **settings,
 ) -> AdapterConfig:
     """Of a kind by its name; settings that it has no use for are left out, so that one test may go through all.
 
@@ -48,8 +55,9 @@ def config_for(
         settings = {"rank": settings.get("hidden", 16), **settings}
     own = {f.name for f in fields(KINDS[kind].Config)}
     chosen = {name: value for name, value in settings.items() if name in own}
-    return AdapterConfig(layers, kind_config(kind, **chosen), prompt_tokens)
+    return AdapterConfig(layers, kind_config(kind, **chosen), prompt_tokens, time_channels=time_channels)
 
 
 def info_for(base: BaseInfo, kind: str = "delta", **settings) -> AdapterInfo:
-    return AdapterInfo(config=config_for(base.layers, kind, **settings), base=base, omega_range=(1.0, 12.0))
+    config = config_for(base.layers, kind, time_channels=base.time_channels, **settings)
+    return AdapterInfo(config=config, base=base, omega_range=(1.0, 12.0))

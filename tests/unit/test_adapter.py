@@ -7,7 +7,7 @@ from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.config import AdapterConfig
 from comfyui_agd.agd_core.kinds import kind_config
 from comfyui_agd.agd_core.kinds.low_rank import key_of
-from comfyui_agd.tests.support.small import config_for, randomised, small_layer, small_layers
+from comfyui_agd.tests.support.small import TIME_CHANNELS, config_for, randomised, small_layer, small_layers
 
 OURS = {"kind": "cross_attention"}
 PAPER = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
@@ -15,9 +15,11 @@ OFFSET = {"kind": "offset"}
 PAPER_OFFSET = {**PAPER, "kind": "offset"}
 LOW_RANK = {"kind": "low_rank", "modulated": True}
 LORA = {"kind": "low_rank"}
-# At the output of the attention, and so with the prompt; anywhere.
-AT_OUTPUT = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSET], ids=str)
-VARIANTS = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSET, LOW_RANK, LORA], ids=str)
+AUTHORS = [{"kind": "paper_attention"}, {"kind": "paper_additive"}]
+# At the output of the attention, and so with the prompt; the base itself at omega = 1; anywhere.
+AT_OUTPUT = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSET, *AUTHORS], ids=str)
+BASE_AT_1 = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSET, LOW_RANK, LORA], ids=str)
+VARIANTS = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSET, LOW_RANK, LORA, *AUTHORS], ids=str)
 
 
 def build(switches: dict, **more) -> Adapter:
@@ -32,7 +34,8 @@ def prompt(rows: int = 2, length: int = 5) -> torch.Tensor:
 def prepare(adapter: Adapter, omega: float = 4.0, context=None, **more):
     context = prompt() if context is None else context
     t = torch.full((context.shape[0],), 500.0)
-    return adapter.prepare(torch.tensor([omega]), t, context, dtype=torch.float32, **more)
+    time = torch.randn(1, TIME_CHANNELS, generator=torch.Generator().manual_seed(3)).expand(len(t), -1)
+    return adapter.prepare(torch.tensor([omega]), t, context, dtype=torch.float32, time=time, **more)
 
 
 def residuals(adapter: Adapter, omega: float = 4.0, context=None, **more) -> dict[str, torch.Tensor]:
@@ -65,10 +68,15 @@ def test_every_parameter_is_trained(switches):
     assert still == []
 
 
-@VARIANTS
+@BASE_AT_1
 def test_omega_1_adds_exactly_nothing(switches):
     for residual in residuals(randomised(build(switches)), omega=1.0).values():
         assert torch.count_nonzero(residual) == 0
+
+
+@pytest.mark.parametrize("switches", AUTHORS, ids=str)
+def test_the_authors_own_act_at_omega_1_too(switches):
+    assert all(residual.abs().max() > 0.01 for residual in residuals(randomised(build(switches)), omega=1.0).values())
 
 
 @VARIANTS
@@ -208,6 +216,7 @@ def test_a_shared_encoder_is_evaluated_once():
         ({"kind": "low_rank", "modulated": False, "gain": False}, "would be the same for every omega"),
         ({"kind": "delta", "rank": 4, "gain": False}, "would be the same for every omega"),
         ({"kind": "delta", "encoder_width": 7}, "encoder_width is 7"),
+        ({"kind": "paper_attention", "hidden": 7}, "hidden is 7, but must be a multiple of 2"),
         ({"kind": "offset", "omega_embedding": "linear"}, "omega_embedding is 'linear', but must be .* log, fourier"),
     ],
 )
@@ -220,6 +229,7 @@ def test_settings_of_a_kind_that_cannot_work_say_why(wrong, message):
     ("wrong", "message"),
     [
         ({"prompt_tokens": 0}, "prompt_tokens is 0"),
+        ({"kind": kind_config("paper_additive")}, "this base has no embedding of the timestep that an adapter could"),
         ({"layers": ()}, "there are no layers"),
         ({"layers": (small_layer("a", "a", 8, 16), small_layer("b", "b", 8, 32))}, "context_dim differ"),
         ({"layers": (small_layer("a", "a", 8, 16), small_layer("a", "a", 8, 16))}, "same name"),

@@ -141,6 +141,16 @@ def change(description: str, *place, to) -> str:
         (("base", "family"), "\x1b[31mRed", r"base.family is '\\x1b\[31mRed', but must be a text .* can be seen"),
         (("base", "family"), "\ud800", r"base.family is '\\ud800', but must be a text"),
         (("base", "layout"), "resnet", "base.layout is 'resnet', but must be one of unet, transformer"),
+        (
+            ("base", "architecture", "time_channels"),
+            "a",
+            "architecture.time_channels is 'a', but must be a whole",
+        ),
+        (
+            ("base", "architecture", "num_res_blocks"),
+            [-1],
+            r"num_res_blocks\[0\] is -1, but must be from 0 to 1000",
+        ),
         (("unconditional",), "two\nlines", r"unconditional is 'two\\nlines', but must be"),
         (("omega_range",), [1], r"omega_range is a list of 1, but must be one of 2"),
         (("omega_range",), [1, float("nan")], r"omega_range\[1\] is nan, but must be from 1e-06"),

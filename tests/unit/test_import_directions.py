@@ -70,7 +70,7 @@ def test_the_bridge_imports_comfyui_and_the_core(file):
 
 @pytest.mark.parametrize("file", files("training"), ids=lambda f: f.name)
 def test_training_holds_no_ui_and_reaches_comfyui_through_the_bridge(file):
-    assert outside(file) <= TORCH_ONLY | {"tqdm", "PIL", "tomli", "filelock"}
+    assert outside(file) <= TORCH_ONLY | {"tqdm", "PIL", "tomli", "filelock", "yaml"}
     assert top_folders(file) <= {"agd_core", "training"}
 
 

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
-from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.older_files import BASE, as_format_2, write_format_1
 from comfyui_agd.tests.support.small import config_for, randomised
 
@@ -26,7 +25,7 @@ def write(tmp_path):
     return of
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["cross_attention", "offset", "delta", "low_rank", "scale"])  # that there were
 def test_a_file_of_each_kind_loads_as_the_adapter_that_it_is(write, kind):
     file, adapter = write(kind, rank=3 if kind == "delta" else 0)
     info, loaded = adapter_file.load(file)

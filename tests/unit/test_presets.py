@@ -61,9 +61,9 @@ def test_low_rank_has_its_own_rank_on_every_base(base):
 
 @pytest.mark.parametrize(("kind", "name"), FOREIGN)
 def test_a_setting_that_a_kind_does_not_have_is_refused_by_name(base, kind, name):
-    given = {"kind": kind, name: getattr(TrainConfig, name)}
+    given, own = {"kind": kind, name: getattr(TrainConfig, name)}, ", ".join(settings_of_kind(kind))
     for use in (check_chosen, lambda given: settings_for(base, given)):
-        with pytest.raises(SettingsError, match=f"An adapter of kind {kind} has no {name}: .* It has gain"):
+        with pytest.raises(SettingsError, match=rf"An adapter of kind {kind} has no {name}: .* It has {own}\."):
             use(given)
 
 

@@ -29,6 +29,11 @@ _PREDICTIONS = (
     (model_sampling.CONST, "FLOW"),
     (model_sampling.EPS, "EPS"),
 )
+# What is kept of ComfyUI's configuration of a network.
+_ARCHITECTURE = (
+    *("model_channels", "in_channels", "out_channels", "adm_in_channels", "context_dim", "channel_mult"),
+    "num_res_blocks",
+)
 
 
 def backbone_of(model) -> Backbone:
@@ -73,12 +78,14 @@ def describe_base(model, sampling=None) -> BaseInfo:
     prediction there than the one that ComfyUI detected in the checkpoint, which is taken without it.
     """
     config, backbone = model.model_config.unet_config, backbone_of(model)
-    kept = ("model_channels", "in_channels", "out_channels", "adm_in_channels", "context_dim", "channel_mult")
+    architecture = {key: config[key] for key in _ARCHITECTURE if config.get(key) is not None}
+    if channels := backbone.time_channels():
+        architecture["time_channels"] = channels
     return BaseInfo(
         family=type(model.model_config).__name__,
         prediction=_prediction(sampling or model.model_sampling, otherwise=model.model_type.name),
         layers=backbone.layers(),
-        architecture={key: config[key] for key in kept if config.get(key) is not None},
+        architecture=architecture,
         layout=backbone.layout,
         vector=backbone.vector(),
     )

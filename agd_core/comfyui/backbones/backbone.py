@@ -84,6 +84,12 @@ class Backbone(ABC):
                 f"Details: it is for one of {config.vector} channels, this {type(self.network).__name__} has "
                 f"{self.vector()}."
             )
+        if config.kind.uses_time and self.time_channels() != config.time_channels:
+            raise UnsupportedModel(
+                "This adapter knows the timestep by the base's own embedding, and this model has another one: choose "
+                f"an adapter that was made for such a model. Details: it is for one of {config.time_channels} "
+                f"channels, this {type(self.network).__name__} has {self.time_channels()}."
+            )
         if self.kinds is not None and config.kind.name not in self.kinds:
             raise UnsupportedModel(
                 f"An adapter of kind {config.kind.name} has no place in this model: train one of kind "
@@ -106,6 +112,10 @@ class Backbone(ABC):
 
     def vector(self) -> int:
         """Channels of the vector of the timestep that adapters can add to; 0: it is left alone."""
+        return 0
+
+    def time_channels(self) -> int:
+        """Channels of the network's own embedding of the timestep that adapters can know; 0: there is none."""
         return 0
 
     def runs_compiled(self, step: GuidedStep) -> bool:

@@ -22,6 +22,7 @@ import comfy.ldm.modules.attention
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
@@ -100,12 +101,17 @@ class UNet(Backbone):
 
     @contextmanager
     def intercept(self, step: GuidedStep) -> Iterator[dict[str, Any]]:
+        # Not from what patches are told: blocks of other packs tell them less.
+        attentions = {name: block.attn2 for name, _, block in self._transformers()}
+        step.places[:] = attentions
         if step.guides_attention:
-            # Not from what patches are told: blocks of other packs tell them less.
-            attentions = {name: block.attn2 for name, _, block in self._transformers()}
             own = {name: attentions[name] for name in step.layer_names()}
             step.attentions.update({name: (attn.heads, attn.attn_precision) for name, attn in own.items()})
         yield {KEY: step}
+
+    def time_channels(self) -> int:
+        embedding = getattr(self.network, "time_embed", None)
+        return embedding[-1].out_features if embedding is not None else 0
 
     def block_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Adapters may be given another prompt on the way, which changes what was prepared."""
@@ -154,7 +160,8 @@ def diffusion_model(executor, x, timesteps, context=None, y=None, control=None, 
     """DIFFUSION_MODEL wrapper: x (b, c, h, w), timesteps (b,), context (b, m, d)."""
     step = kwargs.pop(KEY, None)
     if step is not None:
-        prepared = step.prepare(timesteps, context, x.dtype)
+        time = embed_time(executor.class_obj, timesteps, x.dtype) if step.uses_time else None
+        prepared = step.prepare(timesteps, context, x.dtype, time=time)
         transformer_options = {**_with_our_patches(transformer_options), PREPARED: (step, prepared)}
         if step.guides_attention:
             transformer_options = _with_guided_attention(transformer_options, step.attentions)
@@ -162,6 +169,11 @@ def diffusion_model(executor, x, timesteps, context=None, y=None, control=None, 
             with adapted_linears(UNet(executor.class_obj), prepared):
                 return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
     return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+
+
+def embed_time(network: Any, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The network's own embedding (b, e) of timesteps (b,), as it is before anything is added to it."""
+    return network.time_embed(timestep_embedding(timesteps, network.model_channels).to(dtype))
 
 
 UNet.wrappers = {WrappersMP.DIFFUSION_MODEL: diffusion_model}
@@ -211,7 +223,7 @@ def guided_attention(q, k, v, extra_options, *, name: str, attend: Callable):
     # Replacements such as IP-Adapter's then take what they have for the unconditional.
     unconditional = {**extra_options, "cond_or_uncond": [1] * len(extra_options.get("cond_or_uncond", [0]))}
     for active, (adapter, shared) in zip(step.active, prepared, strict=True):
-        if adapter.guides_attention:
+        if adapter.guides_attention and adapter.has_layer(name):
             parts = []
             for each in active.negatives:
                 unwanted = each.negative.keys_values_at(name, len(q))
@@ -221,12 +233,12 @@ def guided_attention(q, k, v, extra_options, *, name: str, attend: Callable):
     return out
 
 
-def _layer_of(step: GuidedStep, extra_options: dict) -> str | None:
-    """Which layer a patch is called for. Blocks of other packs may not say; layers come in the order of evaluation."""
+def _place_of(step: GuidedStep, extra_options: dict) -> str | None:
+    """The block that a patch is called for. Those of other packs may not say; they come in the order of evaluation."""
     if "block" in extra_options and "block_index" in extra_options:
         return layer_name(extra_options["block"], extra_options["block_index"])
-    layers, last = step.layer_names(), step.visited[-1:]
-    following = layers[layers.index(last[0]) + 1 :] if last else layers
+    last = step.visited[-1:]
+    following = step.places[step.places.index(last[0]) + 1 :] if last else step.places
     return following[0] if following else None
 
 
@@ -234,7 +246,7 @@ def remember_input(n, context, value, extra_options):
     """attn2_patch: n (b, tokens, w) is what the attention is given, context (b, m, d)."""
     if PREPARED in extra_options:
         step, _ = extra_options[PREPARED]
-        if (name := _layer_of(step, extra_options)) in step.layer_names():
+        if (name := _place_of(step, extra_options)) in step.places:
             step.visited.append(name)
             # A dict of this block's evaluation alone: nothing outlives it.
             extra_options[_INPUT] = (name, n, context)
@@ -248,6 +260,6 @@ def add_residual(out, extra_options):
         return out
     name, h, context = remembered
     for adapter, shared in extra_options[PREPARED][1]:
-        if adapter.changes_attention_output:
+        if adapter.changes_attention_output and adapter.has_layer(name):
             out = adapter.add_after_attention(name, out, h, context, shared)
     return out

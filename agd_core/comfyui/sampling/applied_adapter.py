@@ -1,5 +1,6 @@
 """An adapter as one node applies it to a MODEL."""
 
+import math
 import uuid
 from dataclasses import dataclass, field
 
@@ -26,6 +27,10 @@ class AppliedAdapter:
     def omega(self, cfg_scale: float | None) -> float | None:
         """`cfg_scale`: that of the sampler, None where it isn't known."""
         return cfg_scale if self.settings.guidance_scale is None else self.settings.guidance_scale
+
+    def acts_at(self, omega: float | None) -> bool:
+        """Whether the model is another one with it, at that omega."""
+        return omega is not None and (self.info.config.kind.acts_at_1 or not math.isclose(omega, 1.0))
 
 
 def check_adapters(adapters: tuple[AppliedAdapter, ...], base: ModelPatcher) -> None:

@@ -1,6 +1,5 @@
 """One sampling with adapters: where ComfyUI evaluates both conditions, both get the one guided prediction."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -179,9 +178,10 @@ class GuidedSampling(SharedByDeepcopy):
         return [applied.omega(self.scale_check.assumed) for applied in adapters]
 
     def _is_at_cfg_1(self, adapters: list[AppliedAdapter]) -> bool:
-        """Whether all adapters follow a cfg of 1, which is the base unguided."""
-        scale, own = self.scale_check.assumed, [applied.settings.guidance_scale for applied in adapters]
-        return scale is not None and own.count(None) == len(own) and math.isclose(scale, 1.0)
+        """Whether all adapters follow a cfg of 1, and none acts there, so that it is the base unguided."""
+        scale = self.scale_check.assumed
+        follow = all(applied.settings.guidance_scale is None for applied in adapters)
+        return scale is not None and follow and not any(applied.acts_at(scale) for applied in adapters)
 
     def _evaluate_for_others(self, batch: CondBatch, adapters: list[AppliedAdapter]) -> list[torch.Tensor]:
         """What other nodes evaluate: the prompt once more, in another way, as PAG does; or conditions of their own."""

@@ -14,17 +14,20 @@ def managed(
 ) -> comfy.model_patcher.ModelPatcher:
     """Weights as a ModelPatcher of its own, which ComfyUI counts, offloads and unloads, in `base`'s compute dtype.
 
-    Raises `AdapterFileError` naming `source` where a weight is too large for that dtype.
+    Random features of omega stay as they are: rounded, they would be others. Raises `AdapterFileError`
+    naming `source` where a weight is too large for that dtype.
     """
     dtype = base.model.manual_cast_dtype or base.model.get_dtype()
-    weights = {key: tensor.to(dtype, copy=True) for key, tensor in weights.items()}  # copied: files may be mapped
+    adapter = Adapter(info.config, comfy.ops.manual_cast).requires_grad_(False)
+    exact = {key for key, _ in adapter.named_buffers()} - {"unconditional"}  # that is a prompt's tokens
+    # Copied: files may be mapped.
+    weights = {key: t.to(t.dtype if key in exact else dtype, copy=True) for key, t in weights.items()}
     overflown = sorted(key for key, tensor in weights.items() if not tensor.isfinite().all())
     if overflown:
         raise AdapterFileError(
             f"Weights of the adapter {source} are NaN or too large for {dtype}, in which this model computes "
             f"({', '.join(overflown[:8])}): run the model in bf16 or fp32, or train the adapter again."
         )
-    adapter = Adapter(info.config, comfy.ops.manual_cast).requires_grad_(False)
     patcher = comfy.model_patcher.CoreModelPatcher(
         adapter, load_device=base.load_device, offload_device=comfy.model_management.unet_offload_device()
     )

@@ -1,6 +1,5 @@
 """What a step of a sampling gets: the adapters that guide it, each with its omega, and the negatives."""
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,6 +85,6 @@ class StepBuilder:
 
 
 def guiding_at(adapters: list[AppliedAdapter], omegas: list[float | None]) -> list[AdapterAtOmega]:
-    """The adapters whose omega guides at all."""
+    """The adapters that do anything at their omega."""
     pairs = zip(adapters, omegas, strict=True)
-    return [(applied, omega) for applied, omega in pairs if omega is not None and not math.isclose(omega, 1.0)]
+    return [(applied, omega) for applied, omega in pairs if omega is not None and applied.acts_at(omega)]

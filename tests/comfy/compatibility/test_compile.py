@@ -18,6 +18,8 @@ COSTS = {"the base": ROW.without, "cfg 1": 1, "bypassed": ROW.without}
 COSTS |= dict.fromkeys(("an adapter", "another omega", "another adapter"), ROW.with_agd)
 COSTS |= dict.fromkeys(("a low_rank adapter", "an adapter in the weights", "an adapter again"), ROW.with_agd)
 COSTS |= {"the loader after the compile node": ROW.with_agd, "training-free": ROW.with_training_free}
+PAPERS = {"the paper's attention", "the paper's attention at cfg 1", "the paper's additive"}
+COSTS |= dict.fromkeys(PAPERS, 1)
 UNSEEN = "Runs uncompiled: torch.compile doesn't see what this adapter does inside the model's layers."
 
 
@@ -57,6 +59,7 @@ def test_a_model_that_breaks_into_several_graphs_runs_uncompiled_and_says_so(tmp
     report = sample_compiled("sub-quadratic", "eager", tmp_path, *cases)
     # Each patched MODEL finds out once, at the first step of its first sampling.
     finds_out = {"an adapter", "another adapter", "an adapter in the weights", "the loader after the compile node"}
+    finds_out |= PAPERS
     assert costs(report) == {name: COSTS[name] + (1 / STEPS if name in finds_out else 0) for name in cases}
     broken = [message for message in report["said"] if message != UNSEEN]
     assert len(broken) == len(finds_out.intersection(cases))
