@@ -77,7 +77,7 @@ def test_train_then_again_from_the_runs_config(agd, prompts, tmp_path):
     assert done.stdout.count(": gap closed ") == 2
     assert "Gap closed on 1 prompts that were not trained with" in done.stdout
     assert adapter_file.read_info(output).training["iterations"] == 4
-    names = {path.name for path in folder.iterdir()} - {"tensorboard"}
+    names = {path.name for path in folder.iterdir()} - {"tensorboard", ".lock"}
     assert names == {"config.toml", "metrics.jsonl", "previews", "prompts.txt", "report.txt", "training.png"}
     assert Image.open(folder / "previews" / "step-000004.png").size[1] > 256
     assert tomllib.loads((folder / "config.toml").read_text())["batch"] == 4  # resolved, not only what was given
@@ -164,13 +164,15 @@ def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(agd, prompts, tmp_p
 @pytest.fixture
 def ctrl_c(monkeypatch) -> Callable[[str, int], None]:
     """Ctrl-C at that step of that phase, once."""
+    real = ProgressBar.__call__
 
     def at(phase: str, step: int) -> None:
-        def show(bar: ProgressBar, progress: Progress) -> None:
+        def call(bar: ProgressBar, progress: Progress) -> None:
             if (progress.phase, progress.step) == (phase, step):
                 signal.raise_signal(signal.SIGINT)
+            real(bar, progress)
 
-        monkeypatch.setattr(ProgressBar, "_show", show)
+        monkeypatch.setattr(ProgressBar, "__call__", call)
 
     return at
 
@@ -180,7 +182,7 @@ def test_ctrl_c_before_the_first_state_says_that_the_next_run_starts_again(agd, 
     output = tmp_path / "toy.safetensors"
     caplog.set_level("INFO", "comfyui_agd.training")
     command, starts = train(prompts, output, "--iterations", "3"), "the same command starts again."
-    ctrl_c("rollout", 1)
+    ctrl_c("rollout", 0)
     done = agd(*command)
     assert (done.status, done.stderr.splitlines()[-1]) == (1, f"agd: Stopped before anything could be kept; {starts}")
     assert "AGD: the training stopped; the same one starts again" in caplog.text
