@@ -248,7 +248,7 @@ def _yaml(path: Path) -> Any:
     try:
         import yaml  # ComfyUI's own requirement, needed for nothing else
     except ImportError as error:
-        raise AdapterFileError(f"To read {path}, install PyYAML: pip install pyyaml.") from error
+        raise AdapterFileError(f"To read {path}, install the package PyYAML.") from error
     try:
         with path.open("rb") as file:
             return yaml.safe_load(file.read(_LONGEST_CONFIG))
@@ -265,7 +265,7 @@ def _read_modules(path: Path) -> _Modules:
     """Raises `AdapterFileError`."""
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle and zip raise whatever they like
+    except Exception as error:  # whatever a damaged file makes torch raise
         raise AdapterFileError(
             f"{path} can't be read as a checkpoint of the paper authors' code: copy it again. Details: "
             f"{type(error).__name__}: {_reason(error)}."

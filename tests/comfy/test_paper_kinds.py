@@ -352,6 +352,9 @@ class Code:
     def __reduce__(self):
         return (print, ("run",))
 
+    def __repr__(self):
+        return "code"
+
 
 @pytest.mark.parametrize("data", [Code(), {"model": Code()}, {"model": [1]}, {"model": {"a": 1}}, [1], {}], ids=str)
 def test_a_checkpoint_of_something_else_is_refused_and_runs_nothing(tmp_path, capsys, data):
