@@ -28,8 +28,9 @@ def register() -> None:
 
 
 def adapters() -> list[str]:
-    """The adapter files' names, relative to their folders."""
-    return folder_paths.get_filename_list(KEY)
+    """The adapter files' names, relative to their folders. The states that trainings keep beside them are none."""
+    names = folder_paths.get_filename_list(KEY)
+    return [name for name in names if not (name.endswith(".pt") and Path(name).parent.name.endswith(".run"))]
 
 
 def why_missing(name: str) -> str | None:

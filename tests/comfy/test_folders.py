@@ -39,6 +39,14 @@ def test_what_is_saved_is_listed_and_read_under_the_name_that_training_tells(sha
     assert folders.adapter_path(told).read_text() == "new"
 
 
+def test_what_trainings_keep_is_no_adapter_but_the_best_one_so_far(shared):
+    path = folders.new_adapter_path("mine")
+    run = path.with_suffix(".run")
+    for file in (path, run / "best.safetensors", run / "state-000250.pt", path.parent / "theirs" / "0005000.pt"):
+        write(file)
+    assert set(folders.adapters()) == {"mine.safetensors", "mine.run/best.safetensors", "theirs/0005000.pt"}
+
+
 def test_adapters_of_other_folders_are_still_read(shared):
     write(shared / "theirs.safetensors", "theirs")
     assert folders.adapter_path("theirs.safetensors").read_text() == "theirs"
