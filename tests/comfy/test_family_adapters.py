@@ -351,13 +351,13 @@ def test_of_a_video_with_sound_another_size_than_the_trained_ones_is_told():
 
 def test_ltx_2s_tokens_are_mapped_once_for_all_steps():
     class Unmapped(TinyClip):
-        def encode_from_tokens_scheduled(self, text: str) -> list:
-            ((cond, entries),) = super().encode_from_tokens_scheduled(text)
+        def encode_from_tokens_scheduled(self, tokens: dict[str, list]) -> list:
+            ((cond, entries),) = super().encode_from_tokens_scheduled(tokens)
             return [[cond[..., :48], {**entries, "unprocessed_ltxav_embeds": True}]]
 
     base, clip = tiny_model("ltx-2"), Unmapped("ltx-2")
     (kept,) = ComfyModel(base, clip).text_encoder.encode(["a fox"])
-    ((tokens, entries),) = clip.encode_from_tokens_scheduled("a fox")
+    ((tokens, entries),) = clip.encode_from_tokens_scheduled(clip.tokenize("a fox"))
     mapped = base.model.extra_conds(cross_attn=tokens, device=tokens.device, **entries)["c_crossattn"].cond
     assert torch.equal(kept.cond["cross_attn"], mapped)
     again = base.model.extra_conds(**kept.cond, device=tokens.device)["c_crossattn"].cond
