@@ -162,7 +162,7 @@ def _from_metadata(path: Path, metadata: dict[str, str]) -> AdapterInfo:
             raise
         raise AdapterFileError(
             "This adapter file can't be used, for what it says of itself is wrong: copy or train it again. Details: "
-            f"{path}: {error!s:.{_LONGEST_ERROR}}."
+            f"{path}: {str(error)[:_LONGEST_ERROR].rstrip('.')}."
         ) from error
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -199,7 +198,7 @@ def check_output(output: Path, beside: Callable[[Path], Sequence[Path]] = lambda
 
     `beside` gives the files that are written with it.
     """
-    if os.path.isdir(output) or not output.name.endswith(SUFFIX):
+    if not output.name.endswith(SUFFIX):
         raise JobError(f"The output {output} must be a file that ends in {SUFFIX}.")
     file_name(output.name)
     check_writable(output, *beside(output))
