@@ -24,7 +24,7 @@ from .config import AdapterConfig, Architecture, BaseInfo, LayerName
 from .errors import AGDError
 from .guidance import RULES
 from .kinds import KINDS
-from .text import one_line
+from .text import first_of, one_line
 
 FORMAT_VERSION = 3
 _KEY = "agd"
@@ -239,10 +239,9 @@ def load_weights(path: str | Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]
 def _refuse(path: Path, wrong: list[str]) -> None:
     """Raises `AdapterFileError` where anything is wrong with the weights."""
     if wrong:
-        more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise AdapterFileError(
             f"This adapter file is damaged: copy or train it again. Details: {path} does not hold the weights that its "
-            f"own description asks for: {'; '.join(wrong[:_LISTED])}{more}."
+            f"own description asks for: {first_of(wrong)}."
         )
 
 
@@ -284,8 +283,7 @@ def check_base(info: AdapterInfo, base: BaseInfo, path: str | Path) -> None:
         return
     theirs, yours = _distinguish(info.base, base)
     differ = sorted({layer.name for layer in set(info.base.layers) ^ set(base.layers)})
-    more = f" and {len(differ) - _LISTED} more" if len(differ) > _LISTED else ""
-    layers = f" Layers that differ: {', '.join(differ[:_LISTED])}{more}." if differ else ""
+    layers = f" Layers that differ: {first_of(differ, separator=', ')}." if differ else ""
     raise AdapterFileError(
         f"This adapter is for {theirs}, your checkpoint is {yours}. Choose an adapter that was made for such a "
         "checkpoint, or train one with AGD Train, or choose 'training-free' in AGD Adapter Loader, which needs none. "

@@ -13,7 +13,9 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints, is_typeddict
 
-_LISTED = 8  # offenders named in full in one error
+from .text import first_of
+
+_LISTED = 8  # unknown fields named in one error
 _SHOWN = 60  # characters of what was found
 
 
@@ -219,8 +221,7 @@ def _read_all(parts: dict[str, tuple[Any, Any]], name: str) -> dict[str, Any]:
         except ValueError as error:
             wrong.append(str(error))
     if wrong:
-        more = f", and {len(wrong) - _LISTED:,} more" if len(wrong) > _LISTED else ""
-        raise ValueError("; ".join(wrong[:_LISTED]) + more)
+        raise ValueError(first_of(wrong))
     return found
 
 

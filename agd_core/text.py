@@ -5,6 +5,7 @@ Escape sequences, directional overrides, invisible characters and halves of surr
 
 import logging
 import unicodedata
+from collections.abc import Sequence
 
 # Control and format characters, surrogates, separators of lines and paragraphs.
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -19,6 +20,12 @@ def one_line(text: object) -> str:
 def printable(text: object) -> str:
     """Text of several lines, whose breaks are ours."""
     return "\n".join(map(one_line, str(text).split("\n")))
+
+
+def first_of(phrases: Sequence[str], most: int = 8, separator: str = "; ") -> str:
+    """So many of them in full, and how many more there are."""
+    more = f" and {len(phrases) - most} more" if len(phrases) > most else ""
+    return separator.join(phrases[:most]) + more
 
 
 def _is_unseen(character: str) -> bool:

@@ -18,11 +18,11 @@ from ..agd_core.checked import Between, Multiple, Printable, read
 from ..agd_core.config import MOST_CHANNELS, AdapterConfig, AdapterLayer, BaseInfo, Linear
 from ..agd_core.kinds import kind_config
 from ..agd_core.older_formats import unet_layer
-from ..agd_core.text import one_line
+from ..agd_core.text import first_of, one_line
 
 SUFFIX = ".pt"
 _CONFIG = "config.yaml"
-_LONGEST_CONFIG, _LISTED, _SHOWN = 100_000, 8, 200
+_LONGEST_CONFIG, _SHOWN = 100_000, 200
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PROMPT_TOKENS = 77  # their prompts are cut to one chunk of CLIP's
 _OMEGAS = (1.0, 12.0)  # that they train
@@ -169,10 +169,9 @@ def load(path: str | Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
     converter = _Converter(config, own)
     modules = _read_modules(checkpoint)
     if wrong := converter.mismatches(modules):
-        more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise AdapterFileError(
             "This file of the paper authors' code does not hold the adapter that its config.yaml says: copy both "
-            f"again, from one run. Details: {checkpoint}: {'; '.join(wrong[:_LISTED])}{more}."
+            f"again, from one run. Details: {checkpoint}: {first_of(wrong)}."
         )
     return info, converter.weights(modules)
 

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from ..agd_core import adapter_file, lora
+from ..agd_core.atomic import write_text
 from ..agd_core.attention_guidance import NAME as ATTENTION_GUIDANCE
 from ..agd_core.attention_guidance import attention_guidance
 from ..agd_core.text import one_line, printable
@@ -180,7 +181,7 @@ def _train(args: argparse.Namespace) -> None:
     check_output(args.output, longest_files_of)
     with Ranks() as ranks:  # before ComfyUI, which takes the current device for its own
         job = _job(args, args.output, Recording.open(args.recording) if args.recording else None)
-        bar, planned = ProgressBar(quiet=not ranks.first), None
+        bar = ProgressBar(quiet=not ranks.first)
         callbacks = Callbacks(on_progress=bar, on_evaluation=bar.evaluated)
         try:
             with bar.stopped_by_signals():
@@ -264,7 +265,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise UsageError("Stopped; nothing was written.") from None
     _say(found.report(), end="")
     if args.json is not None:
-        args.json.write_text(json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n")
+        write_text(args.json, json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n")
     if args.picture is not None:
         found.picture.save(args.picture)
 

@@ -208,33 +208,22 @@ def record(
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock.held(folder):
         remove_remains(folder)
-        return _record(folder, pool, identity, batches, progress, of_pool)
+        recording = _resumed(folder, pool, identity)
+        progress(recording.batches, batches)
+        while recording.batches < batches:
+            rolled = []
+            for _ in range(min(_SHARD_BATCHES, batches - recording.batches)):
+                batch = pool.next(0, of_pool)
+                recording.evaluations += pool.advance(batch, batch.target, 0.0)
+                rolled.append(batch)
+                progress(recording.batches + len(rolled), batches)
+            _append(recording, rolled, pool)
+    return recording
 
 
 def can_go_on(folder: Path) -> bool:
     """Whether something was recorded there."""
     return (folder / _POOL).exists()
-
-
-def _record(
-    folder: Path,
-    pool: TrajectoryPool,
-    identity: dict,
-    batches: int,
-    progress: ProgressCallback,
-    of_pool: ProgressCallback,
-) -> Recording:
-    recording = _resumed(folder, pool, identity)
-    progress(recording.batches, batches)
-    while recording.batches < batches:
-        rolled = []
-        for _ in range(min(_SHARD_BATCHES, batches - recording.batches)):
-            batch = pool.next(0, of_pool)
-            recording.evaluations += pool.advance(batch, batch.target, 0.0)
-            rolled.append(batch)
-            progress(recording.batches + len(rolled), batches)
-        _append(recording, rolled, pool)
-    return recording
 
 
 def _resumed(folder: Path, pool: TrajectoryPool, identity: dict) -> Recording:

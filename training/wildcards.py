@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 from pathlib import Path
 
+from ..agd_core.text import first_of
 from .prompt_lists import BUILT_IN
 from .prompt_syntax import MOST_NESTED, Assignment, Choice, ListName, Template, Variable, parse, references
 from .prompt_text import PromptError, PromptLine, numbered, read_prompts, shown
@@ -147,8 +148,7 @@ def _normal(name: str) -> str:
 
 
 def _some(names: Sequence[str] | dict[str, Path], most: int = 40) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(shown(name) for name in list(names)[:most]) or "no lists") + more
+    return first_of([shown(name) for name in names], most, ", ") or "no lists"
 
 
 def _check_chain(name: str, chain: tuple[str, ...], line: PromptLine) -> None:
