@@ -59,6 +59,7 @@ from comfyui_agd.training.trainer import Callbacks
 TRAINING_BATCH = 16
 REUSE = 4  # optimiser steps per recorded batch, each with other guidance scales
 BUDGETS = (20, 10, 6)  # evaluations per picture at which methods are compared
+TRUE_STEPS = 50  # of the CFG whose pictures the others' are compared with
 BLOCKS, KEPT_STEPS = 8, 10  # gap closed: blocks of captions, noise levels of a trajectory's 20
 _TRAINING_SEED, _CHOICE_SEED, _GAP_SEED, _CAPTIONS_SEED, _OPEN_SEED = 3, 61, 29, 37, 43
 _NOISE_SEED, _OPEN_NOISE_SEED = 70_000, 90_000
@@ -142,13 +143,15 @@ class SampledAt:
 
 @dataclass(frozen=True)
 class Samples:
-    """What is kept of n pictures: the judge's `features` (n, d), and whether each is `correct` in all (n,).
+    """What is kept of n pictures: the judge's `features` (n, d), whether each is `correct` in all (n,), and the
+    `latents` (n, c, h, w) that they were decoded from.
 
-    `seconds` per picture, of each batch; `evaluations`: the rows that the model was given. Real pictures have neither.
+    `seconds` per picture, of each batch; `evaluations`: the rows that the model was given. Real pictures have none of the last three.
     """
 
     features: torch.Tensor
     correct: torch.Tensor
+    latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     seconds: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     evaluations: torch.Tensor = field(default_factory=lambda: torch.tensor(0))
 
@@ -332,6 +335,7 @@ class ToyExperiment:
             return {
                 "features": self.scorer.features(images),
                 "correct": self._correct(images),
+                "latents": drawn.latents,
                 "seconds": torch.tensor([spent / n for spent, n in zip(drawn.seconds, rows, strict=True)]),
                 "evaluations": torch.tensor(counter.total),
             }
@@ -345,6 +349,16 @@ class ToyExperiment:
             "prompt_accuracy": metrics.mean_and_error(own.correct),
             "frechet_to_real": metrics.frechet(own.features, self.reference.features),
         }
+
+    def distance_to_cfg(self, own: Samples, at: SampledAt) -> tuple[float, float]:
+        """How far these are from CFG's own pictures at `TRUE_STEPS` steps of the same sampler, captions and noise, by
+        their latents: 0 is CFG's picture, 1 as far as the base's without guidance; and the standard error. A sampler
+        that adds noise adds other noise with other numbers of steps, so that it has none.
+        """
+        true, base = dataclasses.replace(at, steps=TRUE_STEPS), PreparedMethod(self.parts.model, {"sampling": {}})
+        guided = self.samples("cfg", base, true)
+        unguided = self.samples("unguided", base, dataclasses.replace(true, omega=1.0))
+        return metrics.relative_distance(own.latents, guided.latents, unguided.latents)
 
     # Negative prompts.
 

@@ -66,6 +66,14 @@ def _recall(features: torch.Tensor, reference: torch.Tensor, own: torch.Tensor) 
     return covered(reference, features[own], radii(features[own])).float().mean().item()
 
 
+def relative_distance(own: torch.Tensor, target: torch.Tensor, far: torch.Tensor) -> tuple[float, float]:
+    """RMS distance of latents (n, c, h, w) to the target's over that of the `far` ones, and its standard error. The
+    rows belong to the same prompts and noise.
+    """
+    off, largest = ((latents - target).flatten(1).square().sum(1) for latents in (own, far))
+    return jackknife(lambda kept: (off[kept].sum() / largest[kept].sum()).sqrt().item(), len(own))
+
+
 class UnwantedSeen(NamedTuple):
     """Whether something unwanted is seen without and with the negative prompt that names it: bool (n,) each."""
 

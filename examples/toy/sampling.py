@@ -52,9 +52,11 @@ class Toy:
 
 @dataclass(frozen=True)
 class Pictures:
-    """(n, 3, 64, 64) in [0, 1], and the seconds that each batch of them spent inside KSampler."""
+    """(n, 3, 64, 64) in [0, 1], the latents (n, c, h, w) that they are decoded from, and the seconds that each batch
+    of them spent inside KSampler."""
 
     images: torch.Tensor
+    latents: torch.Tensor
     seconds: list[float]
 
 
@@ -99,14 +101,15 @@ def sample(
     `negative` and `noise`: for each batch, as `sample_latents` takes them; without `negative` prompts are empty.
     """
     comfy.utils.PROGRESS_BAR_ENABLED = False  # ours counts batches, not the steps of one
-    empty, images, seconds = encode(parts.clip, [""])[0], [], []
+    empty, images, latents, seconds = encode(parts.clip, [""])[0], [], [], []
     for i, positive in enumerate(tqdm(prompts, desc=f"sampling at cfg {settings.cfg:g}", leave=False)):
         own, unwanted = dataclasses.replace(settings, seed=settings.seed + i), negative[i] if negative else empty
         start = time.perf_counter()
         latent = sample_latents(model, positive, unwanted, own, noise[i] if noise else None)
         seconds.append(time.perf_counter() - start)
+        latents.append(latent["samples"])
         images.append(nodes.VAEDecode().decode(parts.vae, latent)[0].movedim(-1, 1).clamp(0, 1))
-    return Pictures(torch.cat(images).clone(), seconds)
+    return Pictures(torch.cat(images).clone(), torch.cat(latents).clone(), seconds)
 
 
 def captions_of(scenes: list[Scene]) -> list[str]:
