@@ -146,7 +146,8 @@ class Samples:
     """What is kept of n pictures: the judge's `features` (n, d), whether each is `correct` in all (n,), and the
     `latents` (n, c, h, w) that they were decoded from.
 
-    `seconds` per picture, of each batch; `evaluations`: the rows that the model was given. Real pictures have none of the last three.
+    `seconds` per picture, of each batch; `evaluations`: the rows that the model was given. Real pictures have none of
+    the last three.
     """
 
     features: torch.Tensor
