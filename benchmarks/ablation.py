@@ -90,7 +90,7 @@ def kinds() -> list[Variant]:
         Variant(section, "low_rank", {"kind": "low_rank", "modulated": True}),
         Variant(section, "scale", {"kind": "scale", "learning_rate": 2e-2}),
         Variant(section, "delta"),
-        *(Variant(section, f"delta with rank {rank}", {"rank": rank}) for rank in (2, 4, 8)),
+        *(Variant(section, f"delta with rank {rank}", {"rank": rank}) for rank in (2, 4, 8, 16, 32)),
         *(Variant(section, f"delta with rank {rank} and m", {"rank": rank, "modulated": True}) for rank in (2, 4)),
     ]
 

@@ -33,9 +33,9 @@ from comfyui_agd.examples.toy.tables import Column, console_table
 # Our re-implementation of the paper's adapter, which differs from the authors' own in size and form (docs/method.md).
 PAPER = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
 ADAPTERS = {
-    "agd": {"kind": "delta", "rank": 4},
+    "agd": {"kind": "delta", "rank": 16},
     # What it costs where low-rank changes can't be in the weights.
-    "agd-modulated": {"kind": "delta", "rank": 4, "modulated": True},
+    "agd-modulated": {"kind": "delta", "rank": 16, "modulated": True},
     "paper-128": {**PAPER, "hidden": 128},
     "paper-320": {**PAPER, "hidden": 320},
 }

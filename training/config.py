@@ -117,7 +117,7 @@ class TrainConfig(Settings):
     hidden: int = option(128, "width H inside the adapter of a layer", limits=(1, MOST_CHANNELS))
     modulated: bool = option(False, "the rank's changes are scaled by t and omega, and so no LoRA any more")
     rank: int = option(
-        4, "of changes of the blocks' linear layers, beside the others or alone; 0: none", limits=(0, MOST_CHANNELS)
+        16, "of changes of the blocks' linear layers, beside the others or alone; 0: none", limits=(0, MOST_CHANNELS)
     )
     vector: int = option(0, "width inside a change of the timestep's vector; 0: none", limits=(0, MOST_CHANNELS))
     use_timestep: bool = option(True, "the adapter knows the timestep; the authors' default: no")

@@ -26,15 +26,13 @@ class Preset:
 
 # Flow matching is sampled so: by Euler's method or DPM++ 2M, along schedules that are even in the model's own time.
 _FLOW = Preset("flow matching", {"schedulers": ("simple", "normal"), "solvers": ("euler", "dpmpp_2m")})
-_TRANSFORMERS = Preset("transformers", {"rank": 16})
 _WITH_VECTOR = Preset("transformers that have one", {"vector": 128})
 _UNREACHED = Preset("transformers whose attentions aren't known", {"kind": "low_rank"})
 _OF_KIND = {
-    "low_rank": Preset("low_rank", {"rank": 16}),
     # Few numbers that are found fast.
     "scale": Preset("scale", {"iterations": 150, "learning_rate": 2e-2, "preview_every": 0}),
 }
-_PRESETS = (_FLOW, _TRANSFORMERS, _WITH_VECTOR, _UNREACHED, *_OF_KIND.values())
+_PRESETS = (_FLOW, _WITH_VECTOR, _UNREACHED, *_OF_KIND.values())
 
 
 def settings_for(base: BaseInfo, chosen: dict) -> TrainConfig:
@@ -77,12 +75,12 @@ def trajectories_of(base: BaseInfo) -> dict:
 
 
 def _adapter_for(base: BaseInfo) -> dict:
-    """Of transformers: low-rank changes, the vector of the timestep, and attentions where they are reached."""
+    """Of transformers: the vector of the timestep, and attentions where they are reached."""
     if base.layout != "transformer":
         return {}
     reached = any(layer.reads_prompt for layer in base.layers)
     vector = _WITH_VECTOR.settings if base.vector else {}
-    return _TRANSFORMERS.settings | vector | ({} if reached else _UNREACHED.settings)
+    return vector | ({} if reached else _UNREACHED.settings)
 
 
 def _suited(family: Family) -> dict:

@@ -60,7 +60,7 @@ _DECAY_SHARE = 0.1  # of the iterations done, still to follow for the learning r
 _LARGEST_ERROR = 0.1  # of the speed-up, over itself: with a larger one it is not reported
 # What suits each base: the adapter, and how fast it may learn.
 _SETTINGS: dict[str, dict] = {
-    "toy": {"hidden": 28, "encoder_width": 32, "learning_rate": 3e-3},
+    "toy": {"hidden": 28, "rank": 4, "encoder_width": 32, "learning_rate": 3e-3},
     "toy-dit": {
         "hidden": 32,
         "rank": 4,

@@ -139,7 +139,7 @@ def test_what_a_kind_does_not_have_is_refused_before_anything_is_loaded(folder, 
 
 @pytest.mark.parametrize(("kind", "rank"), [("low_rank", 16), ("delta", 4), ("scale", None)])
 def test_a_config_file_of_before_kinds_had_their_own_settings_goes_on(folder, kind, rank):
-    (folder / "c.toml").write_text(to_toml(dataclasses.asdict(TrainConfig(kind=kind, hidden=16))))
+    (folder / "c.toml").write_text(to_toml(dataclasses.asdict(TrainConfig(kind=kind, hidden=16, rank=4))))
     chosen = check_chosen(cli._chosen(parse([*BASE, "--config", "c.toml"])))
     assert getattr(chosen.kind_config(), "rank", None) == rank
     assert chosen.own_settings().keys() >= set(settings_of_kind(kind))

@@ -108,12 +108,12 @@ def all_settings(**chosen) -> dict:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_before_kinds_had_their_own_settings_goes_on(kind):
     now = TrainConfig(kind=kind, hidden=16, rank=16 if kind == "low_rank" else 4).result_settings()
-    then = {"version": 3, "identity": all_settings(kind=kind, hidden=16)}
+    then = {"version": 3, "identity": all_settings(kind=kind, hidden=16, rank=4)}
     check_same_run(then, now, "a.run")
     del then["identity"]["frames"]  # which there once was not
     check_same_run(then, now, "a.run")
     with pytest.raises(DifferentRun, match="batch: 8 then, 4 now"):
-        check_same_run({"version": 3, "identity": all_settings(kind=kind, hidden=16, batch=8)}, now, "a.run")
+        check_same_run({"version": 3, "identity": all_settings(kind=kind, hidden=16, rank=4, batch=8)}, now, "a.run")
 
 
 def test_what_is_kept_of_a_run_are_its_own_kinds_settings():

@@ -236,7 +236,7 @@ def test_a_refusal_says_so_where_nothing_helps(model):
 
 
 def test_a_smaller_hidden_helps_where_the_adapter_is_what_is_large(model):
-    config = replace(CONFIG, width=64, height=64, hidden=512)
+    config = replace(CONFIG, width=64, height=64, hidden=512, rank=4)
     memory = room_for(model, 0.06, base=0.1, config=replace(config, hidden=256))
     with pytest.raises(DoesNotFit, match="it would fit with hidden 256"):
         plan(model, config, memory)
@@ -374,6 +374,6 @@ def test_the_description_says_it_all(model):
     text = plan(model, CONFIG, int(24 * GB)).describe()
     assert text.splitlines()[1:4] == [
         "evaluations  2,048 of the teacher, 800 of the student",
-        "memory       10.1 GB of 24.0 GB, 2.0 GB of them the base",
+        "memory       10.2 GB of 24.0 GB, 2.0 GB of them the base",
         "at once      8 student, 16 teacher",
     ]
