@@ -112,6 +112,16 @@ def use_inputs() -> list[io.Input]:
             advanced=True,
             tooltip="Where in sampling the adapter ends. After it the model runs as without this node.",
         ),
+        io.Boolean.Input(
+            "forecast",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "Steps that follow from those before them are forecast, without a model call: 20 steps take about 9 to "
+                "14 calls, for nearly the same picture. Where forecasts would be wrong, all steps are evaluated."
+            ),
+        ),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -18,7 +19,8 @@ from .kept_memory import KeptMemory
 from .messages import Notify
 from .other_evaluations import OtherEvaluations
 from .post_cfg_watch import PostCfgCall, unwatch_post_cfg, watch_post_cfg
-from .restarts import PendingRestart, RestartMerged, RestartSampling, SamplingMode
+from .prediction_history import PredictionHistory
+from .restarts import PendingRestart, RestartMerged, RestartSampling, RestartWithoutForecasts, SamplingMode
 from .scale_check import ScaleCheck
 from .schedule import SigmaSpan
 from .shared_by_deepcopy import SharedByDeepcopy
@@ -55,6 +57,7 @@ class GuidedSampling(SharedByDeepcopy):
         self.other_evaluations = OtherEvaluations(self.guider, self.sampler, self.restart)
         self.step_builder = StepBuilder(self.guider, self.mode.merged_omega is not None, self.notify)
         self.step_warnings = StepWarnings(self.guider, self.notify)
+        self.history = PredictionHistory()
 
     @property
     def guided(self) -> bool:
@@ -166,8 +169,15 @@ class GuidedSampling(SharedByDeepcopy):
         self.step_warnings.send_waiting()
         self.other_evaluations.guided = True
         watch_post_cfg(batch.model_options, self._on_uncond_use, self._on_post_cfg_return)
-        prediction = self._guided_prediction(batch, adapters)
+        prediction = self._evaluated_or_forecast(batch, adapters)
         return [prediction, prediction.clone()]  # a node may change one of them in place
+
+    def _evaluated_or_forecast(self, batch: CondBatch, adapters: list[AppliedAdapter]) -> torch.Tensor:
+        """The guided prediction of a step (b, c, h, w), of the prompt."""
+        evaluate = partial(self._guided_prediction, batch, adapters)
+        if self.mode.evaluates_all or not any(applied.settings.forecast for applied in adapters):
+            return evaluate()
+        return self.history.prediction(batch, self._omegas(adapters), evaluate).clone()  # the history keeps its own
 
     def _check_combination(self) -> None:
         """By the next step both predictions should have been combined, and the scale of it have been seen."""
@@ -186,6 +196,8 @@ class GuidedSampling(SharedByDeepcopy):
     def _evaluate_for_others(self, batch: CondBatch, adapters: list[AppliedAdapter]) -> list[torch.Tensor]:
         """What other nodes evaluate: the prompt once more, in another way, as PAG does; or conditions of their own."""
         self.other_evaluations.count += 1
+        if self.history.was_forecast and self._is_current(batch.timestep):  # it would be compared with a forecast
+            self.restart.request(RestartWithoutForecasts)
         prompt_again = self._has_guided(batch.timestep) and not any(batch.conds[1:])
         if prompt_again and belong_to(self.guider, "positive", batch.conds[0]):
             prediction = self._guided_prediction(batch, adapters)

@@ -14,7 +14,7 @@ from .conditions import copy_conditions
 from .guided_sampling import GuidedSampling
 from .merging import Evaluators, MergingHistory, evaluators_of, merged_into
 from .messages import Notify
-from .restarts import RestartMerged, RestartSampling, RestartUnguided, SamplingMode
+from .restarts import RestartMerged, RestartSampling, RestartUnguided, RestartWithoutForecasts, SamplingMode
 from .schedule import SigmaSpan
 from .shared_by_deepcopy import SharedByDeepcopy
 from .uncond_consumers import PRE_CFG, find_uncond_consumer
@@ -67,10 +67,12 @@ class AdapterGuidance(SharedByDeepcopy):
             except RestartMerged:
                 self.merging.guided.add(evaluators)
                 mode = replace(mode, merged_omega=mode.mergeable_omega)
+            except RestartWithoutForecasts:
+                mode = replace(mode, evaluates_all=True)
             except RestartUnguided as restart:
                 mode = SamplingMode(unguided_because=restart.reason)
             except RestartSampling:
-                self.merging.enabled, mode = False, SamplingMode()
+                self.merging.enabled, mode = False, SamplingMode(evaluates_all=mode.evaluates_all)
             else:
                 if sampling.guided:
                     self.merging.guided.add(evaluators)

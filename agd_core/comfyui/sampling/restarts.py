@@ -11,12 +11,13 @@ class SamplingMode:
 
     `unguided_because`: why adapters do nothing in it, in a few words for the user, or None. `mergeable_omega`: the
     omega for which the only adapter's low-rank changes can be in the base's weights; `merged_omega`: for which they
-    are.
+    are. `evaluates_all`: whether no step may be forecast.
     """
 
     unguided_because: str | None = None
     mergeable_omega: float | None = None
     merged_omega: float | None = None
+    evaluates_all: bool = False
 
 
 class RestartSampling(BaseException):
@@ -36,6 +37,10 @@ class RestartUnguided(RestartSampling):
 
 class RestartMerged(RestartSampling):
     """A guided step was asked for, and the adapter's low-rank changes can be in the weights."""
+
+
+class RestartWithoutForecasts(RestartSampling):
+    """Another node needs predictions that were evaluated, in every step."""
 
 
 class RestartEvaluatingBoth(RestartSampling):

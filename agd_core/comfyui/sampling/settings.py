@@ -10,12 +10,14 @@ from .schedule import SigmaSpan
 @dataclass(frozen=True)
 class GuidanceSettings:
     """`guidance_scale` None takes omega from the sampler's cfg; `strength` multiplies the guidance; the steps between
-    `start_percent` and `end_percent` of the schedule are guided, the others are the model's own."""
+    `start_percent` and `end_percent` of the schedule are guided, the others are the model's own; `forecast`: steps that
+    follow from those before them aren't evaluated."""
 
     guidance_scale: float | None = None
     strength: float = 1.0
     start_percent: float = 0.0
     end_percent: float = 1.0
+    forecast: bool = False
 
     @property
     def has_effect(self) -> bool:
