@@ -262,10 +262,16 @@ def test_at_equal_distance_the_fewest_evaluations_count():
 
 
 def test_the_harder_regime_is_where_half_the_steps_are_furthest_off_and_cfg_still_good():
-    def candidate(name: str, distance: float, accuracy: float) -> dict:
-        return {"regime": name, "distance_to_cfg_10": distance, "prompt_accuracy": accuracy}
+    def candidate(name: str, halved: float, accuracy: float, steps: float = 0.1) -> dict:
+        distances = {"distance_to_cfg_20": steps, "distance_to_cfg_10": halved}
+        return {"regime": name, "prompt_accuracy": accuracy, **distances}
 
-    rows = [candidate("a", 0.2, 1.0), candidate("b", 0.5, 0.95), candidate("c", 0.9, 0.4)]
+    rows = [
+        candidate("a", 0.2, 1.0),
+        candidate("b", 0.5, 0.95),
+        candidate("c", 0.9, 0.4),
+        candidate("d", 1.5, 1.0, 0.6),
+    ]
     assert frontier.harder(rows)["regime"] == "b"
 
 
