@@ -16,7 +16,7 @@ from comfyui_agd.benchmarks.sparse_guidance import AGREEMENT, LinearEstimate, Sp
 from comfyui_agd.benchmarks.step_caches import AS_PUBLISHED, SpectrumSettings
 from comfyui_agd.examples.toy.sampling import BATCH, encode, sample_latents
 
-ADAPTER = "ours_longer"  # the one that is combined with caches
+ADAPTER = "ours"  # the one that is combined with caches
 FEWEST, MOST = 4, 30
 ADAPTER_STEPS = (FEWEST, 5, 6, 8, 10, 15, 20, MOST)
 _FIT_SEED = 110_000
@@ -188,12 +188,12 @@ FRONTIER: dict[str, FrontierMethod] = {
     "easy_cache": FrontierMethod(
         "ComfyUI's EasyCache on CFG",
         Group.WITHOUT_US,
-        easy(on_base, (20, 0.05), (20, 0.1), (20, 0.2), (30, 0.1), (30, 0.2)),
+        easy(on_base, (20, 0.05), (20, 0.1), (20, 0.2), (30, 0.2)),
     ),
     "lazy_cache": FrontierMethod(
         "ComfyUI's LazyCache on CFG",
         Group.WITHOUT_US,
-        lazy(on_base, (20, 0.05), (20, 0.1), (20, 0.2), (30, 0.1), (30, 0.2)),
+        lazy(on_base, (20, 0.05), (20, 0.1), (20, 0.2), (30, 0.2)),
     ),
     "spectrum": FrontierMethod(
         "Spectrum on CFG (arXiv 2603.01623): the model's output forecast along Chebyshev polynomials; as its users "
@@ -220,7 +220,7 @@ FRONTIER: dict[str, FrontierMethod] = {
         sparse(
             sparse_guidance.every,
             sparse_guidance.same_difference,
-            [(20, 2), (20, 3), (20, 5), (15, 3), (10, 2), (10, 3)],
+            [(20, 2), (20, 3), (20, 5), (10, 2), (10, 3)],
             "k = {}",
         ),
     ),
@@ -235,7 +235,7 @@ FRONTIER: dict[str, FrontierMethod] = {
         sparse(
             sparse_guidance.until_agreement,
             sparse_guidance.no_guidance,
-            [(20, 0.991), (20, 0.998), (20, AGREEMENT), (20, 0.9995), (10, AGREEMENT)],
+            [(20, 0.991), (20, 0.998), (20, AGREEMENT), (10, AGREEMENT)],
             "threshold {:g}",
         ),
     ),
@@ -255,7 +255,7 @@ FRONTIER: dict[str, FrontierMethod] = {
         sparse(
             sparse_guidance.first,
             sparse_guidance.no_guidance,
-            [(20, 0.3), (20, 0.5), (20, 0.7), (10, 0.5), (10, 0.7)],
+            [(20, 0.3), (20, 0.5), (10, 0.5), (10, 0.7)],
             "share {:g}",
         ),
     ),

@@ -3,7 +3,7 @@
 import colorsys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import cycle, groupby
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -30,7 +30,13 @@ LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # distances at which evaluations a
 # In the harder regime CFG's pictures at 50 steps must still show what is asked for, and those at 20 be no further away.
 LEAST_ACCURACY, FURTHEST_AT_ALL_STEPS = 0.9, 0.4
 _OURS = (Group.ADAPTER.value, Group.ADAPTER_WITH_CACHE.value)
-_PLOT_SIZE, _PLOTTED_UP_TO, _FURTHEST = (1400, 820), 40, 1.3
+_PLOT_SIZE, _PLOTTED_UP_TO, _FURTHEST = (1400, 820), 40, 1.25
+_COLOURS = {
+    Group.CFG: ("#000000",),
+    Group.TRAINING_FREE: ("#e08a00",),
+    Group.ADAPTER: ("#1f5fbf", "#63a4ff"),
+    Group.ADAPTER_WITH_CACHE: ("#c2185b", "#ff6f91", "#7b1fa2"),
+}
 _KEY_COLUMNS = 4
 
 
@@ -118,7 +124,7 @@ class Report:
         usual = self.tried[0]
         return f"""# What is worth its evaluations
 
-`python benchmarks/frontier.py{how}`, {self.made}. {self.base.title.capitalize()}, {pictures} pictures per row.
+`python benchmarks/frontier.py{how}`, {self.made}. {_title(self.base)}, {pictures} pictures per row.
 Written by the command; each value with its standard error.
 
 ## The regimes
@@ -157,6 +163,8 @@ to that ({FURTHEST_AT_ALL_STEPS:g} at most).
 
 {_ranges(rows)}
 
+{_when_ours(rows)}
+
 ![distance to CFG against evaluations per picture]({name}-{regime}.png)
 
 ### At equal distance
@@ -175,19 +183,28 @@ Each cache and each sparse guidance, against the adapter at a distance no larger
 {markdown_table([*first, *columns_of(_FIGURES)], rows)}"""
 
     def plot(self, regime: str) -> Image.Image:
-        """Distance against evaluations, a line per method; what nothing dominates has a ring."""
+        """Distance against evaluations: a dot per row, a line through what is best of each method, a ring around what
+        is best of all."""
         rows = [row for row in self._of(regime) if row["evaluations"] <= _PLOTTED_UP_TO]
-        names = [name for name in FRONTIER if any(row["method"] == name for row in rows)]
-        colours = {name: _colour(i, len(names)) for i, name in enumerate(names)}
-        title = f"{self.base.title}, {regime} regime: distance to CFG with {TRUE_STEPS} steps"
+        rows = [row for row in rows if row["distance_to_cfg"] <= _FURTHEST]
+        colours = _colours([name for name in FRONTIER if any(row["method"] == name for row in rows)])
+        title = f"{_title(self.base)}, {regime} regime: distance to CFG with {TRUE_STEPS} steps"
         diagram = Diagram(title, 0, _PLOTTED_UP_TO, 0.0, _FURTHEST, "evaluations per picture", _PLOT_SIZE)
         for name, colour in colours.items():
-            ours = FRONTIER[name].group.value in _OURS
-            own = sorted((row["evaluations"], row["distance_to_cfg"]) for row in rows if row["method"] == name)
-            diagram.curve([point for point in own if point[1] <= _FURTHEST], colour, width=4 if ours else 1, dots=True)
-        shown = [row for row in non_dominated(rows) if row["distance_to_cfg"] <= _FURTHEST]
-        diagram.ring([(row["evaluations"], row["distance_to_cfg"]) for row in shown])
+            own = [row for row in rows if row["method"] == name]
+            width = 1 if FRONTIER[name].group is Group.WITHOUT_US else 4
+            diagram.curve([_point(row) for row in non_dominated(own)], colour, width=width)
+            diagram.dots([_point(row) for row in own], colour)
+        diagram.ring([_point(row) for row in non_dominated(rows)])
         return _with_key(diagram.image, colours)
+
+
+def _point(row: dict) -> tuple[float, float]:
+    return row["evaluations"], row["distance_to_cfg"]
+
+
+def _title(base: Base) -> str:
+    return base.title[0].upper() + base.title[1:]
 
 
 def _described(candidate: dict, base: Base) -> str:
@@ -211,6 +228,17 @@ def _ranges(rows: list[dict]) -> str:
         Column("distance", lambda line: " to ".join(dict.fromkeys(_DISTANCE.text(line[k]) for k in ("first", "last")))),
     ]
     return markdown_table(columns, lines)
+
+
+def _when_ours(rows: list[dict]) -> str:
+    """For how many evaluations an adapter is on the frontier, as a sentence."""
+    best, ranges = non_dominated(rows), []
+    for ours, own in groupby(enumerate(best), key=lambda each: each[1]["group"] in _OURS):
+        indices = [i for i, _ in own]
+        if ours:
+            end = f" to {best[indices[-1] + 1]['evaluations']:.1f}" if indices[-1] + 1 < len(best) else " on"
+            ranges.append(f"from {best[indices[0]]['evaluations']:.1f}{end}")
+    return f"**An adapter, alone or with a cache, is on the frontier {', '.join(ranges) or 'nowhere'}** evaluations."
 
 
 def _levels(rows: list[dict]) -> str:
@@ -251,9 +279,17 @@ def _against_adapter(rows: list[dict]) -> str:
     return markdown_table(columns, of_groups(rows, Group.WITHOUT_US))
 
 
-def _colour(index: int, count: int) -> str:
-    """Neighbours in the list differ in brightness too."""
-    red, green, blue = colorsys.hsv_to_rgb(index / count, 0.9, (0.9, 0.55)[index % 2])
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """CFG black, what others have in all hues, ours in strong blues and reds."""
+    others = [name for name in names if FRONTIER[name].group is Group.WITHOUT_US]
+    found = {name: _colour(i / len(others), (0.85, 0.5)[i % 2]) for i, name in enumerate(others)}
+    for group, colours in _COLOURS.items():
+        found |= dict(zip((name for name in names if FRONTIER[name].group is group), cycle(colours), strict=False))
+    return {name: found[name] for name in names}
+
+
+def _colour(hue: float, brightness: float) -> str:
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.75, brightness)
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
@@ -262,7 +298,7 @@ def _with_key(diagram: Image.Image, colours: dict[str, str]) -> Image.Image:
     lines = -(-len(colours) // _KEY_COLUMNS)
     image = Image.new("RGB", (diagram.width, diagram.height + 26 * lines + 20), "white")
     image.paste(diagram, (0, 0))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=16)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
     for i, (name, colour) in enumerate(colours.items()):
         x = 80 + i % _KEY_COLUMNS * (diagram.width - 100) // _KEY_COLUMNS
         y = diagram.height + 10 + 26 * (i // _KEY_COLUMNS)

@@ -54,10 +54,12 @@ class Diagram:
         share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
         return left + (right - left) * (step - self.first) / (self.last - self.first), bottom - (bottom - top) * share
 
-    def curve(self, points: Sequence[tuple[int, float]], colour: str, width: int = 3, dots: bool = False) -> None:
-        at = [self._point(*point) for point in points]
-        self.draw.line(at, fill=colour, width=width)
-        for x, y in at if dots else []:
+    def curve(self, points: Sequence[tuple[float, float]], colour: str, width: int = 3, dots: bool = False) -> None:
+        self.draw.line([self._point(*point) for point in points], fill=colour, width=width)
+        self.dots(points if dots else [], colour)
+
+    def dots(self, points: Sequence[tuple[float, float]], colour: str) -> None:
+        for x, y in (self._point(*point) for point in points):
             self.draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
 
     def ring(self, points: Sequence[tuple[float, float]], colour: str = _INK) -> None:
