@@ -166,9 +166,22 @@ def faster_cache(model: Model) -> Model:
     return sparse_guidance.sparse(model, sparse_guidance.faster_cache, sparse_guidance.growing_difference)
 
 
-# For few steps: a shorter warm-up, in proportion to the 25 steps that its users' settings are for.
+# Of ComfyUI's caches, whose default is 0.2: (steps, threshold).
+_THRESHOLDS = ((20, 0.1), (20, 0.2), (20, 0.5), (20, 1.0), (30, 0.2), (30, 0.5))
+# Of Spectrum. For few steps the warm-up is shorter than in its users' settings, which are for 25, and gaps are longer.
 SHORT, SHORTER = SpectrumSettings(warm_up=6, last=2), SpectrumSettings(warm_up=3, last=1)
 FASTER = SpectrumSettings(warm_up=5, window=3.0, flex=0.75, last=2)
+FASTEST = SpectrumSettings(warm_up=2, window=3.0, flex=0.5, last=1)
+_SPECTRUM = (
+    (30, "users'", SpectrumSettings()),
+    (20, "published", AS_PUBLISHED),
+    (20, "short warm-up", SHORT),
+    (20, "long gaps", FASTER),
+    (15, "shorter warm-up", SHORTER),
+    (10, "shorter warm-up", SHORTER),
+    (10, "longer gaps", FASTEST),
+    (8, "shorter warm-up", SHORTER),
+)
 
 FRONTIER: dict[str, FrontierMethod] = {
     "cfg": FrontierMethod(
@@ -188,25 +201,18 @@ FRONTIER: dict[str, FrontierMethod] = {
     "easy_cache": FrontierMethod(
         "ComfyUI's EasyCache on CFG",
         Group.WITHOUT_US,
-        easy(on_base, (20, 0.05), (20, 0.1), (20, 0.2), (30, 0.2)),
+        easy(on_base, *_THRESHOLDS),
     ),
     "lazy_cache": FrontierMethod(
         "ComfyUI's LazyCache on CFG",
         Group.WITHOUT_US,
-        lazy(on_base, (20, 0.05), (20, 0.1), (20, 0.2), (30, 0.2)),
+        lazy(on_base, *_THRESHOLDS),
     ),
     "spectrum": FrontierMethod(
         "Spectrum on CFG (arXiv 2603.01623): the model's output forecast along Chebyshev polynomials; as its users "
-        "have it, with a shorter warm-up, with longer gaps, and as published",
+        "have it, with shorter warm-ups and longer gaps, and as published",
         Group.WITHOUT_US,
-        spectrum(
-            on_base,
-            (30, "users'", SpectrumSettings()),
-            (20, "short warm-up", SHORT),
-            (20, "long gaps", FASTER),
-            (20, "published", AS_PUBLISHED),
-            (10, "short warm-up", SHORTER),
-        ),
+        spectrum(on_base, *_SPECTRUM),
     ),
     "faster_cache": FrontierMethod(
         "FasterCache's CFG-Cache (arXiv 2410.19355): after a third of the steps the negative at every fifth, and "
@@ -235,7 +241,7 @@ FRONTIER: dict[str, FrontierMethod] = {
         sparse(
             sparse_guidance.until_agreement,
             sparse_guidance.no_guidance,
-            [(20, 0.991), (20, 0.998), (20, AGREEMENT), (10, AGREEMENT)],
+            [(20, 0.95), (20, 0.991), (20, AGREEMENT), (10, 0.991), (10, AGREEMENT)],
             "threshold {:g}",
         ),
     ),
@@ -273,23 +279,17 @@ FRONTIER: dict[str, FrontierMethod] = {
     "ours_easy_cache": FrontierMethod(
         "ComfyUI's EasyCache on the adapter",
         Group.ADAPTER_WITH_CACHE,
-        easy(on_adapter, (10, 0.1), (10, 0.2), (20, 0.05), (20, 0.1), (20, 0.2), (30, 0.1)),
+        easy(on_adapter, *_THRESHOLDS, (10, 0.2), (10, 0.5)),
     ),
     "ours_lazy_cache": FrontierMethod(
         "ComfyUI's LazyCache on the adapter",
         Group.ADAPTER_WITH_CACHE,
-        lazy(on_adapter, (10, 0.1), (10, 0.2), (20, 0.05), (20, 0.1), (20, 0.2), (30, 0.1)),
+        lazy(on_adapter, *_THRESHOLDS, (10, 0.2), (10, 0.5)),
     ),
     "ours_spectrum": FrontierMethod(
         "Spectrum on the adapter",
         Group.ADAPTER_WITH_CACHE,
-        spectrum(
-            on_adapter,
-            (30, "users'", SpectrumSettings()),
-            (20, "short warm-up", SHORT),
-            (20, "long gaps", FASTER),
-            (10, "short warm-up", SHORTER),
-        ),
+        spectrum(on_adapter, *_SPECTRUM),
     ),
 }
 
