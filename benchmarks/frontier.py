@@ -85,15 +85,16 @@ def candidate_row(experiment, regime: str, settings: dict) -> dict:
     return first | {"prompt_accuracy": rows[TRUE_STEPS]["prompt_accuracy"]} | by_steps
 
 
-def harder(rows: list[dict]) -> dict:
+def harder(rows: list[dict], highest_omega: float) -> dict:
     """The candidate in which CFG with half the steps is furthest from CFG, of those where CFG with all of them is good
-    and near."""
+    and near, up to the highest omega that adapters are trained for."""
     from comfyui_agd.benchmarks.frontier_report import FURTHEST_AT_ALL_STEPS, LEAST_ACCURACY
     from comfyui_agd.examples.toy.sampling import STEPS
 
-    good = [row for row in rows if row["prompt_accuracy"] >= LEAST_ACCURACY]
+    trained = [row for row in rows if row["settings"]["omega"] <= highest_omega]
+    good = [row for row in trained if row["prompt_accuracy"] >= LEAST_ACCURACY]
     near = [row for row in good if row[f"distance_to_cfg_{STEPS}"] <= FURTHEST_AT_ALL_STEPS]
-    return max(near or rows, key=lambda row: row[f"distance_to_cfg_{_HALVED}"])
+    return max(near or trained, key=lambda row: row[f"distance_to_cfg_{_HALVED}"])
 
 
 def measure(study, regime: str, at, name: str) -> None:
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     study = made_study(args)
     tried = measure_candidates(study, args.quick)
     print(*frontier_report.plain_candidates(tried), sep="\n", flush=True)
-    regimes = {USUAL: tried[0], HARDER: harder(tried[1:])}
+    regimes = {USUAL: tried[0], HARDER: harder(tried[1:], study.trained.train_config().omega_max)}
     failed = []
     for regime in [args.regime] if args.regime else regimes:
         at = SampledAt(**regimes[regime]["settings"])

@@ -26,7 +26,7 @@ _FIGURES = (
     Figure("Fréchet to real", "frechet_to_real", 1, 1),
     Figure("above CFG's", "frechet_above_cfg", 1, 1),
 )
-LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # distances at which evaluations are compared
+LEVELS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # distances at which evaluations are compared
 # In the harder regime CFG's pictures at 50 steps must still show what is asked for, and those at 20 be no further away.
 LEAST_ACCURACY, FURTHEST_AT_ALL_STEPS = 0.9, 0.4
 _OURS = (Group.ADAPTER.value, Group.ADAPTER_WITH_CACHE.value)
@@ -131,10 +131,11 @@ Written by the command; each value with its standard error.
 
 How far CFG with few steps is from CFG with {TRUE_STEPS}: by its latents, and by how much its Fréchet distance to real
 pictures is larger, for {usual["pictures"]} pictures. {SAMPLER.capitalize()}; omega {usual["settings"]["omega"]:g},
-{self.base.scheduler} and {IMAGE_SIZE} x {IMAGE_SIZE} pixels but where a candidate says otherwise. **The harder regime
-is {self.regimes["harder"]["regime"]}**: there CFG with half of {STEPS} steps is furthest from CFG, of the candidates
-where CFG with {TRUE_STEPS} steps is right in most of its pictures ({LEAST_ACCURACY:.0%} or more), and with {STEPS} near
-to that ({FURTHEST_AT_ALL_STEPS:g} at most).
+{self.base.scheduler} and {IMAGE_SIZE} x {IMAGE_SIZE} pixels but where a candidate says otherwise. Larger pictures are
+scaled down for the judge. **The harder regime is {self.regimes["harder"]["regime"]}**: there CFG with half of {STEPS}
+steps is furthest from CFG, of the candidates where CFG with {TRUE_STEPS} steps is right in
+{LEAST_ACCURACY:.0%} of its pictures or more, and with {STEPS} steps within {FURTHEST_AT_ALL_STEPS:g} of that. Omegas that
+adapters aren't trained for are shown, but not chosen.
 
 {markdown_table(_candidate_columns(), self.tried)}
 

@@ -262,9 +262,9 @@ def test_at_equal_distance_the_fewest_evaluations_count():
 
 
 def test_the_harder_regime_is_where_half_the_steps_are_furthest_off_and_cfg_still_good():
-    def candidate(name: str, halved: float, accuracy: float, steps: float = 0.1) -> dict:
+    def candidate(name: str, halved: float, accuracy: float, steps: float = 0.1, omega: float = 3.0) -> dict:
         distances = {"distance_to_cfg_20": steps, "distance_to_cfg_10": halved}
-        return {"regime": name, "prompt_accuracy": accuracy, **distances}
+        return {"regime": name, "settings": {"omega": omega}, "prompt_accuracy": accuracy, **distances}
 
     rows = [
         candidate("a", 0.2, 1.0),
