@@ -134,8 +134,8 @@ pictures is larger, for {usual["pictures"]} pictures. {SAMPLER.capitalize()}; om
 {self.base.scheduler} and {IMAGE_SIZE} x {IMAGE_SIZE} pixels but where a candidate says otherwise. Larger pictures are
 scaled down for the judge. **The harder regime is {self.regimes["harder"]["regime"]}**: there CFG with half of {STEPS}
 steps is furthest from CFG, of the candidates where CFG with {TRUE_STEPS} steps is right in
-{LEAST_ACCURACY:.0%} of its pictures or more, and with {STEPS} steps within {FURTHEST_AT_ALL_STEPS:g} of that. Omegas that
-adapters aren't trained for are shown, but not chosen.
+{LEAST_ACCURACY:.0%} of its pictures or more, and with {STEPS} steps within {FURTHEST_AT_ALL_STEPS:g} of that. Omegas
+that adapters aren't trained for are shown, but not chosen.
 
 {markdown_table(_candidate_columns(), self.tried)}
 
