@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import comfy.model_base
 import comfy.model_patcher
 import comfy.ops
-import comfy.samplers
 import comfy.utils
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,6 @@ from comfyui_agd.agd_core.comfyui.model.text_encoder import EncodedPrompt
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.comfyui.sampling.guider import with_cfg
 from comfyui_agd.agd_core.config import BaseInfo
-from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.agd_core.layers import sinusoidal, zero_init
 from comfyui_agd.examples.toy import model as toy
 from comfyui_agd.training.config import TrainConfig
@@ -31,71 +29,7 @@ from comfyui_agd.training.run_state import RunState
 from comfyui_agd.training.training_step import TrainingStep
 
 _KEY = "agd_baseline"
-# Castillo et al. have 0.991 for a latent model of 512x512 pixels. Here both branches agree by 0.998 from the first
-# step on, so that threshold would switch guidance off at once; at 0.999 it lasts for about half of the steps.
-AGREEMENT = 0.999
 NAG_TAU, NAG_ALPHA = 2.5, 0.25  # as published
-
-
-def limited_interval(model: comfy.model_patcher.ModelPatcher, rule: GuidanceRule) -> comfy.model_patcher.ModelPatcher:
-    """CFG where rule.sigma_min < sigma <= rule.sigma_max, one pass elsewhere (Kynkäänniemi et al. 2024)."""
-    clone = model.clone()
-
-    def predict_noise(executor, x, timestep, model_options={}, seed=None):
-        if rule.sigma_min < float(timestep.flatten()[0]) <= rule.sigma_max:
-            return executor(x, timestep, model_options, seed)
-        with with_cfg(executor.class_obj, 1.0):  # at which ComfyUI leaves out the negative
-            return executor(x, timestep, model_options, seed)
-
-    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _KEY, predict_noise)
-    return clone
-
-
-class AdaptiveGuidance:
-    """Castillo et al. 2023 (arXiv 2312.12487): once the noise predictions of both branches agree, a picture goes on
-    without the second pass. Each picture decides for itself, and only the others' rows are evaluated twice.
-    """
-
-    def __init__(self, agreement: float = AGREEMENT):
-        self.agreement = agreement
-        self.guided: torch.Tensor | None = None  # (b,) bool, of the sampling that is going on
-
-    def __call__(self, args: dict) -> list[torch.Tensor]:
-        """ComfyUI's `sampler_calc_cond_batch_function`: [denoised with the prompt, with the negative one]."""
-        x, sigma, (positive, negative) = args["input"], args["sigma"], args["conds"]
-        if negative is None:  # at cfg 1
-            return comfy.samplers.calc_cond_batch(args["model"], args["conds"], x, sigma, args["model_options"])
-        if self.guided is None:
-            self.guided = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        rows = self.guided.nonzero()[:, 0]
-
-        def evaluate(conds: list, x: torch.Tensor, sigma: torch.Tensor) -> list[torch.Tensor]:
-            return comfy.samplers.calc_cond_batch(args["model"], conds, x, sigma, args["model_options"])
-
-        if len(rows) == len(x):
-            cond, uncond = evaluate([positive, negative], x, sigma)
-        else:
-            (cond,) = evaluate([positive], x, sigma)
-            uncond = cond.clone()  # no guidance
-            if len(rows):
-                (uncond[rows],) = evaluate([_of_rows(negative, rows, len(x))], x[rows], sigma[rows])
-        eps = ((x - denoised).flatten(1) for denoised in (cond, uncond))  # times sigma
-        self.guided = self.guided & (torch.cosine_similarity(*eps) <= self.agreement)
-        return [cond, uncond]
-
-    def start(self, executor, *args, **kwargs):
-        """OUTER_SAMPLE wrapper: every sampling begins with guidance."""
-        self.guided = None
-        return executor(*args, **kwargs)
-
-
-def _of_rows(conds: list[dict], rows: torch.Tensor, count: int) -> list[dict]:
-    """Conditions for these rows of a batch of `count`, of which each row may have a prompt of its own."""
-
-    def chosen(cond):
-        return cond._copy_with(cond.cond[rows.to(cond.cond.device)]) if len(cond.cond) == count else cond
-
-    return [{**cond, "model_conds": {key: chosen(c) for key, c in cond["model_conds"].items()}} for cond in conds]
 
 
 def normalised(
@@ -123,13 +57,6 @@ class NormalisedGuide:
         ratio = guided.abs().sum(-1, keepdim=True) / out.abs().sum(-1, keepdim=True)
         guided = guided * (ratio.clamp(max=self.tau) / ratio)
         return torch.lerp(out, guided, self.alpha)
-
-
-def adaptive(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    clone, guidance = model.clone(), AdaptiveGuidance()
-    clone.set_model_sampler_calc_cond_batch_function(guidance)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, guidance.start)
-    return clone
 
 
 class GuidedTimeEmbedding(nn.Module):

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 
@@ -40,3 +41,15 @@ def selected(names: Sequence[str], asked: Sequence[str], what: str) -> list[int]
     if not found:
         sys.exit(f"No {what} has {' or '.join(asked)} in its name or section.")
     return found
+
+
+def measure_all(names: Iterable[str], measure: Callable[[str], None]) -> list[str]:
+    """Measure each. Returns those that failed: one that does so in the night should not keep others from their turn."""
+    failed = []
+    for name in names:
+        try:
+            measure(name)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+    return failed

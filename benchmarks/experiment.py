@@ -124,21 +124,23 @@ class TrainingPrompts(NamedTuple):
 
 @dataclass(frozen=True)
 class SampledAt:
-    """How pictures are sampled. `sampler` and `scheduler`: others than the base's, or its own named."""
+    """How pictures are sampled. `sampler`, `scheduler` and `size`: others than the base's, or its own named."""
 
     omega: float
     steps: int = STEPS
     sampler: str | None = None
     scheduler: str | None = None
+    size: int | None = None
 
     @property
-    def named(self) -> dict[str, str]:
-        """The sampler and the scheduler, if they are given."""
-        given = {"sampler": self.sampler, "scheduler": self.scheduler}
+    def named(self) -> dict[str, str | int]:
+        """The sampler, the scheduler and the size, if they are given."""
+        given = {"sampler": self.sampler, "scheduler": self.scheduler, "size": self.size}
         return {key: value for key, value in given.items() if value is not None}
 
     def settings(self, seed: int, base: Base) -> SamplerSettings:
-        return SamplerSettings(self.omega, seed, self.steps, self.sampler or SAMPLER, self.scheduler or base.scheduler)
+        by_sampler = (self.sampler or SAMPLER, self.scheduler or base.scheduler, self.size or IMAGE_SIZE)
+        return SamplerSettings(self.omega, seed, self.steps, *by_sampler)
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,11 @@ class Pair:
 def setting_name(method: str, omega: float, steps: int = STEPS) -> str:
     """Of what belongs to it."""
     return f"{method}-omega{omega:g}-steps{steps}"
+
+
+def as_judged(images: torch.Tensor) -> torch.Tensor:
+    """Pictures (n, 3, h, w) in the size that the judge knows."""
+    return torch.nn.functional.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="area")
 
 
 def in_blocks(items: list) -> list[list]:
@@ -326,13 +333,14 @@ class ToyExperiment:
         at: SampledAt,
         transform: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
     ) -> Samples:
-        """Of the captions, by this method. `transform` makes of pictures (n, 3, h, w) what the judge is to see."""
-        name = "-".join([setting_name(name, at.omega, at.steps), *at.named.values()])
+        """Of the captions, by this method. `transform` makes of pictures (n, 3, h, w) what the judge is to see, in the
+        size that it knows."""
+        name = "-".join([setting_name(name, at.omega, at.steps), *map(str, at.named.values())])
 
         def make() -> dict[str, torch.Tensor]:
             model, counter = counted(method.model)
             drawn = sample(self.parts, model, self.captions[1], at.settings(_NOISE_SEED, self.base))
-            images, rows = transform(drawn.images), [len(batch[0][0]) for batch in self.captions[1]]
+            images, rows = as_judged(transform(drawn.images)), [len(batch[0][0]) for batch in self.captions[1]]
             return {
                 "features": self.scorer.features(images),
                 "correct": self._correct(images),

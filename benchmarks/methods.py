@@ -22,7 +22,7 @@ from comfyui_agd.agd_core.comfyui.model.sampler import guided_by
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free
 from comfyui_agd.agd_core.guidance import GuidanceRule
-from comfyui_agd.benchmarks import baselines
+from comfyui_agd.benchmarks import baselines, sparse_guidance
 from comfyui_agd.benchmarks.experiment import CFG, KEPT_STEPS, PreparedMethod, ToyExperiment, TrainingPrompts
 from comfyui_agd.examples.toy.gap import CaptionTrajectories, teacher_states
 from comfyui_agd.training.config import TrainConfig
@@ -278,12 +278,12 @@ METHODS: dict[str, Method] = {
     "cfg": Method("classifier-free guidance, two evaluations per step", base_sampled(lambda model: model)),
     "cfg_interval": Method(
         f"CFG at {CFG.sigma_min} < sigma <= {CFG.sigma_max}, one evaluation elsewhere (Kynkäänniemi et al. 2024)",
-        base_guided(baselines.limited_interval, CFG),
+        base_guided(sparse_guidance.limited_interval, CFG),
     ),
     "adaptive": Method(
         "Adaptive Guidance: no second evaluation once the cosine of both noise predictions is above "
-        f"{baselines.AGREEMENT} (Castillo et al. 2023)",
-        base_sampled(baselines.adaptive, agreement=baselines.AGREEMENT),
+        f"{sparse_guidance.AGREEMENT} (Castillo et al. 2023)",
+        base_sampled(sparse_guidance.adaptive, agreement=sparse_guidance.AGREEMENT),
     ),
     **{
         f"teacher_{rule}": Method(

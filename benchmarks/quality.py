@@ -12,11 +12,11 @@ different methods. The tables hold everything that the work folder has rows of.
 
 import argparse
 import dataclasses
+import functools
 import sys
-import traceback
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.command_line import add_results, add_work, benchmark_parser, work_path
+from comfyui_agd.benchmarks.command_line import add_results, add_work, benchmark_parser, measure_all, work_path
 from comfyui_agd.benchmarks.machine import made_on
 from comfyui_agd.benchmarks.output import number, results_folder, with_errors, write_page, write_rows
 
@@ -129,18 +129,6 @@ def measure(experiment, name: str) -> None:
         )
 
 
-def measure_all(experiment, names) -> list[str]:
-    """The methods that failed: one that fails in the night should not keep the others from their turn."""
-    failed = []
-    for name in names:
-        try:
-            measure(experiment, name)
-        except Exception:
-            traceback.print_exc()
-            failed.append(name)
-    return failed
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, quick="few methods, few pictures, hardly trained")
     parser.add_argument("--base", choices=("toy", "toy-dit"), default="toy", help="the base to measure on")
@@ -175,7 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     there = methods_for(experiment)
     if without := sorted(set(args.only or ()) - there.keys()):
         sys.exit(f"On {args.base} there is no {', '.join(without)}: it is for a UNet.")
-    failed = measure_all(experiment, args.only or ([each for each in QUICK if each in there] if args.quick else there))
+    names = args.only or ([each for each in QUICK if each in there] if args.quick else there)
+    failed = measure_all(names, functools.partial(measure, experiment))
     rows = report.in_order(experiment.work.rows())
     print(*report.plain(rows), sep="\n")
     if args.json:

@@ -7,8 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .gap import Measurement
 
-_SIZE, _HEIGHT = 800, 400  # of one diagram
-_BOX = (80, 40, 770, 340)  # left, top, right, bottom of its plotting area
+_SIZE = (800, 400)  # of one diagram
+_MARGINS = (80, 40, 30, 60)  # left, top, right, bottom of its plotting area
 _INK, _GRID, _FAINT = "#222222", "#dddddd", "#b7cbe8"
 _LINES = ("#1f5fbf", "#c2571a", "#2f8f4e", "#8250b0", "#a08000")
 _TICKS = 5
@@ -25,11 +25,21 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 class Diagram:
     """Axes from (first, low) to (last, high), with curves."""
 
-    def __init__(self, title: str, first: int, last: int, low: float, high: float, across: str = "iteration"):
-        self.image = Image.new("RGB", (_SIZE, _HEIGHT), "white")
+    def __init__(
+        self,
+        title: str,
+        first: int,
+        last: int,
+        low: float,
+        high: float,
+        across: str = "iteration",
+        size: tuple[int, int] = _SIZE,
+    ):
+        self.image = Image.new("RGB", size, "white")
         self.draw, self.font = ImageDraw.Draw(self.image), ImageFont.load_default(size=14)
         self.first, self.last, self.low, self.high = first, max(last, first + 1), low, high
-        left, _, right, bottom = _BOX
+        self.box = (_MARGINS[0], _MARGINS[1], size[0] - _MARGINS[2], size[1] - _MARGINS[3])
+        left, _, right, bottom = self.box
         for tick in range(_TICKS + 1):
             value, step = low + (high - low) * tick / _TICKS, first + (last - first) * tick // _TICKS
             x, y = self._point(step, value)
@@ -40,24 +50,31 @@ class Diagram:
         self.draw.text(((left + right) / 2, bottom + 34), across, fill=_INK, font=self.font, anchor="ma")
 
     def _point(self, step: float, value: float) -> tuple[float, float]:
-        left, top, right, bottom = _BOX
+        left, top, right, bottom = self.box
         share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
         return left + (right - left) * (step - self.first) / (self.last - self.first), bottom - (bottom - top) * share
 
-    def curve(self, points: Sequence[tuple[int, float]], colour: str, width: int = 3, dots: bool = False) -> None:
-        at = [self._point(*point) for point in points]
-        self.draw.line(at, fill=colour, width=width)
-        for x, y in at if dots else []:
+    def curve(self, points: Sequence[tuple[float, float]], colour: str, width: int = 3, dots: bool = False) -> None:
+        self.draw.line([self._point(*point) for point in points], fill=colour, width=width)
+        self.dots(points if dots else [], colour)
+
+    def dots(self, points: Sequence[tuple[float, float]], colour: str) -> None:
+        for x, y in (self._point(*point) for point in points):
             self.draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
+
+    def ring(self, points: Sequence[tuple[float, float]], colour: str = _INK) -> None:
+        """Mark these points."""
+        for x, y in (self._point(*point) for point in points):
+            self.draw.ellipse([x - 8, y - 8, x + 8, y + 8], outline=colour, width=2)
 
     def key(self, names: Sequence[str], colours: Sequence[str]) -> None:
         """Long names, one below the other inside the plotting area."""
         for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
-            at = (_BOX[2] - 8, _BOX[3] - 8 - 20 * (len(names) - 1 - i))
+            at = (self.box[2] - 8, self.box[3] - 8 - 20 * (len(names) - 1 - i))
             self.draw.text(at, name, fill=colour, font=self.font, anchor="rd")
 
     def legend(self, names: Sequence[str]) -> None:
-        x: float = _BOX[2]
+        x: float = self.box[2]
         for name, colour in reversed(list(zip(names, _LINES, strict=False))):
             self.draw.text((x, 12), name, fill=colour, font=self.font, anchor="ra")
             x -= self.draw.textlength(name, font=self.font) + 16

@@ -21,13 +21,14 @@ SAMPLER, SCHEDULER = "euler", "normal"
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """KSampler's own."""
+    """KSampler's own, and the pictures' `size`, in pixels."""
 
     cfg: float
     seed: int
     steps: int = STEPS
     sampler: str = SAMPLER
     scheduler: str = SCHEDULER
+    size: int = IMAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Toy:
 
 @dataclass(frozen=True)
 class Pictures:
-    """(n, 3, 64, 64) in [0, 1], the latents (n, c, h, w) that they are decoded from, and the seconds that each batch
-    of them spent inside KSampler."""
+    """(n, 3, size, size) in [0, 1], the latents (n, c, h, w) that they are decoded from, and the seconds that each
+    batch of them spent inside KSampler."""
 
     images: torch.Tensor
     latents: torch.Tensor
@@ -80,7 +81,7 @@ def sample_latents(
 
     `noise`: which of the seed's noises the rows get, by default the first ones.
     """
-    latent = nodes.EmptyLatentImage().generate(IMAGE_SIZE, IMAGE_SIZE, len(positive[0][0]))[0]
+    latent = nodes.EmptyLatentImage().generate(settings.size, settings.size, len(positive[0][0]))[0]
     latent |= {"batch_index": list(noise)} if noise else {}
     how = (settings.seed, settings.steps, settings.cfg, settings.sampler, settings.scheduler)
     return nodes.KSampler().sample(model, *how, positive, negative, latent, denoise=1.0)[0]

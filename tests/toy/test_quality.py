@@ -108,62 +108,11 @@ def test_negative_prompts_can_be_one_per_row(parts, draw):
     assert changed.tolist() == [False, True, False]
 
 
-def test_outside_of_its_interval_guidance_costs_nothing(parts, draw):
-    cfg, rows = draw(parts.model)
-    assert rows == [2 * ROWS] * STEPS
-    everywhere, rows = draw(baselines.limited_interval(parts.model, GuidanceRule(sigma_min=0.0, sigma_max=100.0)))
-    assert rows == [2 * ROWS] * STEPS
-    assert torch.equal(everywhere, cfg)
-    middle, rows = draw(baselines.limited_interval(parts.model, GuidanceRule()))
-    assert rows[0] == rows[-1] == ROWS
-    assert 2 * ROWS in rows
-    assert not torch.allclose(middle, cfg, atol=1e-3)
-
-
 @pytest.mark.parametrize("rule", ["rescale", "apg", "cfg_zero"])
 def test_a_teacher_samples_in_two_passes(parts, draw, rule):
     images, rows = draw(guided_by(parts.model, GuidanceRule(rule)))
     assert rows == [2 * ROWS] * STEPS
     assert not torch.allclose(images, draw(parts.model)[0], atol=1e-3)
-
-
-def adaptive(model, agreement: float):
-    clone, guidance = model.clone(), baselines.AdaptiveGuidance(agreement)
-    clone.set_model_sampler_calc_cond_batch_function(guidance)
-    return guidance, clone
-
-
-def test_adaptive_guidance_that_never_agrees_is_cfg(parts, draw):
-    _, model = adaptive(parts.model, 2.0)
-    images, rows = draw(model)
-    assert rows == [2 * ROWS] * STEPS
-    assert torch.equal(images, draw(parts.model)[0])
-
-
-def test_adaptive_guidance_that_agrees_at_once_has_one_second_pass(parts, draw):
-    guidance, model = adaptive(parts.model, -2.0)
-    assert draw(model)[1] == [2 * ROWS] + [ROWS] * (STEPS - 1)
-    assert not guidance.guided.any()
-
-
-def test_adaptive_guidance_drops_the_second_pass_picture_by_picture(parts, draw, monkeypatch):
-    agrees = iter([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0] * 3, [0.0] * 3, [0.0] * 3])
-    monkeypatch.setattr(torch, "cosine_similarity", lambda a, b: torch.tensor(next(agrees)))
-    _, model = adaptive(parts.model, 0.5)
-    negative = encode(parts.clip, ["a red shape", "a star", "a blue shape"])
-    images, rows = draw(model, negative=negative)
-    # The prompt's rows and, apart from them, those that still have a second pass.
-    assert rows == [6, 3, 2, 3, 2, 3, 1, 3, 1, 3, 1]
-    guided = draw(parts.model, negative=negative)[0]
-    same = (images - guided).abs().amax((1, 2, 3)) < 1e-3
-    assert same.tolist() == [False, False, True]  # the last one kept its own negative prompt to the end
-
-
-def test_every_sampling_of_adaptive_guidance_begins_with_guidance(parts, draw):
-    model = baselines.adaptive(parts.model)
-    (first, rows), (second, again) = draw(model), draw(model)
-    assert torch.equal(first, second)
-    assert rows == again
 
 
 def test_normalised_attention_guidance_is_one_pass_that_uses_the_negative(parts, draw):
