@@ -202,7 +202,9 @@ def trained_method(experiment, variant: Variant):
     if score is None:
         return task.config, None
     info, weights = adapter_file.load_weights(file)
-    model = apply_adapter(experiment.parts.model, info, weights, source=file.name)
+    model = experiment.parts.model
+    if variant.width is None:
+        model = apply_adapter(model, info, weights, source=file.name)
     return task.config, methods.prepared(experiment, model, info, weights, {"weights": methods.checksum(file)})
 
 
@@ -221,7 +223,10 @@ def measure(with_captions: Callable, variant: Variant, seed: int) -> dict:
     usual = default(experiment.model().base.layout)
     usual_method = trained_method(with_captions(usual.captions).of_training(seed), usual)[1]
     compared = {label(experiment, variant): method, label(experiment, usual): usual_method}
-    return row | gaps(experiment, compared) | pictures(experiment, label(experiment, variant), method, SampledAt(3.0))
+    row |= gaps(experiment, compared)
+    if variant.width is not None:  # it fits no MODEL, whose layers are all there
+        return row
+    return row | pictures(experiment, label(experiment, variant), method, SampledAt(3.0))
 
 
 def gaps(experiment, compared: dict) -> dict:
@@ -311,7 +316,8 @@ authors' own in size and form ([method.md](../../docs/method.md#the-papers-adapt
 
 The distance is that of the final latents at omega 3 and 20 steps to CFG's of 50, over the unguided ones', on
 {sizes.pictures} captions: 0 is CFG's picture. Too few for accuracy and Fréchet distance: [quality.md](quality.md) has
-them of the main variants. Rows without it were measured before it was.
+them of the main variants. Variants for some of the layers only have none, for they fit no model; nor have rows that
+were measured before it was.
 
 {tables(rows, sizes.gap_omegas)}
 """
