@@ -17,9 +17,10 @@ from comfyui_agd.agd_core.comfyui.model.sampler import guided_by
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import ablation, baselines, experiment, extrapolation, quality, report, training_free
+from comfyui_agd.benchmarks.command_line import TOYS
 from comfyui_agd.benchmarks.experiment import QUICK_SIZES, SampledAt, ToyExperiment
-from comfyui_agd.benchmarks.output import over_trainings
 from comfyui_agd.benchmarks.work_folder import WorkFolder
+from comfyui_agd.examples.toy import train
 from comfyui_agd.examples.toy.bases import BASES
 from comfyui_agd.examples.toy.judge import recognised
 from comfyui_agd.examples.toy.sampling import SamplerSettings, Toy, encode, held_out_captions, sample
@@ -210,6 +211,11 @@ def test_a_recording_goes_with_its_prompts(tmp_path):
     torch.testing.assert_close(uncond, batch.uncond, atol=2e-2, rtol=0)
 
 
+def test_the_benchmarks_know_all_toys():
+    assert tuple(BASES) == TOYS
+    assert set(train.FITS) == set(BASES)
+
+
 @pytest.fixture
 def few_pictures(tmp_path, monkeypatch) -> ToyExperiment:
     monkeypatch.setattr(experiment, "TRUE_STEPS", 6)
@@ -256,18 +262,6 @@ def test_pictures_that_were_kept_without_latents_are_drawn_again(few_pictures):
     identity = {"sampling": {}, "omega": 3.0, "steps": 2, "pictures": 3}
     few_pictures.work.tensors("samples", "cfg-omega3-steps2", identity, lambda: kept)
     assert len(few_pictures.samples("cfg", plain(few_pictures), SampledAt(3.0, 2)).latents) == 3
-
-
-def test_of_several_trainings_there_are_means_whose_errors_know_of_the_others():
-    rows = [
-        {"method": "ours", "accuracy": value, "accuracy_se": 0.03, "gap": None, "gap_se": None} for value in (0.9, 0.7)
-    ]
-    row = over_trainings(rows)
-    assert (row["method"], row["trainings"], row["gap"]) == ("ours", 2, None)
-    assert row["accuracy"] == pytest.approx(0.8)
-    assert row["accuracy_between"] == pytest.approx(0.02**0.5, abs=1e-5)
-    assert row["accuracy_se"] == pytest.approx((0.03**2 + 0.02 / 2) ** 0.5, abs=1e-5)
-    assert over_trainings(rows[:1]) == rows[0] | {"trainings": 1}
 
 
 def test_another_training_starts_from_other_weights_and_learns_from_other_states(tmp_path):
