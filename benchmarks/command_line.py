@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+TOYS = ("toy", "toy-dit")  # the trained bases: `BASES` of examples/toy, which needs ComfyUI
+
 
 def benchmark_parser(description: str, quick: str) -> argparse.ArgumentParser:
     """With the options of every benchmark. `quick`: what --quick does."""
@@ -25,8 +27,25 @@ def add_work(parser: argparse.ArgumentParser, name: str, what: str = "what is ke
     parser.add_argument("--work", type=Path, help=f"{what}; default: build/{name}, or build/{name}-quick")
 
 
-def work_path(args: argparse.Namespace, name: str) -> Path:
-    return args.work or Path("build") / (f"{name}-quick" if args.quick else name)
+def work_path(args: argparse.Namespace, name: str, toy: str = TOYS[0]) -> Path:
+    """`toy`: the base whose it is."""
+    folder = args.work or Path("build") / (f"{name}-quick" if args.quick else name)
+    return folder.with_name(named_for(folder.name, toy))
+
+
+def named_for(name: str, toy: str) -> str:
+    """Of what belongs to that base: the first one's has the plain name."""
+    return name if toy == TOYS[0] else f"{name}-{toy}"
+
+
+def add_toys(parser: argparse.ArgumentParser) -> None:
+    """The toys to measure on, as `args.base`."""
+    parser.add_argument("--base", nargs="+", choices=TOYS, default=list(TOYS), help="the bases; default: both")
+
+
+def add_trainings(parser: argparse.ArgumentParser) -> None:
+    """How many times each adapter is trained, as `args.trainings`."""
+    parser.add_argument("--trainings", type=int, default=1, help="of each adapter, with as many seeds; default: 1")
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:

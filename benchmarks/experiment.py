@@ -1,5 +1,6 @@
 """The experiment on the toy that benchmarks share: its prompts; what is recorded, sampled and measured with them."""
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -63,19 +64,21 @@ TRUE_STEPS = 50  # of the CFG whose pictures the others' are compared with
 BLOCKS, KEPT_STEPS = 8, 10  # gap closed: blocks of captions, noise levels of a trajectory's 20
 _TRAINING_SEED, _CHOICE_SEED, _GAP_SEED, _CAPTIONS_SEED, _OPEN_SEED = 3, 61, 29, 37, 43
 _NOISE_SEED, _OPEN_NOISE_SEED = 70_000, 90_000
+_ADDING_NOISE = ("ancestral", "sde", "ddpm", "lcm")  # in the names of ComfyUI's samplers that do
 # Which attribute of a picture to forbid is read from the unguided picture, which is the same for every method.
 _CHOOSING_OMEGA = 1.0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is computed. `pictures` per setting, at each of `omegas`; `pairs` of pictures, without and with a
-    negative prompt; `iterations` of a training on so many `captions`, with so many batches of trajectories in the
-    `pool`; `gap_captions` to measure the gap on, at `gap_omegas`. `tuned`: whether learning rates are tried where a
-    method has several, or the last is taken.
+    """How much is computed. `pictures` per setting, at each of `omegas`; the first `compared` of them are compared with
+    CFG's own of many steps; `pairs` of pictures, without and with a negative prompt; `iterations` of a training on so
+    many `captions`, with so many batches of trajectories in the `pool`; `gap_captions` to measure the gap on, at
+    `gap_omegas`. `tuned`: whether learning rates are tried where a method has several, or the last is taken.
     """
 
     pictures: int = 1024
+    compared: int = 128
     pairs: int = 256
     iterations: int = 1200
     omegas: tuple[float, ...] = (2.0, 3.0, 5.0)
@@ -138,8 +141,14 @@ class SampledAt:
         given = {"sampler": self.sampler, "scheduler": self.scheduler, "size": self.size}
         return {key: value for key, value in given.items() if value is not None}
 
+    @property
+    def adds_noise(self) -> bool:
+        """Whether the sampler does: other noise with another number of steps."""
+        return any(word in (self.sampler or SAMPLER) for word in _ADDING_NOISE)
+
     def settings(self, seed: int, base: Base) -> SamplerSettings:
-        by_sampler = (self.sampler or SAMPLER, self.scheduler or base.scheduler, self.size or IMAGE_SIZE)
+        size = self.size or IMAGE_SIZE
+        by_sampler = (self.sampler or SAMPLER, self.scheduler or base.scheduler, (size, size))
         return SamplerSettings(self.omega, seed, self.steps, *by_sampler)
 
 
@@ -193,8 +202,10 @@ def shows(scene: Scene, unwanted: Description) -> bool:
 class ToyExperiment:
     """What all methods share: made when it is first needed, kept in the work folder where that saves time.
 
-    `base`: the name of one of the toys; each has a work folder of its own.
+    `base`: the name of one of the toys; each has a work folder of its own. `training_seed`: of all that is trained.
     """
+
+    training_seed = 0
 
     def __init__(self, work: WorkFolder, sizes: Sizes, base: str = "toy"):
         self.work, self.sizes = work, sizes
@@ -202,6 +213,12 @@ class ToyExperiment:
         self.base, self.best_omega = self.parts.base, omega_star(base)
         self.base_parameters = sum(p.numel() for p in self.parts.model.model.diffusion_model.parameters())
         self._states: dict[tuple[GuidanceRule, bool], list[list[TrajectoryState]]] = {}
+
+    def of_training(self, seed: int) -> "ToyExperiment":
+        """The same with another seed of what is trained: other weights to start from, other states, other omegas."""
+        other = copy.copy(self)
+        other.training_seed = seed
+        return other
 
     def model(self, width: int | None = None) -> ComfyModel:
         """`width`: adapters are for the layers of so many channels only."""
@@ -218,6 +235,7 @@ class ToyExperiment:
             "batch": TRAINING_BATCH,
             "learning_rate": 2e-3,
             "omega_max": 6.0,
+            "seed": self.training_seed,
             "width": IMAGE_SIZE,
             "height": IMAGE_SIZE,
             "encoder_width": 32,
@@ -322,9 +340,11 @@ class ToyExperiment:
         return Samples(**self.work.tensors("samples", "decoded", {"pictures": self.sizes.pictures}, make))
 
     def _correct(self, images: torch.Tensor) -> torch.Tensor:
-        """Which of the captions' pictures show all that theirs says: bool (n,)."""
-        seen = [scene for part in images.split(BATCH) for scene in recognised(self.scorer.judge, part)]
-        return torch.tensor([found == asked for found, asked in zip(seen, self.captions[0], strict=True)])
+        """Which of the first captions' pictures show all that theirs says: bool (n,)."""
+        seen, asked = [], self.captions[0][: len(images)]
+        for part in images.split(BATCH):
+            seen += recognised(self.scorer.judge, part)
+        return torch.tensor([found == scene for found, scene in zip(seen, asked, strict=True)])
 
     def samples(
         self,
@@ -332,15 +352,22 @@ class ToyExperiment:
         method: PreparedMethod,
         at: SampledAt,
         transform: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
+        count: int | None = None,
     ) -> Samples:
         """Of the captions, by this method. `transform` makes of pictures (n, 3, h, w) what the judge is to see, in the
-        size that it knows."""
+        size that it knows.
+
+        `count`: of the first so many captions, in whole batches, for noise is drawn batch by batch.
+        """
+        pictures = min(self.sizes.pictures, -(-count // BATCH) * BATCH if count else self.sizes.pictures)
         name = "-".join([setting_name(name, at.omega, at.steps), *map(str, at.named.values())])
+        name += f"-first{pictures}" if pictures < self.sizes.pictures else ""
 
         def make() -> dict[str, torch.Tensor]:
             model, counter = counted(method.model)
-            drawn = sample(self.parts, model, self.captions[1], at.settings(_NOISE_SEED, self.base))
-            images, rows = as_judged(transform(drawn.images)), [len(batch[0][0]) for batch in self.captions[1]]
+            prompts = self.captions[1][: -(-pictures // BATCH)]
+            drawn = sample(self.parts, model, prompts, at.settings(_NOISE_SEED, self.base))
+            images, rows = as_judged(transform(drawn.images)), [len(batch[0][0]) for batch in prompts]
             return {
                 "features": self.scorer.features(images),
                 "correct": self._correct(images),
@@ -349,7 +376,8 @@ class ToyExperiment:
                 "evaluations": torch.tensor(counter.total),
             }
 
-        identity = method.identity | {"omega": at.omega, "steps": at.steps, "pictures": self.sizes.pictures} | at.named
+        identity = method.identity | {"omega": at.omega, "steps": at.steps, "pictures": pictures} | at.named
+        identity |= {"kept": [each.name for each in dataclasses.fields(Samples)]}
         return Samples(**self.work.tensors("samples", name, identity, make))
 
     def accuracy_and_distance(self, own: Samples) -> dict[str, tuple[float, float]]:
@@ -359,15 +387,28 @@ class ToyExperiment:
             "frechet_to_real": metrics.frechet(own.features, self.reference.features),
         }
 
-    def distance_to_cfg(self, own: Samples, at: SampledAt) -> tuple[float, float]:
+    def distance_to_cfg(
+        self, own: Samples, at: SampledAt, base: PreparedMethod | None = None, name: str = ""
+    ) -> tuple[float | None, float | None]:
         """How far these are from CFG's own pictures at `TRUE_STEPS` steps of the same sampler, captions and noise, by
-        their latents: 0 is CFG's picture, 1 as far as the base's without guidance; and the standard error. A sampler
-        that adds noise adds other noise with other numbers of steps, so that it has none.
+        their latents: 0 is CFG's picture, 1 as far as the base's without guidance; and the standard error. Of the first
+        `sizes.compared` pictures. Samplers that add noise have none: with other numbers of steps it is other noise.
+
+        `base`: another one than the experiment's, whose files have `name` before theirs.
         """
-        true, base = dataclasses.replace(at, steps=TRUE_STEPS), PreparedMethod(self.parts.model, {"sampling": {}})
-        guided = self.samples("cfg", base, true)
-        unguided = self.samples("unguided", base, dataclasses.replace(true, omega=1.0))
-        return metrics.relative_distance(own.latents, guided.latents, unguided.latents)
+        if at.adds_noise:
+            return None, None
+        base, true = (
+            base or PreparedMethod(self.parts.model, {"sampling": {}}),
+            dataclasses.replace(at, steps=TRUE_STEPS),
+        )
+        guided, unguided = (
+            self.samples(
+                f"{name}{way}", base, dataclasses.replace(true, omega=omega), count=self.sizes.compared
+            ).latents
+            for way, omega in (("cfg", at.omega), ("unguided", 1.0))
+        )
+        return metrics.relative_distance(own.latents[: len(guided)], guided, unguided)
 
     # Negative prompts.
 
@@ -388,7 +429,7 @@ class ToyExperiment:
                 break
             drawn = [open_caption(rng) for _ in range(rows)]
             captions, noise = [caption for caption, _ in drawn], range(first, first + rows)
-            scenes = self._draw(self.parts.model, _CHOOSING_OMEGA, captions, noise)
+            scenes = self._draw(self.parts.model, SampledAt(_CHOOSING_OMEGA), captions, noise)
             for (caption, described), scene, index in zip(drawn, scenes, noise, strict=True):
                 left_open = [u for u in unwanted if u.attributes().keys().isdisjoint(described.attributes())]
                 there = [u for u in left_open if shows(scene, u)]
@@ -396,27 +437,27 @@ class ToyExperiment:
         return found[: self.sizes.pairs]
 
     def _draw(
-        self, model, omega: float, captions: list[str], noise: Sequence[int], negatives: list[str] | None = None
+        self, model, at: SampledAt, captions: list[str], noise: Sequence[int], negatives: list[str] | None = None
     ) -> list[Scene]:
         """What the judge sees in a batch of pictures."""
         prompts, unwanted = (encode(self.parts.clip, texts) if texts else None for texts in (captions, negatives))
-        settings = self.parts.settings(omega, _OPEN_NOISE_SEED)
+        settings = at.settings(_OPEN_NOISE_SEED, self.base)
         drawn = sample(self.parts, model, prompts, settings, negative=unwanted, noise=[noise])
         return recognised(self.scorer.judge, drawn.images)
 
-    def unwanted(self, name: str, method: PreparedMethod, omega: float) -> metrics.UnwantedSeen:
+    def unwanted(self, name: str, method: PreparedMethod, at: SampledAt) -> metrics.UnwantedSeen:
         """In pictures of the pairs, without and with the negative prompt from the same noise."""
 
         def make() -> dict[str, torch.Tensor]:
             found = {"without": [], "with": []}
-            for first in trange(0, len(self.pairs), BATCH, desc=f"{name}, omega {omega:g}, negatives", leave=False):
+            for first in trange(0, len(self.pairs), BATCH, desc=f"{name}, omega {at.omega:g}, negatives", leave=False):
                 own = self.pairs[first : first + BATCH]
                 captions, noise = [pair.caption for pair in own], [pair.noise for pair in own]
                 for key, negatives in (("without", None), ("with", [pair.unwanted.text() for pair in own])):
-                    scenes = self._draw(method.model, omega, captions, noise, negatives)
+                    scenes = self._draw(method.model, at, captions, noise, negatives)
                     found[key] += [shows(scene, pair.unwanted) for scene, pair in zip(scenes, own, strict=True)]
             return {key: torch.tensor(values) for key, values in found.items()}
 
-        identity = method.identity | {"omega": omega, "pairs": [dataclasses.asdict(pair) for pair in self.pairs]}
-        kept = self.work.tensors("negatives", setting_name(name, omega), identity, make)
+        identity = method.identity | {"omega": at.omega, "pairs": [dataclasses.asdict(pair) for pair in self.pairs]}
+        kept = self.work.tensors("negatives", setting_name(name, at.omega, at.steps), identity, make)
         return metrics.UnwantedSeen(kept["without"], kept["with"])

@@ -13,10 +13,14 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
 
 
+def today() -> str:
+    return f"{datetime.date.today():%d %B %Y}"
+
+
 def made_on(device: str) -> str:
     """When and on what, in general words."""
     threads = "" if device == "cuda" else f", {torch.get_num_threads()} thread(s)"
-    return f"{datetime.date.today():%d %B %Y}, on {device_name(device)}{threads}"
+    return f"{today()}, on {device_name(device)}{threads}"
 
 
 def release_memory() -> None:

@@ -117,8 +117,7 @@ def adapter(
     """
 
     def prepare(experiment: ToyExperiment, name: str) -> PreparedMethod:
-        in_transformer = experiment.model().base.layout == "transformer" and OURS.items() <= settings.items()
-        own = settings | IN_TRANSFORMERS if in_transformer else settings
+        own = settings_in(experiment.model().base.layout, settings)
         hidden = widest(experiment, own, percent)
         configs = [experiment.train_config(**sized(own, hidden), learning_rate=rate) for rate in learning_rates]
         prompts = experiment.prompts(negatives=uses_negative, partial=partial)
@@ -129,6 +128,11 @@ def adapter(
         return dataclasses.replace(prepared(experiment, model, info, weights, identity), rule=config.rule, file=file)
 
     return prepare
+
+
+def settings_in(layout: str, settings: dict = OURS) -> dict:
+    """What `settings` are in a base of this layout."""
+    return settings | IN_TRANSFORMERS if layout == "transformer" and OURS.items() <= settings.items() else settings
 
 
 def untrained(experiment: ToyExperiment, name: str) -> PreparedMethod:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,24 @@ def with_errors(measured: dict[str, tuple[float | None, float | None]]) -> dict[
     row = {}
     for key, (value, error) in measured.items():
         row |= {key: number(value), f"{key}_se": number(error)}
+    return row
+
+
+def over_trainings(rows: list[dict]) -> dict:
+    """One row of those of several trainings of the same: their means, and `key_between`, the standard deviation s
+    between n trainings. A mean's standard error has both in it: sqrt(se^2 + s^2 / n), with the mean square of theirs,
+    which is of captions and noise that all of them had.
+    """
+    row = rows[0] | {"trainings": len(rows)}
+    if len(rows) == 1:
+        return row
+    for key in [key for key in rows[0] if f"{key}_se" in row and row[key] is not None]:
+        values, errors = ([each[name] for each in rows] for name in (key, f"{key}_se"))
+        between = statistics.stdev(values)
+        row |= {key: number(statistics.fmean(values)), f"{key}_between": number(between)}
+        if None not in errors:
+            own = statistics.fmean(error**2 for error in errors)
+            row[f"{key}_se"] = number(math.sqrt(own + between**2 / len(rows)))
     return row
 
 

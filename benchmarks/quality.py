@@ -1,13 +1,13 @@
-"""How good guidance in one pass is on the toy, beside what else there is: every method in one table.
+"""How good guidance in one pass is on the toys, beside what else there is: every method in one table.
 
-    python benchmarks/quality.py [--base toy-dit] [--quick] [--only METHOD ...] [--work DIR] [--json FILE]
-                                 [--device cuda]
+    python benchmarks/quality.py [--base toy|toy-dit ...] [--quick] [--only METHOD ...] [--trainings N] [--work DIR]
+                                 [--json FILE] [--device cuda]
 
 Trains what has to be trained, samples through ComfyUI's KSampler, and writes quality.md, quality.json and quality.png,
 of the toy transformer quality-toy-dit.md and so on.
-All results are kept in the work folder: the command goes on where it was stopped, makes anew what was made with other
-settings (not what other code would make: delete a method's files for that), and may run several times at once on
-different methods. The tables hold everything that the work folder has rows of.
+All results are kept in a work folder for each base: the command goes on where it was stopped, makes anew what was made
+with other settings (not what other code would make: delete a method's files for that), and may run several times at
+once on different methods. The tables hold everything that the work folder has rows of.
 """
 
 import argparse
@@ -16,9 +16,18 @@ import functools
 import sys
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.command_line import add_results, add_work, benchmark_parser, measure_all, work_path
+from comfyui_agd.benchmarks.command_line import (
+    add_results,
+    add_toys,
+    add_trainings,
+    add_work,
+    benchmark_parser,
+    measure_all,
+    named_for,
+    work_path,
+)
 from comfyui_agd.benchmarks.machine import made_on
-from comfyui_agd.benchmarks.output import number, results_folder, with_errors, write_page, write_rows
+from comfyui_agd.benchmarks.output import number, over_trainings, results_folder, with_errors, write_page, write_rows
 
 _SIZES = ("pictures", "pairs", "iterations", "omegas")  # that the command line can change
 _NOT_MEASURED = (None, None)
@@ -49,24 +58,28 @@ def row_of_real(experiment) -> dict:
 
 
 class MethodMeasurement:
-    """A method, and CFG, with which it is compared."""
+    """A method, and CFG, with which it is compared. `seed`: of its training."""
 
-    def __init__(self, experiment, name: str):
+    def __init__(self, experiment, name: str, seed: int = 0):
         from comfyui_agd.benchmarks.methods import METHODS
 
         self.experiment, self.name = experiment, name
-        self.method, self.cfg = (METHODS[each].prepare(experiment, each) for each in (name, "cfg"))
+        self.label = f"{name}-seed{seed}" if seed else name  # of its files
+        self.method = METHODS[name].prepare(experiment.of_training(seed), self.label)
+        self.cfg = METHODS["cfg"].prepare(experiment, "cfg")
 
-    def row(self, omega: float, steps: int) -> dict:
-        """All that is measured of one setting."""
+    def row(self, omega: float, steps: int, negatives: bool) -> dict:
+        """All that is measured of one setting. `negatives`: with what negative prompts do."""
         from comfyui_agd.benchmarks.experiment import SampledAt
         from comfyui_agd.benchmarks.metrics import mean_and_error
 
-        own = self.experiment.samples(self.name, self.method, SampledAt(omega, steps))
+        at = SampledAt(omega, steps)
+        own = self.experiment.samples(self.label, self.method, at)
         # What has no guidance scale is compared with CFG at its best.
-        at = SampledAt(omega if omega > 1 else self.experiment.best_omega)
-        target = self.experiment.samples("cfg", self.cfg, at)
+        compared = SampledAt(omega if omega > 1 else self.experiment.best_omega)
+        target = self.experiment.samples("cfg", self.cfg, compared)
         measured = {"seconds_per_image": mean_and_error(own.seconds)} | picture_metrics(self.experiment, own, target)
+        measured["distance_to_cfg"] = self.experiment.distance_to_cfg(own, compared)
         row = {
             "model": self.experiment.base.name,
             "method": self.name,
@@ -76,7 +89,7 @@ class MethodMeasurement:
             "parameters_percent": number(100 * self.method.parameters / self.experiment.base_parameters),
             "evaluations_per_step": number(own.evaluations_per_step(steps)),
         }
-        return row | with_errors(measured | self._gaps(omega, steps) | self._negatives(omega, steps))
+        return row | with_errors(measured | self._gaps(omega, steps) | self._negatives(at, negatives))
 
     def _gaps(self, omega: float, steps: int) -> dict:
         """Gap closed and cosine, at this omega and at each."""
@@ -86,21 +99,21 @@ class MethodMeasurement:
         measured = dict.fromkeys(("gap_closed", "direction_cosine"), _NOT_MEASURED)
         if steps != STEPS or self.method.evaluate is None:
             return measured
-        for key, blocks in self.experiment.gap(self.name, self.method).items():
+        for key, blocks in self.experiment.gap(self.label, self.method).items():
             by_omega = dict(zip(self.experiment.sizes.gap_omegas, map(mean_and_error, blocks), strict=True))
             measured |= {f"{key}_at_{o:g}": value for o, value in by_omega.items()}
             measured[key] = by_omega.get(omega, _NOT_MEASURED)
         return measured
 
-    def _negatives(self, omega: float, steps: int) -> dict:
+    def _negatives(self, at, asked: bool) -> dict:
         """What negative prompts do."""
         from comfyui_agd.benchmarks import metrics
-        from comfyui_agd.examples.toy.sampling import STEPS
+        from comfyui_agd.benchmarks.experiment import SampledAt
 
-        if steps != STEPS or omega <= 1:
+        if not asked or at.omega <= 1:
             return dict.fromkeys(("negative_reduction", "unwanted_without", "unwanted_with"), _NOT_MEASURED)
-        seen = self.experiment.unwanted(self.name, self.method, omega)
-        of_cfg = self.experiment.unwanted("cfg", self.cfg, omega)
+        seen = self.experiment.unwanted(self.label, self.method, at)
+        of_cfg = self.experiment.unwanted("cfg", self.cfg, SampledAt(at.omega))
         return {
             "unwanted_without": metrics.mean_and_error(seen.without),
             "unwanted_with": metrics.mean_and_error(seen.with_negative),
@@ -108,34 +121,51 @@ class MethodMeasurement:
         }
 
 
-def measure(experiment, name: str) -> None:
-    """Every row of a method, into the work folder."""
-    from comfyui_agd.benchmarks.experiment import BUDGETS, setting_name
+def measure(experiment, name: str, trainings: int = 1) -> None:
+    """Every row of a method, into the work folder. `trainings`: of an adapter."""
+    from comfyui_agd.benchmarks.experiment import setting_name
     from comfyui_agd.benchmarks.methods import METHODS
-    from comfyui_agd.examples.toy.sampling import STEPS
 
-    measurement = MethodMeasurement(experiment, name)
+    measured = [MethodMeasurement(experiment, name)]
+    if measured[0].method.file:
+        measured += [MethodMeasurement(experiment, name, seed) for seed in range(1, trainings)]
     for omega in METHODS[name].omegas or experiment.sizes.omegas:
-        row = measurement.row(omega, STEPS)
-        rows = [row]
-        if omega in (1.0, experiment.best_omega):  # at equal numbers of evaluations
-            fewer = {max(1, round(budget / row["evaluations_per_step"])) for budget in BUDGETS}
-            rows += [measurement.row(omega, steps) for steps in sorted(fewer) if steps < STEPS]
+        rows = rows_at(measured, omega)
         experiment.work.save_rows(setting_name(name, omega), rows)
         print(
-            f"{name}, omega {omega:g}: prompt accuracy {row['prompt_accuracy']:.4f}, Fréchet distance "
-            f"{row['frechet_to_real']:.2f}, {row['evaluations_per_step']:.2f} evaluations per step",
+            f"{experiment.base.name}: {name}, omega {omega:g}: prompt accuracy {rows[0]['prompt_accuracy']:.4f}, "
+            f"Fréchet distance {rows[0]['frechet_to_real']:.2f}, {rows[0]['evaluations_per_step']:.2f} evaluations "
+            "per step",
             flush=True,
         )
 
 
+def rows_at(measured: list[MethodMeasurement], omega: float) -> list[dict]:
+    """Of a method's trainings: at all steps, and at equal numbers of evaluations: at each omega what CFG has with half
+    of the steps, at the best one fewer, too."""
+    from comfyui_agd.benchmarks.experiment import BUDGETS
+    from comfyui_agd.examples.toy.sampling import STEPS
+
+    def row(steps: int, negatives: bool) -> dict:
+        rows = [each.row(omega, steps, negatives) for each in measured]
+        return over_trainings(rows) if measured[0].method.file else rows[0]
+
+    rows = [row(STEPS, negatives=True)]
+    budgets = BUDGETS if omega in (1.0, measured[0].experiment.best_omega) else BUDGETS[:1]
+    steps = [max(1, round(budget / rows[0]["evaluations_per_step"])) for budget in budgets]
+    # In order, and each of them once.
+    fewer = [count for count in dict.fromkeys(steps) if count < STEPS]
+    return rows + [row(count, negatives=count == steps[0]) for count in fewer]
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, quick="few methods, few pictures, hardly trained")
-    parser.add_argument("--base", choices=("toy", "toy-dit"), default="toy", help="the base to measure on")
+    add_toys(parser)
+    add_trainings(parser)
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods; default: all")
     parser.add_argument("--list", action="store_true", help="say which methods there are, and do nothing")
     add_work(parser, "quality")
-    add_results(parser, "quality.md, .json and .png")
+    add_results(parser, "quality.md, .json and .png, and those of the toy transformer")
     parser.add_argument("--pictures", type=int, help="per setting")
     parser.add_argument("--pairs", type=int, help="of pictures without and with a negative prompt, per setting")
     parser.add_argument("--iterations", type=int, help="of every training")
@@ -143,37 +173,53 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def methods_on(experiments, asked, quick: bool) -> dict[str, list[str]]:
+    """By the base's name, those of `asked` methods that have a place there; an error where one has none on any."""
+    from comfyui_agd.benchmarks.methods import METHODS, QUICK, methods_for
+
+    if unknown := sorted(set(asked or ()) - METHODS.keys()):
+        sys.exit(f"There is no method {', '.join(unknown)}; --list says which there are.")
+    wanted = asked or (QUICK if quick else METHODS)
+    found = {each.base.name: [name for name in wanted if name in methods_for(each)] for each in experiments}
+    if without := sorted(set(asked or ()).difference(*found.values())):
+        sys.exit(f"On {' and '.join(found)} there is no {', '.join(without)}: it is for a UNet.")
+    return found
+
+
+def write_results(experiment, args: argparse.Namespace) -> list[dict]:
+    """The page of a base, with its plot, and all its rows."""
+    from comfyui_agd.benchmarks import report
+
+    rows = report.in_order(experiment.work.rows())
+    print(*report.plain(rows), sep="\n")
+    folder, name = results_folder(args), named_for("quality", experiment.base.name)
+    if folder and rows:
+        page = report.page(rows, row_of_real(experiment), experiment.sizes, experiment.base, made_on(args.device))
+        write_page(folder, name, page, rows)
+        report.plot(rows, experiment.best_omega).save(folder / f"{name}.png")
+    return rows
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     use_comfyui(cpu=args.device == "cpu")
-    from comfyui_agd.benchmarks import report
     from comfyui_agd.benchmarks.experiment import QUICK_SIZES, Sizes, ToyExperiment
-    from comfyui_agd.benchmarks.methods import METHODS, QUICK, methods_for
+    from comfyui_agd.benchmarks.methods import METHODS
     from comfyui_agd.benchmarks.work_folder import WorkFolder
 
     if args.list:
         print("\n".join(f"{name:<24}{method.what}" for name, method in METHODS.items()))
         return
-    if unknown := sorted(set(args.only or ()) - METHODS.keys()):
-        sys.exit(f"There is no method {', '.join(unknown)}; --list says which there are.")
     given = {key: getattr(args, key) for key in _SIZES if getattr(args, key) is not None}
     sizes = dataclasses.replace(QUICK_SIZES if args.quick else Sizes(), **given)
-    name = "quality" if args.base == "toy" else f"quality-{args.base}"
-    experiment = ToyExperiment(WorkFolder(work_path(args, name)), sizes, args.base)
-    there = methods_for(experiment)
-    if without := sorted(set(args.only or ()) - there.keys()):
-        sys.exit(f"On {args.base} there is no {', '.join(without)}: it is for a UNet.")
-    names = args.only or ([each for each in QUICK if each in there] if args.quick else there)
-    failed = measure_all(names, functools.partial(measure, experiment))
-    rows = report.in_order(experiment.work.rows())
-    print(*report.plain(rows), sep="\n")
+    experiments = [ToyExperiment(WorkFolder(work_path(args, "quality", base)), sizes, base) for base in args.base]
+    wanted, failed, rows = methods_on(experiments, args.only, args.quick), [], []
+    for experiment in experiments:
+        own = functools.partial(measure, experiment, trainings=args.trainings)
+        failed += [f"{name} on {experiment.base.name}" for name in measure_all(wanted[experiment.base.name], own)]
+        rows += write_results(experiment, args)
     if args.json:
         write_rows(args.json, rows)
-    folder = results_folder(args)
-    if folder and rows:
-        page = report.page(rows, row_of_real(experiment), sizes, experiment.base, made_on(args.device))
-        write_page(folder, name, page, rows)
-        report.plot(rows, experiment.best_omega).save(folder / f"{name}.png")
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}; the same command tries again.")
 

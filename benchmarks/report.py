@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from PIL import Image, ImageDraw, ImageFont
 
 from comfyui_agd.benchmarks import metrics
-from comfyui_agd.benchmarks.experiment import BLOCKS, BUDGETS, REUSE, TRAINING_BATCH, Sizes
+from comfyui_agd.benchmarks.command_line import named_for
+from comfyui_agd.benchmarks.experiment import BLOCKS, BUDGETS, REUSE, TRAINING_BATCH, TRUE_STEPS, Sizes
 from comfyui_agd.benchmarks.methods import BUDGET, METHODS
 from comfyui_agd.benchmarks.output import Figure, columns_of
 from comfyui_agd.examples.toy.bases import Base
@@ -20,6 +21,7 @@ from comfyui_agd.training.plot import Diagram, stacked
 
 _FIGURES = (
     Figure("parameters, %", "parameters_percent", 1, 1),
+    Figure("trainings", "trainings", 1, 0),
     Figure("evaluations per step", "evaluations_per_step", 1, 2),
     Figure("ms per picture", "seconds_per_image", 1000, 0),
     Figure("prompt accuracy, %", "prompt_accuracy", 100, 1),
@@ -27,6 +29,7 @@ _FIGURES = (
     Figure("Fréchet to real", "frechet_to_real", 1, 1),
     Figure("above CFG's", "frechet_above_cfg", 1, 1),
     Figure("Fréchet to CFG", "frechet_to_cfg", 1, 1),
+    Figure("distance to CFG's picture", "distance_to_cfg", 1, 3),
     Figure("precision", "precision", 1, 3),
     Figure("recall", "recall", 1, 3),
     Figure("gap closed", "gap_closed", 1, 3),
@@ -35,9 +38,15 @@ _FIGURES = (
     Figure("unwanted with negative, %", "unwanted_with", 100, 1),
     Figure("of CFG's reduction", "negative_reduction", 1, 2),
 )
-_ONLY_AT_EQUAL_STEPS = ("gap_closed", "direction_cosine", "unwanted_without", "unwanted_with", "negative_reduction")
-_AT_FEWER_STEPS = [figure for figure in _FIGURES if figure.key not in ("parameters_percent", *_ONLY_AT_EQUAL_STEPS)]
-_COMPARED = [figure for figure in _FIGURES if figure.key in ("prompt_accuracy", "frechet_to_real")]
+_NOT_AT_FEWER_STEPS = ("parameters_percent", "gap_closed", "direction_cosine")
+_AT_FEWER_STEPS = [figure for figure in _FIGURES if figure.key not in _NOT_AT_FEWER_STEPS]
+_COMPARED = [figure for figure in _FIGURES if figure.key in ("prompt_accuracy", "frechet_to_real", "distance_to_cfg")]
+# Of which the spread between trainings is shown.
+_BETWEEN = [
+    figure._replace(key=f"{figure.key}_between")
+    for figure in _FIGURES
+    if figure.key in (*(each.key for each in _COMPARED), "gap_closed", "negative_reduction")
+]
 _PLOTS = (
     ("Prompt accuracy, %", "prompt_accuracy", 100),
     ("Frechet distance to real pictures", "frechet_to_real", 1),  # PIL's font lacks the accent
@@ -63,7 +72,12 @@ def _evaluations(row: dict) -> float:
 
 
 def _at_equal_steps(rows: list[dict]) -> list[dict]:
-    return [row for row in rows if row["steps"] == STEPS]
+    """With CFG's half the steps, as many evaluations as one pass with all."""
+    return [row for row in rows if row["steps"] == STEPS or (row["method"], row["steps"]) == ("cfg", STEPS // 2)]
+
+
+def _with_trainings(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row.get("trainings", 1) > 1]
 
 
 def _with_gaps(rows: list[dict]) -> list[dict]:
@@ -73,7 +87,7 @@ def _with_gaps(rows: list[dict]) -> list[dict]:
 
 def _gap_figures(rows: list[dict]) -> list[Figure]:
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith("gap_closed_at_"))
-    return [Figure(f"at omega {key.rsplit('_', 1)[1]}", key) for key in keys if not key.endswith("_se")]
+    return [Figure(f"at omega {key.rsplit('_', 1)[1]}", key) for key in keys if not key.endswith(("_se", "_between"))]
 
 
 def _at_equal_time(rows: list[dict], budget: int) -> list[dict]:
@@ -106,7 +120,7 @@ def _dominance(rows: list[dict]) -> list[dict]:
 
 
 def _shown(row: dict, key: str) -> str:
-    return "" if row[key] is None else f"{row[key]:.3f}"
+    return "" if row.get(key) is None else f"{row[key]:.3f}"
 
 
 _CONSOLE = (
@@ -116,6 +130,7 @@ _CONSOLE = (
     Column("evals", lambda row: f"{_evaluations(row):.1f}", 7),
     Column("accuracy", lambda row: f"{row['prompt_accuracy']:.4f}", 10),
     Column("Fréchet", lambda row: f"{row['frechet_to_real']:.2f}", 9),
+    Column("distance", lambda row: _shown(row, "distance_to_cfg"), 10),
     Column("gap", lambda row: _shown(row, "gap_closed"), 7),
     Column("negative", lambda row: _shown(row, "negative_reduction"), 10),
 )
@@ -128,10 +143,13 @@ def plain(rows: list[dict]) -> Iterator[str]:
 
 _METHOD = Column("method", lambda row: f"`{row['method']}`")
 _PARAMETERS = Column("parameters, %", lambda row: f"{row['parameters_percent']:.1f}")
-_SETTING = (_METHOD, Column("omega", lambda row: f"{row['omega']:g}"))
+_SETTING = (
+    _METHOD,
+    Column("omega", lambda row: f"{row['omega']:g}"),
+    Column("steps", lambda row: str(row.get("steps", "–"))),
+)
 _SETTING_IN_TIME = (
     *_SETTING,
-    Column("steps", lambda row: str(row["steps"])),
     Column("evaluations per picture", lambda row: f"{_evaluations(row):.1f}"),
 )
 _DOMINATED = (*_SETTING_IN_TIME, Column("surely better for no more evaluations", lambda row: row["by"]))
@@ -151,16 +169,16 @@ def _budgets(rows: list[dict]) -> str:
 
 def page(rows: list[dict], real: dict, sizes: Sizes, base: Base, made: str) -> str:
     """quality.md. `real`: the row of real pictures; `made`: when and on what."""
-    name, how = ("quality", "") if base.name == "toy" else (f"quality-{base.name}", f" --base {base.name}")
+    name = named_for("quality", base.name)
     pictures = "/".join(map(str, sorted({row["pictures"] for row in rows})))
     return f"""# How good guidance in one pass is
 
-`python benchmarks/quality.py{how}`, {made}. {base.title.capitalize()}, {pictures} pictures per row.
+`python benchmarks/quality.py --base {base.name}`, {made}. {base.title.capitalize()}, {pictures} pictures per row.
 Written by the command; each value with its standard error.
 
-## At equal sampler steps
+## At equal sampler steps, and CFG with half of them
 
-{STEPS} steps of {SAMPLER}/{base.scheduler}.
+{STEPS} steps of {SAMPLER}/{base.scheduler}; CFG's half of them are as many evaluations as one pass with all.
 
 {_table(_SETTING, _FIGURES, [real, *_at_equal_steps(rows)])}
 
@@ -168,7 +186,7 @@ Written by the command; each value with its standard error.
 
 {_table((_METHOD, _PARAMETERS), _gap_figures(rows), _with_gaps(rows))}
 
-## At equal time
+{_spread(rows)}## At equal evaluations
 
 With as many steps as so many evaluations per picture allow.
 
@@ -186,6 +204,20 @@ noise.
 
 {_about_methods(rows, sizes)}
 {_about_measurements(sizes)}"""
+
+
+def _spread(rows: list[dict]) -> str:
+    """The section about several trainings, if there were."""
+    if not (several := _with_trainings(rows)):
+        return ""
+    return f"""## Between trainings
+
+Standard deviations between trainings of the same method with other seeds. Where there are several, other tables have
+their means.
+
+{_table((*_SETTING, Column("trainings", lambda row: str(row["trainings"]))), _BETWEEN, several)}
+
+"""
 
 
 def _about_methods(rows: list[dict], sizes: Sizes) -> str:
@@ -220,6 +252,9 @@ def _about_measurements(sizes: Sizes) -> str:
   captions, noise and omega. It is biased upwards by the number of pictures, for all methods alike.
 - **Precision and recall**: improved ones (Kynkäänniemi et al. 2019), k = {metrics.NEIGHBOURS}, in the same features.
 - **Above CFG's**: the difference to CFG's 20 steps at the same omega, captions and noise, whose error is much smaller.
+- **Distance to CFG's picture**: root mean square distance of the final latents to those of CFG's {TRUE_STEPS} steps at
+  the same omega, sampler, captions and noise, over that of the unguided ones: 0 is CFG's picture, 1 is as far as no
+  guidance. On the first {sizes.compared} captions.
 - **Gap closed and direction cosine**: towards the method's own teacher, on its trajectories over
   {sizes.gap_captions} held-out captions, with an empty negative prompt.
 - **Negative prompts**: captions that leave attributes open, such as "a small shape on a blue background". For each, an
@@ -229,7 +264,8 @@ def _about_measurements(sizes: Sizes) -> str:
   over that of CFG.
 - **Standard errors**: binomial for shares, over batches for seconds, over {BLOCKS} blocks of captions for the gap,
   and a jackknife over {JACKKNIFE_BLOCKS} blocks of captions and seeds for the rest. They are about other captions and
-  other noise; of each method one adapter was trained.
+  other noise. Where a method was trained several times, n, its figures are means, and errors have the spread s between
+  trainings in them too: the root of se² + s²/n. Where it was trained once they know nothing of other trainings.
 """
 
 

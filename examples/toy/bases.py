@@ -4,19 +4,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
-from .dit import load_dit
-from .model import WEIGHTS, load_unet
+from .dit import build_dit, load_dit
+from .model import WEIGHTS, build_model, load_unet
 
 
 @dataclass(frozen=True)
 class Base:
-    """`load`: its MODEL. `scheduler`: KSampler's, that suits its noise levels."""
+    """`build`: its network with new weights; `file`: of its own ones; `load`: its MODEL, with them or those of another
+    file. `scheduler`: KSampler's, that suits its noise levels."""
 
     name: str
     title: str
-    load: Callable[[], ModelPatcher]
+    build: Callable[[], BaseModel]
+    file: str
+    load: Callable[..., ModelPatcher]
     scheduler: str
 
     @property
@@ -28,7 +32,7 @@ class Base:
 BASES = {
     base.name: base
     for base in (
-        Base("toy", "the toy UNet", load_unet, "normal"),
-        Base("toy-dit", "the toy transformer", load_dit, "simple"),
+        Base("toy", "the toy UNet", build_model, "unet.safetensors", load_unet, "normal"),
+        Base("toy-dit", "the toy transformer", build_dit, "dit.safetensors", load_dit, "simple"),
     )
 }

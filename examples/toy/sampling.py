@@ -21,14 +21,14 @@ SAMPLER, SCHEDULER = "euler", "normal"
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """KSampler's own, and the pictures' `size`, in pixels."""
+    """KSampler's own, and EmptyLatentImage's `size`: width and height in pixels."""
 
     cfg: float
     seed: int
     steps: int = STEPS
     sampler: str = SAMPLER
     scheduler: str = SCHEDULER
-    size: int = IMAGE_SIZE
+    size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def sample_latents(
 
     `noise`: which of the seed's noises the rows get, by default the first ones.
     """
-    latent = nodes.EmptyLatentImage().generate(settings.size, settings.size, len(positive[0][0]))[0]
+    latent = nodes.EmptyLatentImage().generate(*settings.size, len(positive[0][0]))[0]
     latent |= {"batch_index": list(noise)} if noise else {}
     how = (settings.seed, settings.steps, settings.cfg, settings.sampler, settings.scheduler)
     return nodes.KSampler().sample(model, *how, positive, negative, latent, denoise=1.0)[0]

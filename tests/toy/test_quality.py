@@ -5,6 +5,7 @@ import json
 import random
 from types import SimpleNamespace
 
+import comfy.sd
 import pytest
 import torch
 from PIL import Image
@@ -16,8 +17,11 @@ from comfyui_agd.agd_core.comfyui.model.sampler import guided_by
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import ablation, baselines, experiment, extrapolation, quality, report, training_free
-from comfyui_agd.benchmarks.experiment import QUICK_SIZES, ToyExperiment
+from comfyui_agd.benchmarks.command_line import TOYS
+from comfyui_agd.benchmarks.experiment import QUICK_SIZES, SampledAt, ToyExperiment
 from comfyui_agd.benchmarks.work_folder import WorkFolder
+from comfyui_agd.examples.toy import train
+from comfyui_agd.examples.toy.bases import BASES
 from comfyui_agd.examples.toy.judge import recognised
 from comfyui_agd.examples.toy.sampling import SamplerSettings, Toy, encode, held_out_captions, sample
 from comfyui_agd.examples.toy.scenes import (
@@ -34,7 +38,7 @@ from comfyui_agd.examples.toy.scoring import Scorer
 STEPS, ROWS = 6, 3
 ROW_KEYS = (
     "model method omega parameters_percent evaluations_per_step frechet_to_real precision recall prompt_accuracy "
-    "gap_closed direction_cosine negative_reduction frechet_to_cfg steps seconds_per_image"
+    "gap_closed direction_cosine negative_reduction frechet_to_cfg steps seconds_per_image distance_to_cfg"
 )
 
 
@@ -156,12 +160,72 @@ def test_a_recording_goes_with_its_prompts(tmp_path):
     torch.testing.assert_close(uncond, batch.uncond, atol=2e-2, rtol=0)
 
 
+def test_the_benchmarks_know_all_toys():
+    assert tuple(BASES) == TOYS
+    assert set(train.FITS) == set(BASES)
+
+
+@pytest.fixture
+def few_pictures(tmp_path, monkeypatch) -> ToyExperiment:
+    monkeypatch.setattr(experiment, "TRUE_STEPS", 6)
+    return ToyExperiment(WorkFolder(tmp_path), dataclasses.replace(QUICK_SIZES, pictures=3, compared=3))
+
+
+def plain(few: ToyExperiment) -> experiment.PreparedMethod:
+    """The base as `distance_to_cfg` samples it."""
+    return experiment.PreparedMethod(few.parts.model, {"sampling": {}})
+
+
+def test_the_distance_to_cfgs_picture_is_0_at_it_and_1_at_the_unguided_one(few_pictures):
+    at = SampledAt(3.0, steps=6)
+    guided = few_pictures.samples("cfg", plain(few_pictures), at)
+    unguided = few_pictures.samples("unguided", plain(few_pictures), SampledAt(1.0, steps=6))
+    between = dataclasses.replace(guided, latents=torch.lerp(guided.latents, unguided.latents, 0.25))
+    found = [few_pictures.distance_to_cfg(each, at)[0] for each in (guided, unguided, between)]
+    assert found == pytest.approx([0.0, 1.0, 0.25], abs=1e-4)
+
+
+def test_the_distance_to_cfgs_picture_is_to_that_of_many_steps(few_pictures):
+    few, fewer = (few_pictures.samples("cfg", plain(few_pictures), SampledAt(3.0, steps)) for steps in (4, 2))
+    near, far = (few_pictures.distance_to_cfg(each, SampledAt(3.0, 2))[0] for each in (few, fewer))
+    assert 0.02 < near < far
+
+
+def test_where_a_sampler_adds_noise_there_is_no_picture_to_be_near_to(few_pictures):
+    at = SampledAt(3.0, 2, "euler_ancestral", "normal")
+    own = few_pictures.samples("cfg", plain(few_pictures), at)
+    assert few_pictures.distance_to_cfg(own, at) == (None, None)
+
+
+def test_only_the_first_pictures_are_compared_and_are_the_same_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "BATCH", 2)
+    monkeypatch.setattr("comfyui_agd.examples.toy.sampling.BATCH", 2)
+    few = ToyExperiment(WorkFolder(tmp_path), dataclasses.replace(QUICK_SIZES, pictures=5))
+    everything, first = (few.samples("cfg", plain(few), SampledAt(3.0, 2), count=count) for count in (None, 3))
+    torch.testing.assert_close(first.latents, everything.latents[:4], atol=1e-4, rtol=0)  # whole batches
+    assert first.correct.tolist() == everything.correct[:4].tolist()
+
+
+def test_pictures_that_were_kept_without_latents_are_drawn_again(few_pictures):
+    kept = {"features": torch.zeros(3, 128), "correct": torch.zeros(3, dtype=torch.bool)}
+    identity = {"sampling": {}, "omega": 3.0, "steps": 2, "pictures": 3}
+    few_pictures.work.tensors("samples", "cfg-omega3-steps2", identity, lambda: kept)
+    assert len(few_pictures.samples("cfg", plain(few_pictures), SampledAt(3.0, 2)).latents) == 3
+
+
+def test_another_training_starts_from_other_weights_and_learns_from_other_states(tmp_path):
+    small = ToyExperiment(WorkFolder(tmp_path), dataclasses.replace(QUICK_SIZES, iterations=1))
+    seeds = {each.train_config().seed for each in (small, small.of_training(1), small.of_training(2))}
+    assert seeds == {0, 1, 2}
+
+
 @pytest.mark.slow
 def test_one_command_makes_the_table_and_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr("comfyui_agd.examples.toy.scoring.REFERENCE_IMAGES", 256)
     few = ["--quick", "--pictures", "6", "--pairs", "2", "--iterations", "2", "--work", str(tmp_path / "work")]
     few += ["--results", str(tmp_path / "results"), "--json", str(tmp_path / "rows.json")]
-    quality.main([*few, "--only", "cfg", "adaptive", "meng", "paper_offset"])
+    on_unet = [*few, "--base", "toy"]
+    quality.main([*on_unet, "--only", "cfg", "adaptive", "meng", "paper_offset"])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert all(set(row) >= set(ROW_KEYS.split()) for row in rows)
     settings = [(row["method"], row["steps"]) for row in rows]
@@ -188,9 +252,17 @@ def test_one_command_makes_the_table_and_goes_on_where_it_was(tmp_path, monkeypa
         return sample(parts, model, prompts, settings, **batches)
 
     monkeypatch.setattr(experiment, "sample", sampled)
-    quality.main([*few, "--only", "cfg", "meng", "unguided"])
+    quality.main([*on_unet, "--only", "cfg", "meng", "unguided"])
     assert set(drawn) == {1.0}
     assert len(json.loads((tmp_path / "rows.json").read_text())) == len(rows) + 3
+
+    # On both bases, each with a page and a folder of its own; what has no place on one of them is left out there.
+    quality.main([*few, "--only", "unguided", "meng"])
+    own = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["method"] for row in own if row["model"] == "toy-dit"} == {"unguided"}
+    assert (tmp_path / "results" / "quality-toy-dit.md").exists()
+    with pytest.raises(SystemExit, match="On toy-dit there is no meng: it is for a UNet"):
+        quality.main([*few, "--base", "toy-dit", "--only", "meng"])
 
 
 def test_an_unknown_method_is_an_error_that_says_where_to_look(tmp_path):
@@ -214,12 +286,17 @@ def test_a_row_is_dominated_by_what_is_significantly_better_for_no_more_evaluati
 
 
 @pytest.mark.slow
-def test_the_ablation_trains_and_measures_what_is_asked_for(tmp_path, capsys):
+def test_the_ablation_trains_and_measures_what_is_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiment, "TRUE_STEPS", 21)
     how = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "rows.json")]
-    ablation.main([*how, "--only", "deep sites", "half on policy", "offset"])
+    ablation.main([*how, "--base", "toy", "--only", "deep sites", "half on policy", "offset"])
     rows = {row["variant"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
-    assert list(rows) == ["offset", "half on policy", "only the 4 deep sites"]
-    assert all(4 < row["parameters_percent"] <= 5 and row["gap_closed_from_negatives_3"] < 1 for row in rows.values())
+    assert list(rows) == ["20 steps", "10 steps", "offset", "half on policy", "only the 4 deep sites"]
+    assert "distance_to_cfg" not in rows["only the 4 deep sites"]
+    assert rows["20 steps"]["distance_to_cfg"] < 0.1 < rows["offset"]["distance_to_cfg"]
+    assert rows["offset"]["evaluations"] == rows["10 steps"]["evaluations"] == 20
+    trained = list(rows.values())[2:]
+    assert all(4 < row["parameters_percent"] <= 5 and row["gap_closed_from_negatives_3"] < 1 for row in trained)
     # From the constants that a new one starts with.
     assert rows["half on policy"]["gap_closed_3"] > rows["offset"]["gap_closed_3"]
     assert "| only the 4 deep sites |" in capsys.readouterr().out
@@ -228,18 +305,61 @@ def test_the_ablation_trains_and_measures_what_is_asked_for(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_extrapolation_takes_an_adapter_to_where_it_was_not_trained(tmp_path, monkeypatch):
+def test_the_ablation_puts_both_bases_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "TRUE_STEPS", 21)
+    how = ["--quick", "--iterations", "2", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    ablation.main([*how, "--only", "the default", "without gain", "offset"])
+    page = (tmp_path / "results" / "ablation-bases.md").read_text()
+    cells = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
+    of = {name.rsplit(": ", 1)[1]: values for name, *values in cells[2:]}
+    assert list(of) == ["20 steps", "10 steps", "offset", "the default", "without gain"]
+    # Gap, what it is above the default, and the distance; of the UNet, then of the transformer.
+    assert of["the default"][1] == of["the default"][4] == "0.000 ± 0.000"
+    assert of["offset"][3:] == ["–"] * 3  # no cross-attention there
+    assert "–" not in of["without gain"]
+    assert {path.name for path in (tmp_path / "results").glob("*.json")} == {"ablation.json", "ablation-toy-dit.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("base", "adapter"), [("toy", "calibrated"), ("toy-dit", "ours")])
+def test_the_extrapolation_takes_an_adapter_to_where_it_was_not_trained(tmp_path, monkeypatch, base, adapter):
     monkeypatch.setattr("comfyui_agd.examples.toy.scoring.REFERENCE_IMAGES", 256)
     monkeypatch.setattr(experiment, "QUICK_SIZES", dataclasses.replace(QUICK_SIZES, pictures=8))
-    how = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "rows.json")]
-    extrapolation.main([*how, "--adapter", "calibrated", "--only", "sizes", "sibling"])
+    monkeypatch.setattr(experiment, "TRUE_STEPS", 21)
+    monkeypatch.setattr(extrapolation, "SIZES", ((64, 64), (64, 96)))
+    monkeypatch.setattr(extrapolation, "SIZE_CAPTIONS", 2)
+    how = ["--quick", "--base", base, "--work", str(tmp_path / "work"), "--json", str(tmp_path / "rows.json")]
+    extrapolation.main([*how, "--adapter", adapter, "--only", "sizes", "sibling"])
     rows = {row["setting"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert all(0 < row["gap_closed"] < 1 for row in rows.values() if "gap_closed" in row)
     # Two steps of fine-tuning hardly change the base, and a LoRA of half of that still less.
     changes = [abs(rows[name]["gap_closed"] - rows["base"]["gap_closed"]) for name in rows if "LoRA" in name]
-    assert changes[0] < changes[1] < 0.1
-    assert rows["sibling-cfg"]["evaluations_per_step"] == 2
-    assert rows["sibling-calibrated"]["evaluations_per_step"] == 1
+    assert changes[0] <= changes[1] < 0.1
+    pictures = [f"sibling-{way}" for way in ("cfg, 20 steps", "cfg, 10 steps", f"{adapter}, 20 steps")]
+    assert [rows[name]["evaluations"] for name in pictures] == [40, 20, 20]
+    # To the sibling's own CFG, which is nearest to itself with many steps; the adapter is hardly trained.
+    wide = [f"64 x 96 pixels, {way}" for way in ("20 steps, cfg", "10 steps, cfg", f"20 steps, {adapter}")]
+    for names in (pictures, wide):
+        distances = [rows[name]["distance_to_cfg"] for name in names]
+        assert 0 < distances[0] < distances[1] < distances[2]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_lora_of_a_small_change_is_that_change(name):
+    base, tuned, fresh = (Toy.load(name) for _ in range(3))
+    for weight in tuned.model.model.diffusion_model.state_dict().values():
+        if weight.ndim > 1:
+            rows, columns = torch.randn(len(weight), 1), torch.randn(1, weight[0].numel())
+            weight += 0.02 * weight.std() * (rows @ columns).reshape(weight.shape)
+    lora = extrapolation.lora_between(base.model, tuned.model)
+    changed = comfy.sd.load_lora_for_models(base.model, None, lora, 1.0, 0.0)[0]
+    prompt = encode(base.clip, held_out_captions(ROWS, 5)[1])
+    plain, wanted, found = (
+        sample(base, model, prompt, SamplerSettings(1.0, 1, steps=1, scheduler=base.base.scheduler)).latents
+        for model in (fresh.model, tuned.model, changed)
+    )
+    off, away = (found - wanted).norm(), (plain - wanted).norm()
+    assert off < 0.01 * away
 
 
 def test_the_forms_of_training_free_guidance_are_compared_with_cfg(tmp_path, capsys):

@@ -1,9 +1,11 @@
 """Tables of benchmarks and of the toy: cells, errors, sections, and which rows a command is asked for."""
 
+from pathlib import Path
+
 import pytest
 
-from comfyui_agd.benchmarks.command_line import benchmark_parser, selected, work_path
-from comfyui_agd.benchmarks.output import Figure, columns_of, tables_by_section, with_errors
+from comfyui_agd.benchmarks.command_line import add_toys, add_work, benchmark_parser, selected, work_path
+from comfyui_agd.benchmarks.output import Figure, columns_of, over_trainings, tables_by_section, with_errors
 from comfyui_agd.examples.toy.tables import Column, console_table, markdown_table
 
 NAME = Column("name", lambda row: row["name"], -6)
@@ -63,9 +65,31 @@ def test_what_is_asked_for_is_found_by_a_part_of_its_name():
         selected(["Kinds delta"], ["x", "y"], "variant")
 
 
-def test_a_quick_run_has_a_work_folder_of_its_own():
+def test_a_quick_run_and_each_base_have_a_work_folder_of_their_own():
     parser = benchmark_parser("", quick="")
-    parser.add_argument("--work")
+    add_work(parser, "quality")
     assert work_path(parser.parse_args([]), "quality").name == "quality"
     assert work_path(parser.parse_args(["--quick"]), "quality").name == "quality-quick"
-    assert work_path(parser.parse_args(["--quick", "--work", "here"]), "quality") == "here"
+    assert work_path(parser.parse_args([]), "quality", "toy-dit").name == "quality-toy-dit"
+    given = parser.parse_args(["--quick", "--work", "there/here"])
+    assert work_path(given, "quality") == Path("there/here")
+    assert work_path(given, "quality", "toy-dit") == Path("there/here-toy-dit")
+
+
+def test_both_bases_are_measured_unless_one_is_named():
+    parser = benchmark_parser("", quick="")
+    add_toys(parser)
+    assert parser.parse_args([]).base == ["toy", "toy-dit"]
+    assert parser.parse_args(["--base", "toy-dit"]).base == ["toy-dit"]
+
+
+def test_of_several_trainings_there_are_means_whose_errors_know_of_the_others():
+    rows = [
+        {"method": "ours", "accuracy": value, "accuracy_se": 0.03, "gap": None, "gap_se": None} for value in (0.9, 0.7)
+    ]
+    row = over_trainings(rows)
+    assert (row["method"], row["trainings"], row["gap"]) == ("ours", 2, None)
+    assert row["accuracy"] == pytest.approx(0.8)
+    assert row["accuracy_between"] == pytest.approx(0.02**0.5, abs=1e-5)
+    assert row["accuracy_se"] == pytest.approx((0.03**2 + 0.02 / 2) ** 0.5, abs=1e-5)
+    assert over_trainings(rows[:1]) == rows[0] | {"trainings": 1}
