@@ -23,20 +23,14 @@ from comfyui_agd.benchmarks.output import Figure, columns_of, publish, tables_by
 from comfyui_agd.examples.toy.tables import Column
 
 ITERATIONS, CAPTIONS = 300, 1000
-# The settings in which ours differ from the paper's, as `methods.PAPER_SETTINGS` has them.
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # that the paper's own adapters are trained with
+# The settings that our adapters after the paper's can have otherwise, as `methods.PLAIN_SETTINGS` has them.
 SWITCHES = {
     "gain": "gain",
     "log omega": "omega_embedding",
     "one encoder": "shared_encoder",
     "balanced loss": "loss",
     "log-uniform omega": "omega_sampling",
-}
-
-
-# How a table shows what rows and files have other names for: it is not the authors' own adapter (docs/method.md).
-SHOWN = {
-    "Switches of the paper's cross-attention": "Switches of our re-implementation of the paper's cross-attention",
-    "as published": "the paper's settings",
 }
 
 
@@ -68,16 +62,27 @@ class Variant:
 
 def variants(iterations: int) -> list[Variant]:
     """In the order of the tables."""
-    return [*paper_switches(), *kinds(), *without_switches(), *more(), *parameters(), *trainings(iterations)]
+    return [*authors(), *switches(), *kinds(), *without_switches(), *more(), *parameters(), *trainings(iterations)]
 
 
-def paper_switches() -> list[Variant]:
-    from comfyui_agd.benchmarks.methods import PAPER_SETTINGS
+def authors() -> list[Variant]:
+    """The paper's own, with their loss, at each learning rate that is tried."""
+    from comfyui_agd.benchmarks.methods import AUTHORS
 
-    section, kind = "Switches of the paper's cross-attention", {"kind": "cross_attention"}
-    found = [Variant(section, "as published", kind | PAPER_SETTINGS)]
+    return [
+        Variant("The paper's own adapters", f"{kind}, learning rate {rate:g}", settings | {"learning_rate": rate})
+        for kind, settings in AUTHORS.items()
+        for rate in RATES
+    ]
+
+
+def switches() -> list[Variant]:
+    from comfyui_agd.benchmarks.methods import PLAIN_SETTINGS
+
+    section, kind = "Switches of our cross-attention", {"kind": "cross_attention"}
+    found = [Variant(section, "none of them", kind | PLAIN_SETTINGS)]
     for name, switch in SWITCHES.items():
-        rest = {setting: value for setting, value in PAPER_SETTINGS.items() if setting != switch}
+        rest = {setting: value for setting, value in PLAIN_SETTINGS.items() if setting != switch}
         found.append(Variant(section, f"{name} alone", kind | rest))
     return [*found, Variant(section, "all of them", kind)]
 
@@ -96,10 +101,10 @@ def kinds() -> list[Variant]:
 
 
 def without_switches() -> list[Variant]:
-    from comfyui_agd.benchmarks.methods import PAPER_SETTINGS
+    from comfyui_agd.benchmarks.methods import PLAIN_SETTINGS
 
     return [
-        Variant("delta, without one of them", f"without {name}", {switch: PAPER_SETTINGS[switch]})
+        Variant("delta, without one of them", f"without {name}", {switch: PLAIN_SETTINGS[switch]})
         for name, switch in SWITCHES.items()
         if switch != "shared_encoder"  # delta has no other
     ]
@@ -173,17 +178,13 @@ def tables(rows: list[dict], omegas: tuple[float, ...]) -> str:
     figures = [Figure(f"gap at {omega:g}", f"gap_closed_{omega:g}") for omega in omegas]
     figures += [Figure(f"from negatives, {omega:g}", f"gap_closed_from_negatives_{omega:g}") for omega in omegas]
     columns = [
-        Column("variant", lambda row: _shown(row["variant"]) + ("" if row["parameters_percent"] else " (diverged)")),
+        Column("variant", lambda row: row["variant"] + ("" if row["parameters_percent"] else " (diverged)")),
         Column("parameters, %", lambda row: str(row["parameters_percent"])),
         Column("iterations", lambda row: str(row["iterations"])),
         Column("teacher evaluations", lambda row: f"{row['teacher_evaluations']:,}"),
         *columns_of(figures),
     ]
-    return tables_by_section(rows, lambda own: columns, title=_shown)
-
-
-def _shown(name: str) -> str:
-    return SHOWN.get(name, name)
+    return tables_by_section(rows, lambda own: columns)
 
 
 def page(rows: list[dict], sizes, made: str) -> str:
@@ -195,9 +196,9 @@ Gap closed on the toy, on {sizes.gap_captions} held-out captions: away from the 
 that were not trained with. Unless its line says otherwise a variant has the largest width within 5 % of the base's
 parameters, {sizes.iterations} iterations of batch 16 on recorded batches, each used 4 times, {CAPTIONS} captions and a
 learning rate of 2e-3 (`scale`: 2e-2). The error is over captions and noise; one adapter was trained per variant. What
-ignores the negative prompt was trained with empty ones. The paper's adapters are re-implementations, which differ from
-the authors' own in size and form ([method.md](../../docs/method.md#the-papers-adapters-re-implemented)). All of this is
-of one base, the toy.
+ignores the negative prompt was trained with empty ones. The paper's own adapters, `paper_attention` and
+`paper_additive` ([method.md](../../docs/method.md)), have their authors' loss and uniform omega. All of this is of one
+base, the toy.
 
 {tables(rows, sizes.gap_omegas)}
 """
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         sizes = dataclasses.replace(QUICK_SIZES, captions=CAPTIONS)
     work, known = WorkFolder(work_path(args, "ablation")), variants(sizes.iterations)
-    asked = args.only or (["as published", "kinds"] if args.quick else [""])
+    asked = args.only or (["none of them", "kinds"] if args.quick else [""])
     with_captions = functools.cache(lambda count: ToyExperiment(work, dataclasses.replace(sizes, captions=count)))
     for i in selected([variant.full_name for variant in known], asked, "variant"):
         row = measure(with_captions(known[i].captions), known[i])
