@@ -322,8 +322,8 @@ are without storing trajectories and trying learning rates.
 
 **paper**: the recipe of the paper's authors, as their code has it ([authors_recipe.py](../authors_recipe.py)), at
 1/{8 / share:g} of its size: {captions} of 500 captions. Their trajectories of 1000 DDPM steps are stored in fp16
-before, with one omega each, drawn uniformly; steps of batch 16 see {SEEN:.0%} of the states, once each. Plain MSE on the
-model's own output, AdamW without weight decay, 10 % linear warm-up from a ten-thousandth of the learning rate and a
+before, with one omega each, drawn uniformly; steps of batch 16 see {SEEN:.0%} of the states, once each. Plain MSE on
+the model's own output, AdamW without weight decay, 10 % linear warm-up from a ten-thousandth of the learning rate and a
 cosine back to that; no clipping, no moving average. `paper_attention` is their own adapter, which knows t and the
 prompt. *Tuned*: of {tried} the rate that closes most of the gap on 16 captions kept for this choice, after a
 quarter of the steps.{without}
