@@ -32,7 +32,7 @@ from comfyui_agd.training.plot import Diagram
 
 CAPTIONS, SEEN, HELD_OUT, MEASUREMENTS = 64, 0.64, 32, 8
 # Theirs, and those that are tried, with so large a part of the steps.
-THEIR_RATE, RATES, TRIED = 1e-4, (3e-4, 1e-3, 3e-3), 1 / 4
+THEIR_RATE, RATES, TRIED = 1e-4, (1e-3, 2e-3, 4e-3), 1 / 4
 _QUICK = 1 / 32  # of the size
 _COLOURS = ("#888888", "#222222", "#a08000", "#b0306a", "#2f8f4e", "#1f5fbf", "#c2571a", "#7a3fb0")
 
