@@ -48,20 +48,14 @@ from comfyui_agd.examples.toy.tables import Column, markdown_table
 ITERATIONS, CAPTIONS, PICTURES = 300, 1000, 64
 _KINDS, _DEFAULT = "Kinds, with all switches", "the default"
 _RANKS = {"unet": (2, 4, 8), "transformer": (1, 2)}  # that leave something of the usual share for the rest
-# The settings in which ours differ from the paper's, as `methods.PAPER_SETTINGS` has them.
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # that the paper's own adapters are trained with
+# The settings that our adapters after the paper's can have otherwise, as `methods.PLAIN_SETTINGS` has them.
 SWITCHES = {
     "gain": "gain",
     "log omega": "omega_embedding",
     "one encoder": "shared_encoder",
     "balanced loss": "loss",
     "log-uniform omega": "omega_sampling",
-}
-
-
-# How a table shows what rows and files have other names for: it is not the authors' own adapter (docs/method.md).
-SHOWN = {
-    "Switches of the paper's cross-attention": "Switches of our re-implementation of the paper's cross-attention",
-    "as published": "the paper's settings",
 }
 
 
@@ -95,17 +89,29 @@ class Variant:
 
 def variants(iterations: int, layout: str) -> list[Variant]:
     """That have a place in bases of this layout, in the order of the tables."""
-    known = [*paper_switches(), *kinds(layout), *without_switches(), *more(), *parameters(), *trainings(iterations)]
-    return [variant for variant in known if variant.layout in (None, layout)]
+    known = [*authors(), *switches(), *kinds(layout), *without_switches(), *more(), *parameters()]
+    return [variant for variant in [*known, *trainings(iterations)] if variant.layout in (None, layout)]
 
 
-def paper_switches() -> list[Variant]:
-    from comfyui_agd.benchmarks.methods import PAPER_SETTINGS
+def authors() -> list[Variant]:
+    """The paper's own, with their loss, at each learning rate that is tried."""
+    from comfyui_agd.benchmarks.methods import AUTHORS
 
-    section, kind = "Switches of the paper's cross-attention", {"kind": "cross_attention"}
-    found = {"as published": kind | PAPER_SETTINGS}
+    section = "The paper's own adapters"
+    return [
+        Variant(section, f"{kind}, learning rate {rate:g}", settings | {"learning_rate": rate}, layout="unet")
+        for kind, settings in AUTHORS.items()
+        for rate in RATES
+    ]
+
+
+def switches() -> list[Variant]:
+    from comfyui_agd.benchmarks.methods import PLAIN_SETTINGS
+
+    section, kind = "Switches of our cross-attention", {"kind": "cross_attention"}
+    found = {"none of them": kind | PLAIN_SETTINGS}
     for name, switch in SWITCHES.items():
-        rest = {setting: value for setting, value in PAPER_SETTINGS.items() if setting != switch}
+        rest = {setting: value for setting, value in PLAIN_SETTINGS.items() if setting != switch}
         found[f"{name} alone"] = kind | rest
     return [
         Variant(section, name, settings, layout="unet") for name, settings in (found | {"all of them": kind}).items()
@@ -136,10 +142,10 @@ def kinds(layout: str) -> list[Variant]:
 
 
 def without_switches() -> list[Variant]:
-    from comfyui_agd.benchmarks.methods import PAPER_SETTINGS
+    from comfyui_agd.benchmarks.methods import PLAIN_SETTINGS
 
     return [
-        Variant("delta, without one of them", f"without {name}", {switch: PAPER_SETTINGS[switch]})
+        Variant("delta, without one of them", f"without {name}", {switch: PLAIN_SETTINGS[switch]})
         for name, switch in SWITCHES.items()
         if switch != "shared_encoder"  # delta has no other
     ]
@@ -273,13 +279,13 @@ def tables(rows: list[dict], omegas: Sequence[float]) -> str:
         _DISTANCE,
     ]
     columns = [
-        Column("variant", lambda row: _shown(row["variant"]) + (" (diverged)" if _diverged(row) else "")),
+        Column("variant", lambda row: row["variant"] + (" (diverged)" if _diverged(row) else "")),
         *columns_of([Figure("parameters, %", "parameters_percent", 1, 2), Figure("iterations", "iterations", 1, 0)]),
         Column("teacher evaluations", lambda row: f"{row['teacher_evaluations']:,}" if _trained(row) else "–"),
         *columns_of(figures),
         Column("measured", lambda row: row["measured"]),
     ]
-    return tables_by_section(rows, lambda own: columns, title=_shown)
+    return tables_by_section(rows, lambda own: columns)
 
 
 _EVALUATIONS = Figure("evaluations per picture", "evaluations", 1, 0)
@@ -296,10 +302,6 @@ def _diverged(row: dict) -> bool:
     return _trained(row) and row["parameters_percent"] is None
 
 
-def _shown(name: str) -> str:
-    return SHOWN.get(name, name)
-
-
 def page(rows: list[dict], experiment, made: str) -> str:
     sizes, base = experiment.sizes, experiment.base
     return f"""# What closes the gap
@@ -311,8 +313,8 @@ Gap closed on {base.title}, on {sizes.gap_captions} held-out captions: away from
 prompts that were not trained with. Unless its line says otherwise a variant has the largest width within 5 % of the
 base's parameters, {sizes.iterations} iterations of batch 16 on recorded batches, each used 4 times, {CAPTIONS} captions
 and a learning rate of 2e-3 (`scale`: 2e-2). {_about_default(experiment.model().base.layout)} What ignores the negative
-prompt was trained with empty ones. {_ABOUT_ERRORS} The paper's adapters are re-implementations, which differ from the
-authors' own in size and form ([method.md](../../docs/method.md#the-papers-adapters-re-implemented)).
+prompt was trained with empty ones. {_ABOUT_ERRORS} The paper's own adapters, `paper_attention` and `paper_additive`
+([method.md](../../docs/method.md)), have their authors' loss and uniform omega.
 
 The distance is that of the final latents at omega 3 and 20 steps to CFG's of 50, over the unguided ones', on
 {sizes.pictures} captions: 0 is CFG's picture. Too few for accuracy and Fréchet distance: [quality.md](quality.md) has
@@ -337,7 +339,7 @@ def bases_page(rows: list[dict], experiments, made: str) -> str:
     of = {(row["model"], row["section"], row["variant"]): row for row in rows}
     names = dict.fromkeys((row["section"], row["variant"]) for row in rows)
     models = [each.base.name for each in experiments]
-    columns = [Column("variant", lambda name: f"{_shown(name[0])}: {_shown(name[1])}")]
+    columns = [Column("variant", ": ".join)]
     for model in models:
         columns += [
             Column(f"{model}: {figure.heading}", lambda name, m=model, f=figure: f.text(of.get((m, *name), {})))

@@ -40,14 +40,22 @@ IN_TRANSFORMERS = {"rank": 2, "vector": 32}
 # Widths of an encoder of omega and t that leave something of a budget of so many percent for the rest, and ranks.
 SMALL_ENCODERS = {1: 8, 2: 16}
 _SMALL_RANKS = {1: 1, 2: 2}
-# The paper's choice of what can be switched; the adapter's form stays ours (docs/method.md).
-PAPER_SETTINGS = {
+# The adapters of the paper's authors, with the loss that they train by and the best of the learning rates that
+# `ablation.py` tries.
+AUTHORS = {
+    kind: {"kind": kind, "loss": "plain", "omega_sampling": "uniform"} for kind in ("paper_attention", "paper_additive")
+}
+AUTHORS_RATE = 4e-3
+# Of our adapters after the paper's: all that can be switched off.
+PLAIN_SETTINGS = {
     "gain": False,
     "omega_embedding": "fourier",
     "shared_encoder": False,
     "loss": "plain",
     "omega_sampling": "uniform",
 }
+# Widths that a kind can have are multiples of this; of others any.
+_WIDTH_STEPS = {"cross_attention": 4, "paper_attention": 2}
 
 
 Prepare = Callable[[ToyExperiment, str], PreparedMethod]  # of an experiment and the method's name
@@ -185,7 +193,7 @@ def sized(settings: dict, size: int) -> dict:
 def widest(experiment: ToyExperiment, settings: dict, percent: float, width: int | None = None) -> int:
     """The size (`sized`) with which an adapter of layers of that `width` just stays within that share of the base's."""
     base, largest = experiment.model(width).base, 0
-    step = 4 if settings["kind"] == "cross_attention" else 1  # its heads share the width
+    step = _WIDTH_STEPS.get(settings["kind"], 1)
     for hidden in range(step, 513, step):
         config = experiment.train_config(**sized(settings, hidden)).adapter_config(base, prompt_tokens=1)
         with torch.device("meta"):
@@ -304,13 +312,13 @@ METHODS: dict[str, Method] = {
         adapter({"kind": "low_rank", "modulated": False}, uses_negative=False, learning_rates=(2e-3, 5e-4)),
     ),
     **{
-        f"paper_{kind}": Method(
-            f"our re-implementation of the paper's {kind.replace('_', '-')} adapter (arXiv 2503.07274), which differs "
-            "from the authors' own in size and form",
-            adapter({"kind": kind, **PAPER_SETTINGS}, uses_negative=False, learning_rates=(1e-4, 2e-3)),
+        kind: Method(
+            f"the {kind.removeprefix('paper_')} adapter of the paper's authors (arXiv 2503.07274), as their code has "
+            "it, trained by their loss",
+            adapter(settings, uses_negative=False, learning_rates=(AUTHORS_RATE,)),
             of_unets=True,
         )
-        for kind in ("cross_attention", "offset")
+        for kind, settings in AUTHORS.items()
     },
     "training_free": Method(
         "prompt and negative take turns, and CFG combines what was evaluated with what the steps around it tell of the "
@@ -379,4 +387,4 @@ def methods_for(experiment: ToyExperiment) -> dict[str, Method]:
     return {name: method for name, method in METHODS.items() if unet or not method.of_unets}
 
 
-QUICK = ("unguided", "cfg", "cfg_interval", "adaptive", "teacher_apg", "meng", "paper_cross_attention", "ours")
+QUICK = ("unguided", "cfg", "cfg_interval", "adaptive", "teacher_apg", "meng", "paper_attention", "ours")

@@ -34,14 +34,12 @@ def columns_of(figures: Iterable[Figure]) -> list[Column]:
     return [Column(figure.heading, figure.text) for figure in figures]
 
 
-def tables_by_section(
-    rows: list[dict], columns_for: Callable[[list[dict]], Sequence[Column]], title: Callable[[str], str] = str
-) -> str:
+def tables_by_section(rows: list[dict], columns_for: Callable[[list[dict]], Sequence[Column]]) -> str:
     """Markdown: a heading and a table for each section of the rows. `columns_for` chooses them for a section's rows."""
     sections: dict[str, list[dict]] = {}
     for row in rows:
         sections.setdefault(row["section"], []).append(row)
-    parts = [f"## {title(name)}\n\n{markdown_table(columns_for(own), own)}" for name, own in sections.items()]
+    parts = [f"## {name}\n\n{markdown_table(columns_for(own), own)}" for name, own in sections.items()]
     return "\n\n".join(parts)
 
 

@@ -1,287 +1,388 @@
-"""What a training recipe costs: gap closed on held-out captions against the teacher's evaluations, on the toy.
+"""What a training recipe costs: gap closed on held-out captions against the teacher's evaluations, on the toys.
 
-Both sides in one run, on the same base, held-out captions and measurements:
+    python benchmarks/recipe.py [--base toy-dit] [--quick] [--only VARIANT ...] [--work DIR] [--json FILE]
+                                [--device cuda]
 
-- `paper`: the recipe of arXiv 2503.07274 in its proportions. There, 500 captions with one trajectory of the training
-  schedule's 1000 steps and one guidance scale each are recorded first, 1.0 M teacher evaluations; then 5000 steps of
-  batch 64 on shuffled states (64 % of them), uniform omega, plain MSE, AdamW with 10 % linear warm-up and a cosine.
-  Here everything is an eighth: 64 captions, 128 k evaluations, 2560 steps of batch 16. The adapter is our
-  re-implementation of the paper's, and gradients are clipped at 1, which theirs are not. Its learning rate, 1e-4, is a
-  large model's; it is also trained with the toy's own, and the better one counts.
-- `ours`: online rollouts with a tenth of those evaluations, balanced loss, log-uniform omega, our adapter; without
-  and with `reuse`, of the last few batches and of many, and with half of the trajectories on the student's own policy.
+Two recipes on the same base, with the same held-out captions and measurements:
 
-    python benchmarks/recipe.py [--quick] [--only VARIANT ...] [--json FILE] [--plot FILE] [--device cpu]
+- `paper`: that of the paper's authors (`authors_recipe.py`), with their own adapter. There, 500 captions are 1.0 M
+  teacher evaluations; 5000 steps of batch 64 see 64 % of the states. Here everything is an eighth: 64 captions, 128 k
+  evaluations, 2560 steps of batch 16. Their learning rate, 1e-4, is a large model's; it is also tuned.
+- `ours`: a tenth of those evaluations, along live trajectories of a new caption each, with the default adapter and with
+  theirs.
+
+What was trained is kept in the work folder: the command goes on where it was stopped, and writes recipe.md, .json and
+.png (of the toy transformer recipe-toy-dit.md and so on) with all rows that are there.
 """
 
 import argparse
 import dataclasses
-import json
+import functools
+import math
 import sys
 import time
-from pathlib import Path
-
-import torch
+from dataclasses import dataclass, field
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.command_line import benchmark_parser
-from comfyui_agd.benchmarks.output import write_rows
-from comfyui_agd.examples.toy.tables import Column, console_table
-from comfyui_agd.training.config import TrainConfig
+from comfyui_agd.benchmarks.command_line import add_results, add_work, benchmark_parser, selected, work_path
+from comfyui_agd.benchmarks.machine import made_on
+from comfyui_agd.benchmarks.output import publish, results_folder
+from comfyui_agd.examples.toy.tables import Column, markdown_table
 from comfyui_agd.training.plot import Diagram
 
-OMEGA_MAX, BATCH, HELD_OUT, MEASUREMENTS = 6.0, 16, 32, 8
-CAPTIONS, STEPS, SEEN = 64, 1000, 0.64
-_COLOURS = ("#888888", "#222222", "#2f8f4e", "#1f5fbf", "#c2571a", "#7a3fb0")
+CAPTIONS, SEEN, HELD_OUT, MEASUREMENTS = 64, 0.64, 32, 8
+# Theirs, and those that are tried, with so large a part of the steps.
+THEIR_RATE, RATES, TRIED = 1e-4, (1e-3, 2e-3, 4e-3), 1 / 4
+_QUICK = 1 / 32  # of the size
+_COLOURS = ("#888888", "#222222", "#a08000", "#b0306a", "#2f8f4e", "#1f5fbf", "#c2571a", "#7a3fb0")
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """`recipe` is "paper" or "ours"; what is not set here is as the trainer has it."""
+@dataclass(frozen=True)
+class Variant:
+    """`recipe`: "paper" or "ours"; `adapter`: "default", or a kind of the authors'. `rates`: the learning rates that
+    are tried by the paper's recipe; `settings`: the trainer's, of ours."""
 
     recipe: str
-    variant: str
-    config: TrainConfig
+    adapter: str
+    name: str
+    rates: tuple[float, ...] = ()
+    settings: dict = field(default_factory=dict)
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.recipe}, {self.adapter}, {self.name}"
+
+    @property
+    def stem(self) -> str:
+        """Of its files."""
+        return "-".join(self.full_name.replace(",", "").split())
 
 
-def recipes(share: float) -> list[Recipe]:
-    """`share` of the full size."""
-    seen = round(share * CAPTIONS * STEPS * SEEN / BATCH)
-    tenth = round(share * CAPTIONS * STEPS * 2 / 10)
-    # What filling the pool spends, 64 trajectories at a mean phase of 9.5 steps, comes off the budget.
-    fresh = max(8, (tenth - 2 * 4 * BATCH * 10) // (2 * BATCH))
-    common = TrainConfig(
-        batch=BATCH,
-        omega_max=OMEGA_MAX,
-        width=64,
-        height=64,
-        kind="cross_attention",
-        hidden=56,
-        encoder_width=64,
-        learning_rate=2e-3,
-        reuse=1,
-        preview_every=0,
-    )
-    paper = dataclasses.replace(
-        common,
-        iterations=seen,
-        omega_sampling="uniform",
-        loss="plain",
-        ema=0.0,
-        gain=False,
-        omega_embedding="fourier",
-        shared_encoder=False,
-    )
-    ours = dataclasses.replace(common, iterations=fresh, pool=4, steps_min=15, steps_max=25)
-    reused = dataclasses.replace(ours, iterations=4 * fresh, reuse=4, reuse_from=4)
+def variants(layout: str) -> list[Variant]:
+    """Those that a base of that layout has a place for, in the order of the table."""
+    from comfyui_agd.benchmarks.methods import AUTHORS
+
+    theirs, tuned = "paper_attention", "learning rate tuned"
+    often = {"reuse": 4, "reuse_from": 256}
     found = [
-        Recipe("paper", "its learning rate, 1e-4", dataclasses.replace(paper, learning_rate=1e-4)),
-        Recipe("paper", "the toy's learning rate, 2e-3", paper),
-        Recipe("ours", "each state once", ours),
-        Recipe("ours", "each state 4 times", reused),
-        Recipe("ours", "4 times, half on policy", dataclasses.replace(reused, on_policy=0.5)),
-        Recipe("ours", "4 times, of the last 256 batches", dataclasses.replace(reused, reuse_from=256)),
+        Variant("paper", theirs, "learning rate 1e-4, theirs", (THEIR_RATE,)),
+        Variant("paper", theirs, tuned, RATES),
+        Variant("paper", "default", tuned, RATES),
+        Variant("ours", theirs, "each state 4 times, their loss", settings=often | AUTHORS[theirs]),
+        Variant("ours", "default", "each state once", settings={"reuse": 1}),
+        Variant("ours", "default", "each state 4 times", settings=often),
+        Variant("ours", "default", "4 times, of the last 4 batches", settings=often | {"reuse_from": 4}),
+        Variant("ours", "default", "4 times, half on policy", settings=often | {"on_policy": 0.5}),
     ]
-    return [
-        dataclasses.replace(r, config=dataclasses.replace(r.config, evaluate_every=_every(r.config))) for r in found
-    ]
+    return [variant for variant in found if layout == "unet" or variant.adapter == "default"]
 
 
-def _every(config: TrainConfig) -> int:
-    """Iterations between measurements, a multiple of `reuse`, for then all that was spent was learnt from."""
-    return max(1, config.iterations // MEASUREMENTS // config.reuse) * config.reuse
+class Bench:
+    """What all variants have in common. `share`: of the full size."""
 
+    def __init__(self, experiment, share: float, held_out: int):
+        from comfyui_agd.benchmarks.authors_recipe import STEPS
+        from comfyui_agd.examples.toy.sampling import held_out_captions
 
-class RecordedTrajectories:
-    """Whole trajectories of the training schedule, all of one caption each, recorded before training begins.
+        self.experiment = experiment
+        self.model, self.captions = experiment.model(), experiment.training_captions()
+        self.held_out = held_out_captions(HELD_OUT, 29)[1][:held_out]
+        self.stored_captions = self.captions[: round(share * CAPTIONS)]
+        self.evaluations = round(2 * len(self.stored_captions) * STEPS)
 
-    Stands in for `training.recording`, which records what online training visits: here every state of a trajectory is
-    kept, in half precision as the authors do, and drawn without replacement.
-    """
+    def adapter_settings(self, kind: str) -> dict:
+        """As the trainer has them, with the largest size within the budget."""
+        from comfyui_agd.benchmarks.methods import BUDGET, IN_TRANSFORMERS, OURS, sized, widest
 
-    def __init__(self, model, captions: list[str]):
-        from comfyui_agd.agd_core.guidance import cfg
-        from comfyui_agd.training.solvers import solver_step
+        in_transformer = IN_TRANSFORMERS if self.model.base.layout == "transformer" else {}
+        settings = OURS | in_transformer if kind == "default" else {"kind": kind}
+        return sized(settings, widest(self.experiment, settings, BUDGET))
 
-        denoiser, encode = model.denoiser, model.text_encoder.encode
-        rows, shape = len(captions), denoiser.latent_shape(64, 64)
-        generator = torch.Generator().manual_seed(11)
-        self.omega = 1 + (OMEGA_MAX - 1) * torch.rand(rows, generator=generator)
-        sigmas = denoiser.sigmas("normal", STEPS)
-        positive, negative = encode(captions), encode([""], "negative") * rows
-        self.x, self.cond, self.uncond = torch.zeros(3, STEPS, rows, *shape, dtype=torch.float16).unbind()
-        self.sigma = sigmas[:-1]
-        with denoiser.session():
-            x = denoiser.start(torch.randn(rows, *shape, generator=generator), sigmas[:1].expand(rows))
-            for i in range(STEPS):
-                sigma, sigma_next = sigmas[i].expand(rows), sigmas[i + 1].expand(rows)
-                cond, uncond = denoiser.denoise(x, sigma, positive), denoiser.denoise(x, sigma, negative)
-                self.x[i], self.cond[i], self.uncond[i] = x, cond, uncond
-                target = cfg(cond, uncond, self.omega)
-                x = solver_step(x, target, sigma, sigma_next)
-        self.evaluations = 2 * STEPS * rows
-        self.identity = {"prompts": captions}
+    @functools.cached_property
+    def stored(self):
+        """The trajectories of the paper's recipe."""
+        from comfyui_agd.benchmarks import authors_recipe
 
-    def check_texts(self, own: list[str], positive: list[str], negative: list[str]) -> None:
-        """They are the same, for both come from `main`."""
-
-    def checksum(self) -> str:
-        return f"{self.evaluations} evaluations"
-
-    def source(self, config: TrainConfig, rows: range) -> "RecordedTrajectories":
-        self.order = torch.randperm(self.x.shape[0] * self.x.shape[1], generator=torch.Generator().manual_seed(12))
-        return self
-
-    def next(self, step: int, progress=None):
-        from comfyui_agd.training.pool import Batch
-
-        drawn = self.order[step * BATCH : (step + 1) * BATCH]
-        at, row = drawn // self.x.shape[1], drawn % self.x.shape[1]
-        states = {name: getattr(self, name)[at, row].float() for name in ("x", "cond", "uncond")}
-        return Batch(
-            **states, sigma=self.sigma[at], omega=self.omega[row], positive=row, negative=torch.zeros_like(row)
+        config = self.experiment.train_config()
+        identity = {"captions": self.stored_captions, "omega_max": config.omega_max, "steps": authors_recipe.STEPS}
+        size = (config.width, config.height)
+        stored = self.experiment.work.tensors(
+            "stored",
+            "trajectories",
+            identity,
+            lambda: authors_recipe.store(self.model, self.stored_captions, size, config.omega_max),
         )
+        return authors_recipe.StoredTrajectories(**stored)
 
-    def restore_generators(self) -> None:
-        pass
+    @functools.cached_property
+    def held_out_gap(self):
+        return self._measured_on(self.held_out)
 
-    def advance(self, batch, student, progress) -> int:
-        return 0
+    @functools.cached_property
+    def choice_gap(self):
+        """To choose between learning rates by."""
+        return self._measured_on(self.experiment.choice_captions[: len(self.held_out)])
 
-    def state_dict(self) -> tuple[dict, dict]:
-        return {}, {}
+    def _measured_on(self, captions: list[str]):
+        """As the trainer measures."""
+        from comfyui_agd.training.held_out import HeldOutEvaluation, HeldOutPrompts
+        from comfyui_agd.training.memory import BothPredictions
+
+        encode, model = self.model.text_encoder.encode, self.model
+        measured, (empty,) = encode(captions), encode([""], "negative")
+        prompts = HeldOutPrompts(measured, [empty], measured[0], empty)
+        both = BothPredictions(model.denoiser, model.memory, rows=2 * len(captions))
+        return HeldOutEvaluation(model, self.experiment.train_config(), prompts, both)
 
 
-def measure(
-    model, recipe: Recipe, captions: list[str], held_out: list[str], recorded: RecordedTrajectories | None
-) -> list[dict]:
-    """A row per measurement."""
+def paper_rows(bench: Bench, variant: Variant) -> list[dict]:
+    """By the authors' recipe: a row per measurement."""
+    from comfyui_agd.benchmarks.authors_recipe import Distillation
+
+    batch = bench.experiment.train_config().batch
+    steps = round(bench.evaluations / 2 * SEEN / batch)
+    rate = variant.rates[0]
+    if len(variant.rates) > 1:
+        gaps = {rate: _gap_of_rate(bench, variant, rate, round(TRIED * steps), batch) for rate in variant.rates}
+        rate = max(gaps, key=gaps.get)
+    start, found = time.perf_counter(), []
+
+    def after(done: int, adapter) -> None:
+        if done % max(1, steps // MEASUREMENTS) == 0 or done == steps:
+            found.append((done, bench.held_out_gap.measure(adapter, _of_phase)))
+
+    _distil(bench, variant, Distillation(rate, steps, batch), after)
+    seconds = time.perf_counter() - start
+    return [
+        _row(variant, rate, done, bench.evaluations, gap.score, gap.summary()["gap_closed"], seconds)
+        for done, gap in found
+    ]
+
+
+def _gap_of_rate(bench: Bench, variant: Variant, rate: float, steps: int, batch: int) -> float:
+    """On the captions for the choice, after so many steps; no gap where it diverged."""
+    from comfyui_agd.benchmarks.authors_recipe import Distillation
+
+    adapter = _distil(bench, variant, Distillation(rate, steps, batch))
+    with bench.model.denoiser.session():
+        gap = bench.choice_gap.measure(adapter, _of_phase).score
+    print(f"{variant.full_name}: {gap:.3f} after {steps} steps at {rate:g}", file=sys.stderr, flush=True)
+    return gap if math.isfinite(gap) else -math.inf
+
+
+def _distil(bench: Bench, variant: Variant, distillation, after=lambda done, adapter: None):
+    """A new adapter, trained. `after(done, adapter)` is called after every step."""
+    from comfyui_agd.training.run_setup import new_adapter
+
+    model, encode = bench.model, bench.model.text_encoder.encode
+    positive, (negative,) = encode(bench.stored_captions), encode([""], "negative")
+    config = bench.experiment.train_config(**bench.adapter_settings(variant.adapter))
+    unconditional = model.text_encoder.context(negative)
+    line = ProgressLine(variant.full_name, distillation.steps)
+    with model.denoiser.session():
+        adapter_config = config.adapter_config(model.base, prompt_tokens=len(unconditional))
+        adapter = new_adapter(adapter_config, config.seed, unconditional, model.denoiser.device)
+
+        def after_step(done: int) -> None:
+            line(done)
+            after(done, adapter)
+
+        distillation(model.denoiser, adapter, bench.stored, positive, negative, after_step)
+    return adapter
+
+
+def our_rows(bench: Bench, variant: Variant) -> list[dict]:
+    """By the trainer's recipe: a row per measurement."""
     from comfyui_agd.training.run_setup import RunOptions
     from comfyui_agd.training.trainer import Callbacks, train
 
-    start, bar = time.perf_counter(), ProgressLine(f"{recipe.recipe}, {recipe.variant}")
-    options = RunOptions(held_out=held_out, recording=recorded)
-    trained = train(model, captions, recipe.config, Callbacks(bar), options)
+    config = our_config(bench, variant)
+    line, start = ProgressLine(variant.full_name, config.iterations), time.perf_counter()
+    callbacks = Callbacks(lambda progress: line(progress.step) if progress.phase == "train" else None)
+    trained = train(bench.model, bench.captions, config, callbacks, RunOptions(held_out=bench.held_out))
     seconds, spent = time.perf_counter() - start, trained.info.training["teacher_evaluations"]
-    rows = []
+    rows, steps = [], config.iterations // config.reuse
     for entry in trained.history:
-        # Online, evaluations are spent along the way; what starting the pool's columns took comes first.
-        steps = recipe.config.iterations // recipe.config.reuse
-        left = 0 if recorded else 2 * BATCH * (steps - entry.step // recipe.config.reuse)
+        # Evaluations are spent along the way; what starting the pool's columns took comes first.
+        left = 2 * config.batch * (steps - entry.step // config.reuse)
         rows.append(
-            {
-                "recipe": recipe.recipe,
-                "variant": recipe.variant,
-                "iteration": entry.step,
-                "teacher_evaluations": spent - left,
-                "gap_closed": round(entry.score, 4),
-                "gap_closed_by_omega": entry.gap_closed,
-                "training_seconds": round(seconds),
-            }
+            _row(variant, config.learning_rate, entry.step, spent - left, entry.score, entry.gap_closed, seconds)
         )
     return rows
 
 
+def our_config(bench: Bench, variant: Variant):
+    """With a tenth of the evaluations of the paper's recipe."""
+    settings = {"pool": 4, **variant.settings, **bench.adapter_settings(variant.adapter)}
+    config = bench.experiment.train_config(**settings)
+    # What filling the pool spends, at a mean phase of 9.5 steps, comes off the budget.
+    fresh = max(8, (bench.evaluations // 10 - 2 * config.pool * config.batch * 10) // (2 * config.batch))
+    # Measured when all that was spent was learnt from.
+    every = max(1, fresh // MEASUREMENTS) * config.reuse
+    return dataclasses.replace(config, iterations=fresh * config.reuse, evaluate_every=every)
+
+
+def _row(
+    variant: Variant, rate: float, step: int, evaluations: int, gap: float, by_omega: dict, seconds: float
+) -> dict:
+    return {
+        "recipe": variant.recipe,
+        "adapter": variant.adapter,
+        "variant": variant.name,
+        "learning_rate": rate,
+        "iteration": step,
+        "teacher_evaluations": evaluations,
+        "gap_closed": round(gap, 4),
+        "gap_closed_by_omega": by_omega,
+        "training_seconds": round(seconds),
+    }
+
+
+def _of_phase(phase: str):
+    from comfyui_agd.training.model import no_progress
+
+    return no_progress
+
+
+@dataclass(frozen=True)
 class ProgressLine:
-    """One line on standard error: how far a recipe is."""
+    """On standard error: how far a training is."""
 
-    def __init__(self, name: str):
-        self.name = name
+    name: str
+    total: int
 
-    def __call__(self, progress) -> None:
-        if progress.phase == "train" and (progress.step % 50 == 0 or progress.step == progress.total):
-            gap = "" if progress.gap_closed is None else f", gap closed {progress.gap_closed:.3f}"
-            print(f"\r{self.name}: {progress.step}/{progress.total}{gap}", end="", file=sys.stderr, flush=True)
-            if progress.step == progress.total:
-                print(file=sys.stderr)
+    def __call__(self, done: int) -> None:
+        if done % 50 == 0 or done == self.total:
+            end = "\n" if done == self.total else ""
+            print(f"\r{self.name}: {done}/{self.total}", end=end, file=sys.stderr, flush=True)
 
 
 _COLUMNS = (
-    Column("recipe", lambda row: row["recipe"], -8),
-    Column("variant", lambda row: row["variant"], -32),
-    Column("iterations", lambda row: f"{row['iteration']:,}", 11),
-    Column("teacher evals", lambda row: f"{row['teacher_evaluations']:,}", 15),
-    Column("gap closed", lambda row: f"{row['gap_closed']:.3f}", 12),
-    Column("seconds", lambda row: str(row["training_seconds"]), 9),
+    Column("recipe", lambda row: row["recipe"]),
+    Column("adapter", lambda row: f"`{row['adapter']}`" if row["adapter"] != "default" else "default"),
+    Column("variant", lambda row: row["variant"]),
+    Column("learning rate", lambda row: f"{row['learning_rate']:g}"),
+    Column("iterations", lambda row: f"{row['iteration']:,}"),
+    Column("teacher evaluations", lambda row: f"{row['teacher_evaluations']:,}"),
+    Column("gap closed", lambda row: f"{row['gap_closed']:.3f}"),
+    Column("by omega", lambda row: " / ".join(f"{gap:.3f}" for gap in row["gap_closed_by_omega"].values())),
+    Column("s", lambda row: str(row["training_seconds"])),
 )
 
 
-def print_table(rows: list[dict]) -> None:
-    print(*console_table(_COLUMNS, _last(rows)), sep="\n")
-    paper = max(row["gap_closed"] for row in _last(rows) if row["recipe"] == "paper")
-    spent = max(row["teacher_evaluations"] for row in rows if row["recipe"] == "paper")
-    reached = [r for r in rows if r["recipe"] == "ours" and r["gap_closed"] >= paper]
-    if reached:
-        first = min(reached, key=lambda row: row["teacher_evaluations"])
-        print(
-            f"Ours ({first['variant']}) reaches the paper recipe's final gap, {paper:.3f}, with "
-            f"{first['teacher_evaluations']:,} teacher evaluations: 1/{spent / first['teacher_evaluations']:.1f} of its"
-        )
-    else:
-        print(f"Ours does not reach the paper recipe's final gap, {paper:.3f}.")
+def _name(row: dict) -> tuple[str, str, str]:
+    return (row["recipe"], row["adapter"], row["variant"])
 
 
 def _last(rows: list[dict]) -> list[dict]:
-    return list({(row["recipe"], row["variant"]): row for row in rows}.values())
+    """Of each variant the last measurement."""
+    return list({_name(row): row for row in rows}.values())
 
 
-def plot(rows: list[dict], file: Path) -> None:
+def reached(rows: list[dict]) -> list[str]:
+    """For each of ours: with how few evaluations it has what the paper's recipe has in the end."""
+    by_paper = [row for row in _last(rows) if row["recipe"] == "paper"]
+    if not by_paper:
+        return []
+    best, lines = max(by_paper, key=lambda row: row["gap_closed"]), []
+    for name in dict.fromkeys(_name(row) for row in rows if row["recipe"] == "ours"):
+        first = next((r for r in rows if _name(r) == name and r["gap_closed"] >= best["gap_closed"]), None)
+        found = "not reached"
+        if first:
+            share = best["teacher_evaluations"] / first["teacher_evaluations"]
+            found = f"at {first['teacher_evaluations']:,}, 1/{share:.0f} of them ({first['gap_closed']:.3f})"
+        lines.append(f"- {', '.join(name)}: {found}.")
+    head = (
+        f"The best of the paper's recipe, {best['gap_closed']:.3f} after {best['teacher_evaluations']:,} evaluations:\n"
+    )
+    return [head, *lines]
+
+
+def page(rows: list[dict], base, share: float, made: str) -> str:
+    """`share`: of the full size."""
+    name, how = ("recipe", "") if base.name == "toy" else (f"recipe-{base.name}", f" --base {base.name}")
+    how += f" --share {share:g}" if share != 1 else ""
+    captions = round(share * CAPTIONS)
+    omegas = " / ".join(rows[0]["gap_closed_by_omega"])
+    without = "" if base.name == "toy" else _WITHOUT_THEIRS
+    text, tried = "\n".join(reached(rows)), ", ".join(f"{rate:g}" for rate in RATES)
+    return f"""# What a training recipe costs
+
+`python benchmarks/recipe.py{how}`, {made}. Written by the command; one seed each.
+
+{base.title.capitalize()}, batch 16, omega up to 6, adapters of at most 5 % of its parameters; measured on {HELD_OUT}
+held-out captions at omega {omegas}, at eight of twenty noise levels. Seconds depend on what else the machine did, and
+are without storing trajectories and trying learning rates.
+
+{markdown_table(_COLUMNS, _last(rows))}
+
+{text}
+
+![gap closed against teacher evaluations]({name}.png)
+
+**paper**: the recipe of the paper's authors, as their code has it ([authors_recipe.py](../authors_recipe.py)), at
+1/{8 / share:g} of its size: {captions} of 500 captions. Their trajectories of 1000 DDPM steps are stored in fp16
+before, with one omega each, drawn uniformly; steps of batch 16 see {SEEN:.0%} of the states, once each. Plain MSE on
+the model's own output, AdamW without weight decay, 10 % linear warm-up from a ten-thousandth of the learning rate and a
+cosine back to that; no clipping, no moving average. `paper_attention` is their own adapter, which knows t and the
+prompt. *Tuned*: of {tried} the rate that closes most of the gap on 16 captions kept for this choice, after a
+quarter of the steps.{without}
+
+**ours**: trajectories of 15 to 25 steps rolled out while training, a new caption each; balanced loss, log-uniform
+omega, a moving average; a tenth of the evaluations. *4 times*: each state four times, with another omega each time, of
+the last 256 batches unless it says otherwise. *Their loss*: plain, with uniform omega.
+"""
+
+
+_WITHOUT_THEIRS = """ Their adapter has no
+place in this base: it is defined for the cross-attentions of UNets, and for transformers that know a class."""
+
+
+def plot(rows: list[dict]):
     """Gap closed against teacher evaluations in thousands; the paper's are all spent before its first step."""
-    names = list(dict.fromkeys((row["recipe"], row["variant"]) for row in rows))
+    names = list(dict.fromkeys(map(_name, rows)))
     most = max(row["teacher_evaluations"] for row in rows) / 1000
     highest = max(row["gap_closed"] for row in rows)
     diagram = Diagram(
         "Gap closed, mean over omega", 0, round(most * 1.02), 0.0, highest * 1.05, "teacher evaluations, k"
     )
-    for name, colour in zip(names, _COLOURS, strict=True):
-        own = [row for row in rows if (row["recipe"], row["variant"]) == name]
+    colours = _COLOURS[: len(names)]
+    for name, colour in zip(names, colours, strict=True):
+        own = [row for row in rows if _name(row) == name]
         points = [(row["teacher_evaluations"] / 1000, max(0.0, row["gap_closed"])) for row in own]
         diagram.curve(points, colour, dots=True)
-    diagram.key([": ".join(name) for name in names], _COLOURS)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    diagram.image.save(file)
+    diagram.key([", ".join(name) for name in names], colours)
+    return diagram.image
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, quick="a thirtieth of the size: shows that it runs")
-    parser.add_argument("--plot", type=Path, help="draw the curves there (PNG)")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these; the others' rows stay as in --json's file")
-    return parser.parse_args()
+    parser.add_argument("--base", choices=("toy", "toy-dit"), default="toy", help="the base to distil")
+    parser.add_argument("--share", type=float, default=1.0, help="of the size; what is kept is of one share")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="those whose recipe, adapter and name have this")
+    add_work(parser, "recipe")
+    add_results(parser, "recipe.md, .json and .png")
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse()
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     use_comfyui(cpu=args.device == "cpu")
-    rows: list[dict] = []
-    share = 1 / 32 if args.quick else 1.0
-    chosen = [recipe for recipe in recipes(share) if not args.only or recipe.variant in args.only]
-    if args.only and args.json and args.json.exists():
-        rows = [row for row in json.loads(args.json.read_text()) if row["variant"] not in args.only]
-    rows += measure_all(chosen, few=round(share * CAPTIONS), held_out=4 if args.quick else HELD_OUT)
-    print_table(rows)
-    if args.plot:
-        plot(rows, args.plot)
-    if args.json:
-        write_rows(args.json, rows)
+    from comfyui_agd.benchmarks.experiment import Sizes, ToyExperiment
+    from comfyui_agd.benchmarks.work_folder import WorkFolder
 
-
-def measure_all(chosen: list[Recipe], few: int, held_out: int) -> list[dict]:
-    """`few`: how many captions the paper's recipe is given; `held_out`: how many the gap is measured on."""
-    from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
-    from comfyui_agd.examples.toy.sampling import Toy, captions_of, held_out_captions
-    from comfyui_agd.examples.toy.scenes import draw_scenes
-
-    toy, captions = Toy.load(), captions_of(draw_scenes(2000, 3, held=False))
-    measured_on, recorded, rows = held_out_captions(HELD_OUT, 29)[1][:held_out], None, []
-    if any(recipe.recipe == "paper" for recipe in chosen):
-        start = time.perf_counter()
-        recorded = RecordedTrajectories(ComfyModel(toy.model, toy.clip), captions[:few])
-        print(f"Recorded {recorded.evaluations:,} evaluations in {time.perf_counter() - start:.0f} s.", file=sys.stderr)
-    for recipe in chosen:
-        model, paper = ComfyModel(toy.model, toy.clip), recipe.recipe == "paper"
-        texts = captions[:few] if paper else captions
-        rows += measure(model, recipe, texts, measured_on, recorded if paper else None)
-    return rows
+    name = "recipe" if args.base == "toy" else f"recipe-{args.base}"
+    experiment = ToyExperiment(WorkFolder(work_path(args, name)), Sizes(), args.base)
+    share = _QUICK if args.quick else args.share
+    bench = Bench(experiment, share, held_out=4 if args.quick else HELD_OUT)
+    known = variants(bench.model.base.layout)
+    for i in selected([variant.full_name for variant in known], args.only or [""], "variant"):
+        rows = {"paper": paper_rows, "ours": our_rows}[known[i].recipe](bench, known[i])
+        experiment.work.save_rows(known[i].stem, rows)
+    rows = experiment.work.rows(variant.stem for variant in known)
+    publish(args, name, page(rows, experiment.base, share, made_on(args.device)), rows)
+    if folder := results_folder(args):
+        plot(rows).save(folder / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,8 @@ def count(at: TrueSize) -> list[dict]:
     shape = model.latent_shape(at.width, at.height)
     unguided, rows = model.flops(shape, None, 1), []
     for method, settings in adapters_of(model.base).items():
-        config = AdapterConfig(model.base.layers, kind_config(**settings), vector=model.base.vector)
+        kind, base = kind_config(**settings), model.base
+        config = AdapterConfig(kind.layers_of(base), kind, vector=base.vector, time_channels=base.time_channels)
         one, two = (model.flops(shape, config, steps) for steps in (1, 2))
         with torch.device("meta"):
             parameters = Adapter(config).parameter_count()

@@ -221,12 +221,12 @@ def test_linear_layers_of_other_sizes_are_refused():
         check_adapter(backbone_of(model_of("SD 1.5")), other)
 
 
-def test_the_size_of_the_papers_adapter_re_implemented_on_sdxl():
-    """At H = 128; the authors' own has 52.0 million parameters, 2.0 % (docs/method.md)."""
+def test_the_size_of_our_cross_attention_without_its_switches_on_sdxl():
+    """At H = 128; the paper authors' own has 52.0 million parameters, 2.0 % (docs/method.md)."""
     model = model_of("SDXL")
-    paper = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
+    plain = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
     with torch.device("meta"):
-        adapter = Adapter(config_for(base_of("SDXL").layers, hidden=128, **paper))
+        adapter = Adapter(config_for(base_of("SDXL").layers, hidden=128, **plain))
     total = sum(p.numel() for p in model.diffusion_model.parameters())
     assert adapter.parameter_count() == pytest.approx(97.4e6, rel=0.001)
     assert adapter.parameter_count() / total == pytest.approx(0.038, abs=0.0005)

@@ -1,6 +1,6 @@
 """Small adapters for every tier; torch only."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
@@ -60,4 +60,5 @@ def config_for(
 
 def info_for(base: BaseInfo, kind: str = "delta", **settings) -> AdapterInfo:
     config = config_for(base.layers, kind, time_channels=base.time_channels, **settings)
+    config = replace(config, layers=config.kind.layers_of(base))
     return AdapterInfo(config=config, base=base, omega_range=(1.0, 12.0))

@@ -225,19 +225,19 @@ def test_one_command_makes_the_table_and_goes_on_where_it_was(tmp_path, monkeypa
     few = ["--quick", "--pictures", "6", "--pairs", "2", "--iterations", "2", "--work", str(tmp_path / "work")]
     few += ["--results", str(tmp_path / "results"), "--json", str(tmp_path / "rows.json")]
     on_unet = [*few, "--base", "toy"]
-    quality.main([*on_unet, "--only", "cfg", "adaptive", "meng", "paper_offset"])
+    quality.main([*on_unet, "--only", "cfg", "adaptive", "meng", "paper_additive"])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert all(set(row) >= set(ROW_KEYS.split()) for row in rows)
     settings = [(row["method"], row["steps"]) for row in rows]
     assert [steps for name, steps in settings if name == "cfg"] == [20, 10, 5, 3]
     assert [steps for name, steps in settings if name == "meng"] == [20, 10, 6]
-    assert list(dict(settings)) == ["cfg", "adaptive", "meng", "paper_offset"]
+    assert list(dict(settings)) == ["cfg", "adaptive", "meng", "paper_additive"]
     of = {row["method"]: row for row in rows if row["steps"] == 20}
     assert of["cfg"]["evaluations_per_step"] == 2
-    assert of["meng"]["evaluations_per_step"] == of["paper_offset"]["evaluations_per_step"] == 1
+    assert of["meng"]["evaluations_per_step"] == of["paper_additive"]["evaluations_per_step"] == 1
     assert 1 < of["adaptive"]["evaluations_per_step"] < 2
     assert of["cfg"]["negative_reduction"] == 1
-    assert of["meng"]["parameters_percent"] > 100 > 5 >= of["paper_offset"]["parameters_percent"] > 4
+    assert of["meng"]["parameters_percent"] > 100 > 5 >= of["paper_additive"]["parameters_percent"] > 4
     assert of["meng"]["gap_closed"] is not None
     page = (tmp_path / "results" / "quality.md").read_text()
     assert all(f"| `{name}` |" in page and f"- `{name}`: " in page for name in [*of, "real"])

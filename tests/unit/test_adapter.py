@@ -10,16 +10,16 @@ from comfyui_agd.agd_core.kinds.low_rank import key_of
 from comfyui_agd.tests.support.small import TIME_CHANNELS, config_for, randomised, small_layer, small_layers
 
 OURS = {"kind": "cross_attention"}
-PAPER = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
+PLAIN = {"kind": "cross_attention", "gain": False, "omega_embedding": "fourier", "shared_encoder": False}
 OFFSET = {"kind": "offset"}
-PAPER_OFFSET = {**PAPER, "kind": "offset"}
+PLAIN_OFFSET = {**PLAIN, "kind": "offset"}
 LOW_RANK = {"kind": "low_rank", "modulated": True}
 LORA = {"kind": "low_rank"}
 AUTHORS = [{"kind": "paper_attention"}, {"kind": "paper_additive"}]
 # At the output of the attention, and so with the prompt; the base itself at omega = 1; anywhere.
-AT_OUTPUT = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSET, *AUTHORS], ids=str)
-BASE_AT_1 = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSET, LOW_RANK, LORA], ids=str)
-VARIANTS = pytest.mark.parametrize("switches", [OURS, PAPER, OFFSET, PAPER_OFFSET, LOW_RANK, LORA, *AUTHORS], ids=str)
+AT_OUTPUT = pytest.mark.parametrize("switches", [OURS, PLAIN, OFFSET, PLAIN_OFFSET, *AUTHORS], ids=str)
+BASE_AT_1 = pytest.mark.parametrize("switches", [OURS, PLAIN, OFFSET, PLAIN_OFFSET, LOW_RANK, LORA], ids=str)
+VARIANTS = pytest.mark.parametrize("switches", [OURS, PLAIN, OFFSET, PLAIN_OFFSET, LOW_RANK, LORA, *AUTHORS], ids=str)
 
 
 def build(switches: dict, **more) -> Adapter:
@@ -131,8 +131,8 @@ def test_a_layer_with_another_prompt_uses_it(switches):
     torch.testing.assert_close(changed, expected)
 
 
-def test_every_layer_of_the_paper_has_its_own_omega_and_t_tokens():
-    adapter = randomised(build(PAPER))
+def test_without_a_shared_encoder_every_layer_has_its_own_omega_and_t_tokens():
+    adapter = randomised(build(PLAIN))
     before = residuals(adapter)
     with torch.no_grad():
         adapter.encoders[1].omega[2].bias += 1.0
@@ -202,7 +202,7 @@ def test_log_omega_is_smooth_where_guidance_is_used():
 
 def test_a_shared_encoder_is_evaluated_once():
     assert prepare(build(OURS)).guidance.tokens.shape == (2, 1, 2, 16)
-    assert prepare(build(PAPER)).guidance.tokens.shape == (2, 2, 2, 16)
+    assert prepare(build(PLAIN)).guidance.tokens.shape == (2, 2, 2, 16)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ def test_rows_have_errors_and_no_number_that_json_lacks():
 
 def test_each_section_has_a_table_of_its_own():
     rows = [{"section": name, "gap": value} for name, value in (("one", 1), ("two", 2), ("one", 3))]
-    page = tables_by_section(rows, lambda own: columns_of([Figure(f"{len(own)} rows", "gap", 1, 0)]), title=str.upper)
-    assert page == "## ONE\n\n| 2 rows |\n| --- |\n| 1 |\n| 3 |\n\n## TWO\n\n| 1 rows |\n| --- |\n| 2 |"
+    page = tables_by_section(rows, lambda own: columns_of([Figure(f"{len(own)} rows", "gap", 1, 0)]))
+    assert page == "## one\n\n| 2 rows |\n| --- |\n| 1 |\n| 3 |\n\n## two\n\n| 1 rows |\n| --- |\n| 2 |"
 
 
 def test_what_is_asked_for_is_found_by_a_part_of_its_name():
