@@ -9,6 +9,10 @@ from typing import Any
 import comfy.model_patcher
 import torch
 
+from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
+from comfyui_agd.agd_core.comfyui.sampling.settings import GuidanceSettings
+from comfyui_agd.agd_core.prediction_forecast import MOST_IN_A_ROW, TOLERANCE
 from comfyui_agd.benchmarks import sparse_guidance, step_caches
 from comfyui_agd.benchmarks.experiment import PreparedMethod, SampledAt, ToyExperiment
 from comfyui_agd.benchmarks.methods import METHODS
@@ -115,6 +119,19 @@ def on_adapter(patch: Callable[..., Model], *values: Any, **identity: Any) -> Pr
     return prepare
 
 
+def forecasting(name: str) -> Prepare:
+    """An adapter of `quality.py` as AGD Adapter Loader has it with `forecast`."""
+
+    def prepare(study: FrontierStudy, at: SampledAt) -> PreparedMethod:
+        adapter = study.adapter(name)
+        info, weights = adapter_file.load_weights(adapter.file)
+        base, settings = study.experiment.parts.model, GuidanceSettings(forecast=True)
+        model = apply_adapter(base, info, weights, settings, source=adapter.file.name)
+        return PreparedMethod(model, adapter.identity | {"forecast": [TOLERANCE, MOST_IN_A_ROW]})
+
+    return prepare
+
+
 def at_steps(prepare: Prepare, *counts: int) -> tuple[Setting, ...]:
     return tuple(Setting(steps, prepare) for steps in counts)
 
@@ -193,6 +210,14 @@ FRONTIER: dict[str, FrontierMethod] = {
         Group.ADAPTER,
         at_steps(from_methods("ours_longer"), *ADAPTER_STEPS),
     ),
+    **{
+        f"{name}_forecast": FrontierMethod(
+            f"`{name}`, with AGD Adapter Loader's `forecast`",
+            Group.ADAPTER_WITH_CACHE,
+            at_steps(forecasting(name), *ADAPTER_STEPS),
+        )
+        for name in ("ours", "ours_longer")
+    },
     "training_free": FrontierMethod(
         "`training-free`: prompt and negative take turns",
         Group.TRAINING_FREE,
