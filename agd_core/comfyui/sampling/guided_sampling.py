@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -14,12 +13,12 @@ from .applied_adapter import AppliedAdapter
 from .compile_fallback import CompileFallback
 from .cond_batch import CondBatch
 from .conditions import are_prompt_and_negative, belong_to, latent_size
+from .forecast_history import ForecastHistory
 from .guider import CfgOverride, name_of_guider
 from .kept_memory import KeptMemory
 from .messages import Notify
 from .other_evaluations import OtherEvaluations
 from .post_cfg_watch import PostCfgCall, unwatch_post_cfg, watch_post_cfg
-from .prediction_history import PredictionHistory
 from .restarts import PendingRestart, RestartMerged, RestartSampling, RestartWithoutForecasts, SamplingMode
 from .scale_check import ScaleCheck
 from .schedule import SigmaSpan
@@ -57,7 +56,7 @@ class GuidedSampling(SharedByDeepcopy):
         self.other_evaluations = OtherEvaluations(self.guider, self.sampler, self.restart)
         self.step_builder = StepBuilder(self.guider, self.mode.merged_omega is not None, self.notify)
         self.step_warnings = StepWarnings(self.guider, self.notify)
-        self.history = PredictionHistory()
+        self.history = ForecastHistory()
 
     @property
     def guided(self) -> bool:
@@ -174,10 +173,13 @@ class GuidedSampling(SharedByDeepcopy):
 
     def _evaluated_or_forecast(self, batch: CondBatch, adapters: list[AppliedAdapter]) -> torch.Tensor:
         """The guided prediction of a step (b, c, h, w), of the prompt."""
-        evaluate = partial(self._guided_prediction, batch, adapters)
         if self.mode.evaluates_all or not any(applied.settings.forecast for applied in adapters):
-            return evaluate()
-        return self.history.prediction(batch, self._omegas(adapters), evaluate).clone()  # the history keeps its own
+            return self._guided_prediction(batch, adapters)
+        omegas = tuple(self._omegas(adapters))
+        (prediction,) = self.history.predictions(
+            batch, omegas, lambda: (self._guided_prediction(batch, adapters),), lambda predictions: predictions[0]
+        )
+        return prediction
 
     def _check_combination(self) -> None:
         """By the next step both predictions should have been combined, and the scale of it have been seen."""

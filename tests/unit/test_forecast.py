@@ -1,26 +1,26 @@
-"""Forecasts of guided predictions: when one is made, and what it is."""
+"""Forecasts of predictions: when one is made, and what it is."""
 
 import math
 
 import pytest
 import torch
 
-from comfyui_agd.agd_core.prediction_forecast import MOST_IN_A_ROW, PredictionForecast
+from comfyui_agd.agd_core.forecast import MOST_IN_A_ROW, Forecast
 
 SIGMAS = torch.linspace(10.0, 0.5, 20).tolist()
 
 
 def sampled(denoised, sigmas=SIGMAS, noise=1.0, forced=()):
     """The predictions of steps with these functions of sigma, and which of them were evaluated."""
-    forecast, predictions, evaluated = PredictionForecast(), [], []
+    forecast, predictions, evaluated = Forecast(), [], []
     for i, sigma in enumerate(sigmas):
 
         def evaluate(i=i, sigma=sigma):
             evaluated.append(i)
-            return denoised(sigma)
+            return (denoised(sigma),)
 
         x = denoised(sigma) + noise * sigma * torch.ones(4)
-        prediction, forecast = forecast.step(sigma, x, evaluate, evaluated=i in forced)
+        (prediction,), forecast = forecast.step(sigma, x, evaluate, lambda found: found[0], evaluated=i in forced)
         predictions.append(prediction)
     return predictions, evaluated
 
@@ -65,3 +65,19 @@ def test_back_at_more_noise_what_had_less_is_forgotten():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nothing_is_forecast_from_what_is_not_finite(value):
     assert sampled(lambda sigma: torch.full((4,), value))[1] == list(range(len(SIGMAS)))
+
+
+@pytest.mark.parametrize(("scale", "forecasts"), [(1.0, True), (200.0, False)])
+def test_the_error_that_counts_is_that_of_the_guided_prediction(scale, forecasts):
+    """Of predictions that part in a curve: guided strongly, their difference's error is many times as large."""
+
+    def guided(predictions):
+        return predictions[1] + scale * (predictions[0] - predictions[1])
+
+    forecast, evaluated = Forecast(), []
+    for sigma in SIGMAS:
+        both = torch.full((4,), sigma + 0.05 * sigma**2), torch.full((4,), sigma)
+        x = guided(both) + sigma * torch.ones(4)
+        found, forecast = forecast.step(sigma, x, lambda both=both: evaluated.append(1) or both, guided)
+        assert len(found) == 2
+    assert (len(evaluated) < len(SIGMAS)) == forecasts
