@@ -12,7 +12,7 @@ import torch
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.comfyui.sampling.settings import GuidanceSettings
-from comfyui_agd.agd_core.prediction_forecast import MOST_IN_A_ROW, TOLERANCE
+from comfyui_agd.agd_core.forecast import MOST_IN_A_ROW, TOLERANCE
 from comfyui_agd.benchmarks import sparse_guidance, step_caches
 from comfyui_agd.benchmarks.experiment import PreparedMethod, SampledAt, ToyExperiment
 from comfyui_agd.benchmarks.methods import METHODS
@@ -219,7 +219,7 @@ FRONTIER: dict[str, FrontierMethod] = {
         for name in ("ours", "ours_longer")
     },
     "training_free": FrontierMethod(
-        "`training-free`: prompt and negative take turns",
+        "`training-free`: CFG whose steps are forecast where that is accurate",
         Group.TRAINING_FREE,
         at_steps(from_methods("training_free"), 6, 10, 15, 20, 30),
     ),

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
-from comfyui_agd.agd_core.alternating import AGREES, NEAR
 from comfyui_agd.agd_core.atomic import replacing
 from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.comfyui.model.sampler import guided_by
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free
+from comfyui_agd.agd_core.forecast import MOST_IN_A_ROW, TOLERANCE
 from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.benchmarks import baselines, sparse_guidance
 from comfyui_agd.benchmarks.experiment import CFG, KEPT_STEPS, PreparedMethod, ToyExperiment, TrainingPrompts
@@ -321,9 +321,8 @@ METHODS: dict[str, Method] = {
         for kind, settings in AUTHORS.items()
     },
     "training_free": Method(
-        "prompt and negative take turns, and CFG combines what was evaluated with what the steps around it tell of the "
-        "other; nothing trained",
-        base_sampled(apply_training_free, way="alternating", near=NEAR, agrees=AGREES),
+        "CFG whose steps are forecast from earlier ones where that is accurate; nothing trained",
+        base_sampled(apply_training_free, way="forecast", tolerance=TOLERANCE, in_a_row=MOST_IN_A_ROW),
     ),
     "attention_guidance": Method("guidance in the attention with constants, nothing trained", untrained),
     "nag": Method(

@@ -1,16 +1,20 @@
-"""Guidance in one evaluation with nothing trained: which form of it is worth most on the toy.
+"""Guidance without training: which form of it is worth most on the toys.
 
-    python benchmarks/training_free.py [--quick] [--only FORM ...] [--work DIR] [--json FILE] [--device cuda]
+    python benchmarks/training_free.py [--base toy-dit] [--quick] [--only FORM ...] [--work DIR] [--json FILE]
+    [--device cuda]
 
-Forms of `attention + (omega - 1) * s * delta`: s constant, by depth, by noise level, and normalised as in NAG; and
-prompt and negative in turn, with several samplers; beside the base without guidance and with CFG. Pictures are those of
-`quality.py`, from the same work folder, where they are kept. Writes training_free.md and training_free.json, which hold
-every form that the work folder has rows of.
+CFG of which steps are forecast, as the loader's `training-free` does it, with several samplers, beside CFG with as
+many steps and with as many evaluations. On the UNet also guidance in one evaluation, forms of
+`attention + (omega - 1) * s * delta`: s constant, by depth, by noise level, and normalised as in NAG. Pictures are
+those of `quality.py`, from the same work folder, where they are kept. Writes training_free.md, or
+training_free-toy-dit.md, and .json, which hold every form that the work folder has rows of.
 """
 
 import argparse
+import hashlib
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -79,26 +83,31 @@ FORMS: dict[str, dict[str, Scales | Normalised]] = {
 }
 
 
-# Sampler, scheduler and steps with which prompt and negative take turns, and CFG has both.
-IN_TURN = (
-    *(("euler", "normal", steps) for steps in (20, 10)),
-    ("euler_ancestral", "normal", 20),
-    ("dpmpp_2m", "karras", 20),
-    ("dpmpp_2m_sde", "karras", 20),
-    ("dpmpp_3m_sde", "exponential", 20),
-    ("lcm", "normal", 20),
-    *(("euler", "normal", steps) for steps in (6, 3)),
-)
+# Sampler, scheduler and steps, of first and second order and with noise, of which steps are forecast.
+FORECAST = {
+    "toy": (
+        *(("euler", "normal", steps) for steps in (20, 10)),
+        ("dpmpp_2m", "karras", 20),
+        ("euler_ancestral", "normal", 20),
+    ),
+    "toy-dit": (
+        *(("euler", "simple", steps) for steps in (20, 10)),
+        ("dpmpp_2m", "simple", 20),
+        ("euler_ancestral", "simple", 20),
+    ),
+}
+# Those that add noise, of which there is no picture with more steps to compare with.
+_WITH_NOISE = ("euler_ancestral",)
 
 
 @dataclass(frozen=True)
 class Form:
-    """A form of guidance: `make()` gives the MODEL, `at` (a `SampledAt`) is how it is sampled."""
+    """A form of guidance: `make()` gives the MODEL, `at()` says how it is sampled, a `SampledAt`."""
 
     section: str
     name: str
     make: Callable
-    at: object
+    at: Callable
 
     @property
     def identity(self) -> dict[str, str]:
@@ -122,67 +131,90 @@ def patched(experiment, form: Scales | Normalised):
 def forms_of(experiment) -> list[Form]:
     """In the order of the tables."""
     from comfyui_agd.benchmarks.experiment import SampledAt
-    from comfyui_agd.examples.toy.measure import omega_star
 
-    base, best, plain = experiment.parts.model, SampledAt(omega_star()), "Without and with a second pass"
-    found = [Form(plain, "unguided", lambda: base, SampledAt(1.0)), Form(plain, "CFG", lambda: base, best)]
-    for section, forms in FORMS.items():
+    base, best, plain = experiment.parts.model, SampledAt(experiment.best_omega), "Without and with a second pass"
+    found = [
+        Form(plain, "unguided", lambda: base, lambda: SampledAt(1.0)),
+        Form(plain, "CFG", lambda: base, lambda: best),
+    ]
+    for section, forms in FORMS.items() if experiment.base.name == "toy" else ():
         for name, form in forms.items():
-            found.append(Form(section, name, lambda form=form: patched(experiment, form), best))
-    return found + forms_in_turn(base)
-
-
-def forms_in_turn(base) -> list[Form]:
-    from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free
-    from comfyui_agd.benchmarks.experiment import SampledAt
-    from comfyui_agd.examples.toy.measure import omega_star
-
-    found = []
-    for sampler, scheduler, steps in IN_TURN:
-        at = SampledAt(omega_star(), steps, sampler, scheduler)
-        for name, make in (("in turn", lambda: apply_training_free(base)), ("CFG", lambda: base)):
-            full_name = f"{sampler}, {scheduler}, {steps} steps: {name}"
-            found.append(Form("Prompt and negative in turn", full_name, make, at))
+            found.append(Form(section, name, lambda form=form: patched(experiment, form), lambda: best))
+    for sampler, scheduler, steps in FORECAST[experiment.base.name]:
+        found += forecast_forms(experiment, SampledAt(experiment.best_omega, steps, sampler, scheduler))
     return found
 
 
-def measure(experiment, name: str, form: Form) -> dict:
-    """Accuracy and Fréchet distance, and the accuracy above the base's without guidance as a share of CFG's lead."""
-    from comfyui_agd.benchmarks import metrics
-    from comfyui_agd.benchmarks.experiment import PreparedMethod, SampledAt
-    from comfyui_agd.benchmarks.methods import METHODS
-    from comfyui_agd.examples.toy.measure import omega_star
+def forecast_forms(experiment, at) -> list[Form]:
+    """CFG of which steps are forecast, and plain CFG with as many steps and with as many evaluations or one more."""
+    from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free
 
-    made = experiment.samples(name, PreparedMethod(form.make(), form.identity), form.at)
+    base, section = experiment.parts.model, "Steps that are forecast"
+    name = f"{at.sampler}, {at.scheduler}, {at.steps} steps"
+    forecast = Form(section, f"{name}: training-free", lambda: apply_training_free(base), lambda: at)
+
+    def equal():
+        evaluations = pictures_of(experiment, forecast).evaluations_per_step(1)
+        return replace(at, steps=math.ceil(evaluations / 2))
+
+    cfg = Form(section, f"{name}: CFG", lambda: base, lambda: at)
+    return [forecast, cfg, Form(section, f"{name}: CFG, as many evaluations", lambda: base, equal)]
+
+
+def pictures_of(experiment, form: Form):
+    """Its `Samples`. Plain CFG's are those of every other benchmark."""
+    from comfyui_agd.benchmarks.experiment import PreparedMethod
+
+    name = "training-free-" + hashlib.sha256(f"{form.section} {form.name}".encode()).hexdigest()[:8]
+    return experiment.samples(name, PreparedMethod(form.make(), form.identity), form.at())
+
+
+def measure(experiment, form: Form) -> dict:
+    """Accuracy and Fréchet distance, the accuracy above the base's without guidance as a share of CFG's lead, and how
+    far its pictures are from CFG's own, where that can be said."""
+    from comfyui_agd.benchmarks import metrics
+    from comfyui_agd.benchmarks.experiment import SampledAt
+    from comfyui_agd.benchmarks.methods import METHODS
+
+    made, at = pictures_of(experiment, form), form.at()
     unguided, cfg = (
         experiment.samples(each, METHODS[each].prepare(experiment, each), SampledAt(omega)).correct.double()
-        for each, omega in (("unguided", 1.0), ("cfg", omega_star()))
+        for each, omega in (("unguided", 1.0), ("cfg", experiment.best_omega))
     )
     share = (made.correct.double() - unguided) / (cfg - unguided).mean()
-    row = {"evaluations_per_step": round(made.evaluations_per_step(form.at.steps), 2)}
-    row |= {"omega": form.at.omega, "steps": form.at.steps}
     measured = experiment.accuracy_and_distance(made) | {"share_of_lead": metrics.mean_and_error(share)}
-    return {"model": "toy", **form.identity} | row | with_errors(measured)
+    if at.omega != 1 and at.sampler not in _WITH_NOISE:
+        measured["distance_to_cfg"] = experiment.distance_to_cfg(made, at)
+    row = {"model": experiment.base.name, **form.identity, "omega": at.omega, "steps": at.steps}
+    row["evaluations_per_step"] = round(made.evaluations_per_step(at.steps), 2)
+    row["evaluations"] = round(made.evaluations_per_step(1), 1)
+    return row | {"pictures": len(made.correct)} | with_errors(measured)
 
 
-def page(rows: list[dict], pictures: int, made: str) -> str:
+def page(rows: list[dict], experiment, made: str) -> str:
+    base = experiment.base
     figures = (
+        Figure("pictures", "pictures", 1, 0),
         Figure("evaluations per step", "evaluations_per_step", 1, 2),
+        Figure("per picture", "evaluations", 1, 0),
         Figure("prompt accuracy, %", "prompt_accuracy", 100, 1),
         Figure("share of CFG's lead", "share_of_lead", 1, 2),
         Figure("Fréchet to real", "frechet_to_real", 1, 1),
+        Figure("distance to CFG's picture", "distance_to_cfg", 1, 3),
     )
     columns = [Column("form", lambda row: row["form"]), *columns_of(figures)]
-    return f"""# Training-free guidance: which form
+    command = "python benchmarks/training_free.py" + ("" if base.name == "toy" else f" --base {base.name}")
+    return f"""# Training-free guidance on {base.title}: which form
 
-`python benchmarks/training_free.py`, {made}. Written by the command.
+`{command}`, {made}. Written by the command.
 
-At omega 3 and, unless a line says otherwise, 20 steps of Euler, on {pictures} pictures of [quality.md](quality.md)'s
-captions; each value with its standard error. CFG's lead is that of its 20 Euler steps. Most forms are
-`attention + (omega - 1) * s * delta` at every cross-attention of the toy; the constant of the loader's
-`attention-guidance`, s = 0.35 without the middle of the UNet, was chosen on other captions. The loader's
-`training-free` is the last section: what ComfyUI's samplers do with prompt and negative in turn. At equal evaluations
-compare its 20 steps with CFG's 10; more of that is in quality.md. All of this is of one base, the toy.
+At omega {experiment.best_omega:g}, the best, and, unless a line says otherwise, 20 steps of Euler, on
+[quality.md](quality.md)'s captions; each value with its standard error. CFG's lead is that of its 20 Euler steps. The
+distance is that of final latents to CFG's at 50 steps of the same sampler, 1 being as far as the unguided ones; with a
+sampler that adds noise there is none. "Steps that are forecast" is the loader's `training-free`; "as many evaluations"
+is plain CFG with half as many steps, rounded up. Forms in the attention, on the UNet only, are
+`attention + (omega - 1) * s * delta` at every cross-attention; the constant of the loader's `attention-guidance`,
+s = 0.35 without the middle of the UNet, was chosen on other captions.
 
 {tables_by_section(rows, lambda own: columns)}
 """
@@ -190,9 +222,11 @@ compare its 20 steps with CFG's 10; more of that is in quality.md. All of this i
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, quick="a few forms, few pictures: shows that it runs")
+    parser.add_argument("--base", choices=tuple(FORECAST), default="toy", help="the base to measure on")
     parser.add_argument("--only", nargs="+", metavar="FORM", help="those whose section or name have one of these")
+    parser.add_argument("--pictures", type=int, help="how many for each form, in place of quality.py's")
     add_work(parser, "quality", what="quality.py's")
-    add_results(parser, "training_free.md and .json")
+    add_results(parser, "the page and its .json")
     return parser.parse_args(argv)
 
 
@@ -202,16 +236,18 @@ def main(argv: list[str] | None = None) -> None:
     from comfyui_agd.benchmarks.experiment import QUICK_SIZES, Sizes, ToyExperiment
     from comfyui_agd.benchmarks.work_folder import WorkFolder
 
-    experiment = ToyExperiment(WorkFolder(work_path(args, "quality")), QUICK_SIZES if args.quick else Sizes())
+    sizes, suffix = QUICK_SIZES if args.quick else Sizes(), "" if args.base == "toy" else f"-{args.base}"
+    sizes = replace(sizes, pictures=args.pictures or sizes.pictures)
+    experiment = ToyExperiment(WorkFolder(work_path(args, f"quality{suffix}")), sizes, args.base)
     kept = WorkFolder(experiment.work.folder / "training-free")
     forms = forms_of(experiment)
-    asked = args.only or (["second pass", "NAG", "euler, normal, 20"] if args.quick else [""])
+    asked = args.only or (["second pass", "NAG", "20 steps: training-free"] if args.quick else [""])
     for i in selected([f"{form.section} {form.name}" for form in forms], asked, "form"):
-        row = measure(experiment, f"training-free-{i:02d}", forms[i])
+        row = measure(experiment, forms[i])
         kept.save_rows(f"{i:02d}", [row])
         print(f"{forms[i].section}: {forms[i].name}: {row['prompt_accuracy']:.4f}", flush=True)
     rows = kept.rows()
-    publish(args, "training_free", page(rows, experiment.sizes.pictures, made_on(args.device)), rows)
+    publish(args, f"training_free{suffix}", page(rows, experiment, made_on(args.device)), rows)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from comfyui_agd.examples.toy.train import initialise
 comfy.utils.PROGRESS_BAR_ENABLED = False
 CFG = 5.0
 STEPS = 4
+FEWEST_STEPS = 1  # of a sampling, for tests of what needs some to begin with
 
 
 def is_from(version: str) -> bool:
@@ -116,19 +117,23 @@ def latent(batch: int = 1, height: int = 8, width: int = 8, channels: int = 12) 
 @torch.inference_mode()
 def ksampler(model, prompts: Prompts, *, cfg: float = CFG, sampler: str = "euler", at: dict | None = None, **options):
     settings = {"scheduler": "normal", "denoise": 1.0, "steps": STEPS, **options}
+    steps = max(settings["steps"], FEWEST_STEPS)
     return nodes.KSampler().sample(
-        model, 7, settings["steps"], cfg, sampler, settings["scheduler"], prompts.positive, prompts.negative,
+        model, 7, steps, cfg, sampler, settings["scheduler"], prompts.positive, prompts.negative,
         at or latent(), denoise=settings["denoise"],
     )[0]["samples"]  # fmt: skip
 
 
 @torch.inference_mode()
 def ksampler_advanced(model, prompts: Prompts, at: dict, start: int = 0, end: int = STEPS, **options):
-    """Steps `start` to `end` of STEPS. By default the first part adds the noise and the last one leaves none."""
+    """Steps `start` to `end` of STEPS, or as large a part of FEWEST_STEPS. By default the first part adds the noise and
+    the last one leaves none."""
     settings = {"add_noise": start == 0, "leftover": end < STEPS, "cfg": CFG, **options}
     add_noise, leftover = ("enable" if settings[key] else "disable" for key in ("add_noise", "leftover"))
+    steps = max(STEPS, FEWEST_STEPS)
+    start, end = (part * steps // STEPS for part in (start, end))
     return nodes.KSamplerAdvanced().sample(
-        model, add_noise, 7, STEPS, settings["cfg"], "euler", "normal", prompts.positive, prompts.negative, at,
+        model, add_noise, 7, steps, settings["cfg"], "euler", "normal", prompts.positive, prompts.negative, at,
         start, end, leftover,
     )[0]  # fmt: skip
 
@@ -137,7 +142,8 @@ def ksampler_advanced(model, prompts: Prompts, at: dict, start: int = 0, end: in
 def custom_sampler(model, prompts: Prompts, guider: str, at: dict | None = None, cfg: float = CFG):
     """SamplerCustom, or SamplerCustomAdvanced with the guider of that name."""
     sampler = comfy.samplers.sampler_object("euler")
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
+    steps = max(STEPS, FEWEST_STEPS)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
     at = at or latent()
     if guider == "SamplerCustom":
         positive, negative = prompts.positive, prompts.negative

@@ -17,7 +17,7 @@ from .family_adapters import adapter_of
 from .runtime import STEPS, Prompts, ksampler, ksampler_advanced
 from .tiny_controls import CONTROL_PATCHES, TINY_CONTROLS, controlled, with_control_patch
 from .tiny_families import TINY_FAMILIES, conditioning, empty_latent
-from .workflows import Row, placed
+from .workflows import SMOOTH, Row, placed
 
 JOINT, CROSS = "sd3", "wan2.1-t2v"  # in whose attentions the prompt is beside the image, and apart
 BOTH = (JOINT, CROSS)
@@ -65,7 +65,7 @@ def sampler(agd, base, variant):
     return sample(family, agd(base), sampler=name)
 
 
-@row("KSampler (Advanced), split in two with leftover noise", 2, 1)
+@row("KSampler (Advanced), split in two with leftover noise", 2, 1, training_free=4 / 3)
 def split(agd, base, family):
     model, given = agd(base), prompts(family)
     first = ksampler_advanced(model, given, empty_latent(family), 0, STEPS // 2)
@@ -161,7 +161,7 @@ def _skipping(family, model):
     return nodes_slg.SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "1").args[0]
 
 
-row("SkipLayerGuidanceDiT (SLG)", 3, 2, around(*BOTH), training_free=2.5, warns=True)(beside(_skipping))
+row("SkipLayerGuidanceDiT (SLG)", 3, 2, around(*BOTH), training_free=2 + SMOOTH, warns=True)(beside(_skipping))
 
 
 def _zero_star(family, model):

@@ -34,6 +34,7 @@ from comfy_extras import (
 )
 from comfy_extras import nodes_custom_sampler as custom
 
+from comfyui_agd.tests.support import runtime
 from comfyui_agd.tests.support.companions import ImagePrompt, clip, control_net, gligen
 from comfyui_agd.tests.support.runtime import (
     CFG,
@@ -57,6 +58,9 @@ TWICE = tuple(name for name in TWICE if name in comfy.samplers.SAMPLER_NAMES)
 SAMPLERS = tuple(name for name in comfy.samplers.SAMPLER_NAMES if name not in CFG_PP + TWICE)
 AROUND = ("before", "after")  # the other node is before or after the loader
 LORA, OTHER_LORA = "tiny.safetensors", "other.safetensors"  # in a folder that the tests make
+# The steps that training-free guidance is counted over, and the share of them that it evaluates where all can be
+# forecast: three, then every third one.
+TRAINING_FREE_STEPS, SMOOTH = 12, 6 / 12
 PROMPTS = random_prompts()
 LONG = random_prompts(lengths=(48, 16))
 PICTURE = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(2))
@@ -66,7 +70,8 @@ PICTURE = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(2))
 class Row:
     """`without`, `with_agd`: evaluations per prediction that the sampler asks for, and per picture.
 
-    `training_free`: the same of guidance that needs no adapter; None is half of `without`, 0 that it is refused.
+    `training_free`: the same of guidance that needs no adapter, over TRAINING_FREE_STEPS; None is what is taken where
+    all steps can be forecast, 0 that it is refused.
     `needs_both`: what needs both predictions, as the message names it; `own_evaluation`: what evaluates the prompts
     in its own way, likewise; `as_base`: the result is the base's own; `since`: the oldest tested ComfyUI that has it,
     and has it so; `warns`: whether training-free guidance has a message about it, `within`: how exactly it keeps its
@@ -90,7 +95,7 @@ class Row:
 
     @property
     def with_training_free(self) -> float:
-        return self.without / 2 if self.training_free is None else self.training_free
+        return self.without * SMOOTH if self.training_free is None else self.training_free
 
     @property
     def training_free_warns(self) -> bool:
@@ -160,13 +165,13 @@ def noise(batch: int = 1, height: int = 8, width: int = 8) -> dict:
 # Samplers, schedulers, guiders
 
 
-@row("Samplers that ask once at a noise level", 2, 1, SAMPLERS)
+@row("Samplers that ask once at a noise level", 2, 1, SAMPLERS, within=0.1)
 def sampler(agd, base, name):
     denoise = 0.2 if name == "dpm_adaptive" else 1.0  # this one chooses its own number of steps
     return ksampler(agd(base), PROMPTS, sampler=name, steps=3, denoise=denoise)
 
 
-@row("Samplers that ask twice, or go back up", 2, 1, TWICE, training_free=1.4, within=0.1, warns=True)
+@row("Samplers that ask twice, or go back up", 2, 1, TWICE, within=0.1)
 def sampler_that_asks_twice(agd, base, name):
     return ksampler(agd(base), PROMPTS, sampler=name, steps=12)
 
@@ -176,12 +181,12 @@ def cfg_pp(agd, base, name):
     return ksampler(agd(base), PROMPTS, sampler=name, steps=3)
 
 
-@row("Every scheduler", 2, 1, comfy.samplers.SCHEDULER_NAMES)
+@row("Every scheduler", 2, 1, comfy.samplers.SCHEDULER_NAMES, within=0.1)
 def scheduler(agd, base, name):
     return ksampler(agd(base), PROMPTS, scheduler=name, steps=3)
 
 
-@row("KSampler (Advanced), split in two with leftover noise", 2, 1)
+@row("KSampler (Advanced), split in two with leftover noise", 2, 1, training_free=4 / 3)
 def split(agd, base, _=""):
     model = agd(base)
     return ksampler_advanced(model, PROMPTS, ksampler_advanced(model, PROMPTS, latent(), 0, 2), 2)["samples"]
@@ -219,6 +224,7 @@ def basic_guider(agd, base, _):
 
 
 def sample_custom(guider, at=None, steps: int = STEPS):
+    steps = max(steps, runtime.FEWEST_STEPS)
     sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "normal", steps)
     euler = comfy.samplers.sampler_object("euler")
     noise = custom.RandomNoise.execute(7).args[0]
@@ -438,13 +444,10 @@ NODES = {
 WORKS_BESIDE = ("FreeU", "FreeU_V2", "HyperTile", "Deep Shrink", "Epsilon Scaling", "TSR", "PAG", "attn2 replacement")
 
 
-STEPS_BESIDE = 2
-
-
 def beside(name: str):
     """The workflow with the node `name` before or after the loader."""
     at = latent(1, 16, 16)
-    return lambda agd, base, where: ksampler(placed(where, agd, NODES[name], base), PROMPTS, at=at, steps=STEPS_BESIDE)
+    return lambda agd, base, where: ksampler(placed(where, agd, NODES[name], base), PROMPTS, at=at, steps=2)
 
 
 for what, without, with_agd, name, needs_both in (
@@ -470,9 +473,9 @@ for what, without, with_agd, name, needs_both in (
     ("FreSca", 2, 2, "FreSca", "FreSca"),
 ):
     new = what in ("CFGOverride", "CFGNorm with `pre_cfg`")
-    # With an evaluation of their own, or both in one; those that combine predictions have both from the first step.
-    own = {"PAG": 2.5, "PerpNeg": 3, "SelfAttentionGuidance": 3, "NAGuidance": 2, "Mahiro": 2, "CFGZeroStar": 2}
-    own = {**own, "CFGNorm": 1}.get(name, 1.17 if needs_both else None)
+    # With evaluations of their own, beside PAG's the prompt's where both are forecast; or with both in every step.
+    own = {"PAG": 1 + 2 * SMOOTH + (1 - SMOOTH), "PerpNeg": 3, "SelfAttentionGuidance": 3}
+    own = {**own, "NAGuidance": 2, "Mahiro": 2, "CFGZeroStar": 2}.get(name)
     kind = {"needs_both": needs_both, "since": "0.26.0" if new else None, "training_free": own, "warns": name == "PAG"}
     row(what, without, with_agd, AROUND, **kind)(beside(name))
 
@@ -490,7 +493,7 @@ def strength_0(agd, base, _):
     return ksampler(agd(base, strength=0.0), PROMPTS)
 
 
-@row("Steps outside `start_percent` and `end_percent`", 2, 1.5, training_free=1.5)
+@row("Steps outside `start_percent` and `end_percent`", 2, 1.5, training_free=5 / 3)
 def part_of_the_sampling(agd, base, _):
     return ksampler(agd(base, end_percent=0.5), PROMPTS)
 

@@ -14,13 +14,15 @@ from .cond_batch import CondBatch
 class ForecastHistory:
     """Forecasts are of steps with less and less noise. Asked again at a level, of other latents, all is evaluated.
 
-    `sigma`: of the last step; `asked`: what was asked for there, but the latents; `forecasts`: one for each of the
-    latents (b, ...) that were asked for; `was_forecast`: whether the last predictions were.
+    `sigma`: of the last step; `asked`: what was asked for there, but the latents; `there` and `before`: for each of the
+    latents (b, ...) that were asked for at that level, and at the one before; `was_forecast`: whether the last
+    predictions were.
     """
 
     sigma: float = math.inf
     asked: tuple | None = None
-    forecasts: list[tuple[torch.Tensor, Forecast]] = field(default_factory=list)
+    there: list[tuple[torch.Tensor, Forecast]] = field(default_factory=list)
+    before: list[tuple[torch.Tensor, Forecast]] = field(default_factory=list)
     was_forecast: bool = False
 
     def predictions(
@@ -31,17 +33,17 @@ class ForecastHistory:
         sigma = batch.sigma
         asked = (batch.x.shape, scales, *(tuple(cond["uuid"] for cond in own or ()) for own in batch.conds))
         if asked != self.asked:
-            self.forecasts, self.sigma = [], math.inf
+            self.there, self.before, self.sigma = [], [], math.inf
         again = sigma >= self.sigma
-        found, after = self._nearest(batch.x).step(sigma, batch.x, evaluate, guided, evaluated=again)
         if sigma != self.sigma:
-            self.forecasts = []
-        self.forecasts.append((batch.x.clone(), after))
+            self.there, self.before = [], self.there
+        found, after = self._nearest(batch.x).step(sigma, batch.x, evaluate, guided, evaluated=again)
+        self.there.append((batch.x.clone(), after))
         self.sigma, self.asked, self.was_forecast = sigma, asked, after.in_a_row > 0
         return [each.clone() for each in found]  # other nodes may change one in place
 
     def _nearest(self, x: torch.Tensor) -> Forecast:
         """That of the step before; where it was asked for several latents, of those nearest to x."""
-        if len(self.forecasts) > 1:
-            return min(self.forecasts, key=lambda latents: (latents[0] - x).norm().item())[1]
-        return self.forecasts[0][1] if self.forecasts else Forecast()
+        if len(self.before) > 1:
+            return min(self.before, key=lambda latents: (latents[0] - x).norm().item())[1]
+        return self.before[0][1] if self.before else Forecast()

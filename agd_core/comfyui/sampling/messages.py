@@ -153,14 +153,8 @@ def compares_with_own_evaluations(name: str) -> str:
     return f"No speed-up: {name} compares predictions with evaluations of its own."
 
 
-MOST_STEPS_EVALUATE_BOTH = (
-    "No speed-up: most steps evaluate both predictions. They are far apart or not in order; training-free "
-    "guidance wants nine steps or more."
-)
-ESTIMATES_DISAGREE = (
-    "About 1.5 evaluations per step: with this sampler and schedule one step tells too little of the next, "
-    "so every second one evaluates both predictions."
-)
-MANY_STEPS_EVALUATE_BOTH = (
-    "About 1.5 evaluations per step: this sampler asks twice at a noise level, or its steps are far apart."
-)
+def few_forecasts(per_step: float) -> str:
+    return (
+        f"{per_step:.1f} evaluations per step: with so few steps, or with this sampler, steps tell too little of the "
+        "next ones."
+    )

@@ -1,13 +1,10 @@
 """Noise levels (sigma) and ComfyUI's percent of a model's schedule: 0 is pure noise, 1 the end."""
 
-import bisect
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-_POSITIONS = 256  # of a schedule: as exactly as a percentage of it has to be known
 
 
 @dataclass(frozen=True)
@@ -34,12 +31,3 @@ class SigmaSpan:
         if self.is_everything:
             return True  # the usual case, without reading a value back from the device
         return self.sigma_end < float(timestep.flatten()[0]) <= self.sigma_start
-
-
-def percent_of_sigma(model_sampling: Any, sigma: float) -> float:
-    """The inverse of `percent_to_sigma`."""
-
-    def less_noise(part: int) -> float:
-        return -model_sampling.percent_to_sigma(part / _POSITIONS)
-
-    return bisect.bisect_left(range(_POSITIONS), -sigma, key=less_noise) / _POSITIONS

@@ -1,6 +1,5 @@
 """Every row of docs/compatibility.md in the real runtime: what it costs, and whose picture it is."""
 
-import math
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -9,11 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfyui_agd.agd_core import alternating
-from comfyui_agd.tests.support import workflows
+from comfyui_agd.agd_core import forecast
+from comfyui_agd.tests.support import runtime
 from comfyui_agd.tests.support.runtime import ksampler, patched, since, training_free
 from comfyui_agd.tests.support.transformer_workflows import TRANSFORMER_ROWS
-from comfyui_agd.tests.support.workflows import AROUND, PROMPTS, ROWS, EvaluationCounter, Row, no_agd
+from comfyui_agd.tests.support.workflows import (
+    AROUND,
+    PROMPTS,
+    ROWS,
+    TRAINING_FREE_STEPS,
+    EvaluationCounter,
+    Row,
+    no_agd,
+)
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "compatibility.md"
 
@@ -79,9 +86,8 @@ def as_it_is(adapter):
 def test_row_with_training_free_guidance(base, plain, row, variant, monkeypatch):
     if row.since:
         since(row.since)
-    monkeypatch.setattr(alternating, "NEAR", math.inf)  # however few the steps are,
-    monkeypatch.setattr(alternating, "AGREES", -math.inf)  # and whatever this model of random weights makes of them
-    monkeypatch.setattr(workflows, "STEPS_BESIDE", 12)  # the first two are not as the others
+    monkeypatch.setattr(forecast, "TOLERANCE", 1e9)  # whatever this model of random weights makes of its steps
+    monkeypatch.setattr(runtime, "FEWEST_STEPS", TRAINING_FREE_STEPS)
     without, _ = evaluate(row, variant, base, no_agd)
     messages = []
     agd = partial(training_free, notify=messages.append)
@@ -95,6 +101,7 @@ def test_row_with_training_free_guidance(base, plain, row, variant, monkeypatch)
     # Close, not equal: where both are found to be needed in the first step, that one has evaluated them one by one.
     assert torch.allclose(guided, without, atol=2e-4) == (row.with_training_free == row.without)
     assert bool(messages) == (row.training_free_warns and not row.as_base)
+    monkeypatch.undo()
     assert torch.equal(ksampler(base, PROMPTS, steps=1), plain)
 
 
@@ -107,6 +114,6 @@ def tables() -> Iterator[dict[str, tuple[float, float, float]]]:
 
 def test_the_documented_tables_are_what_is_tested():
     assert list(tables()) == [
-        {row.what: (row.without, row.with_agd, row.with_training_free) for row in rows}
+        {row.what: (row.without, row.with_agd, round(row.with_training_free, 2)) for row in rows}
         for rows in (ROWS, TRANSFORMER_ROWS)
     ]

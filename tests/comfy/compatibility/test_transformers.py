@@ -3,7 +3,6 @@
 That the table and these rows are the same, `test_table.py` checks.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -13,16 +12,17 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from comfyui_agd.agd_core import alternating
+from comfyui_agd.agd_core import forecast
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
+from comfyui_agd.tests.support import runtime
 from comfyui_agd.tests.support import transformer_workflows as w
 from comfyui_agd.tests.support.family_adapters import adapted, adapter_of
 from comfyui_agd.tests.support.runtime import since, training_free
 from comfyui_agd.tests.support.tiny_controls import TINY_CONTROLS
 from comfyui_agd.tests.support.tiny_families import flat, tiny_model
 from comfyui_agd.tests.support.transformer_workflows import TRANSFORMER_ROWS
-from comfyui_agd.tests.support.workflows import EvaluationCounter, Row, no_agd
+from comfyui_agd.tests.support.workflows import TRAINING_FREE_STEPS, EvaluationCounter, Row, no_agd
 
 pytestmark = pytest.mark.usefixtures("no_dead_models")
 
@@ -89,8 +89,8 @@ def test_row(row, variant):
 def test_row_with_training_free_guidance(row, variant, monkeypatch):
     if row.since:
         since(row.since)
-    monkeypatch.setattr(alternating, "NEAR", math.inf)  # however few the steps are,
-    monkeypatch.setattr(alternating, "AGREES", -math.inf)  # and whatever this model of random weights makes of them
+    monkeypatch.setattr(forecast, "TOLERANCE", 1e9)  # whatever this model of random weights makes of its steps
+    monkeypatch.setattr(runtime, "FEWEST_STEPS", TRAINING_FREE_STEPS)
     base, said = tiny_model(family_of(variant)), []
     without, _ = evaluate(row, variant, base, no_agd)
     guided, evaluations = evaluate(row, variant, base, partial(training_free, notify=said.append))

@@ -1,9 +1,8 @@
-"""One training-free sampling: both predictions where ComfyUI asks for them, one of them estimated.
+"""One training-free sampling: both predictions where ComfyUI asks for them, evaluated or forecast.
 
 Where another node needs a prediction of this very step, or leaves evaluations out, that one is evaluated every time.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,9 +14,9 @@ from ..guided_step import KEY
 from . import messages
 from .cond_batch import CondBatch
 from .conditions import is_active_at
-from .estimate_history import EstimateHistory
 from .evaluated_blocks import EvaluatedBlocks
-from .guider import CfgOverride, name_of_guider
+from .forecast_history import ForecastHistory
+from .guider import CfgOverride, as_scale, name_of_guider
 from .messages import Notify
 from .post_cfg_watch import PostCfgCall, post_cfg_functions, unwatch_post_cfg, watch_post_cfg
 from .restarts import PendingRestart, RestartEvaluatingBoth
@@ -26,15 +25,14 @@ from .settings import GuidanceSettings
 from .shared_by_deepcopy import SharedByDeepcopy
 from .uncond_consumers import (
     EVALUATES_BOTH,
-    PRE_CFG,
     name_uncond_requester,
     node_name,
     node_names,
     wants_uncond_at_cfg_1,
 )
 
-# Shares of the steps that evaluate both predictions, from which on the user is warned.
-_MOSTLY_BOTH, _OFTEN_BOTH = 0.7, 0.3
+# The share of steps that are evaluated from which on the user is warned: 1.6 evaluations per step.
+_MOST = 0.8
 
 
 @dataclass
@@ -56,9 +54,9 @@ class _PairRequest:
 
 
 @dataclass
-class AlternatingSampling(SharedByDeepcopy):
+class ForecastSampling(SharedByDeepcopy):
     """`evaluates_both`: in every step; `request`: ComfyUI's last one; `evaluating`: inside an evaluation for it;
-    `evaluations`: how many steps took one evaluation, and two."""
+    `steps`: how many could be forecast, and `evaluated`: how many of them weren't."""
 
     guider: CFGGuider
     sampler: Sampler
@@ -68,12 +66,13 @@ class AlternatingSampling(SharedByDeepcopy):
     evaluates_both: bool
     request: _PairRequest | None = field(default=None, init=False)
     evaluating: bool = field(default=False, init=False)
+    steps: int = field(default=0, init=False)
+    evaluated: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.restart = PendingRestart()
-        self.history = EstimateHistory()
+        self.history = ForecastHistory()
         self.blocks = EvaluatedBlocks()
-        self.evaluations: Counter[int] = Counter()
         self.override = CfgOverride(partial(_cfg_of_step, self.settings, self.span))
 
     def install(self) -> None:
@@ -93,15 +92,20 @@ class AlternatingSampling(SharedByDeepcopy):
         self.restart.raise_if_requested()
         if not self.guider.conds.get("negative"):
             self.notify(messages.NO_NEGATIVE_FOR_TRAINING_FREE)
-        if not self._can_alternate(request.batch):
+        if not self._is_guided(request.batch):
             return self._evaluate(request, True, False)
         self._check_needs(request.batch.model_options)
-        if self.evaluates_both:
+        scale = as_scale(self.guider.cfg)  # with ours in force, if there is one
+        if self.evaluates_both or scale is None:
             return self._evaluate(request, True, False)
-        predictions = self.history.predictions(request.batch, partial(self._evaluate_whole, request))
-        request.predictions = [prediction.clone() for prediction in predictions]  # other nodes may change one in place
-        self._prepare_for_combination(request)
-        self.evaluations[len(request.evaluated)] += 1
+        request.predictions = self.history.predictions(
+            request.batch,
+            (scale,),
+            lambda: tuple(self._evaluate_whole(request)),
+            lambda both: torch.lerp(both[1], both[0], scale),
+        )
+        watch_post_cfg(request.batch.model_options, self._on_uncond_use)
+        self.steps, self.evaluated = self.steps + 1, self.evaluated + bool(request.evaluated)
         return request.predictions
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options) -> list[torch.Tensor]:
@@ -131,9 +135,9 @@ class AlternatingSampling(SharedByDeepcopy):
 
     def release(self) -> None:
         """Drop what refers back to here, and to the model."""
-        self.request, self.history = None, EstimateHistory()
+        self.request, self.history = None, ForecastHistory()
 
-    def _can_alternate(self, batch: CondBatch) -> bool:
+    def _is_guided(self, batch: CondBatch) -> bool:
         """Whether this step is guided, and both prompts have conditions for it."""
         if batch.conds[1] is None or not self.span.covers(batch.timestep):
             return False
@@ -155,27 +159,14 @@ class AlternatingSampling(SharedByDeepcopy):
             return name_uncond_requester(makers or nodes, self.sampler, model_options)
         return node_names(makers, self.sampler) or None
 
-    def _prepare_for_combination(self, request: _PairRequest) -> None:
-        """Until guidance begins both predictions are given as equal. Another node may divide by their difference."""
-        options = request.batch.model_options
-        watch_post_cfg(options, self._on_uncond_use)
-        combined = "sampler_cfg_function" in options or options.get(PRE_CFG)
-        if combined and not self.history.has_guidance:
-            self._evaluate_estimated(request)
-
     def _on_uncond_use(self, call: PostCfgCall) -> None:
-        """Another node uses both predictions, or their difference, for which an estimate may not be good enough."""
+        """Another node uses both predictions, or their difference, for which a forecast may not be good enough."""
         self.notify(messages.needs_both_in_every_step(node_name(call.function, self.sampler)))
         self.restart.request(RestartEvaluatingBoth)
 
-    def _evaluate_estimated(self, request: _PairRequest) -> None:
-        """Evaluate what has been estimated in this step, for other nodes: estimates go on as without them."""
-        for turn in {True, False} - request.evaluated:
-            request.predictions[not turn].copy_(self._evaluate(request, turn)[0])
-
-    def _evaluate_whole(self, request: _PairRequest, *turns: bool) -> list[torch.Tensor]:
-        """As `_evaluate`, by all of the model's blocks."""
-        predictions = self._evaluate(request, *turns)
+    def _evaluate_whole(self, request: _PairRequest) -> list[torch.Tensor]:
+        """Both, by all of the model's blocks."""
+        predictions = self._evaluate(request, True, False)
         if self.blocks.were_left_out():
             self.notify(messages.STEP_CACHE)
             self.restart.request(RestartEvaluatingBoth)
@@ -190,7 +181,7 @@ class AlternatingSampling(SharedByDeepcopy):
             self.evaluating = False
 
     def _open_request(self) -> _PairRequest | None:
-        """The request whose predictions an evaluation by another node would be compared with, if any is estimated."""
+        """The request whose predictions an evaluation by another node would be compared with, if any is forecast."""
         return None if self.evaluating or self.evaluates_both else self.request
 
     def _make_current(self, request: _PairRequest, prompt: bool, model_options: dict) -> None:
@@ -200,20 +191,15 @@ class AlternatingSampling(SharedByDeepcopy):
         name = node_names(post_cfg_functions(model_options), self.sampler) or "another node"
         if prompt and "sampler_cfg_function" not in model_options:
             self.notify(messages.compares_with_prompt(name))
-            # After the combination, which keeps the estimate. Where the prompt's turn comes, it comes as before.
-            self._evaluate_estimated(request)
+            # After the combination, which keeps the forecast; so do the steps to come.
+            request.predictions[0].copy_(self._evaluate(request, True)[0])
             return
         self.notify(messages.compares_with_own_evaluations(name))
         self.restart.request(RestartEvaluatingBoth)
 
     def _report_evaluations(self) -> None:
-        both = self.evaluations[2] / max(1, self.evaluations.total())
-        if both >= _MOSTLY_BOTH:
-            self.notify(messages.MOST_STEPS_EVALUATE_BOTH)
-        elif self.history.estimates_disagree:
-            self.notify(messages.ESTIMATES_DISAGREE)
-        elif both >= _OFTEN_BOTH:
-            self.notify(messages.MANY_STEPS_EVALUATE_BOTH)
+        if self.steps and self.evaluated >= _MOST * self.steps:
+            self.notify(messages.few_forecasts(2 * self.evaluated / self.steps))
 
 
 def _has_own_scale(settings: GuidanceSettings) -> bool:
