@@ -74,8 +74,9 @@ class ForecastGuidance:
         """Linear in sigma. Of the difference that over sigma^2 is, the difference of both scores: it changes least."""
         before, last = self.evaluated[-2:]
         weight = (sigma - before.sigma) / (last.sigma - before.sigma)
-        differences = (step.difference * (sigma / step.sigma) ** 2 for step in (before, last))
-        return _Step(sigma, torch.lerp(before.with_prompt, last.with_prompt, weight), torch.lerp(*differences, weight))
+        first, second = (step.difference * (sigma / step.sigma) ** 2 for step in (before, last))
+        with_prompt = torch.lerp(before.with_prompt, last.with_prompt, weight)
+        return _Step(sigma, with_prompt, torch.lerp(first, second, weight))
 
     def _after(self, now: _Step) -> "ForecastGuidance":
         """With a step that was evaluated, from which the error of a forecast of it is known."""
