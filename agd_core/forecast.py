@@ -14,6 +14,7 @@ import torch
 # The largest error of a forecast, as a share of the noise that it predicts: of |x - denoised|.
 TOLERANCE = 0.1
 MOST_IN_A_ROW = 2
+_FAR = 4.0  # times the distance to the last evaluation
 
 Predictions = tuple[torch.Tensor, ...]  # denoised, (b, ...) each: an adapter's one, or CFG's two
 Guided = Callable[[Predictions], torch.Tensor]  # the one that is sampled with, linear in them
@@ -72,8 +73,10 @@ class Forecast:
         return self.curvature * self._distances(sigma) <= TOLERANCE * _norm(x - forecast)
 
     def _distances(self, sigma: float) -> float:
-        """The product of those to the two evaluations before."""
-        return math.prod(abs(sigma - step) for step, _ in self.evaluated)
+        """The product of those to the two evaluations before. What is far away, as the first step of zero terminal SNR
+        is, tells little of how predictions curve here, and counts as nearer."""
+        before, last = (abs(sigma - step) for step, _ in self.evaluated)
+        return last * min(before, _FAR * last)
 
 
 def _norm(values: torch.Tensor) -> float:

@@ -241,10 +241,10 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "change", [lambda x: 0.9 * x, lambda x: x.flip(-1), lambda x: -x], ids=["less", "flipped", "negated"]
 )
-def test_what_asks_twice_at_a_noise_level_is_as_near_to_its_own_picture(base, agd, prompts, change):
+def test_what_asks_twice_at_a_noise_level_is_near_to_its_own_picture(base, agd, prompts, change):
     own, ours = ksampler(twice(base, change), prompts, steps=20), ksampler(twice(agd(), change), prompts, steps=20)
-    alone = apart(ksampler(agd(), prompts, steps=20), ksampler(base, prompts, steps=20))
-    assert apart(ours, own) < 2 * alone
+    # With one history for both times it would be 0.14 off in the first case.
+    assert apart(ours, own) < 0.1 * own.norm()
 
 
 def run(model, prompts, sigmas: list[float]):
@@ -281,8 +281,8 @@ def test_after_conditions_change_on_the_way_nothing_is_forecast_from_those_befor
         return executor(x, timestep, *args, **kwargs)
 
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", other_prompt)
-    rows = rows_of(model, ksampler, prompts, steps=STEPS)
-    assert rows == [2] * (EVALUATED + 1)  # the first three of the other prompt's, too
+    # Of eight steps, and of four with the other prompt.
+    assert rows_of(model, ksampler, prompts, steps=STEPS) == [2] * (4 + 3)
 
 
 # Guiders of other packs

@@ -365,15 +365,16 @@ def test_a_lora_of_a_small_change_is_that_change(name):
 def test_the_forms_of_training_free_guidance_are_compared_with_cfg(tmp_path, capsys):
     how = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "rows.json")]
     training_free.main([*how, "--only", "second pass", "outer sites"])
-    training_free.main([*how, "--only", "s = 0.35 at the deep", "euler, normal, 20 steps: in turn"])
+    training_free.main([*how, "--only", "s = 0.35 at the deep", "euler, normal, 20 steps: training-free"])
     # The rows before are still there.
     rows = {row["form"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     in_attention = ["s = 0.35 at the outer sites only", "s = 0.35 at the deep sites only"]
-    assert list(rows) == ["unguided", "CFG", *in_attention, "euler, normal, 20 steps: in turn"]
-    assert [row["evaluations_per_step"] for row in rows.values()] == [1, 2, 1, 1, 1]
-    unguided, cfg, *in_attention, in_turn = (row["share_of_lead"] for row in rows.values())
+    assert list(rows) == ["unguided", "CFG", *in_attention, "euler, normal, 20 steps: training-free"]
+    *fixed, per_step = (row["evaluations_per_step"] for row in rows.values())
+    assert (fixed, 1 < per_step < 1.6) == ([1, 2, 1, 1], True)
+    unguided, cfg, *in_attention, forecast = (row["share_of_lead"] for row in rows.values())
     assert (unguided, cfg) == (0, 1)
-    assert in_turn > max(in_attention)
+    assert forecast > max(in_attention)
     assert "| s = 0.35 at the deep sites only | 1.00 |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="No form has nonsense"):
         training_free.main([*how, "--only", "nonsense"])

@@ -44,13 +44,13 @@ class _PairRequest:
     evaluated: set[bool] = field(default_factory=set)
     predictions: list[torch.Tensor] = field(default_factory=list)
 
-    def evaluate(self, *turns: bool) -> list[torch.Tensor]:
-        """The predictions of these turns. Each condition is in its usual place, where other nodes expect it."""
-        self.evaluated.update(turns)
+    def evaluate(self, *which: bool) -> list[torch.Tensor]:
+        """These predictions. Each condition is in its usual place, where other nodes expect it."""
+        self.evaluated.update(which)
         pairs = zip((True, False), self.batch.conds, strict=True)
-        batch = replace(self.batch, conds=[own if turn in turns else None for turn, own in pairs])
+        batch = replace(self.batch, conds=[own if each in which else None for each, own in pairs])
         predictions = batch.evaluate()
-        return [predictions[0 if turn else 1] for turn in turns]
+        return [predictions[0 if each else 1] for each in which]
 
 
 @dataclass
@@ -172,11 +172,11 @@ class ForecastSampling(SharedByDeepcopy):
             self.restart.request(RestartEvaluatingBoth)
         return predictions
 
-    def _evaluate(self, request: _PairRequest, *turns: bool) -> list[torch.Tensor]:
+    def _evaluate(self, request: _PairRequest, *which: bool) -> list[torch.Tensor]:
         self.evaluating = True
         self.blocks.begin()
         try:
-            return request.evaluate(*turns)
+            return request.evaluate(*which)
         finally:
             self.evaluating = False
 
