@@ -237,6 +237,9 @@ def test_one_command_makes_the_table_and_goes_on_where_it_was(tmp_path, monkeypa
     assert of["meng"]["evaluations_per_step"] == of["paper_additive"]["evaluations_per_step"] == 1
     assert 1 < of["adaptive"]["evaluations_per_step"] < 2
     assert of["cfg"]["negative_reduction"] == 1
+    half = next(row for row in rows if (row["method"], row["steps"]) == ("cfg", 10))
+    assert half["distance_to_cfg"] > of["cfg"]["distance_to_cfg"]
+    assert half["unwanted_with"] is not None
     assert of["meng"]["parameters_percent"] > 100 > 5 >= of["paper_additive"]["parameters_percent"] > 4
     assert of["meng"]["gap_closed"] is not None
     page = (tmp_path / "results" / "quality.md").read_text()
