@@ -165,13 +165,13 @@ def noise(batch: int = 1, height: int = 8, width: int = 8) -> dict:
 # Samplers, schedulers, guiders
 
 
-@row("Samplers that ask once at a noise level", 2, 1, SAMPLERS, within=0.1)
+@row("Samplers that ask once at a noise level", 2, 1, SAMPLERS, within=0.25)
 def sampler(agd, base, name):
     denoise = 0.2 if name == "dpm_adaptive" else 1.0  # this one chooses its own number of steps
     return ksampler(agd(base), PROMPTS, sampler=name, steps=3, denoise=denoise)
 
 
-@row("Samplers that ask twice, or go back up", 2, 1, TWICE, within=0.1)
+@row("Samplers that ask twice, or go back up", 2, 1, TWICE, training_free=1.1, within=0.2)
 def sampler_that_asks_twice(agd, base, name):
     return ksampler(agd(base), PROMPTS, sampler=name, steps=12)
 
@@ -475,7 +475,7 @@ for what, without, with_agd, name, needs_both in (
     new = what in ("CFGOverride", "CFGNorm with `pre_cfg`")
     # With evaluations of their own, beside PAG's the prompt's where both are forecast; or with both in every step.
     own = {"PAG": 1 + 2 * SMOOTH + (1 - SMOOTH), "PerpNeg": 3, "SelfAttentionGuidance": 3}
-    own = {**own, "NAGuidance": 2, "Mahiro": 2, "CFGZeroStar": 2}.get(name)
+    own = {**own, "NAGuidance": 2, "Mahiro": 2, "CFGZeroStar": 2, "CFGOverride": 4 / 3}.get(name)
     kind = {"needs_both": needs_both, "since": "0.26.0" if new else None, "training_free": own, "warns": name == "PAG"}
     row(what, without, with_agd, AROUND, **kind)(beside(name))
 
