@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     use_comfyui(cpu=args.device == "cpu")
     from comfyui_agd.benchmarks import frontier_report
     from comfyui_agd.benchmarks.experiment import SampledAt
-    from comfyui_agd.benchmarks.frontier_methods import FRONTIER, QUICK
+    from comfyui_agd.benchmarks.frontier_methods import FRONTIER, QUICK, methods_for
 
     if args.list:
         print("\n".join(f"{name:<20}{method.what}" for name, method in FRONTIER.items()))
@@ -166,14 +166,18 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := sorted(set(args.only or ()) - FRONTIER.keys()):
         sys.exit(f"There is no method {', '.join(unknown)}; --list says which there are.")
     study = made_study(args)
+    there = methods_for(study.experiment)
+    if without := sorted(set(args.only or ()) - there.keys()):
+        sys.exit(f"On {args.base} {', '.join(without)} has no effect: it is for a UNet.")
+    names = args.only or ([name for name in QUICK if name in there] if args.quick else list(there))
     tried = measure_candidates(study, args.quick)
     print(*frontier_report.plain_candidates(tried), sep="\n", flush=True)
     regimes = {USUAL: tried[0], HARDER: harder(tried[1:], study.trained.train_config().omega_max)}
     failed = []
     for regime in [args.regime] if args.regime else regimes:
         at = SampledAt(**regimes[regime]["settings"])
-        failed += measure_all(args.only or (QUICK if args.quick else FRONTIER), partial(measure, study, regime, at))
-    rows = study.experiment.work.rows(f"{regime}-{name}" for regime in regimes for name in FRONTIER)
+        failed += measure_all(names, partial(measure, study, regime, at))
+    rows = study.experiment.work.rows(f"{regime}-{name}" for regime in regimes for name in there)
     print(*frontier_report.plain(rows), sep="\n")
     if args.json:
         write_rows(args.json, rows)

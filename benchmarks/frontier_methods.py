@@ -90,9 +90,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class FrontierMethod:
+    """`of_unets`: whether it has no effect on the toy transformer. ComfyUI's EasyCache has none: the network of SD 3.5
+    doesn't call the wrappers that it needs (DIFFUSION_MODEL)."""
+
     what: str
     group: Group
     settings: tuple[Setting, ...]
+    of_unets: bool = False
 
 
 def on_base(patch: Callable[..., Model], *values: Any, **identity: Any) -> Prepare:
@@ -227,6 +231,7 @@ FRONTIER: dict[str, FrontierMethod] = {
         "ComfyUI's EasyCache on CFG",
         Group.WITHOUT_US,
         easy(on_base, *_THRESHOLDS),
+        of_unets=True,
     ),
     "lazy_cache": FrontierMethod(
         "ComfyUI's LazyCache on CFG",
@@ -305,6 +310,7 @@ FRONTIER: dict[str, FrontierMethod] = {
         "ComfyUI's EasyCache on the adapter",
         Group.ADAPTER_WITH_CACHE,
         easy(on_adapter, *_THRESHOLDS, (10, 0.2), (10, 0.5)),
+        of_unets=True,
     ),
     "ours_lazy_cache": FrontierMethod(
         "ComfyUI's LazyCache on the adapter",
@@ -317,5 +323,12 @@ FRONTIER: dict[str, FrontierMethod] = {
         spectrum(on_adapter, *_SPECTRUM),
     ),
 }
+
+
+def methods_for(experiment: ToyExperiment) -> dict[str, FrontierMethod]:
+    """Those that have an effect on its base."""
+    unet = experiment.model().base.layout == "unet"
+    return {name: method for name, method in FRONTIER.items() if unet or not method.of_unets}
+
 
 QUICK = ("cfg", "ours", "easy_cache", "stale_difference", "ours_easy_cache")

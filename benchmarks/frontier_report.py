@@ -120,7 +120,8 @@ class Report:
         how = "" if self.base.name == "toy" else f" --base {self.base.name}"
         pictures = "/".join(map(str, sorted({row["pictures"] for row in self.rows})))
         parts = "\n\n".join(self._section(regime, name) for regime in self.regimes_measured)
-        methods = "\n".join(f"- `{name}` ({each.group.value}): {each.what}." for name, each in FRONTIER.items())
+        there = [name for name in FRONTIER if any(row["method"] == name for row in self.rows)]
+        methods = "\n".join(f"- `{name}` ({FRONTIER[name].group.value}): {FRONTIER[name].what}." for name in there)
         usual = self.tried[0]
         return f"""# What is worth its evaluations
 

@@ -244,6 +244,13 @@ def test_comfyuis_caches_leave_out_whole_steps_and_at_threshold_0_nothing(parts,
     assert sum(draw(cache(parts.model, 0.5), 12)[1]) < 2 * ROWS * 12
 
 
+def test_comfyuis_easy_cache_is_only_measured_where_it_has_an_effect(tmp_path):
+    flow = Toy.load("toy-dit")
+    assert drawn(flow, step_caches.easy_cache(flow.model, 3.0), 12)[1] == [2 * ROWS] * 12
+    with pytest.raises(SystemExit, match="On toy-dit easy_cache has no effect: it is for a UNet"):
+        frontier.main(["--base", "toy-dit", "--quick", "--only", "cfg", "easy_cache", "--work", str(tmp_path)])
+
+
 def row(method: str, group: Group, evaluations: float, distance: float) -> dict:
     own = {"method": method, "group": group.value, "setting": f"{evaluations:g} steps", "distance_to_cfg": distance}
     return own | {"evaluations": evaluations, "distance_to_cfg_se": 0.01}
