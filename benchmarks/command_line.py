@@ -54,9 +54,14 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder, if it is not found by itself")
 
 
+def matching(names: Sequence[str], asked: Sequence[str]) -> list[int]:
+    """The indices of the names that have one of the texts `asked` in them."""
+    return [i for i, name in enumerate(names) if any(text.lower() in name.lower() for text in asked)]
+
+
 def selected(names: Sequence[str], asked: Sequence[str], what: str) -> list[int]:
-    """The indices of the names that have one of the texts `asked` in them; an error where there are none."""
-    found = [i for i, name in enumerate(names) if any(text.lower() in name.lower() for text in asked)]
+    """As `matching`; an error where there are none."""
+    found = matching(names, asked)
     if not found:
         sys.exit(f"No {what} has {' or '.join(asked)} in its name or section.")
     return found

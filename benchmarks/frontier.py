@@ -18,7 +18,15 @@ from functools import partial
 from pathlib import Path
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.command_line import add_results, add_work, benchmark_parser, measure_all, work_path
+from comfyui_agd.benchmarks.command_line import (
+    add_results,
+    add_toys,
+    add_work,
+    benchmark_parser,
+    measure_all,
+    named_for,
+    work_path,
+)
 from comfyui_agd.benchmarks.machine import made_on
 from comfyui_agd.benchmarks.output import number, results_folder, with_errors, write_page, write_rows
 
@@ -117,7 +125,7 @@ def measure(study, regime: str, at, name: str) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, quick="few methods, few pictures, hardly trained")
-    parser.add_argument("--base", choices=("toy", "toy-dit"), default="toy", help="the base to measure on")
+    add_toys(parser)
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods; default: all")
     parser.add_argument("--regime", choices=(USUAL, HARDER), help="this one; default: both")
     parser.add_argument("--list", action="store_true", help="say which methods there are, and do nothing")
@@ -128,16 +136,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def made_study(args: argparse.Namespace):
+def made_study(args: argparse.Namespace, base: str):
     from comfyui_agd.benchmarks.experiment import QUICK_SIZES, Sizes, ToyExperiment
     from comfyui_agd.benchmarks.frontier_methods import FrontierStudy
     from comfyui_agd.benchmarks.work_folder import WorkFolder
 
-    sizes, suffix = QUICK_SIZES if args.quick else Sizes(), "" if args.base == "toy" else f"-{args.base}"
-    trained = args.trained or work_path(argparse.Namespace(work=None, quick=args.quick), f"quality{suffix}")
+    sizes, trained = QUICK_SIZES if args.quick else Sizes(), argparse.Namespace(work=args.trained, quick=args.quick)
     sampled = dataclasses.replace(sizes, pictures=args.pictures or (sizes.pictures if args.quick else PICTURES))
-    experiment = ToyExperiment(WorkFolder(work_path(args, f"frontier{suffix}")), sampled, args.base)
-    return FrontierStudy(experiment, ToyExperiment(WorkFolder(trained), sizes, args.base))
+    experiment = ToyExperiment(WorkFolder(work_path(args, "frontier", base)), sampled, base)
+    return FrontierStudy(experiment, ToyExperiment(WorkFolder(work_path(trained, "quality", base)), sizes, base))
 
 
 def measure_candidates(study, quick: bool) -> list[dict]:
@@ -153,40 +160,60 @@ def measure_candidates(study, quick: bool) -> list[dict]:
     return [candidate_row(experiment, name, settings) for name, settings in chosen]
 
 
+def names_for(studies: list, args: argparse.Namespace) -> list[list[str]]:
+    """For each base the methods that were asked for and have an effect there; an error where one has none on any."""
+    from comfyui_agd.benchmarks.frontier_methods import FRONTIER, QUICK, methods_for
+
+    asked = args.only or (QUICK if args.quick else FRONTIER)
+    found = [[name for name in asked if name in methods_for(study.experiment)] for study in studies]
+    if without := sorted(set(args.only or ()).difference(*found)):
+        sys.exit(f"On {' and '.join(args.base)} {', '.join(without)} has no effect: it is for a UNet.")
+    return found
+
+
+def measure_base(study, names: list[str], args: argparse.Namespace) -> tuple[list[dict], list[str]]:
+    """The base's rows, of which a page is written, and the methods that failed."""
+    from comfyui_agd.benchmarks import frontier_report
+    from comfyui_agd.benchmarks.experiment import SampledAt
+    from comfyui_agd.benchmarks.frontier_methods import methods_for
+
+    base, failed = study.experiment.base, []
+    tried = measure_candidates(study, args.quick)
+    print(*frontier_report.plain_candidates(tried), sep="\n", flush=True)
+    regimes = {USUAL: tried[0], HARDER: harder(tried[1:], study.trained.train_config().omega_max)}
+    for regime in [args.regime] if args.regime else regimes:
+        at = SampledAt(**regimes[regime]["settings"])
+        failed += [f"{name} on {base.name}" for name in measure_all(names, partial(measure, study, regime, at))]
+    rows = study.experiment.work.rows(
+        f"{regime}-{name}" for regime in regimes for name in methods_for(study.experiment)
+    )
+    print(*frontier_report.plain(rows), sep="\n")
+    if folder := results_folder(args):
+        name = named_for("frontier", base.name)
+        report = frontier_report.Report(rows, tried, regimes, base, made_on(args.device))
+        write_page(folder, name, report.page(name), rows)
+        for regime in report.regimes_measured:
+            report.plot(regime).save(folder / f"{name}-{regime}.png")
+    return rows, failed
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     use_comfyui(cpu=args.device == "cpu")
-    from comfyui_agd.benchmarks import frontier_report
-    from comfyui_agd.benchmarks.experiment import SampledAt
-    from comfyui_agd.benchmarks.frontier_methods import FRONTIER, QUICK, methods_for
+    from comfyui_agd.benchmarks.frontier_methods import FRONTIER
 
     if args.list:
         print("\n".join(f"{name:<20}{method.what}" for name, method in FRONTIER.items()))
         return
     if unknown := sorted(set(args.only or ()) - FRONTIER.keys()):
         sys.exit(f"There is no method {', '.join(unknown)}; --list says which there are.")
-    study = made_study(args)
-    there = methods_for(study.experiment)
-    if without := sorted(set(args.only or ()) - there.keys()):
-        sys.exit(f"On {args.base} {', '.join(without)} has no effect: it is for a UNet.")
-    names = args.only or ([name for name in QUICK if name in there] if args.quick else list(there))
-    tried = measure_candidates(study, args.quick)
-    print(*frontier_report.plain_candidates(tried), sep="\n", flush=True)
-    regimes = {USUAL: tried[0], HARDER: harder(tried[1:], study.trained.train_config().omega_max)}
-    failed = []
-    for regime in [args.regime] if args.regime else regimes:
-        at = SampledAt(**regimes[regime]["settings"])
-        failed += measure_all(names, partial(measure, study, regime, at))
-    rows = study.experiment.work.rows(f"{regime}-{name}" for regime in regimes for name in there)
-    print(*frontier_report.plain(rows), sep="\n")
+    studies = [made_study(args, base) for base in args.base]
+    rows, failed = [], []
+    for study, names in zip(studies, names_for(studies, args), strict=True):
+        found, missing = measure_base(study, names, args)
+        rows, failed = rows + found, failed + missing
     if args.json:
         write_rows(args.json, rows)
-    if folder := results_folder(args):
-        name = "frontier" if args.base == "toy" else f"frontier-{args.base}"
-        report = frontier_report.Report(rows, tried, regimes, study.experiment.base, made_on(args.device))
-        write_page(folder, name, report.page(name), rows)
-        for regime in report.regimes_measured:
-            report.plot(regime).save(folder / f"{name}-{regime}.png")
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}; the same command tries again.")
 

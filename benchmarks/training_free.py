@@ -12,6 +12,7 @@ training_free-toy-dit.md, and .json, which hold every form that the work folder 
 
 import argparse
 import hashlib
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,9 +20,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.command_line import add_results, add_work, benchmark_parser, selected, work_path
+from comfyui_agd.benchmarks.command_line import (
+    add_results,
+    add_toys,
+    add_work,
+    benchmark_parser,
+    matching,
+    named_for,
+    selected,
+    work_path,
+)
 from comfyui_agd.benchmarks.machine import made_on
-from comfyui_agd.benchmarks.output import Figure, columns_of, publish, tables_by_section, with_errors
+from comfyui_agd.benchmarks.output import Figure, columns_of, publish, tables_by_section, with_errors, write_rows
 from comfyui_agd.examples.toy.tables import Column
 
 # s at the `KNOTS` of kinds/scale.py, from the least noise to the most.
@@ -222,12 +232,24 @@ s = 0.35 without the middle of the UNet, was chosen on other captions.
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, quick="a few forms, few pictures: shows that it runs")
-    parser.add_argument("--base", choices=tuple(FORECAST), default="toy", help="the base to measure on")
+    add_toys(parser)
     parser.add_argument("--only", nargs="+", metavar="FORM", help="those whose section or name have one of these")
     parser.add_argument("--pictures", type=int, help="how many for each form, in place of quality.py's")
     add_work(parser, "quality", what="quality.py's")
     add_results(parser, "the page and its .json")
     return parser.parse_args(argv)
+
+
+def measure_base(experiment, forms: list[Form], chosen: list[int]) -> list[dict]:
+    """Measure the chosen forms, into the work folder. Returns the rows of all that are there."""
+    from comfyui_agd.benchmarks.work_folder import WorkFolder
+
+    kept = WorkFolder(experiment.work.folder / "training-free")
+    for i in chosen:
+        row = measure(experiment, forms[i])
+        kept.save_rows(f"{i:02d}", [row])
+        print(f"{forms[i].section}: {forms[i].name}: {row['prompt_accuracy']:.4f}", flush=True)
+    return kept.rows()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -236,18 +258,21 @@ def main(argv: list[str] | None = None) -> None:
     from comfyui_agd.benchmarks.experiment import QUICK_SIZES, Sizes, ToyExperiment
     from comfyui_agd.benchmarks.work_folder import WorkFolder
 
-    sizes, suffix = QUICK_SIZES if args.quick else Sizes(), "" if args.base == "toy" else f"-{args.base}"
+    sizes = QUICK_SIZES if args.quick else Sizes()
     sizes = replace(sizes, pictures=args.pictures or sizes.pictures)
-    experiment = ToyExperiment(WorkFolder(work_path(args, f"quality{suffix}")), sizes, args.base)
-    kept = WorkFolder(experiment.work.folder / "training-free")
-    forms = forms_of(experiment)
+    experiments = [ToyExperiment(WorkFolder(work_path(args, "quality", base)), sizes, base) for base in args.base]
     asked = args.only or (["second pass", "NAG", "20 steps: training-free"] if args.quick else [""])
-    for i in selected([f"{form.section} {form.name}" for form in forms], asked, "form"):
-        row = measure(experiment, forms[i])
-        kept.save_rows(f"{i:02d}", [row])
-        print(f"{forms[i].section}: {forms[i].name}: {row['prompt_accuracy']:.4f}", flush=True)
-    rows = kept.rows()
-    publish(args, f"training_free{suffix}", page(rows, experiment, made_on(args.device)), rows)
+    forms = [forms_of(experiment) for experiment in experiments]
+    names = [[f"{form.section} {form.name}" for form in own] for own in forms]
+    selected(list(itertools.chain(*names)), asked, "form")
+    rows: list[dict] = []
+    for experiment, own, named in zip(experiments, forms, names, strict=True):
+        found = measure_base(experiment, own, matching(named, asked))
+        rows += found
+        text = page(found, experiment, made_on(args.device))
+        publish(args, named_for("training_free", experiment.base.name), text, found)
+    if args.json:
+        write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -291,7 +291,17 @@ def test_settings_of_a_method_have_files_of_their_own():
 @pytest.mark.slow
 def test_one_command_makes_the_tables_and_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr("comfyui_agd.examples.toy.scoring.REFERENCE_IMAGES", 256)
-    how = ["--quick", "--pictures", "4", "--work", str(tmp_path / "work"), "--trained", str(tmp_path / "trained")]
+    how = [
+        "--quick",
+        "--base",
+        "toy",
+        "--pictures",
+        "4",
+        "--work",
+        str(tmp_path / "work"),
+        "--trained",
+        str(tmp_path / "trained"),
+    ]
     how += ["--results", str(tmp_path / "results"), "--json", str(tmp_path / "rows.json")]
     frontier.main([*how, "--only", "cfg", "stale_difference"])
     rows = json.loads((tmp_path / "rows.json").read_text())

@@ -366,7 +366,7 @@ def test_a_lora_of_a_small_change_is_that_change(name):
 
 
 def test_the_forms_of_training_free_guidance_are_compared_with_cfg(tmp_path, capsys):
-    how = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "rows.json")]
+    how = ["--quick", "--base", "toy", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "rows.json")]
     training_free.main([*how, "--only", "second pass", "outer sites"])
     training_free.main([*how, "--only", "s = 0.35 at the deep", "euler, normal, 20 steps: training-free"])
     # The rows before are still there.
@@ -374,7 +374,7 @@ def test_the_forms_of_training_free_guidance_are_compared_with_cfg(tmp_path, cap
     in_attention = ["s = 0.35 at the outer sites only", "s = 0.35 at the deep sites only"]
     assert list(rows) == ["unguided", "CFG", *in_attention, "euler, normal, 20 steps: training-free"]
     *fixed, per_step = (row["evaluations_per_step"] for row in rows.values())
-    assert (fixed, 1 < per_step < 1.6) == ([1, 2, 1, 1], True)
+    assert (fixed, 0.8 < per_step < 1.4) == ([1, 2, 1, 1], True)
     unguided, cfg, *in_attention, forecast = (row["share_of_lead"] for row in rows.values())
     assert (unguided, cfg) == (0, 1)
     assert forecast > max(in_attention)
