@@ -273,13 +273,9 @@ def test_the_harder_regime_is_where_half_the_steps_are_furthest_off_and_cfg_stil
         distances = {"distance_to_cfg_20": steps, "distance_to_cfg_10": halved}
         return {"regime": name, "settings": {"omega": omega}, "prompt_accuracy": accuracy, **distances}
 
-    rows = [
-        candidate("a", 0.2, 1.0),
-        candidate("b", 0.5, 0.95),
-        candidate("c", 0.9, 0.4),
-        candidate("d", 1.5, 1.0, 0.6),
-    ]
-    assert frontier.harder(rows)["regime"] == "b"
+    rows = [candidate("a", 0.2, 1.0), candidate("b", 0.5, 0.95), candidate("inaccurate", 0.9, 0.4)]
+    rows += [candidate("far", 1.5, 1.0, steps=0.6), candidate("not trained for", 0.8, 1.0, omega=8.0)]
+    assert frontier.harder(rows, highest_omega=6.0)["regime"] == "b"
 
 
 def test_settings_of_a_method_have_files_of_their_own():
