@@ -28,8 +28,8 @@ class AGDAdapterLoader(io.ComfyNode):
                     options=[TRAINING_FREE, *adapter_names()],
                     tooltip=(
                         "An adapter file from models/agd: one model call per step; AGD Train makes one from your own "
-                        "checkpoint. 'training-free' needs no file and works on any model: about one call per step at "
-                        "20 steps, nearly two with few steps or samplers that add noise. On two small test models it "
+                        "checkpoint. 'training-free' needs no file and works on any model: 1 to 1.4 calls per step at "
+                        "20 steps, two with few steps or samplers that add noise. On two small test models it "
                         "was nearer to CFG's pictures than CFG with as many calls. 'attention-guidance' needs no file "
                         "either, on UNets, but gives only a part of the guidance; above cfg 2 it may be further from "
                         "CFG than no guidance."
