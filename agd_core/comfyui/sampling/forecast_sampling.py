@@ -19,7 +19,7 @@ from .forecast_history import ForecastHistory
 from .guider import CfgOverride, as_scale, name_of_guider
 from .messages import Notify
 from .post_cfg_watch import PostCfgCall, post_cfg_functions, unwatch_post_cfg, watch_post_cfg
-from .restarts import PendingRestart, RestartEvaluatingBoth
+from .restarts import PendingRestart, RestartWithoutForecasts
 from .schedule import SigmaSpan
 from .settings import GuidanceSettings
 from .shared_by_deepcopy import SharedByDeepcopy
@@ -162,14 +162,14 @@ class ForecastSampling(SharedByDeepcopy):
     def _on_uncond_use(self, call: PostCfgCall) -> None:
         """Another node uses both predictions, or their difference, for which a forecast may not be good enough."""
         self.notify(messages.needs_both_in_every_step(node_name(call.function, self.sampler)))
-        self.restart.request(RestartEvaluatingBoth)
+        self.restart.request(RestartWithoutForecasts)
 
     def _evaluate_whole(self, request: _PairRequest) -> list[torch.Tensor]:
         """Both, by all of the model's blocks."""
         predictions = self._evaluate(request, True, False)
         if self.blocks.were_left_out():
             self.notify(messages.STEP_CACHE)
-            self.restart.request(RestartEvaluatingBoth)
+            self.restart.request(RestartWithoutForecasts)
         return predictions
 
     def _evaluate(self, request: _PairRequest, *which: bool) -> list[torch.Tensor]:
@@ -195,7 +195,7 @@ class ForecastSampling(SharedByDeepcopy):
             request.predictions[0].copy_(self._evaluate(request, True)[0])
             return
         self.notify(messages.compares_with_own_evaluations(name))
-        self.restart.request(RestartEvaluatingBoth)
+        self.restart.request(RestartWithoutForecasts)
 
     def _report_evaluations(self) -> None:
         if self.steps and self.evaluated >= _MOST * self.steps:

@@ -40,11 +40,7 @@ class RestartMerged(RestartSampling):
 
 
 class RestartWithoutForecasts(RestartSampling):
-    """Another node needs predictions that were evaluated, in every step."""
-
-
-class RestartEvaluatingBoth(RestartSampling):
-    """A training-free sampling has to evaluate both predictions in every step."""
+    """Every step has to be evaluated, for another node compares with its predictions or leaves evaluations out."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from .conditions import copy_conditions
 from .evaluated_blocks import recorded_blocks
 from .forecast_sampling import ForecastSampling
 from .messages import Notify, log_warning, without_repeats
-from .restarts import RestartEvaluatingBoth
+from .restarts import RestartWithoutForecasts
 from .settings import GuidanceSettings
 from .shared_by_deepcopy import SharedByDeepcopy
 from .uncond_consumers import EVALUATES_BOTH, node_name
@@ -52,7 +52,7 @@ class TrainingFreeGuidance(SharedByDeepcopy):
                 with recorded_blocks(model.model.diffusion_model, sampling.blocks, guider.model_options):
                     sampled = executor(noise, latent_image, sampler, *args, **kwargs)
                 sampling.finish()
-            except RestartEvaluatingBoth:
+            except RestartWithoutForecasts:
                 evaluate_both = True
                 guider.conds, conds = conds, copy_conditions(conds)  # ComfyUI has processed them
             else:
