@@ -59,7 +59,9 @@ def test_a_model_that_breaks_into_several_graphs_runs_uncompiled_and_says_so(tmp
     # Each patched MODEL finds out once, at the first step of its first sampling.
     finds_out = {"an adapter", "another adapter", "an adapter in the weights", "the loader after the compile node"}
     finds_out |= PAPERS
-    assert costs(report) == {name: COSTS[name] + (1 / TRAINING_FREE_STEPS if name in finds_out else 0) for name in cases}
+    assert costs(report) == {
+        name: COSTS[name] + (1 / TRAINING_FREE_STEPS if name in finds_out else 0) for name in cases
+    }
     broken = [message for message in report["said"] if message != UNSEEN]
     assert len(broken) == len(finds_out.intersection(cases))
     assert len(report["said"]) == len(broken) + ("a low_rank adapter" in cases)
