@@ -37,10 +37,10 @@ from comfyui_agd.benchmarks.output import (
     columns_of,
     number,
     over_trainings,
+    publish_page,
     results_folder,
     tables_by_section,
     with_errors,
-    write_page,
     write_rows,
 )
 from comfyui_agd.examples.toy.tables import Column, markdown_table
@@ -412,15 +412,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def publish(args: argparse.Namespace, experiments, rows: list[dict]) -> None:
     """A page for each base that there are rows of, and the one of both."""
-    folder, made = results_folder(args), made_on(args.device)
+    made = made_on(args.device)
     for experiment in experiments:
         name = experiment.base.name
         if own := [row for row in rows if row["model"] == name]:
-            print(text := page(own, experiment, made))
-            if folder:
-                write_page(folder, named_for("ablation", name), text, own)
+            publish_page(args, named_for("ablation", name), page(own, experiment, made), own)
     print(text := bases_page(rows, experiments, made))
-    if folder:
+    if folder := results_folder(args):
         (folder / "ablation-bases.md").write_text(text)
     if args.json:
         write_rows(args.json, rows)

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 TOYS = ("toy", "toy-dit")  # the trained bases: `BASES` of examples/toy, which needs ComfyUI
@@ -64,6 +64,24 @@ def selected(names: Sequence[str], asked: Sequence[str], what: str) -> list[int]
     found = matching(names, asked)
     if not found:
         sys.exit(f"No {what} has {' or '.join(asked)} in its name or section.")
+    return found
+
+
+def check_known(asked: Sequence[str] | None, known: Collection[str]) -> None:
+    """An error where a method that is asked for is none."""
+    if unknown := sorted(set(asked or ()).difference(known)):
+        sys.exit(f"There is no method {', '.join(unknown)}; --list says which there are.")
+
+
+def methods_on(
+    there: dict[str, Collection[str]], asked: Sequence[str] | None, usual: Iterable[str], refusal: str
+) -> dict[str, list[str]]:
+    """By the base's name, those of the methods `asked` for, or else the `usual` ones, that are `there`. Where one that
+    is asked for is on no base, an error: `refusal` with {bases} and {methods}."""
+    wanted = asked or list(usual)
+    found = {base: [name for name in wanted if name in own] for base, own in there.items()}
+    if without := sorted(set(asked or ()).difference(*found.values())):
+        sys.exit(refusal.format(bases=" and ".join(found), methods=", ".join(without)))
     return found
 
 

@@ -398,16 +398,10 @@ class ToyExperiment:
         """
         if at.adds_noise:
             return None, None
-        base, true = (
-            base or PreparedMethod(self.parts.model, {"sampling": {}}),
-            dataclasses.replace(at, steps=TRUE_STEPS),
-        )
-        guided, unguided = (
-            self.samples(
-                f"{name}{way}", base, dataclasses.replace(true, omega=omega), count=self.sizes.compared
-            ).latents
-            for way, omega in (("cfg", at.omega), ("unguided", 1.0))
-        )
+        base = base or PreparedMethod(self.parts.model, {"sampling": {}})
+        true, count = dataclasses.replace(at, steps=TRUE_STEPS), self.sizes.compared
+        guided = self.samples(f"{name}cfg", base, true, count=count).latents
+        unguided = self.samples(f"{name}unguided", base, dataclasses.replace(true, omega=1.0), count=count).latents
         return metrics.relative_distance(own.latents[: len(guided)], guided, unguided)
 
     # Negative prompts.

@@ -29,15 +29,7 @@ from comfyui_agd.benchmarks.command_line import (
     work_path,
 )
 from comfyui_agd.benchmarks.machine import made_on
-from comfyui_agd.benchmarks.output import (
-    Figure,
-    columns_of,
-    results_folder,
-    tables_by_section,
-    with_errors,
-    write_page,
-    write_rows,
-)
+from comfyui_agd.benchmarks.output import Figure, columns_of, publish_page, tables_by_section, with_errors, write_rows
 from comfyui_agd.examples.toy.tables import Column
 
 OMEGAS = (1.5, 2.0, 3.0, 5.0, 6.0, 8.0, 12.0)
@@ -376,13 +368,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.adapter not in METHODS:
         sys.exit(f"There is no method {args.adapter}; benchmarks/quality.py --list says which there are.")
     sizes = QUICK_SIZES if args.quick else Sizes()
-    sizes, folder, rows = replace(sizes, pictures=args.pictures or sizes.pictures), results_folder(args), []
+    sizes, rows = replace(sizes, pictures=args.pictures or sizes.pictures), []
     for base in args.base:
         experiment = ToyExperiment(WorkFolder(work_path(args, "quality", base)), sizes, base)
         own = measure(experiment, args)
-        print(text := page(own, experiment, args.adapter, made_on(args.device)))
-        if folder:
-            write_page(folder, named_for("extrapolation", base), text, own)
+        text = page(own, experiment, args.adapter, made_on(args.device))
+        publish_page(args, named_for("extrapolation", base), text, own)
         rows += own
     if args.json:
         write_rows(args.json, rows)

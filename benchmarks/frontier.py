@@ -23,7 +23,9 @@ from comfyui_agd.benchmarks.command_line import (
     add_toys,
     add_work,
     benchmark_parser,
+    check_known,
     measure_all,
+    methods_on,
     named_for,
     work_path,
 )
@@ -32,7 +34,6 @@ from comfyui_agd.benchmarks.output import number, results_folder, with_errors, w
 
 USUAL, HARDER = "usual", "harder"
 PICTURES, CANDIDATE_PICTURES = 256, 16
-_HALVED, _FEW = 10, 5  # steps of the CFG that a candidate for the harder regime is judged by
 
 
 def candidates(omega: float, scheduler: str) -> dict[str, dict]:
@@ -78,14 +79,14 @@ class FrontierMeasurement:
 def candidate_row(experiment, regime: str, settings: dict) -> dict:
     """How far CFG with few steps is from CFG with 50, in a candidate for the harder regime."""
     from comfyui_agd.benchmarks.experiment import TRUE_STEPS, SampledAt
-    from comfyui_agd.examples.toy.sampling import STEPS
+    from comfyui_agd.benchmarks.frontier_report import CANDIDATE_STEPS
 
     measurement = FrontierMeasurement(experiment, regime, SampledAt(**settings))
-    rows = {steps: measurement.row("cfg", measurement.cfg, steps) for steps in (TRUE_STEPS, STEPS, _HALVED, _FEW)}
+    rows = {steps: measurement.row("cfg", measurement.cfg, steps) for steps in (TRUE_STEPS, *CANDIDATE_STEPS)}
     keys = ("distance_to_cfg", "frechet_above_cfg")
     by_steps = {
         f"{key}_{steps}{error}": rows[steps][key + error]
-        for steps in (STEPS, _HALVED, _FEW)
+        for steps in CANDIDATE_STEPS
         for key in keys
         for error in ("", "_se")
     }
@@ -96,13 +97,13 @@ def candidate_row(experiment, regime: str, settings: dict) -> dict:
 def harder(rows: list[dict], highest_omega: float) -> dict:
     """The candidate in which CFG with half the steps is furthest from CFG, of those where CFG with all of them is good
     and near, up to the highest omega that adapters are trained for."""
-    from comfyui_agd.benchmarks.frontier_report import FURTHEST_AT_ALL_STEPS, LEAST_ACCURACY
-    from comfyui_agd.examples.toy.sampling import STEPS
+    from comfyui_agd.benchmarks.frontier_report import CANDIDATE_STEPS, FURTHEST_AT_ALL_STEPS, LEAST_ACCURACY
 
+    all_steps, half, _ = CANDIDATE_STEPS
     trained = [row for row in rows if row["settings"]["omega"] <= highest_omega]
     good = [row for row in trained if row["prompt_accuracy"] >= LEAST_ACCURACY]
-    near = [row for row in good if row[f"distance_to_cfg_{STEPS}"] <= FURTHEST_AT_ALL_STEPS]
-    return max(near or trained, key=lambda row: row[f"distance_to_cfg_{_HALVED}"])
+    near = [row for row in good if row[f"distance_to_cfg_{all_steps}"] <= FURTHEST_AT_ALL_STEPS]
+    return max(near or trained, key=lambda row: row[f"distance_to_cfg_{half}"])
 
 
 def measure(study, regime: str, at, name: str) -> None:
@@ -160,17 +161,6 @@ def measure_candidates(study, quick: bool) -> list[dict]:
     return [candidate_row(experiment, name, settings) for name, settings in chosen]
 
 
-def names_for(studies: list, args: argparse.Namespace) -> list[list[str]]:
-    """For each base the methods that were asked for and have an effect there; an error where one has none on any."""
-    from comfyui_agd.benchmarks.frontier_methods import FRONTIER, QUICK, methods_for
-
-    asked = args.only or (QUICK if args.quick else FRONTIER)
-    found = [[name for name in asked if name in methods_for(study.experiment)] for study in studies]
-    if without := sorted(set(args.only or ()).difference(*found)):
-        sys.exit(f"On {' and '.join(args.base)} {', '.join(without)} has no effect: it is for a UNet.")
-    return found
-
-
 def measure_base(study, names: list[str], args: argparse.Namespace) -> tuple[list[dict], list[str]]:
     """The base's rows, of which a page is written, and the methods that failed."""
     from comfyui_agd.benchmarks import frontier_report
@@ -200,17 +190,19 @@ def measure_base(study, names: list[str], args: argparse.Namespace) -> tuple[lis
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     use_comfyui(cpu=args.device == "cpu")
-    from comfyui_agd.benchmarks.frontier_methods import FRONTIER
+    from comfyui_agd.benchmarks.frontier_methods import FRONTIER, QUICK, methods_for
 
     if args.list:
         print("\n".join(f"{name:<20}{method.what}" for name, method in FRONTIER.items()))
         return
-    if unknown := sorted(set(args.only or ()) - FRONTIER.keys()):
-        sys.exit(f"There is no method {', '.join(unknown)}; --list says which there are.")
-    studies = [made_study(args, base) for base in args.base]
+    check_known(args.only, FRONTIER)
+    studies = {base: made_study(args, base) for base in args.base}
+    there = {base: methods_for(study.experiment) for base, study in studies.items()}
+    refusal = "On {bases} {methods} has no effect: it is for a UNet."
+    wanted = methods_on(there, args.only, QUICK if args.quick else FRONTIER, refusal)
     rows, failed = [], []
-    for study, names in zip(studies, names_for(studies, args), strict=True):
-        found, missing = measure_base(study, names, args)
+    for base, study in studies.items():
+        found, missing = measure_base(study, wanted[base], args)
         rows, failed = rows + found, failed + missing
     if args.json:
         write_rows(args.json, rows)

@@ -49,6 +49,14 @@ class FrontierStudy:
         """One of `METHODS`, trained if it is missing."""
         return METHODS[name].prepare(self.trained, name)
 
+    @functools.cache  # noqa: B019
+    def forecasting(self, name: str) -> PreparedMethod:
+        """The same as AGD Adapter Loader has it with `forecast`."""
+        adapter = self.adapter(name)
+        info, weights = adapter_file.load_weights(adapter.file)
+        model = apply_adapter(self._base, info, weights, GuidanceSettings(forecast=True), source=adapter.file.name)
+        return PreparedMethod(model, adapter.identity | {"forecast": [TOLERANCE, MOST_IN_A_ROW]})
+
     def linear_weights(self, at: SampledAt) -> Sequence[torch.Tensor]:
         """LinearAG's, fitted to one batch of CFG's samplings in this setting, of captions that the training had."""
         rows = min(BATCH, 4 * self.experiment.sizes.pictures)
@@ -124,16 +132,8 @@ def on_adapter(patch: Callable[..., Model], *values: Any, **identity: Any) -> Pr
 
 
 def forecasting(name: str) -> Prepare:
-    """An adapter of `quality.py` as AGD Adapter Loader has it with `forecast`."""
-
-    def prepare(study: FrontierStudy, at: SampledAt) -> PreparedMethod:
-        adapter = study.adapter(name)
-        info, weights = adapter_file.load_weights(adapter.file)
-        base, settings = study.experiment.parts.model, GuidanceSettings(forecast=True)
-        model = apply_adapter(base, info, weights, settings, source=adapter.file.name)
-        return PreparedMethod(model, adapter.identity | {"forecast": [TOLERANCE, MOST_IN_A_ROW]})
-
-    return prepare
+    """An adapter of `quality.py`, with `forecast`."""
+    return lambda study, at: study.forecasting(name)
 
 
 def at_steps(prepare: Prepare, *counts: int) -> tuple[Setting, ...]:

@@ -1,12 +1,12 @@
 """The page and the plots of `frontier.py`, and what they conclude from its rows."""
 
-import colorsys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, groupby
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from comfyui_agd.benchmarks.colour_key import colour, with_key
 from comfyui_agd.benchmarks.experiment import TRUE_STEPS
 from comfyui_agd.benchmarks.frontier_methods import FRONTIER, Group
 from comfyui_agd.benchmarks.output import Figure, columns_of
@@ -27,6 +27,7 @@ _FIGURES = (
     Figure("above CFG's", "frechet_above_cfg", 1, 1),
 )
 LEVELS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # distances at which evaluations are compared
+CANDIDATE_STEPS = (STEPS, STEPS // 2, STEPS // 4)  # of the CFG that candidates for the harder regime are judged by
 # In the harder regime CFG's pictures at 50 steps must still show what is asked for, and those at 20 be no further away.
 LEAST_ACCURACY, FURTHEST_AT_ALL_STEPS = 0.9, 0.4
 _OURS = (Group.ADAPTER.value, Group.ADAPTER_WITH_CACHE.value)
@@ -84,11 +85,10 @@ def plain(rows: list[dict]) -> Iterator[str]:
     return console_table(_CONSOLE, rows)
 
 
-def _candidate_columns(width: int = 0) -> list[Column]:
-    steps = (20, 10, 5)
+def _candidate_columns() -> list[Column]:
     figures = [
-        *(Figure(f"distance, {count} steps", f"distance_to_cfg_{count}", 1, 3) for count in steps),
-        *(Figure(f"Fréchet, {count} steps", f"frechet_above_cfg_{count}", 1, 1) for count in steps),
+        *(Figure(f"distance, {count} steps", f"distance_to_cfg_{count}", 1, 3) for count in CANDIDATE_STEPS),
+        *(Figure(f"Fréchet, {count} steps", f"frechet_above_cfg_{count}", 1, 1) for count in CANDIDATE_STEPS),
     ]
     first = [
         Column("candidate", lambda row: row["regime"], -20),
@@ -117,7 +117,6 @@ class Report:
 
     def page(self, name: str) -> str:
         """The page whose files have this name."""
-        how = "" if self.base.name == "toy" else f" --base {self.base.name}"
         pictures = "/".join(map(str, sorted({row["pictures"] for row in self.rows})))
         parts = "\n\n".join(self._section(regime, name) for regime in self.regimes_measured)
         there = [name for name in FRONTIER if any(row["method"] == name for row in self.rows)]
@@ -125,7 +124,7 @@ class Report:
         usual = self.tried[0]
         return f"""# What is worth its evaluations
 
-`python benchmarks/frontier.py{how}`, {self.made}. {_title(self.base)}, {pictures} pictures per row.
+`python benchmarks/frontier.py --base {self.base.name}`, {self.made}. {_title(self.base)}, {pictures} pictures per row.
 Written by the command; each value with its standard error.
 
 ## The regimes
@@ -192,13 +191,14 @@ Each cache and each sparse guidance, against the adapter at a distance no larger
         colours = _colours([name for name in FRONTIER if any(row["method"] == name for row in rows)])
         title = f"{_title(self.base)}, {regime} regime: distance to CFG with {TRUE_STEPS} steps"
         diagram = Diagram(title, 0, _PLOTTED_UP_TO, 0.0, _FURTHEST, "evaluations per picture", _PLOT_SIZE)
-        for name, colour in colours.items():
+        for name, shade in colours.items():
             own = [row for row in rows if row["method"] == name]
             width = 1 if FRONTIER[name].group is Group.WITHOUT_US else 4
-            diagram.curve([_point(row) for row in non_dominated(own)], colour, width=width)
-            diagram.dots([_point(row) for row in own], colour)
+            diagram.curve([_point(row) for row in non_dominated(own)], shade, width=width)
+            diagram.dots([_point(row) for row in own], shade)
         diagram.ring([_point(row) for row in non_dominated(rows)])
-        return _with_key(diagram.image, colours)
+        named = {f"{name} ({FRONTIER[name].group.value})": shade for name, shade in colours.items()}
+        return with_key(diagram.image, named, _KEY_COLUMNS)
 
 
 def _point(row: dict) -> tuple[float, float]:
@@ -284,29 +284,10 @@ def _against_adapter(rows: list[dict]) -> str:
 def _colours(names: Sequence[str]) -> dict[str, str]:
     """CFG black, what others have in all hues, ours in strong blues and reds."""
     others = [name for name in names if FRONTIER[name].group is Group.WITHOUT_US]
-    found = {name: _colour(i / len(others), (0.85, 0.5)[i % 2]) for i, name in enumerate(others)}
+    found = {name: colour(i / len(others), 0.75, (0.85, 0.5)[i % 2]) for i, name in enumerate(others)}
     for group, colours in _COLOURS.items():
         found |= dict(zip((name for name in names if FRONTIER[name].group is group), cycle(colours), strict=False))
     return {name: found[name] for name in names}
-
-
-def _colour(hue: float, brightness: float) -> str:
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.75, brightness)
-    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
-
-
-def _with_key(diagram: Image.Image, colours: dict[str, str]) -> Image.Image:
-    """The diagram with the names of its lines below."""
-    lines = -(-len(colours) // _KEY_COLUMNS)
-    image = Image.new("RGB", (diagram.width, diagram.height + 26 * lines + 20), "white")
-    image.paste(diagram, (0, 0))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
-    for i, (name, colour) in enumerate(colours.items()):
-        x = 80 + i % _KEY_COLUMNS * (diagram.width - 100) // _KEY_COLUMNS
-        y = diagram.height + 10 + 26 * (i // _KEY_COLUMNS)
-        draw.rectangle([x, y, x + 14, y + 14], fill=colour)
-        draw.text((x + 24, y + 7), f"{name} ({FRONTIER[name].group.value})", fill="#222222", font=font, anchor="lm")
-    return image
 
 
 _ABOUT = f"""## What is measured

@@ -86,11 +86,16 @@ def write_page(folder: Path, name: str, page: str, rows: list[dict]) -> None:
     write_rows(folder / f"{name}.json", rows)
 
 
-def publish(args: argparse.Namespace, name: str, page: str, rows: list[dict]) -> None:
-    """Print the page, and write what a command's `results`, `quick` and `json` ask for."""
+def publish_page(args: argparse.Namespace, name: str, page: str, rows: list[dict]) -> None:
+    """Print the page, and write it where a command's `results` and `quick` say."""
     print(page)
     if folder := results_folder(args):
         write_page(folder, name, page, rows)
+
+
+def publish(args: argparse.Namespace, name: str, page: str, rows: list[dict]) -> None:
+    """The only page of a command, and what its `json` asks for."""
+    publish_page(args, name, page, rows)
     if args.json:
         write_rows(args.json, rows)
 

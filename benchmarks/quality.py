@@ -22,7 +22,9 @@ from comfyui_agd.benchmarks.command_line import (
     add_trainings,
     add_work,
     benchmark_parser,
+    check_known,
     measure_all,
+    methods_on,
     named_for,
     work_path,
 )
@@ -173,19 +175,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def methods_on(experiments, asked, quick: bool) -> dict[str, list[str]]:
-    """By the base's name, those of `asked` methods that have a place there; an error where one has none on any."""
-    from comfyui_agd.benchmarks.methods import METHODS, QUICK, methods_for
-
-    if unknown := sorted(set(asked or ()) - METHODS.keys()):
-        sys.exit(f"There is no method {', '.join(unknown)}; --list says which there are.")
-    wanted = asked or (QUICK if quick else METHODS)
-    found = {each.base.name: [name for name in wanted if name in methods_for(each)] for each in experiments}
-    if without := sorted(set(asked or ()).difference(*found.values())):
-        sys.exit(f"On {' and '.join(found)} there is no {', '.join(without)}: it is for a UNet.")
-    return found
-
-
 def write_results(experiment, args: argparse.Namespace) -> list[dict]:
     """The page of a base, with its plot, and all its rows."""
     from comfyui_agd.benchmarks import report
@@ -204,16 +193,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     use_comfyui(cpu=args.device == "cpu")
     from comfyui_agd.benchmarks.experiment import QUICK_SIZES, Sizes, ToyExperiment
-    from comfyui_agd.benchmarks.methods import METHODS
+    from comfyui_agd.benchmarks.methods import METHODS, QUICK, methods_for
     from comfyui_agd.benchmarks.work_folder import WorkFolder
 
     if args.list:
         print("\n".join(f"{name:<24}{method.what}" for name, method in METHODS.items()))
         return
+    check_known(args.only, METHODS)
     given = {key: getattr(args, key) for key in _SIZES if getattr(args, key) is not None}
     sizes = dataclasses.replace(QUICK_SIZES if args.quick else Sizes(), **given)
     experiments = [ToyExperiment(WorkFolder(work_path(args, "quality", base)), sizes, base) for base in args.base]
-    wanted, failed, rows = methods_on(experiments, args.only, args.quick), [], []
+    there = {experiment.base.name: methods_for(experiment) for experiment in experiments}
+    refusal = "On {bases} there is no {methods}: it is for a UNet."
+    wanted = methods_on(there, args.only, QUICK if args.quick else METHODS, refusal)
+    failed, rows = [], []
     for experiment in experiments:
         own = functools.partial(measure, experiment, trainings=args.trainings)
         failed += [f"{name} on {experiment.base.name}" for name in measure_all(wanted[experiment.base.name], own)]

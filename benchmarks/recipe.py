@@ -24,7 +24,15 @@ import time
 from dataclasses import dataclass, field
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.command_line import add_results, add_work, benchmark_parser, selected, work_path
+from comfyui_agd.benchmarks.command_line import (
+    TOYS,
+    add_results,
+    add_work,
+    benchmark_parser,
+    named_for,
+    selected,
+    work_path,
+)
 from comfyui_agd.benchmarks.machine import made_on
 from comfyui_agd.benchmarks.output import publish, results_folder
 from comfyui_agd.examples.toy.tables import Column, markdown_table
@@ -92,10 +100,9 @@ class Bench:
 
     def adapter_settings(self, kind: str) -> dict:
         """As the trainer has them, with the largest size within the budget."""
-        from comfyui_agd.benchmarks.methods import BUDGET, IN_TRANSFORMERS, OURS, sized, widest
+        from comfyui_agd.benchmarks.methods import BUDGET, settings_in, sized, widest
 
-        in_transformer = IN_TRANSFORMERS if self.model.base.layout == "transformer" else {}
-        settings = OURS | in_transformer if kind == "default" else {"kind": kind}
+        settings = settings_in(self.model.base.layout) if kind == "default" else {"kind": kind}
         return sized(settings, widest(self.experiment, settings, BUDGET))
 
     @functools.cached_property
@@ -300,8 +307,7 @@ def reached(rows: list[dict]) -> list[str]:
 
 def page(rows: list[dict], base, share: float, made: str) -> str:
     """`share`: of the full size."""
-    name, how = ("recipe", "") if base.name == "toy" else (f"recipe-{base.name}", f" --base {base.name}")
-    how += f" --share {share:g}" if share != 1 else ""
+    how = f" --base {base.name}" + (f" --share {share:g}" if share != 1 else "")
     captions = round(share * CAPTIONS)
     omegas = " / ".join(rows[0]["gap_closed_by_omega"])
     without = "" if base.name == "toy" else _WITHOUT_THEIRS
@@ -318,7 +324,7 @@ are without storing trajectories and trying learning rates.
 
 {text}
 
-![gap closed against teacher evaluations]({name}.png)
+![gap closed against teacher evaluations]({named_for("recipe", base.name)}.png)
 
 **paper**: the recipe of the paper's authors, as their code has it ([authors_recipe.py](../authors_recipe.py)), at
 1/{8 / share:g} of its size: {captions} of 500 captions. Their trajectories of 1000 DDPM steps are stored in fp16
@@ -357,7 +363,7 @@ def plot(rows: list[dict]):
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, quick="a thirtieth of the size: shows that it runs")
-    parser.add_argument("--base", choices=("toy", "toy-dit"), default="toy", help="the base to distil")
+    parser.add_argument("--base", choices=TOYS, default=TOYS[0], help="the base to distil")
     parser.add_argument("--share", type=float, default=1.0, help="of the size; what is kept is of one share")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="those whose recipe, adapter and name have this")
     add_work(parser, "recipe")
@@ -371,8 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     from comfyui_agd.benchmarks.experiment import Sizes, ToyExperiment
     from comfyui_agd.benchmarks.work_folder import WorkFolder
 
-    name = "recipe" if args.base == "toy" else f"recipe-{args.base}"
-    experiment = ToyExperiment(WorkFolder(work_path(args, name)), Sizes(), args.base)
+    name = named_for("recipe", args.base)
+    experiment = ToyExperiment(WorkFolder(work_path(args, "recipe", args.base)), Sizes(), args.base)
     share = _QUICK if args.quick else args.share
     bench = Bench(experiment, share, held_out=4 if args.quick else HELD_OUT)
     known = variants(bench.model.base.layout)

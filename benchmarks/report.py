@@ -1,12 +1,12 @@
 """The tables, the page and the plot of `quality.py`, from its rows."""
 
-import colorsys
 import math
 from collections.abc import Iterable, Iterator
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from comfyui_agd.benchmarks import metrics
+from comfyui_agd.benchmarks.colour_key import colour, with_key
 from comfyui_agd.benchmarks.command_line import named_for
 from comfyui_agd.benchmarks.experiment import BLOCKS, BUDGETS, REUSE, TRAINING_BATCH, TRUE_STEPS, Sizes
 from comfyui_agd.benchmarks.methods import AUTHORS_RATE, BUDGET, METHODS
@@ -57,7 +57,7 @@ _PLOTTED = (
     *("training_free", "attention_guidance", "nag", "calibrated", "ours", "ours_longer"),
 )
 _NAMED = 3  # of the rows that are better than another
-_SHORT_LINE = 12  # pixels of a colour in the plot's key
+_KEY_COLUMNS = 5
 
 
 def in_order(rows: list[dict]) -> list[dict]:
@@ -272,24 +272,9 @@ def plot(rows: list[dict], best_omega: float) -> Image.Image:
     """Prompt accuracy and Fréchet distance against evaluations per picture, of the main methods at omega*."""
     rows = [row for row in rows if row["method"] in _PLOTTED and row["omega"] in (1.0, best_omega)]
     names = list(dict.fromkeys(row["method"] for row in rows))
-    colours = {name: _colour(i, len(names)) for i, name in enumerate(names)}
-    diagrams = stacked([_diagram(rows, colours, plot) for plot in _PLOTS], sideways=True)
-    width, height = diagrams.size
-    font, columns = ImageFont.load_default(size=14), 5
-    image = Image.new("RGB", (width, height + 24 * (-(-len(names) // columns) + 1)), "white")
-    image.paste(diagrams, (0, 0))
-    draw = ImageDraw.Draw(image)
-    for i, (name, colour) in enumerate(colours.items()):
-        x, y = 80 + i % columns * (width - 100) // columns, height + 12 + 24 * (i // columns)
-        draw.rectangle([x, y, x + _SHORT_LINE, y + _SHORT_LINE], fill=colour)
-        draw.text((x + 2 * _SHORT_LINE, y + _SHORT_LINE / 2), name, fill="#222222", font=font, anchor="lm")
-    return image
-
-
-def _colour(index: int, count: int) -> str:
-    """Neighbours in the list differ in brightness too."""
-    red, green, blue = colorsys.hsv_to_rgb(index / count, 0.9, (0.9, 0.6)[index % 2])
-    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+    # Neighbours in the list differ in brightness too.
+    colours = {name: colour(i / len(names), 0.9, (0.9, 0.6)[i % 2]) for i, name in enumerate(names)}
+    return with_key(stacked([_diagram(rows, colours, plot) for plot in _PLOTS], sideways=True), colours, _KEY_COLUMNS)
 
 
 def _diagram(rows: list[dict], colours: dict[str, str], plot: tuple) -> Image.Image:
@@ -299,7 +284,7 @@ def _diagram(rows: list[dict], colours: dict[str, str], plot: tuple) -> Image.Im
     margin = 0.05 * (max(values) - min(values)) or 1.0
     last = -(-max(map(_evaluations, rows)) // 5) * 5
     diagram = Diagram(title, 0, int(last), min(values) - margin, max(values) + margin, "evaluations per picture")
-    for method, colour in colours.items():
+    for method, shade in colours.items():
         points = [(_evaluations(row), factor * row[key]) for row in rows if row["method"] == method]
-        diagram.curve(points, colour, width=1, dots=True)
+        diagram.curve(points, shade, width=1, dots=True)
     return diagram.image

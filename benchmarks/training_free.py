@@ -31,7 +31,7 @@ from comfyui_agd.benchmarks.command_line import (
     work_path,
 )
 from comfyui_agd.benchmarks.machine import made_on
-from comfyui_agd.benchmarks.output import Figure, columns_of, publish, tables_by_section, with_errors, write_rows
+from comfyui_agd.benchmarks.output import Figure, columns_of, publish_page, tables_by_section, with_errors, write_rows
 from comfyui_agd.examples.toy.tables import Column
 
 # s at the `KNOTS` of kinds/scale.py, from the least noise to the most.
@@ -106,8 +106,6 @@ FORECAST = {
         ("euler_ancestral", "simple", 20),
     ),
 }
-# Those that add noise, of which there is no picture with more steps to compare with.
-_WITH_NOISE = ("euler_ancestral",)
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,7 @@ def measure(experiment, form: Form) -> dict:
     )
     share = (made.correct.double() - unguided) / (cfg - unguided).mean()
     measured = experiment.accuracy_and_distance(made) | {"share_of_lead": metrics.mean_and_error(share)}
-    if at.omega != 1 and at.sampler not in _WITH_NOISE:
+    if at.omega != 1:
         measured["distance_to_cfg"] = experiment.distance_to_cfg(made, at)
     row = {"model": experiment.base.name, **form.identity, "omega": at.omega, "steps": at.steps}
     row["evaluations_per_step"] = round(made.evaluations_per_step(at.steps), 2)
@@ -213,10 +211,9 @@ def page(rows: list[dict], experiment, made: str) -> str:
         Figure("distance to CFG's picture", "distance_to_cfg", 1, 3),
     )
     columns = [Column("form", lambda row: row["form"]), *columns_of(figures)]
-    command = "python benchmarks/training_free.py" + ("" if base.name == "toy" else f" --base {base.name}")
     return f"""# Training-free guidance on {base.title}: which form
 
-`{command}`, {made}. Written by the command.
+`python benchmarks/training_free.py --base {base.name}`, {made}. Written by the command.
 
 At omega {experiment.best_omega:g}, the best, and, unless a line says otherwise, 20 steps of Euler, on
 [quality.md](quality.md)'s captions; each value with its standard error. CFG's lead is that of its 20 Euler steps. The
@@ -270,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         found = measure_base(experiment, own, matching(named, asked))
         rows += found
         text = page(found, experiment, made_on(args.device))
-        publish(args, named_for("training_free", experiment.base.name), text, found)
+        publish_page(args, named_for("training_free", experiment.base.name), text, found)
     if args.json:
         write_rows(args.json, rows)
 

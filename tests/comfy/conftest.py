@@ -5,7 +5,7 @@ import nodes
 import pytest
 import torch
 
-from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.agd_core import adapter_file, forecast
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.backbones import describe_base
 from comfyui_agd.examples.toy.sampling import Toy
@@ -29,6 +29,13 @@ def toy_prompts(toy) -> Prompts:
 def base():
     """A MODEL too small to draw anything."""
     return tiny(TinyUNet())
+
+
+@pytest.fixture
+def smooth(monkeypatch) -> None:
+    """All steps are forecast that can be: what models of random weights say at neighbouring ones need not follow from
+    each other."""
+    monkeypatch.setattr(forecast, "TOLERANCE", 1e9)
 
 
 @pytest.fixture(scope="module")

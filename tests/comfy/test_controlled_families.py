@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from comfyui_agd.agd_core import forecast
 from comfyui_agd.tests.support.family_adapters import adapted
 from comfyui_agd.tests.support.runtime import STEPS, Prompts, ksampler, rows_of, training_free
 from comfyui_agd.tests.support.tiny_controls import (
@@ -96,12 +95,6 @@ def test_on_the_positive_alone_it_is_the_same_as_on_both(name, model):
     given = prompts(name)
     both = controlled(name, given)
     assert torch.equal(sample(name, model, Prompts(both.positive, given.negative)), sample(name, model, both))
-
-
-@pytest.fixture
-def smooth(monkeypatch):
-    """What models of random weights say at neighbouring steps need not follow from each other."""
-    monkeypatch.setattr(forecast, "TOLERANCE", 1e9)
 
 
 @each_control

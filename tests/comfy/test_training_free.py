@@ -21,10 +21,7 @@ from comfyui_agd.tests.support.runtime import (
 MANY, EVALUATED = 12, 6  # steps, and how many of them are evaluated where all can be forecast
 
 
-@pytest.fixture(autouse=True)
-def smooth(monkeypatch):
-    """What models of random weights say at neighbouring steps need not follow from each other."""
-    monkeypatch.setattr(forecast, "TOLERANCE", 1e9)
+pytestmark = pytest.mark.usefixtures("smooth")
 
 
 def test_after_three_steps_every_third_one_is_evaluated(base, prompts):

@@ -11,7 +11,6 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 
-from comfyui_agd.agd_core import forecast
 from comfyui_agd.tests.support.runtime import (
     CFG,
     Prompts,
@@ -27,10 +26,7 @@ from comfyui_agd.tests.support.runtime import (
 STEPS, EVALUATED = 12, 6  # steps, and how many of them are evaluated where all can be forecast
 
 
-@pytest.fixture(autouse=True)
-def smooth(monkeypatch):
-    """What models of random weights say at neighbouring steps need not follow from each other."""
-    monkeypatch.setattr(forecast, "TOLERANCE", 1e9)
+pytestmark = pytest.mark.usefixtures("smooth")
 
 
 @pytest.fixture
