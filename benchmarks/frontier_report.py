@@ -36,7 +36,7 @@ _COLOURS = {
     Group.CFG: ("#000000",),
     Group.TRAINING_FREE: ("#e08a00",),
     Group.ADAPTER: ("#1f5fbf", "#63a4ff"),
-    Group.ADAPTER_WITH_CACHE: ("#c2185b", "#ff6f91", "#7b1fa2"),
+    Group.ADAPTER_WITH_CACHE: ("#c2185b", "#ff6f91", "#7b1fa2", "#ff3d00", "#6d4c41"),
 }
 _KEY_COLUMNS = 4
 
