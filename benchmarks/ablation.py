@@ -90,7 +90,8 @@ class Variant:
 def variants(iterations: int, layout: str) -> list[Variant]:
     """That have a place in bases of this layout, in the order of the tables."""
     known = [*authors(), *switches(), *kinds(layout), *without_switches(), *more(), *parameters()]
-    return [variant for variant in [*known, *trainings(iterations)] if variant.layout in (None, layout)]
+    known += [*trainings(iterations), *usual_training(iterations, layout)]
+    return [variant for variant in known if variant.layout in (None, layout)]
 
 
 def authors() -> list[Variant]:
@@ -180,6 +181,19 @@ def trainings(iterations: int) -> list[Variant]:
         *(Variant("Teacher evaluations", f"delta, each state {n} times", {"reuse": n}) for n in (1, 12)),
         *(Variant("Prompts", f"delta, {n} captions", captions=n) for n in (10, 50, 200)),
     ]
+
+
+def usual_training(iterations: int, layout: str) -> list[Variant]:
+    """The default adapter, for as many teacher evaluations trained in other ways."""
+    changed = {
+        "each state 8 times, twice the iterations": {"reuse": 8, "iterations": 2 * iterations},
+        "each state 12 times, three times the iterations": {"reuse": 12, "iterations": 3 * iterations},
+        "omega up to 8": {"omega_max": 8.0},
+        "omega up to 12": {"omega_max": 12.0},
+        "the last quarter half on policy": {"on_policy": 0.5, "on_policy_from": 0.75},
+    }
+    usual = default(layout).settings
+    return [Variant("Other trainings of the default", name, usual | settings) for name, settings in changed.items()]
 
 
 def training_task(experiment, variant: Variant):
