@@ -186,6 +186,7 @@ def _distil(bench: Bench, variant: Variant, distillation, after=lambda done, ada
     config = bench.experiment.train_config(**bench.adapter_settings(variant.adapter))
     unconditional = model.text_encoder.context(negative)
     line = ProgressLine(variant.full_name, distillation.steps)
+    stored = bench.stored  # rolled out in a session of its own, which can't be inside of another
     with model.denoiser.session():
         adapter_config = config.adapter_config(model.base, prompt_tokens=len(unconditional))
         adapter = new_adapter(adapter_config, config.seed, unconditional, model.denoiser.device)
@@ -194,7 +195,7 @@ def _distil(bench: Bench, variant: Variant, distillation, after=lambda done, ada
             line(done)
             after(done, adapter)
 
-        distillation(model.denoiser, adapter, bench.stored, positive, negative, after_step)
+        distillation(model.denoiser, adapter, stored, positive, negative, after_step)
     return adapter
 
 

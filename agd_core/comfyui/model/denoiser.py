@@ -153,8 +153,10 @@ class ComfyDenoiser:
 
         `checkpointing`: compute activations again in the backward pass. `memory`: bytes of the device to leave free, if
         need be by leaving a part of the base in system memory; 0 loads all of it. `work`: bytes that what is loaded
-        beside the base leaves free.
+        beside the base leaves free. There is no session inside of another, which would end both.
         """
+        if self._options:
+            raise RuntimeError("This base is in a session already.")
         with torch.inference_mode(False), torch.enable_grad():
             self._load(memory)
             self.model.model.requires_grad_(False)  # ComfyUI itself freezes its models from 0.30 on
