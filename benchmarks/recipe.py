@@ -207,7 +207,8 @@ def our_rows(bench: Bench, variant: Variant) -> list[dict]:
     config = our_config(bench, variant)
     line, start = ProgressLine(variant.full_name, config.iterations), time.perf_counter()
     callbacks = Callbacks(lambda progress: line(progress.step) if progress.phase == "train" else None)
-    trained = train(bench.model, bench.captions, config, callbacks, RunOptions(held_out=bench.held_out))
+    model = bench.experiment.model()  # a training releases its text encoder
+    trained = train(model, bench.captions, config, callbacks, RunOptions(held_out=bench.held_out))
     seconds, spent = time.perf_counter() - start, trained.info.training["teacher_evaluations"]
     rows, steps = [], config.iterations // config.reuse
     for entry in trained.history:
