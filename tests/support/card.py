@@ -9,6 +9,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,10 +25,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from comfyui_agd.agd_core.comfyui.fused_attention import FUSED_ATTENTION
 
+from .runtime import TinyXL, in_dtype, tiny
+from .tiny_families import tiny_model
+
 CARD, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
 PACK = Path(__file__).resolve().parents[2]
 _aten = torch.ops.aten
-_COPY = _aten.copy_.default
+_COPY, _SEND = _aten.copy_.default, _aten._to_copy.default
 # What the host asks for values of; what has as many results as there are such values.
 _READS = (_aten._local_scalar_dense.default, _aten.equal.default)
 _COUNTS = (_aten.nonzero.default, _aten.masked_select.default)
@@ -39,6 +43,11 @@ _FILLS = tuple(
 _INDEXED = (_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default)
 _MOST_KNOWN = 4096  # values of a tensor, of noise levels for example
 _FREE = 64 * 1024**3
+
+
+class _Fakes(FakeTensorMode):
+    def __deepcopy__(self, memo: dict) -> "_Fakes":
+        return self  # a tensor has it as an attribute, which is copied with the tensor
 
 
 class Card(TorchDispatchMode):
@@ -54,7 +63,7 @@ class Card(TorchDispatchMode):
         self.trains = trains
         self.waits: list[str] = []
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._fakes = FakeTensorMode()
+        self._fakes = _Fakes()
         self._generator = torch.Generator().manual_seed(0)
 
     def __enter__(self) -> "Card":
@@ -77,23 +86,15 @@ class Card(TorchDispatchMode):
         if _is_composite(function):  # in inference mode, where autograd hasn't taken it apart
             with self:
                 return function.decompose(*args, **kwargs)
-        if function in _READS or kwargs.get("device") == CPU or (function is _COPY and not _on_card(args[0])):
+        if _reads(function, args, kwargs) or _sends(function, args, kwargs):
             self._note(function)
-            return self._read(function, args, kwargs)
         if function in _COUNTS:
-            self._note(function)
-            return self._read(function, args, kwargs).to(CARD, non_blocking=True)
-        if self._sends(function, args, kwargs):
-            self._note(function)
+            found = self._read(function, args, kwargs)
+            with self:
+                return found.to(CARD, non_blocking=True)
+        if _reads(function, args, kwargs):
+            return self._read(function, args, kwargs)
         return self._run(function, args, kwargs, given)
-
-    def _sends(self, function, args: tuple, kwargs: dict) -> bool:
-        """Whether values go to the card that the host waits for to arrive."""
-        if function in _INDEXED:
-            return any(index is not None and not _on_card(index) for index in args[1])
-        if function is _COPY:
-            return not _on_card(args[1]) and not (args[2:] or (False,))[0] and not kwargs.get("non_blocking")
-        return function is _aten._to_copy.default and not _on_card(args[0]) and not kwargs.get("non_blocking")
 
     def _note(self, function) -> None:
         frame = sys._getframe(2)
@@ -123,16 +124,14 @@ class Card(TorchDispatchMode):
         return result
 
     def _know(self, function, args: tuple, kwargs: dict, given: list, result: Any) -> None:
+        results = [each for each in _each((result,)) if isinstance(each, torch.Tensor)]
         known = function in _FILLS or all(not _on_card(each) or each in self._known for each in given)
-        results = [*_each((result,))]
-        if not known or not all(_is_small(each) for each in results):
+        if not known or not all(each.ndim <= 2 and each.numel() <= _MOST_KNOWN for each in results):
             for each in results:
-                self._known.pop(each, None) if isinstance(each, torch.Tensor) else None
+                self._known.pop(each, None)  # it may be one that was written to
             return
-        kwargs = {**kwargs, **({"device": CPU} if "device" in kwargs else {})}
-        values = _each((self._read(function, args, kwargs),))
-        for each, value in zip(results, values, strict=True):
-            self._known[each] = value
+        here = {key: CPU if _is_cuda(value) else value for key, value in kwargs.items()}
+        self._known.update(zip(results, _each((self._read(function, args, here),)), strict=True))
 
 
 def _each(values: Any) -> Iterator[Any]:
@@ -172,8 +171,19 @@ def _fake(value: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
 
-def _is_small(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim <= 2 and value.numel() <= _MOST_KNOWN
+def _reads(function, args: tuple, kwargs: dict) -> bool:
+    """Whether it needs values of the card. A mask as an index does as well, and a fake one raises."""
+    to_cpu = kwargs.get("device") == CPU or (function is _COPY and not _on_card(args[0]))
+    return to_cpu or function in _READS or function in _COUNTS
+
+
+def _sends(function, args: tuple, kwargs: dict) -> bool:
+    """Whether values go to the card, and the host waits until they are there."""
+    if function in _INDEXED:
+        return any(index is not None and not _on_card(index) for index in args[1])
+    if kwargs.get("non_blocking") or (function is _COPY and args[2:] == (True,)):
+        return False
+    return (function is _COPY and not _on_card(args[1])) or (function is _SEND and not _on_card(args[0]))
 
 
 @functools.cache
@@ -204,17 +214,52 @@ def card(*, offloaded: bool = False, trains: bool = False) -> Iterator[Card]:
             "vram_state": mm.VRAMState.NO_VRAM if offloaded else mm.VRAMState.NORMAL_VRAM,
             "cuda_device_context": lambda device: ExitStack(),
         }.items():
-            inside.enter_context(mock.patch.object(mm, name, value))
+            inside.enter_context(mock.patch.object(mm, name, value, create=True))  # older releases lack one
         inside.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
-        inside.enter_context(mock.patch.object(torch.cuda, "synchronize", lambda device=None: None))
+        inside.enter_context(mock.patch.object(torch.cuda, "synchronize"))
         try:
             yield inside.enter_context(Card(trains=trains))
         finally:
             mm.current_loaded_models.clear()
 
 
-def on_card(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """`model` as ComfyUI would have loaded it for a card: its attention is PyTorch's there."""
+@dataclass(frozen=True)
+class Way:
+    """How a model is held: its weights' dtype, the one that it computes in, and whether weights are `offloaded`."""
+
+    stored: torch.dtype
+    computed: torch.dtype
+    offloaded: bool = False
+
+    @property
+    def cast(self) -> torch.dtype | None:
+        """What ComfyUI casts weights to at each use."""
+        return None if self.stored == self.computed else self.computed
+
+
+WAYS = {
+    "fp16": Way(torch.float16, torch.float16),
+    "bf16": Way(torch.bfloat16, torch.bfloat16),
+    "fp8": Way(torch.float8_e4m3fn, torch.bfloat16),
+    "offloaded": Way(torch.bfloat16, torch.bfloat16, offloaded=True),
+}
+XL = "sdxl"
+
+
+class _SmallerXL(TinyXL):
+    """Of one level: what has no values takes as long for a narrow layer as for a wide one."""
+
+    unet_config = {**TinyXL.unet_config, "channel_mult": (1,), "num_res_blocks": [1]}
+    unet_config |= {"transformer_depth": [1], "transformer_depth_output": [1, 1]}
+
+
+def model_on_card(family: str, way: Way) -> comfy.model_patcher.ModelPatcher:
+    """A tiny SDXL, or one of the tiny families, as ComfyUI would have it for a card: PyTorch's attention is used."""
+    if family == XL:
+        model = in_dtype(tiny(_SmallerXL()), _SmallerXL, way.stored, way.cast)
+    else:
+        with mock.patch.object(mm, "unet_manual_cast", return_value=way.cast):
+            model = tiny_model(family, dtype=way.stored)
     model.load_device = CARD
     model.model_options["transformer_options"].update(FUSED_ATTENTION)
     return model

@@ -15,8 +15,8 @@ from .settings import GuidanceSettings
 @dataclass(frozen=True)
 class AppliedAdapter:
     """`patcher`: its weights, managed by ComfyUI; `lora`: what of it can be merged into the base's weights, at strength
-    omega - 1; `unconditional`: (d,), the mean token of the one that it was trained with, on the CPU, for the weights may
-    be on a device that is waited for; `source`: its name in messages."""
+    omega - 1; `unconditional`: (d,), the mean token of the one that it was trained with, on the CPU, so that nothing
+    waits for the weights' device; `source`: its name in messages."""
 
     info: AdapterInfo
     patcher: ModelPatcher

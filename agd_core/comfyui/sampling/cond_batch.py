@@ -29,8 +29,8 @@ class CondBatch:
     @classmethod
     def from_args(cls, args: dict, levels: NoiseLevels) -> "CondBatch":
         """From what ComfyUI gives to functions in the model options. All wrappers are around its evaluation."""
-        own = (args[name] for name in ("model", "conds", "input", "sigma", "model_options"))
-        return cls(_calc_cond_batch, *own, levels)
+        model, options = args["model"], args["model_options"]
+        return cls(_calc_cond_batch, model, args["conds"], args["input"], args["sigma"], options, levels)
 
     @property
     def sigma(self) -> float:
