@@ -5,7 +5,6 @@ error is the next term of Newton's interpolation polynomial, which every evaluat
 2603.01623) and EasyCache leave out steps too, by a schedule and by how much the model's input changes.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,12 +24,12 @@ class Forecast:
     """What a sampling has shown so far.
 
     `evaluated`: (sigma, predictions) of the last two steps that were evaluated, with less and less noise; `curvature`:
-    the error of a forecast over the product of its distances to the two that it is made from; `in_a_row`: how many
-    steps were forecast since.
+    (), the error of a forecast over the product of its distances to the two that it is made from, None before one was
+    measured; `in_a_row`: how many steps were forecast since.
     """
 
     evaluated: tuple[tuple[float, Predictions], ...] = ()
-    curvature: float = math.inf
+    curvature: torch.Tensor | None = None
     in_a_row: int = 0
 
     def step(
@@ -68,9 +67,10 @@ class Forecast:
 
     def _is_near(self, sigma: float, x: torch.Tensor, forecast: torch.Tensor) -> bool:
         """Whether a forecast can be taken for the guided prediction."""
-        if self.in_a_row >= MOST_IN_A_ROW or self.curvature == math.inf:
+        if self.in_a_row >= MOST_IN_A_ROW or self.curvature is None:
             return False
-        return self.curvature * self._distances(sigma) <= TOLERANCE * _norm(x - forecast)
+        # The one value of it that is read back from the device.
+        return bool(self.curvature * self._distances(sigma) <= TOLERANCE * _norm(x - forecast))
 
     def _distances(self, sigma: float) -> float:
         """The product of those to the two evaluations before. What is far away, as the first step of zero terminal SNR
@@ -79,5 +79,6 @@ class Forecast:
         return last * min(before, _FAR * last)
 
 
-def _norm(values: torch.Tensor) -> float:
-    return values.float().norm().item()
+def _norm(values: torch.Tensor) -> torch.Tensor:
+    """(), fp32."""
+    return values.float().norm()

@@ -45,6 +45,14 @@ def fit_rows(value: torch.Tensor, rows: int) -> torch.Tensor:
     return value.repeat(math.ceil(rows / len(value)), *[1] * (value.ndim - 1))[:rows]
 
 
+def like(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A weight that is none of a ComfyUI layer's, in the dtype and on the device of `x`: it may be left on the CPU.
+
+    The host doesn't wait for it, as it doesn't for those of ComfyUI's layers.
+    """
+    return weight.to(x.device, x.dtype, non_blocking=True)
+
+
 def zero_init(module: nn.Module) -> None:
     """Zero the layers of `module`: a last projection, so that it adds nothing yet."""
     for parameter in module.parameters():
@@ -79,7 +87,8 @@ class GuidanceEncoder(nn.Module):
         if self.log_omega:
             # Ten radians per factor e at the finest: omega = 7 and 7.5 stay close. Below 1e-2 nothing is guidance.
             return sinusoidal(10 * omega.float().clamp(min=1e-2).log(), self.width, max_period=100)
-        angles = 2 * math.pi * omega.float()[:, None] * self.frequencies.float().to(omega.device)
+        omega = omega.float()
+        angles = 2 * math.pi * omega[:, None] * like(self.frequencies, omega)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, omega: torch.Tensor, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

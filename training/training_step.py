@@ -27,6 +27,11 @@ def initial_loss_scale(computes_in: torch.dtype) -> float:
     return _LOSS_SCALE if computes_in is torch.float16 else 1.0
 
 
+def _all_finite(gradients: list[torch.Tensor]) -> bool:
+    """Read back from the device once: an adapter may have hundreds of parameters."""
+    return bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+
+
 class StudentLoss(NamedTuple):
     """The student's predictions (b, c, h, w) on the CPU, the loss, and the loss over that of no adapter."""
 
@@ -80,7 +85,7 @@ class TrainingStep:
             gradients = [p.grad for p in state.adapter.parameters() if p.grad is not None]
             for gradient in gradients if state.loss_scale != 1 else []:
                 gradient.div_(state.loss_scale)
-            if state.loss_scale == 1 or all(gradient.isfinite().all() for gradient in gradients):
+            if state.loss_scale == 1 or _all_finite(gradients):
                 return student
             state.loss_scale /= 2  # too large for half precision, on all ranks alike: the gradients are the sum
 

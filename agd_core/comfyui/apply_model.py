@@ -26,6 +26,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     for prompt in (*step.negatives(), *(step.prompts.values() if backbone.prompts_pass_blocks else ())):
         if not prompt.keys_values:
             compute_keys_values(prompt, executor.class_obj, x, step)
+    step.bring_mean_tokens(x.device)
     with (
         in_one_graph(transformer_options, step.visited_all_layers),
         backbone.intercept(step) as more,

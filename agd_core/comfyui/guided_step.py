@@ -41,7 +41,7 @@ class ActiveAdapter:
             return None
         rows, negative = len(context), torch.zeros((), device=context.device)
         for weighted in self.negatives:
-            mean = fit_rows(weighted.negative.mean_token().to(context.device), rows)
+            mean = fit_rows(weighted.negative.mean_token(context.device), rows)
             negative = negative + (mean if weighted.weight is None else mean * weighted.share(rows))
         return difference_of(context, mask, negative)
 
@@ -117,6 +117,12 @@ class GuidedStep:
         """The negative prompts whose keys and values are used."""
         guiding = (active for active in self.active if active.adapter.guides_attention)
         return [weighted.negative for active in guiding for weighted in active.negatives]
+
+    def bring_mean_tokens(self, device: torch.device) -> None:
+        """Before the evaluation, so that torch.compile finds those of the negatives made."""
+        for active in self.active:
+            for weighted in active.negatives if active.adapter.changes_vector else ():
+                weighted.negative.mean_token(device)
 
     def prepare(
         self,

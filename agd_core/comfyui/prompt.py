@@ -28,10 +28,11 @@ class KeysValues(NamedTuple):
 @dataclass
 class Prompt:
     """`arguments`: its condition, as arguments of `apply_model`, of one row or one for each latent; `keys_values`: by
-    adapter layer, once they are needed."""
+    adapter layer, once they are needed; `means`: mean tokens by device, as well."""
 
     arguments: dict[str, Any]
     keys_values: dict[str, KeysValues] = field(default_factory=dict)
+    means: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
     @property
     def context(self) -> torch.Tensor:
@@ -42,9 +43,11 @@ class Prompt:
         """For so many rows at an adapter layer."""
         return self.keys_values[name].for_rows(rows)
 
-    def mean_token(self) -> torch.Tensor:
-        """(r, d), fp32."""
-        return mean_token(self.context, token_mask(self.arguments))
+    def mean_token(self, device: torch.device) -> torch.Tensor:
+        """(r, d), fp32. Brought to the device once: what comes from the CPU waits for all that is queued there."""
+        if device not in self.means:
+            self.means[device] = mean_token(self.context, token_mask(self.arguments)).to(device)
+        return self.means[device]
 
 
 def token_mask(arguments: dict[str, Any]) -> torch.Tensor | None:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import AdapterConfig, AdapterLayer, BaseInfo, InnerChannels, KindConfig
-from ..layers import Guidance
+from ..layers import Guidance, like
 from .adapter_kind import AdapterKind
 
 _WIDER = 4  # the hidden layer of g, times H
@@ -86,8 +86,8 @@ class LinearPerLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(S, n, inputs), or (n, inputs) for all layers alike -> (S, n, outputs)."""
-        out = x @ self.weight.to(x).mT
-        return out if self.bias is None else out + self.bias.to(x)[:, None]
+        out = x @ like(self.weight, x).mT
+        return out if self.bias is None else out + like(self.bias, x)[:, None]
 
 
 class NormPerLayer(nn.Module):
@@ -100,7 +100,7 @@ class NormPerLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(S, n, width) -> the same."""
-        return F.layer_norm(x, x.shape[-1:]) * self.weight.to(x)[:, None] + self.bias.to(x)[:, None]
+        return F.layer_norm(x, x.shape[-1:]) * like(self.weight, x)[:, None] + like(self.bias, x)[:, None]
 
 
 class ReluPerLayer(nn.Module):
@@ -150,7 +150,7 @@ class PaperAdapter(AdapterKind):
         """g, (S, b, H)."""
         # In fp32: a thousand times omega in half precision would be another angle.
         omega = self.omega_factor * guidance.omega[:, None]
-        frequencies, phases = (each.float().to(omega.device)[:, None] for each in (self.frequencies, self.phases))
+        frequencies, phases = (like(each, omega)[:, None] for each in (self.frequencies, self.phases))
         features = torch.cos(2 * math.pi * (frequencies * omega + phases)).to(guidance.dtype)  # (S, b, H)
         return self.omega_norm(self.omega_out(self.omega_hidden(features)))
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..checked import Between, Multiple
 from ..config import MOST_CHANNELS, AdapterConfig
 from ..errors import AGDError
-from ..layers import Guidance, zero_init
+from ..layers import Guidance, like, zero_init
 from .paper import LinearPerLayer, PaperAdapter, PaperConfig
 
 POSITIONS, _MAX_PERIOD = 250, 10_000
@@ -101,7 +101,7 @@ class PaperAttentionAdapter(PaperAdapter):
                 f"that adds tokens to it. Details: with those of the guidance it has {count} tokens in a row, and the "
                 f"adapter has {POSITIONS} positions."
             )
-        return tokens + self.positions[:count].to(tokens)
+        return tokens + like(self.positions[:count], tokens)
 
     def after_attention(self, name: str, h: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
         """A layer's h (b, n, w), and its keys and values (2, b, k, H) -> (b, n, w)."""

@@ -15,12 +15,14 @@ from .settings import GuidanceSettings
 @dataclass(frozen=True)
 class AppliedAdapter:
     """`patcher`: its weights, managed by ComfyUI; `lora`: what of it can be merged into the base's weights, at strength
-    omega - 1; `source`: its name in messages."""
+    omega - 1; `unconditional`: (d,), the mean token of the one that it was trained with, on the CPU, so that nothing
+    waits for the weights' device; `source`: its name in messages."""
 
     info: AdapterInfo
     patcher: ModelPatcher
     settings: GuidanceSettings
     lora: dict[str, torch.Tensor]
+    unconditional: torch.Tensor
     source: str
     identity: uuid.UUID = field(default_factory=uuid.uuid4)
 

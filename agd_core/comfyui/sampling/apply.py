@@ -41,7 +41,8 @@ def apply_adapter(
         notify(KNOWN_BY_STRUCTURE)
     # Copied: files may be mapped.
     lora = {k: v.clone() for k, v in low_rank_as_lora(info, weights).items()} if info.config.kind.merges else {}
-    applied = AppliedAdapter(info, managed(info, weights, model, source), settings, lora, source)
+    unconditional = weights["unconditional"].float().mean(0).cpu()
+    applied = AppliedAdapter(info, managed(info, weights, model, source), settings, lora, unconditional, source)
     guidance = AdapterGuidance((*_adapters_of(clone), applied), without_repeats(notify))
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, guidance)

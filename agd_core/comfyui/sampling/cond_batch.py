@@ -7,13 +7,15 @@ from typing import Any
 import comfy.samplers
 import torch
 
+from .schedule import NoiseLevels
+
 
 @dataclass(frozen=True, eq=False)
 class CondBatch:
     """Lists of conditions to be evaluated on latents x (b, c, h, w) at a noise level.
 
     `conds`: None for a prediction that isn't asked for; `timestep`: sigma (b,); `model`: ComfyUI's BaseModel;
-    `executor`: what evaluates it.
+    `levels`: the sampling's; `executor`: what evaluates it.
     """
 
     executor: Callable[..., list[torch.Tensor]]
@@ -22,15 +24,17 @@ class CondBatch:
     x: torch.Tensor
     timestep: torch.Tensor
     model_options: dict
+    levels: NoiseLevels
 
     @classmethod
-    def from_args(cls, args: dict) -> "CondBatch":
+    def from_args(cls, args: dict, levels: NoiseLevels) -> "CondBatch":
         """From what ComfyUI gives to functions in the model options. All wrappers are around its evaluation."""
-        return cls(_calc_cond_batch, args["model"], args["conds"], args["input"], args["sigma"], args["model_options"])
+        model, options = args["model"], args["model_options"]
+        return cls(_calc_cond_batch, model, args["conds"], args["input"], args["sigma"], options, levels)
 
     @property
     def sigma(self) -> float:
-        return float(self.timestep.flatten()[0])
+        return self.levels.at(self.timestep)
 
     def evaluate(self) -> list[torch.Tensor]:
         """A prediction (b, c, h, w) for each of `conds`."""

@@ -6,6 +6,8 @@ import comfy.samplers
 import torch
 from comfy.samplers import CFGGuider
 
+from .schedule import NoiseLevels
+
 
 def copy_conditions(conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """A guider's conditions, for a sampling that may start again: ComfyUI changes them in place."""
@@ -51,12 +53,12 @@ def mean_token(cond: dict) -> torch.Tensor:
     return tokens_of(cond).float().mean(dim=(0, 1)).cpu()
 
 
-def is_active_at(cond: dict, timestep: torch.Tensor) -> bool:
+def is_active_at(cond: dict, timestep: torch.Tensor, levels: NoiseLevels) -> bool:
     """Whether a condition that was given a part of the sampling has this step in it."""
     start, end = cond.get("timestep_start"), cond.get("timestep_end")
     if start is None and end is None:
         return True
-    sigma = float(timestep.flatten()[0])
+    sigma = levels.at(timestep)
     return (start is None or sigma <= start) and (end is None or sigma >= end)
 
 

@@ -20,7 +20,7 @@ from .guider import CfgOverride, as_scale, name_of_guider
 from .messages import Notify
 from .post_cfg_watch import PostCfgCall, post_cfg_functions, unwatch_post_cfg, watch_post_cfg
 from .restarts import PendingRestart, RestartWithoutForecasts
-from .schedule import SigmaSpan
+from .schedule import NoiseLevels, SigmaSpan
 from .settings import GuidanceSettings
 from .shared_by_deepcopy import SharedByDeepcopy
 from .uncond_consumers import (
@@ -72,8 +72,9 @@ class ForecastSampling(SharedByDeepcopy):
     def __post_init__(self) -> None:
         self.restart = PendingRestart()
         self.history = ForecastHistory()
+        self.levels = NoiseLevels()
         self.blocks = EvaluatedBlocks()
-        self.override = CfgOverride(partial(_cfg_of_step, self.settings, self.span))
+        self.override = CfgOverride(partial(_cfg_of_step, self.settings, self.span, self.levels))
 
     def install(self) -> None:
         """Into the guider's options, which are this sampling's own copy. Last in, so innermost, as for adapters."""
@@ -87,7 +88,7 @@ class ForecastSampling(SharedByDeepcopy):
 
     def predict_both(self, args: dict) -> list[torch.Tensor]:
         """ComfyUI's `sampler_calc_cond_batch_function`: denoised with the prompt and with the negative."""
-        self.request = request = _PairRequest(CondBatch.from_args(args))
+        self.request = request = _PairRequest(CondBatch.from_args(args, self.levels))
         unwatch_post_cfg(request.batch.model_options)
         self.restart.raise_if_requested()
         if not self.guider.conds.get("negative"):
@@ -112,7 +113,7 @@ class ForecastSampling(SharedByDeepcopy):
         """CALC_COND_BATCH wrapper. A node that evaluates something once more compares it with what it was given before,
         which therefore has to be of this very step."""
         request = self._open_request()
-        if request is not None and self.span.covers(timestep):
+        if request is not None and self.span.covers(timestep, self.levels):
             own = {cond["uuid"] for cond in self.guider.conds.get("positive") or ()}
             prompt = not any(conds[1:]) and all(cond["uuid"] in own for cond in conds[0] or ())
             self._make_current(request, prompt, model_options)
@@ -121,7 +122,7 @@ class ForecastSampling(SharedByDeepcopy):
     def apply_model(self, executor, *args, **kwargs) -> torch.Tensor:
         """APPLY_MODEL wrapper, for nodes that go around that one, with the prompt as far as can be known."""
         request = self._open_request()
-        if request is not None and self.span.covers(request.batch.timestep):
+        if request is not None and self.span.covers(request.batch.timestep, self.levels):
             self._make_current(request, True, request.batch.model_options)
         return executor(*args, **kwargs)
 
@@ -139,9 +140,9 @@ class ForecastSampling(SharedByDeepcopy):
 
     def _is_guided(self, batch: CondBatch) -> bool:
         """Whether this step is guided, and both prompts have conditions for it."""
-        if batch.conds[1] is None or not self.span.covers(batch.timestep):
+        if batch.conds[1] is None or not self.span.covers(batch.timestep, self.levels):
             return False
-        return all(any(is_active_at(cond, batch.timestep) for cond in own or ()) for own in batch.conds)
+        return all(any(is_active_at(cond, batch.timestep, self.levels) for cond in own or ()) for own in batch.conds)
 
     def _check_needs(self, model_options: dict) -> None:
         """Warn where the settings have no effect, or where a node needs both predictions."""
@@ -207,7 +208,9 @@ def _has_own_scale(settings: GuidanceSettings) -> bool:
     return settings.guidance_scale is not None or settings.strength != 1
 
 
-def _cfg_of_step(settings: GuidanceSettings, span: SigmaSpan, cfg: float, timestep: torch.Tensor) -> float:
-    if not span.covers(timestep):
+def _cfg_of_step(
+    settings: GuidanceSettings, span: SigmaSpan, levels: NoiseLevels, cfg: float, timestep: torch.Tensor
+) -> float:
+    if not span.covers(timestep, levels):
         return cfg
     return 1 + settings.strength * ((cfg if settings.guidance_scale is None else settings.guidance_scale) - 1)

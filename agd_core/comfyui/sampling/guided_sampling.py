@@ -21,7 +21,7 @@ from .other_evaluations import OtherEvaluations
 from .post_cfg_watch import PostCfgCall, unwatch_post_cfg, watch_post_cfg
 from .restarts import PendingRestart, RestartMerged, RestartSampling, RestartWithoutForecasts, SamplingMode
 from .scale_check import ScaleCheck
-from .schedule import SigmaSpan
+from .schedule import NoiseLevels, SigmaSpan
 from .shared_by_deepcopy import SharedByDeepcopy
 from .step_builder import StepBuilder, guiding_at
 from .step_warnings import StepWarnings
@@ -57,6 +57,7 @@ class GuidedSampling(SharedByDeepcopy):
         self.step_builder = StepBuilder(self.guider, self.mode.merged_omega is not None, self.notify)
         self.step_warnings = StepWarnings(self.guider, self.notify)
         self.history = ForecastHistory()
+        self.levels = NoiseLevels()
 
     @property
     def guided(self) -> bool:
@@ -92,7 +93,7 @@ class GuidedSampling(SharedByDeepcopy):
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options) -> list[torch.Tensor]:
         """CALC_COND_BATCH wrapper: conditions, latents x (b, c, h, w), sigma (b,) -> their predictions (b, c, h, w)."""
-        batch = CondBatch(executor, model, conds, x, timestep, model_options)
+        batch = CondBatch(executor, model, conds, x, timestep, model_options, self.levels)
         adapters, self.called = self._adapters_at(timestep), True
         if self.unguided:
             return self._evaluate_base(batch)
@@ -109,7 +110,7 @@ class GuidedSampling(SharedByDeepcopy):
             self.scale_check.pending = False
         if not self.scale_check.differs(args["cond_scale"]):
             return args["conds_out"]
-        predictions = CondBatch.from_args(args).evaluate()
+        predictions = CondBatch.from_args(args, self.levels).evaluate()
         self.scale_check.pending = False
         return predictions
 
@@ -121,7 +122,7 @@ class GuidedSampling(SharedByDeepcopy):
             self.other_evaluations.request_base(self.guider.model_options)
 
     def _adapters_at(self, timestep: torch.Tensor) -> list[AppliedAdapter]:
-        return [applied for applied, span in self.adapters if span.covers(timestep)]
+        return [applied for applied, span in self.adapters if span.covers(timestep, self.levels)]
 
     def _cfg_of_step(self, cfg: float, timestep: torch.Tensor) -> float:
         """The cfg that ComfyUI sees in a step, so that it asks for both predictions."""
@@ -133,7 +134,9 @@ class GuidedSampling(SharedByDeepcopy):
         return self.guided and self._is_current(timestep)
 
     def _is_current(self, timestep: torch.Tensor) -> bool:
-        return self.sigma is not None and bool(timestep.flatten()[0] == self.sigma.flatten()[0])
+        if self.sigma is None or timestep is self.sigma:
+            return self.sigma is not None
+        return bool(timestep.flatten()[0] == self.sigma.flatten()[0])
 
     def _evaluate_base(self, batch: CondBatch) -> list[torch.Tensor]:
         self.evaluates_base = True
@@ -229,7 +232,7 @@ class GuidedSampling(SharedByDeepcopy):
         """A post-CFG function uses the unconditional prediction: it gets the base's, for it may keep it, and then the
         sampling starts again unguided."""
         if self.mode.merged_omega is None:
-            batch = CondBatch.from_args({**call.args, "conds": [None, call.args["uncond"]]})
+            batch = CondBatch.from_args({**call.args, "conds": [None, call.args["uncond"]]}, self.levels)
             self.unguided = True
             try:
                 unconditional = batch.evaluate()[1]

@@ -67,11 +67,18 @@ def relative_weights(
     if len(prompts) == 1 and any(isinstance(weight, float | int) for weight in weights[0]):
         return [None]
     # ComfyUI's default conditions are for what the others leave.
-    rest = torch.as_tensor(1 - sum(weight for own in weights for weight in own), device=x.device).clamp(min=0)
+    rest = _on(x.device, 1 - sum(weight for own in weights for weight in own)).clamp(min=0)
     for own, conds in zip(weights, prompts, strict=True):
         own += [rest] * any("default" in cond for cond in conds)
-    sums = [torch.as_tensor(sum(own), device=x.device, dtype=torch.float32) for own in weights]
+    sums = [_on(x.device, sum(own)) for own in weights]
     nothing = torch.zeros((), device=x.device)
     total = sum(sums, nothing)
     relative = [torch.where(total > 0, own / total, nothing) for own in sums]
     return [weight if weight.ndim else weight.view(1, 1, 1, 1) for weight in relative]
+
+
+def _on(device: torch.device, value: torch.Tensor | float) -> torch.Tensor:
+    """fp32. A number is made by the device itself: sending it there would wait for all that is queued before."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, torch.float32)
+    return torch.full((), value, device=device, dtype=torch.float32)

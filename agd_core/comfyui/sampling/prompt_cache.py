@@ -36,7 +36,11 @@ class PromptCache:
         adapters, as far as they don't need the negatives."""
         of_prompt: dict[tuple, list[dict]] = {}
         for cond in conds or ():
-            if self._has_text(cond) and is_active_at(cond, batch.timestep) and cond.get("strength", 1.0) != 0:
+            if (
+                self._has_text(cond)
+                and is_active_at(cond, batch.timestep, batch.levels)
+                and cond.get("strength", 1.0) != 0
+            ):
                 of_prompt.setdefault((id(tokens_of(cond)), cond.get("hooks")), []).append(cond)
         negatives = [self._prompt(own[0], batch, step) for own in of_prompt.values()]
         weights = relative_weights(list(of_prompt.values()), batch.x, batch.timestep)
@@ -60,7 +64,7 @@ class PromptCache:
         """Those of the positive conditions, by their uuid, where a base's attentions need them kept."""
         if not (step.guides_attention and depend_on_linears(batch.model)):
             return {}
-        active = [cond for cond in batch.conds[0] or () if is_active_at(cond, batch.timestep)]
+        active = [cond for cond in batch.conds[0] or () if is_active_at(cond, batch.timestep, batch.levels)]
         return {cond["uuid"]: self._prompt(cond, batch, step) for cond in active}
 
     def _has_text(self, cond: dict) -> bool:

@@ -7,6 +7,23 @@ from typing import Any
 import torch
 
 
+@dataclass
+class NoiseLevels:
+    """Those of a sampling's steps on the host. Reading one waits for the device, once for all that ask in a step.
+
+    `level`: that of `timestep`, the last one that was asked for.
+    """
+
+    timestep: torch.Tensor | None = None
+    level: float = math.inf
+
+    def at(self, timestep: torch.Tensor) -> float:
+        """Of a step; `timestep`: sigma (b,)."""
+        if timestep is not self.timestep:
+            self.timestep, self.level = timestep, float(timestep.flatten()[0])
+        return self.level
+
+
 @dataclass(frozen=True)
 class SigmaSpan:
     """A part of the noise levels. The end is not part of it, so that of two that meet there one takes the step."""
@@ -26,8 +43,8 @@ class SigmaSpan:
         """Whether it is all of a sampling."""
         return self.sigma_start == math.inf and self.sigma_end == 0.0
 
-    def covers(self, timestep: torch.Tensor) -> bool:
+    def covers(self, timestep: torch.Tensor, levels: NoiseLevels) -> bool:
         """Whether a step is in it; `timestep`: sigma (b,)."""
         if self.is_everything:
             return True  # the usual case, without reading a value back from the device
-        return self.sigma_end < float(timestep.flatten()[0]) <= self.sigma_start
+        return self.sigma_end < levels.at(timestep) <= self.sigma_start

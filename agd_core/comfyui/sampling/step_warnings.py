@@ -74,9 +74,7 @@ class StepWarnings:
 
     def _check_negative(self, pair: AdapterAtOmega) -> None:
         applied, _ = pair
-        if applied.info.negative_mode == "ignored" and _has_other_negative(
-            self.guider, applied.patcher.model.unconditional.float().mean(0).cpu()
-        ):
+        if applied.info.negative_mode == "ignored" and _has_other_negative(self.guider, applied.unconditional):
             self.notify(messages.negative_has_no_effect(applied.info.unconditional))
 
     def _check_strengths(self, adapters: list[AdapterAtOmega]) -> None:
