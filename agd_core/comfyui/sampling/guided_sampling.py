@@ -93,14 +93,20 @@ class GuidedSampling(SharedByDeepcopy):
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options) -> list[torch.Tensor]:
         """CALC_COND_BATCH wrapper: conditions, latents x (b, c, h, w), sigma (b,) -> their predictions (b, c, h, w)."""
-        batch = CondBatch(executor, model, conds, x, timestep, model_options, self.levels)
-        adapters, self.called = self._adapters_at(timestep), True
+        try:
+            return self._evaluate(CondBatch(executor, model, conds, x, timestep, model_options, self.levels))
+        finally:
+            self.levels.forget()
+
+    def _evaluate(self, batch: CondBatch) -> list[torch.Tensor]:
+        adapters, self.called = self._adapters_at(batch.timestep), True
         if self.unguided:
             return self._evaluate_base(batch)
         self.restart.raise_if_requested()
         if not adapters:
             return self._evaluate_base(batch)
-        if not are_prompt_and_negative(self.guider, conds) or (conds[1] is None and self._has_guided(timestep)):
+        conds = batch.conds
+        if not are_prompt_and_negative(self.guider, conds) or (conds[1] is None and self._has_guided(batch.timestep)):
             return self._evaluate_for_others(batch, adapters)
         return self._evaluate_both(batch, adapters)
 

@@ -23,6 +23,10 @@ class NoiseLevels:
             self.timestep, self.level = timestep, float(timestep.flatten()[0])
         return self.level
 
+    def forget(self) -> None:
+        """Once a step is evaluated: a sampler may put the next level into the same tensor."""
+        self.timestep = None
+
 
 @dataclass(frozen=True)
 class SigmaSpan:
