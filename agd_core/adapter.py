@@ -68,6 +68,7 @@ class Adapter(nn.Module):
         # for one where a workflow has none.
         self.register_buffer("unconditional", torch.zeros(config.prompt_tokens, config.context_dim))
         self._index = {layer.name: index for index, layer in enumerate(config.layers)}
+        self._guided = {layer.name for layer in config.guided_layers}
         if operations in (nn, MixedPrecision):  # comfy.ops layers hold nothing yet and are only ever loaded into
             self.kind.init_weights()
 
@@ -79,7 +80,7 @@ class Adapter(nn.Module):
     @property
     def guides_attention(self) -> bool:
         """Whether it works inside the attentions, and needs what they make of the negative prompt."""
-        return self.kind.guides_attention
+        return bool(self._guided)
 
     @property
     def changes_vector(self) -> bool:
@@ -127,6 +128,10 @@ class Adapter(nn.Module):
     def has_layer(self, name: str) -> bool:
         """Whether that layer of the base is one of its own."""
         return name in self._index
+
+    def guides(self, name: str) -> bool:
+        """Whether it works inside that layer's attention to the prompt."""
+        return name in self._guided
 
     def add_after_attention(
         self, name: str, out: torch.Tensor, h: torch.Tensor, context: torch.Tensor, prepared: Prepared

@@ -26,7 +26,7 @@ from .guidance import RULES
 from .kinds import KINDS
 from .text import first_of, one_line
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _KEY = "agd"
 _LISTED = 8  # offenders named in full in one error
 # Characters; the longest that there are have a hundred thousand. Nobody waits for a stranger's file to be read.

@@ -30,6 +30,7 @@ _LAYERS_OF = {"unet": "cross-attentions", "transformer": "blocks"}
 Channels = Annotated[int, Between(1, 1_000_000)]
 InnerChannels = Annotated[int, Between(1, MOST_CHANNELS)]
 OptionalInnerChannels = Annotated[int, Between(0, MOST_CHANNELS)]
+BlockDistance = Annotated[int, Between(1, 1_000)]  # from one to the next
 LayerName = Annotated[str, Printable(200), Like(r"[A-Za-z][A-Za-z0-9_]*_[0-9]+", "input_1_0")]
 _Path = Annotated[str, Printable(200), Like(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", "attn1.to_q")]
 _Title = Annotated[str, Printable(100)]
@@ -65,10 +66,16 @@ class AdapterLayer:
     linears: tuple[Linear, ...] = field(default=(), compare=False)
     reads_prompt: bool = True
 
-    @property
-    def guided_width(self) -> int:
-        """Channels of its attention to the prompt; 0 without one."""
-        return self.width if self.reads_prompt else 0
+
+def every_nth(layers: tuple[AdapterLayer, ...], n: int) -> tuple[AdapterLayer, ...]:
+    """Of each stack of blocks that read the prompt the first, and from there every n-th. A stack's blocks are numbered
+    under one name: "input_4_0" and "input_4_1" of a UNet, all "joint_blocks_0" ... of a transformer."""
+    stacks: dict[str, list[AdapterLayer]] = {}
+    for layer in layers:
+        if layer.reads_prompt:
+            stacks.setdefault(layer.name.rpartition("_")[0], []).append(layer)
+    chosen = {layer.name for stack in stacks.values() for layer in stack[::n]}
+    return tuple(layer for layer in layers if layer.name in chosen)
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,10 @@ class KindConfig:
     def layers_of(self, base: "BaseInfo") -> tuple[AdapterLayer, ...]:
         """Those of a base's layers that an adapter is trained for."""
         return base.layers
+
+    def guided(self, layers: tuple[AdapterLayer, ...]) -> tuple[AdapterLayer, ...]:
+        """Those of its layers in whose attention to the prompt an adapter works."""
+        return ()
 
     def describe(self) -> str:
         """A few words for `agd inspect`."""
@@ -204,6 +215,17 @@ class AdapterConfig:
     @property
     def context_dim(self) -> int:
         return self.layers[0].context_dim
+
+    @property
+    def guided_layers(self) -> tuple[AdapterLayer, ...]:
+        """Those in whose attention to the prompt the adapter works."""
+        return self.kind.guided(self.layers)
+
+    @property
+    def guided_widths(self) -> list[int]:
+        """Channels of each layer's attention to the prompt, 0 where the adapter doesn't work in it."""
+        guided = {layer.name for layer in self.guided_layers}
+        return [layer.width if layer.name in guided else 0 for layer in self.layers]
 
     @property
     def changes_linears(self) -> bool:

@@ -1,4 +1,4 @@
-"""Adapter files of formats 1 and 2, all but a few of UNets: their description and weights as format 3 has them."""
+"""Adapter files of formats 1 to 3: their description and weights as format 4 has them."""
 
 from typing import Any
 
@@ -19,13 +19,21 @@ _SETTINGS = {
 
 
 def upgraded(data: dict[str, Any]) -> dict[str, Any]:
-    """A description as one of format 3, to be checked as such. Raises `ValueError` where nothing can be made of it."""
-    version = data["format_version"]
+    """A description as one of format 4, to be checked as such. Raises `ValueError` where nothing can be made of it."""
+    version, following = data["format_version"], {1: _format_2, 2: _format_3, 3: _format_4}
     try:
-        data = _format_2(data) if version == 1 else data
-        return _format_3(data) if data["format_version"] == 2 else data
+        while (before := data["format_version"]) in following:
+            data = following[before](data)
+        return data
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"it is no description of format {version} ({type(error).__name__}: {error})") from error
+
+
+def _format_4(data: dict[str, Any]) -> dict[str, Any]:
+    """Before, adapters worked in the attentions of all blocks."""
+    config = data["config"]
+    more = {"attention_every": 1} if config["kind"] in ("delta", "scale") else {}
+    return {**data, "format_version": 4, "config": {**config, "settings": {**config["settings"], **more}}}
 
 
 def _format_3(data: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Variant:
 
     @property
     def uses_negative(self) -> bool:
-        return KINDS[self.settings.get("kind", "delta")].guides_attention
+        return KINDS[self.settings.get("kind", "delta")].Config().uses_negative
 
     @property
     def full_name(self) -> str:
@@ -139,6 +139,13 @@ def kinds(layout: str) -> list[Variant]:
         *(variant for variant in of_rank if {"kind": "delta"} | variant.settings != usual.settings),
         *(Variant(_KINDS, f"delta with rank {rank} and m", {"rank": rank, "modulated": True}) for rank in ranks[:2]),
         Variant(_KINDS, "delta with a vector of 32", {"vector": 32}, layout="transformer"),
+        *(
+            Variant(
+                _KINDS, f"the default, in one of {n} blocks", usual.settings | {"attention_every": n}, layout=layout
+            )
+            for n in (2, 3, 6)
+            if layout == "transformer"  # in the toy UNet's stacks is one block each
+        ),
     ]
 
 
@@ -228,8 +235,9 @@ def trained_method(experiment, variant: Variant):
     return task.config, methods.prepared(experiment, model, info, weights, {"weights": methods.checksum(file)})
 
 
-def measure(with_captions: Callable, variant: Variant, seed: int) -> dict:
-    """Train it, unless it is there, and measure. `with_captions(count)`: the experiment that trains with so many."""
+def measure(with_captions: Callable, variant: Variant, seed: int, usual: Variant) -> dict:
+    """Train it, unless it is there, and measure. `with_captions(count)`: the experiment that trains with so many;
+    `usual`: what it is compared with."""
     from comfyui_agd.benchmarks.experiment import SampledAt
 
     experiment = with_captions(variant.captions).of_training(seed)
@@ -240,7 +248,6 @@ def measure(with_captions: Callable, variant: Variant, seed: int) -> dict:
     if method is None:
         return row | {"parameters_percent": None}
     row["parameters_percent"] = number(100 * method.parameters / experiment.base_parameters)
-    usual = default(experiment.model().base.layout)
     usual_method = trained_method(with_captions(usual.captions).of_training(seed), usual)[1]
     compared = {label(experiment, variant): method, label(experiment, usual): usual_method}
     row |= gaps(experiment, compared)
@@ -390,8 +397,9 @@ def measure_all(with_captions: Callable, known: list[Variant], asked: list[str],
     chosen = [known[i] for i in selected([variant.full_name for variant in known], asked, "variant")]
     experiment = with_captions(CAPTIONS)
     experiment.work.save_rows("cfg", cfg_rows(experiment))
+    usual = default(experiment.model().base.layout)
     for variant in chosen:
-        row = over_trainings([measure(with_captions, variant, seed) for seed in range(trainings)])
+        row = over_trainings([measure(with_captions, variant, seed, usual) for seed in range(trainings)])
         experiment.work.save_rows(variant.stem, [row])
         print(json.dumps(row), flush=True)
 

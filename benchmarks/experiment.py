@@ -202,17 +202,21 @@ def shows(scene: Scene, unwanted: Description) -> bool:
 class ToyExperiment:
     """What all methods share: made when it is first needed, kept in the work folder where that saves time.
 
-    `base`: the name of one of the toys; each has a work folder of its own. `training_seed`: of all that is trained.
+    `base`: a toy, or the name of one; each has a work folder of its own. `training_seed`: of all that is trained.
     """
 
     training_seed = 0
 
-    def __init__(self, work: WorkFolder, sizes: Sizes, base: str = "toy"):
-        self.work, self.sizes = work, sizes
-        self.parts, self.scorer = Toy.load(base), Scorer()
-        self.base, self.best_omega = self.parts.base, omega_star(base)
+    def __init__(self, work: WorkFolder, sizes: Sizes, base: str | Toy = "toy"):
+        self.work, self.sizes, self.scorer = work, sizes, Scorer()
+        self.parts = Toy.load(base) if isinstance(base, str) else base
+        self.base = self.parts.base
         self.base_parameters = sum(p.numel() for p in self.parts.model.model.diffusion_model.parameters())
         self._states: dict[tuple[GuidanceRule, bool], list[list[TrajectoryState]]] = {}
+
+    @functools.cached_property
+    def best_omega(self) -> float:
+        return omega_star(self.base.name)
 
     def of_training(self, seed: int) -> "ToyExperiment":
         """The same with another seed of what is trained: other weights to start from, other states, other omegas."""

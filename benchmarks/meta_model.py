@@ -5,10 +5,14 @@ Nothing is computed or allocated. Costs are counted on fake tensors by `agd_core
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from comfyui_agd.agd_core.config import AdapterConfig
+
+if TYPE_CHECKING:
+    from comfyui_agd.agd_core.comfyui.model import tracing
 
 CPU = torch.device("cpu")
 # How weights are stored, and what they are cast to for computing.
@@ -57,31 +61,37 @@ class MetaModel:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.diffusion_model.parameters())
 
-    def flops(self, shape: Sequence[int], config: AdapterConfig | None, steps: int) -> int:
+    def cost(self, shape: Sequence[int], config: AdapterConfig | None, steps: int) -> "tracing.Traced":
         """Of so many steps of one sampling of a latent of `shape`, with an adapter of this config or without one."""
         from comfyui_agd.agd_core.comfyui.model import tracing
         from comfyui_agd.agd_core.comfyui.model.denoiser import options_of
 
         conds, options = self._denoiser.conditions([self.prompt], (1, *shape)), options_of(self.patcher)
+        dtype = self.model.get_dtype_inference()
 
         def evaluate(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            own = options if config is None else _with_adapter(options, config, conds)
+            own = options if config is None else _with_adapter(options, config, conds, dtype)
             for _ in range(steps):
                 out = self._denoiser.evaluate(x, sigma, conds, own)
             return out
 
-        return tracing.base(self.model, evaluate, tuple(shape), 1).flops
+        return tracing.base(self.model, evaluate, tuple(shape), 1)
 
 
-def _with_adapter(options: dict, config: AdapterConfig, conds: dict) -> dict:
-    """As a sampler has it: what can be in the base's weights is there."""
+def _with_adapter(options: dict, config: AdapterConfig, conds: dict, dtype: torch.dtype) -> dict:
+    """As a sampler has it: what can be in the base's weights is there, and its own weights are in the dtype that is
+    computed in."""
+    import comfy.ops
+
     from comfyui_agd.agd_core.adapter import Adapter
     from comfyui_agd.agd_core.comfyui.guided_step import ActiveAdapter, GuidedStep, with_step
     from comfyui_agd.agd_core.comfyui.prompt import Prompt
     from comfyui_agd.agd_core.comfyui.sampling.negatives import WeightedNegative
-    from comfyui_agd.agd_core.mixed_precision import MixedPrecision
 
-    adapter = Adapter(config, MixedPrecision)
+    adapter = Adapter(config, comfy.ops.manual_cast)
+    adapter.load_state_dict(
+        {name: torch.empty_like(weight, dtype=dtype) for name, weight in adapter.state_dict().items()}, assign=True
+    )
     negatives = (WeightedNegative(Prompt(conds)),) if adapter.uses_negative else ()
     prompts = {None: Prompt(conds)} if adapter.guides_attention else {}
     active = ActiveAdapter(adapter, torch.full((1,), OMEGA), torch.ones(1), negatives, merged=config.kind.merges)

@@ -351,8 +351,8 @@ def plot(rows: list[dict]):
     names = list(dict.fromkeys(map(_name, rows)))
     most = max(row["teacher_evaluations"] for row in rows) / 1000
     highest = max(row["gap_closed"] for row in rows)
-    # To the right of the paper's is the key.
-    diagram = Diagram("Gap closed, mean over omega", 0, round(2.2 * most), 0.0, highest * 1.05, "teacher evaluations, k")
+    widest = round(2.2 * most)  # to the right of the paper's is the key
+    diagram = Diagram("Gap closed, mean over omega", 0, widest, 0.0, highest * 1.05, "teacher evaluations, k")
     colours = _COLOURS[: len(names)]
     for name, colour in zip(names, colours, strict=True):
         own = [row for row in rows if _name(row) == name]

@@ -2,10 +2,11 @@
 
     python benchmarks/step_cost.py [--quick] [--only MODEL ...] [--json FILE]
 
-Nothing is computed, whatever the `--device`: the models are on the meta device. A step's time has more in it, on a GPU
-above all what launching many small operations costs (`inference.py` measures that). What is needed once per sampling,
-the keys and values of the prompts, is listed apart. The second table is the plan of `agd train` for a card of 24 GB,
-the third what a training step takes for one state. With --only the page's other rows stay.
+Nothing is computed, whatever the `--device`: the models are on the meta device. A step takes arithmetic, memory
+traffic, and on a GPU one launch for every operation: all three are counted, as they are without torch.compile, whose
+graphs have the same arithmetic, fewer launches, and less traffic where it joins operations. What is needed once per
+sampling, the keys and values of the prompts, is listed apart. Further tables are of the plan of `agd train` for a card
+of 24 GB, and of a training step for one state. With --only the page's other rows stay.
 """
 
 import json
@@ -21,10 +22,30 @@ from comfyui_agd.benchmarks.machine import made_on
 from comfyui_agd.benchmarks.meta_model import MetaModel
 from comfyui_agd.benchmarks.output import results_folder, write_page, write_rows
 from comfyui_agd.examples.toy.tables import Column, console_table, markdown_table
+from comfyui_agd.training.progress import duration
 
 # What distilling takes is planned with the base's weights in these dtypes.
 BASE_DTYPES = ("bf16", "fp8")
 CARD = "24 GB"
+
+
+@dataclass(frozen=True)
+class Card:
+    """`gigabytes` that training may use; `rate`: dense half-precision FLOP/s with fp32 sums, by its maker."""
+
+    name: str
+    gigabytes: float
+    rate: float
+
+
+CARDS = (
+    Card("RTX 3060, 12 GB", 11.5, 25e12),
+    Card("RTX 4060 Ti, 16 GB", 15.0, 44e12),
+    Card("RTX 3090, 24 GB", 22.0, 71e12),
+    Card("RTX 4090, 24 GB", 22.0, 165e12),
+    Card("RTX 5090, 32 GB", 30.0, 210e12),
+)
+ACHIEVED = 0.4  # of a card's rate: an assumption
 
 
 @dataclass(frozen=True)
@@ -59,8 +80,16 @@ _STEP = (
     Column("size", lambda row: row["size"], 20),
     Column("  method", lambda row: f"  {row['method']}", -16),
     Column("parameters", lambda row: f"{row['parameters']:,}", 12),
-    Column("per step", lambda row: f"{row['added_per_step']:+.2%}", 10),
-    Column("per sampling", lambda row: f"{row['added_per_sampling']:+.2%}", 14),
+    Column("FLOPs", lambda row: f"{row['added_per_step']:+.2%}", 8),
+    Column("launches", lambda row: f"{row['added_launches']:+d}, {_share_of_launches(row):+.1%}", 16),
+    Column("bytes", lambda row: f"{row['added_bytes']:+.2%}", 8),
+    Column("FLOPs per sampling", lambda row: f"{row['added_per_sampling']:+.2%}", 20),
+    Column("launches per sampling", lambda row: f"{row['launches_per_sampling']:+d}", 22),
+)
+_SPENT = (
+    Column("model", lambda row: row["model"], -17),
+    Column("  method", lambda row: f"  {row['method']}", -16),
+    Column("launches added to a step", lambda row: _spent(row["launches_by_operation"]), 60),
 )
 _TRAINING = (
     Column("model", lambda row: row["model"], -17),
@@ -71,6 +100,11 @@ _TRAINING = (
 )
 
 
+_ON_CARDS = (
+    Column("model", lambda row: row["model"], -17),
+    Column("size", lambda row: row["size"], 20),
+    *(Column(card.name, lambda row, name=card.name: row["cards"][name], 44) for card in CARDS),
+)
 _PEAKS = (
     Column("model", lambda row: row["model"], -17),
     Column("size", lambda row: row["size"], 20),
@@ -79,6 +113,16 @@ _PEAKS = (
     Column("kept, x FLOPs", lambda row: f"{row['step_flops'] / row['unguided_flops']:.1f}", 15),
     Column("computed twice, x FLOPs", lambda row: f"{row['step_flops_checkpointed'] / row['unguided_flops']:.1f}", 24),
 )
+
+
+def _share_of_launches(row: dict) -> float:
+    return row["added_launches"] / row["unguided_launches"]
+
+
+def _spent(launches: dict[str, int]) -> str:
+    """ "32 mm, 11 silu, ...", most first."""
+    names = sorted(launches, key=lambda name: (-launches[name], name))
+    return ", ".join(f"{launches[name]} {name.strip('_').removesuffix('_for_cpu')}" for name in names)
 
 
 def default_of(base) -> dict:
@@ -111,41 +155,75 @@ def count(at: TrueSize) -> list[dict]:
 
     model = MetaModel(at.name, frames=at.frames)
     shape = model.latent_shape(at.width, at.height)
-    unguided, rows = model.flops(shape, None, 1), []
+    unguided, rows = model.cost(shape, None, 1), []
     for method, settings in adapters_of(model.base).items():
         kind, base = kind_config(**settings), model.base
         config = AdapterConfig(kind.layers_of(base), kind, vector=base.vector, time_channels=base.time_channels)
-        one, two = (model.flops(shape, config, steps) for steps in (1, 2))
+        one, two = (model.cost(shape, config, steps) for steps in (1, 2))
         with torch.device("meta"):
             parameters = Adapter(config).parameter_count()
         row = {"model": at.name, "size": at.size, "method": method, "parameters": parameters}
-        row |= {"base_parameters": model.parameters(), "unguided_flops": unguided}
-        rows.append(
-            row | {"added_per_step": (two - one) / unguided - 1, "added_per_sampling": (2 * one - two) / unguided}
-        )
+        rows.append(row | {"base_parameters": model.parameters()} | added(unguided, one, two))
     return rows
 
 
+def added(unguided, one, two) -> dict:
+    """To a step, and once to a sampling: `one` and `two` are of samplings of so many steps, all three as `Traced`."""
+    step = {
+        name: two.launches[name] - one.launches.get(name, 0) - unguided.launches.get(name, 0) for name in two.launches
+    }
+    launches, of_one, of_two = (sum(each.launches.values()) for each in (unguided, one, two))
+    return {
+        "unguided_flops": unguided.flops,
+        "unguided_launches": launches,
+        "unguided_bytes": unguided.moved_bytes,
+        "added_per_step": (two.flops - one.flops) / unguided.flops - 1,
+        "added_launches": of_two - of_one - launches,
+        "launches_by_operation": {name: count for name, count in step.items() if count},
+        "added_bytes": (two.moved_bytes - one.moved_bytes) / unguided.moved_bytes - 1,
+        "added_per_sampling": (2 * one.flops - two.flops) / unguided.flops,
+        "launches_per_sampling": 2 * of_one - of_two,
+    }
+
+
 def planned(at: TrueSize) -> dict:
-    """How distilling the default adapter fits into the card, by the base's dtype."""
-    return {f"fits_{dtype}": _fits(at, dtype) for dtype in BASE_DTYPES}
+    """How distilling the default adapter fits into the card, by the base's dtype, and a base in bf16 into others."""
+    from comfyui_agd.training.presets import CARDS as BUDGETS
+
+    models = {dtype: MetaModel(at.name, dtype, at.frames) for dtype in BASE_DTYPES}
+    found = {f"fits_{dtype}": _fits(_plan(model, at, BUDGETS[CARD])) for dtype, model in models.items()}
+    return found | {"cards": {card.name: _on_card(models["bf16"], at, card) for card in CARDS}}
 
 
-def _fits(at: TrueSize, dtype: str) -> str:
+def _plan(model: MetaModel, at: TrueSize, gigabytes: float, rate: float = 0.0):
+    """None where it does not fit. `rate`: FLOP/s, which the plan's seconds go by."""
     from comfyui_agd.training.plan import DoesNotFit, ExamplePrompts, plan
-    from comfyui_agd.training.presets import CARDS, settings_for
+    from comfyui_agd.training.presets import settings_for
 
-    model = MetaModel(at.name, dtype, at.frames)
     config = settings_for(model.base, {"width": at.width, "height": at.height})
+    model.memory.matmul_rate = lambda: rate
     try:
-        found = plan(model, config, int(CARDS[CARD] * 1e9), ExamplePrompts(model.prompt, model.prompt))
+        return plan(model, config, int(gigabytes * 1e9), ExamplePrompts(model.prompt, model.prompt))
     except DoesNotFit:
+        return None
+
+
+def _fits(found) -> str:
+    if found is None:
         return "no"
     parts = [f"{found.peak_bytes / 1e9:.1f} GB", f"{found.micro_batch} at once"]
     parts += ["checkpointed"] if found.checkpointing else []
     elsewhere = found.base_bytes - found.base_bytes_on_device
     parts += [f"{elsewhere / 1e9:.1f} of {found.base_bytes / 1e9:.1f} GB offloaded"] if elsewhere > 0 else []
     return ", ".join(parts)
+
+
+def _on_card(model: MetaModel, at: TrueSize, card: Card) -> str:
+    found = _plan(model, at, card.gigabytes, ACHIEVED * card.rate)
+    if found is None:
+        return "no"
+    moved = ", offloaded" if found.base_bytes > found.base_bytes_on_device else ""
+    return f"{found.peak_bytes / 1e9:.1f} GB, {duration(found.seconds)}{moved}"
 
 
 def peaks(at: TrueSize) -> dict:
@@ -174,15 +252,26 @@ def page(every: list[dict]) -> str:
     plans = [row for row in every if "step_bytes" in row]
     rows = [row for row in every if "step_bytes" not in row]
     made = "; ".join(dict.fromkeys(row["made"] for row in plans))
+    unet = [row for row in rows if row["model"] in ("SD 1.5", "SDXL")]
     return f"""# What a step and a training cost
 
 `python benchmarks/step_cost.py`, {made}. Counted on the meta device at true sizes; no weights, no card.
 
 ## Added to a step
 
-FLOPs, over those of one evaluation of the base. *Per sampling*: once, for the prompts' keys and values.
+FLOPs, kernel launches and bytes that are read and written, over those of one evaluation of the base, in the dtype that
+is computed in and without torch.compile. *Per sampling*: once, for the prompts' keys and values.
 
 {markdown_table(_STEP, rows)}
+
+CFG adds 100 % of everything. Launches are operations that do more than look at memory in another way; how many of them
+are one kernel depends on the device.
+
+## What the launches are
+
+By the names of PyTorch's operations.
+
+{markdown_table(_SPENT, unet)}
 
 ## Distilling the default adapter on a card of {CARD}
 
@@ -190,6 +279,14 @@ By the plan of `agd train`, batch 4: the device's memory at its peak, the base's
 states at once, and what has to stay in system memory. *no*: not even so.
 
 {markdown_table(_TRAINING, plans)}
+
+## Distilling the default adapter on other cards
+
+**Estimates: nothing of this is measured.** Memory by the plan of `agd train`, with the base in bf16; time from the
+FLOPs of the whole training, 1,500 iterations of batch 4, if {ACHIEVED:.0%} of the card's dense half-precision rate are
+achieved and moving weights that don't fit takes no time.
+
+{markdown_table(_ON_CARDS, plans)}
 
 ## A training step for one state
 
@@ -215,7 +312,7 @@ def main() -> None:
     for at in chosen:
         own = count(at)
         plan = own[-1] | planned(at) | peaks(at) | {"made": made_on("cpu")}
-        tables = ((_STEP, own), (_TRAINING, [plan]), (_PEAKS, [plan]))
+        tables = ((_STEP, own), (_SPENT, own), (_TRAINING, [plan]), (_ON_CARDS, [plan]), (_PEAKS, [plan]))
         print(*(line for columns, lines in tables for line in console_table(columns, lines)), sep="\n", flush=True)
         rows += [*own, plan]
     if args.json:

@@ -120,6 +120,9 @@ class TrainConfig(Settings):
         16, "of changes of the blocks' linear layers, beside the others or alone; 0: none", limits=(0, MOST_CHANNELS)
     )
     vector: int = option(0, "width inside a change of the timestep's vector; 0: none", limits=(0, MOST_CHANNELS))
+    attention_every: int = option(
+        1, "it works in the attention of every so-manieth block of a stack, from the first on", limits=(1, 1000)
+    )
     use_timestep: bool = option(True, "the adapter knows the timestep; the authors' default: no")
     use_prompt: bool = option(True, "the adapter knows the prompt; the authors' default: no")
     encoder_width: int = option(128, "width inside the encoder of omega and t", limits=(2, 4096))

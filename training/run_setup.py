@@ -57,7 +57,7 @@ class Start:
         """Raises `ValueError` where that one has no place for these weights."""
         own, config, weights = adapter.state_dict(), adapter.config, self.weights
         if self.info.config.kind.name == "scale" and config.kind.name == "delta":
-            weights = {key.replace("kind.", "kind.scale."): value for key, value in weights.items()}
+            weights = self._scale_of(config)
         weights = {key: value for key, value in weights.items() if key != "unconditional"}
         if not all(key in own and own[key].shape == value.shape for key, value in weights.items()):
             raise SettingsError(
@@ -66,6 +66,12 @@ class Start:
                 "adapter."
             )
         adapter.load_state_dict(own | weights)
+
+    def _scale_of(self, config: AdapterConfig) -> dict[str, torch.Tensor]:
+        """A scale adapter's weights as the scale of a delta adapter, which may work in fewer of the layers."""
+        own = {layer.name for layer in config.guided_layers}
+        kept = [torch.full((layer.width,), layer.name in own) for layer in self.info.config.guided_layers]
+        return {"kind.scale.to_scale.weight": self.weights["kind.to_scale.weight"][torch.cat(kept)]}
 
 
 def check_settings(denoiser: Denoiser, config: TrainConfig, recording: Recording | None) -> None:

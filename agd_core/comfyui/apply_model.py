@@ -24,7 +24,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     step.visited.clear()
     backbone = backbone_of(executor.class_obj)
     for prompt in (*step.negatives(), *(step.prompts.values() if backbone.prompts_pass_blocks else ())):
-        if not prompt.keys_values:
+        if prompt.lacks(step.guided_layers()):
             compute_keys_values(prompt, executor.class_obj, x, step)
     step.bring_mean_tokens(x.device)
     with (

@@ -73,6 +73,11 @@ class GuidedStep:
         names = (layer.name for active in self.active for layer in active.adapter.config.layers)
         return list(dict.fromkeys(names))
 
+    def guided_layers(self) -> list[str]:
+        """Every layer in whose attention an adapter works."""
+        names = (layer.name for active in self.active for layer in active.adapter.config.guided_layers)
+        return list(dict.fromkeys(names))
+
     def visited_all_layers(self) -> bool:
         """Whether the last evaluation came by every adapter layer."""
         return set(self.layer_names()) <= set(self.visited)

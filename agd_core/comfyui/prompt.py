@@ -43,6 +43,10 @@ class Prompt:
         """For so many rows at an adapter layer."""
         return self.keys_values[name].for_rows(rows)
 
+    def lacks(self, layers: list[str]) -> bool:
+        """Whether the keys and values of one of those adapter layers are still to be computed."""
+        return not self.keys_values.keys() >= set(layers)
+
     def mean_token(self, device: torch.device) -> torch.Tensor:
         """(r, d), fp32. Brought to the device once: what comes from the CPU waits for all that is queued there."""
         if device not in self.means:

@@ -21,7 +21,7 @@ class AdapterKind(nn.Module):
 
     - `after_attention`: to what a block's cross-attention returns. It sets `changes_attention_output`.
     - `inside_attention`: to what the attention to the prompt hands to its output projection, knowing what it makes of
-      the negative prompt. It sets `guides_attention`, and its config `uses_negative`.
+      the negative prompt. Its config says in which layers, `guided`, and that it `uses_negative`.
     - `at_linear`: to what linear layers of the blocks return. It overrides `linears`.
 
     It may have a `VectorChange` as `vector`, too.
@@ -31,7 +31,6 @@ class AdapterKind(nn.Module):
 
     Config: ClassVar[type[KindConfig]]
     changes_attention_output: ClassVar[bool] = False
-    guides_attention: ClassVar[bool] = False
 
     def __init__(self, config: AdapterConfig, operations=nn):
         """`operations`: the class of the layers, torch's, `MixedPrecision` or ComfyUI's."""

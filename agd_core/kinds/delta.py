@@ -4,7 +4,7 @@
 the base's own queries, keys and values, of the positive and of the negative prompt. Of it each layer learns what to add
 before the base's `to_out`:
 
-    (scale(t) + modulation(omega, t)) * delta + out(silu(factor(omega, t) * hidden + shift(omega, t)))
+    (scale(t) + modulation(omega, t)) * delta + out(silu((1 + factor(omega, t)) * hidden + shift(omega, t)))
     hidden = down(delta) + from_h(h)
 
 `scale` is a `ScaleAdapter`: a new adapter guides with constants, or goes on from a trained one. With a `rank` the
@@ -21,7 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import AdapterConfig, AdapterLayer, EncodedKindConfig, InnerChannels, Linear, OptionalInnerChannels
+from ..config import (
+    AdapterConfig,
+    AdapterLayer,
+    BlockDistance,
+    EncodedKindConfig,
+    InnerChannels,
+    Linear,
+    OptionalInnerChannels,
+    every_nth,
+)
 from ..layers import Guidance, zero_init
 from .adapter_kind import AdapterKind
 from .low_rank import LowRankAdapter, LowRankConfig, describe_rank, describe_vector
@@ -32,7 +41,8 @@ from .scale import ScaleAdapter, ScaleConfig
 class DeltaConfig(EncodedKindConfig):
     """`hidden`: H. `rank`: of low-rank changes beside it; 0: none. `modulated`: those have m(t, omega).
 
-    `vector`: channels inside a change of the vector of the timestep; 0: none.
+    `vector`: channels inside a change of the vector of the timestep; 0: none. `attention_every`: it works in the
+    attention of every so-manieth block of a stack, while its low-rank changes are in all.
     """
 
     name = "delta"
@@ -40,6 +50,7 @@ class DeltaConfig(EncodedKindConfig):
     rank: OptionalInnerChannels = 0
     modulated: bool = False
     vector: OptionalInnerChannels = 0
+    attention_every: BlockDistance = 1
 
     def validation_errors(self) -> Iterator[str]:
         yield from super().validation_errors()
@@ -68,28 +79,30 @@ class DeltaConfig(EncodedKindConfig):
         shared = (self.gain, self.omega_embedding, self.encoder_width)
         return LowRankConfig(*shared, rank=self.rank, modulated=self.modulated) if self.rank else None
 
+    def guided(self, layers: tuple[AdapterLayer, ...]) -> tuple[AdapterLayer, ...]:
+        return every_nth(layers, self.attention_every)
+
     def describe(self) -> str:
+        where = f" in one of {self.attention_every} blocks" if self.attention_every > 1 else ""
         beside = f", {describe_rank(self.rank, self.modulated)}" if self.rank else ""
-        return f"{self.name}, hidden {self.hidden}{beside}{describe_vector(self.vector)}"
+        return f"{self.name}, hidden {self.hidden}{where}{beside}{describe_vector(self.vector)}"
 
 
 class DeltaAdapter(AdapterKind):
     """A scale of `delta`, and a map of `delta` and `h` through H channels; omega and t modulate both."""
 
     Config = DeltaConfig
-    guides_attention = True
 
     def __init__(self, config: AdapterConfig, operations=nn):
         super().__init__(config, operations)
         assert isinstance(config.kind, DeltaConfig)
-        kind, guided = config.kind, [layer for layer in config.layers if layer.reads_prompt]
-        self.widths, self.hidden = [layer.guided_width for layer in config.layers], kind.hidden
-        self.maps = [2 * kind.hidden if layer.reads_prompt else 0 for layer in config.layers]
+        kind, guided = config.kind, config.guided_layers
+        self.widths, self.hidden = config.guided_widths, kind.hidden
         inner, H = 2 * kind.encoder_width, kind.hidden
-        self.scale = ScaleAdapter(replace(config, kind=ScaleConfig()), operations)
+        self.scale = ScaleAdapter(replace(config, kind=ScaleConfig(attention_every=kind.attention_every)), operations)
         # The modulation of all layers, so that it costs two products per evaluation.
         self.to_modulation = operations.Linear(inner, sum(self.widths))
-        self.to_factor_and_shift = operations.Linear(inner, sum(self.maps))
+        self.to_factor_and_shift = operations.Linear(inner, 2 * kind.hidden * len(guided))
         self.down = nn.ModuleDict({each.name: operations.Linear(each.width, H) for each in guided})
         self.from_h = nn.ModuleDict({each.name: operations.Linear(each.width, H, bias=False) for each in guided})
         self.to_out = nn.ModuleDict({each.name: operations.Linear(H, each.width, bias=False) for each in guided})
@@ -113,25 +126,23 @@ class DeltaAdapter(AdapterKind):
         return [*self.to_out.values(), *beside, *super().zero_initialised()]
 
     def prepare(self, guidance: Guidance, context: torch.Tensor) -> list[tuple]:
-        """guidance with tokens (b, 1, 2, E) -> per layer the scale (b, 1, w), factor and shift (b, 1, H), and what
-        `at_linear` needs."""
+        """guidance with tokens (b, 1, 2, E) -> per layer the scale (b, 1, w), 1 + factor and shift (b, 1, H), and what
+        `at_linear` needs; of those that are not guided the last alone."""
         inner = F.silu(guidance.encoded().flatten(2))  # (b, 1, 2 E)
-        modulations = self.to_modulation(inner).split(self.widths, dim=-1)
-        scales = [s + m for s, m in zip(self.scale.prepare(guidance, context), modulations, strict=True)]
-        maps = self.to_factor_and_shift(inner).split(self.maps, dim=-1)
+        scales = (self.scale.scales(guidance) + self.to_modulation(inner)).split(self.widths, dim=-1)
+        factors, shifts = self.to_factor_and_shift(inner).unflatten(-1, (-1, 2, self.hidden)).unbind(-2)
+        maps = zip((1 + factors).unbind(-2), shifts.unbind(-2), strict=True)
         linears: list[dict] = [{}] * len(scales)
         if self.low_rank is not None:
             linears = self.low_rank.prepare(guidance, context)
-        return [
-            (scale, *own.chunk(2, dim=-1), linear) for scale, own, linear in zip(scales, maps, linears, strict=True)
-        ]
+        parts = zip(self.widths, scales, linears, strict=True)
+        return [(scale, *(next(maps) if width else (None, None)), linear) for width, scale, linear in parts]
 
     def inside_attention(self, name: str, delta: torch.Tensor, h: torch.Tensor, shared: tuple) -> torch.Tensor:
         """A layer's delta and h (b, n, w), and its part of `prepare` -> (b, n, w), to be added before `to_out`."""
         scale, factor, shift, _ = shared
         hidden = self.down[name](delta) + self.from_h[name](h)
-        # A factor of 1 + ..., for a new adapter's is zero.
-        return scale * delta + self.to_out[name](F.silu(torch.addcmul(hidden + shift, hidden, factor)))
+        return torch.addcmul(self.to_out[name](F.silu(torch.addcmul(shift, hidden, factor))), scale, delta)
 
     def at_linear(self, name: str, path: str, x: torch.Tensor, shared: tuple) -> torch.Tensor:
         """As `LowRankAdapter.at_linear`."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..config import AdapterConfig, GainKindConfig
+from ..config import AdapterConfig, AdapterLayer, BlockDistance, GainKindConfig, every_nth
 from ..layers import Guidance
 from .adapter_kind import AdapterKind
 
@@ -24,25 +24,28 @@ KNOTS, LAST_TIMESTEP = 4, 999
 
 @dataclass(frozen=True)
 class ScaleConfig(GainKindConfig):
-    """It has no settings of its own."""
+    """`attention_every`: it works in the attention of every so-manieth block of a stack."""
 
     name = "scale"
+    attention_every: BlockDistance = 1
 
     @property
     def uses_negative(self) -> bool:
         return True
+
+    def guided(self, layers: tuple[AdapterLayer, ...]) -> tuple[AdapterLayer, ...]:
+        return every_nth(layers, self.attention_every)
 
 
 class ScaleAdapter(AdapterKind):
     """`scale(t) * delta`, a scale for each channel."""
 
     Config = ScaleConfig
-    guides_attention = True
 
     def __init__(self, config: AdapterConfig, operations=nn):
         super().__init__(config, operations)
-        self.layers = config.layers
-        self.to_scale = operations.Linear(KNOTS, sum(layer.guided_width for layer in config.layers), bias=False)
+        self.layers, self.widths = config.layers, config.guided_widths
+        self.to_scale = operations.Linear(KNOTS, sum(self.widths), bias=False)
 
     def init_weights(self) -> None:
         """A new adapter: what needs no training."""
@@ -51,13 +54,17 @@ class ScaleAdapter(AdapterKind):
                 weight.fill_(START_INNERMOST if layer.innermost else START)
 
     def _by_layer(self, values: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
-        return values.split([layer.guided_width for layer in self.layers], dim)
+        return values.split(self.widths, dim)
 
     def prepare(self, guidance: Guidance, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The scales at t, (b, 1, w) per layer."""
+        return self._by_layer(self.scales(guidance), dim=-1)
+
+    def scales(self, guidance: Guidance) -> torch.Tensor:
+        """At t, (b, 1, channels of all layers)."""
         at = guidance.t.clamp(0, LAST_TIMESTEP) * ((KNOTS - 1) / LAST_TIMESTEP)
         near = (1 - (at[:, None] - torch.arange(KNOTS, device=at.device)).abs()).clamp(min=0)  # (b, K)
-        return self._by_layer(self.to_scale(near.to(guidance.dtype)[:, None]), dim=-1)
+        return self.to_scale(near.to(guidance.dtype)[:, None])
 
     def inside_attention(self, name: str, delta: torch.Tensor, h: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
         """A layer's delta (b, n, w) and its part of `prepare` -> (b, n, w), to be added before `to_out`."""

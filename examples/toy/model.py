@@ -4,6 +4,7 @@ Only the sizes and the vocabulary are ours, so everything that works on MODEL, C
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.clip_model
@@ -163,9 +164,11 @@ def build_model() -> comfy.model_base.BaseModel:
     return ToyConfig().get_model({})
 
 
-def load_unet(path: Path = WEIGHTS / "unet.safetensors") -> comfy.model_patcher.ModelPatcher:
-    """MODEL."""
-    model = build_model()
+def load_unet(
+    path: Path = WEIGHTS / "unet.safetensors", build: Callable[[], comfy.model_base.BaseModel] = build_model
+) -> comfy.model_patcher.ModelPatcher:
+    """MODEL. `build`: the network that the weights are of."""
+    model = build()
     model.load_model_weights(comfy.utils.load_torch_file(str(path)))
     return comfy.model_patcher.CoreModelPatcher(
         model,

@@ -339,16 +339,21 @@ FITS = {"toy": fit_diffusion, "toy-dit": fit_flow}
 
 def fine_tune(base: Base, stage: DiffusionStage, folder: Path) -> Path:
     """That toy's network trained on, into a folder of its own, with the toys' text encoder and autoencoder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("vae.safetensors", "text_encoder.safetensors"):
-        shutil.copy(toy.WEIGHTS / name, folder)
-    model, text = base.build(), load_text_model(folder)
+    model = base.build()
     model.load_model_weights(comfy.utils.load_torch_file(str(toy.WEIGHTS / base.file)))
-    network = model.diffusion_model.requires_grad_(True)
-    training = Training([network, text], stage.steps, lr=3e-4, decay=0.99)
-    FITS[base.name](stage, folder, model, text, training)
-    save(training.averaged().state_dict(), folder / base.file)
-    return folder / base.file
+    return train_on(model, FITS[base.name], stage, folder / base.file, lr=3e-4)
+
+
+def train_on(model, fit: Callable, stage: DiffusionStage, file: Path, lr: float) -> Path:
+    """A network with weights trained on, with the toys' text encoder and autoencoder, into a folder of its own."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for name in ("vae.safetensors", "text_encoder.safetensors"):
+        shutil.copy(toy.WEIGHTS / name, file.parent)
+    text, network = load_text_model(file.parent), model.diffusion_model.requires_grad_(True)
+    training = Training([network, text], stage.steps, lr=lr, decay=0.99)
+    fit(stage, file.parent, model, text, training)
+    save(training.averaged().state_dict(), file)
+    return file
 
 
 STAGES = {

@@ -86,7 +86,7 @@ def test_what_is_counted_is_what_the_architecture_says(formula, name, size, fram
     model = MetaModel(name, frames=frames)
     expected = formula(model.model.diffusion_model, *tokens)
     # What comes before and after the blocks, and modulates them, is not in the formula.
-    assert expected < model.flops(model.latent_shape(*size), None, 1) < 1.002 * expected
+    assert expected < model.cost(model.latent_shape(*size), None, 1).flops < 1.002 * expected
 
 
 @pytest.mark.slow

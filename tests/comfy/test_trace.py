@@ -193,7 +193,8 @@ def test_the_counter_counts_what_is_alive_and_what_is_multiplied():
         assert counter.live_bytes == 4 * 4 * 4
         del b
         assert counter.live_bytes == 0
-        assert counter.traced() == tracing.Traced(4 * 4 * 4, 2 * 4 * 4 * 8)
+        launches, moved = {"add_": 1, "mm": 1}, 4 * (7 * 4) + 4 * (2 * 4 * 8 + 4 * 4)
+        assert counter.traced() == tracing.Traced(4 * 4 * 4, 2 * 4 * 4 * 8, launches, moved)
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert counter.flops == 2 * 4 * 4 * 8 + 2 * (2 * 2 * 3 * 5 * 5 * 16)
 

@@ -51,7 +51,8 @@ def as_format_2(description: str) -> str:
     """A description of today, of an adapter that doesn't change the vector, as version 2 had it."""
     described = json.loads(description)
     described["format_version"] = 2
-    described["config"]["settings"].pop("vector", None)
+    for name in ("vector", "attention_every"):
+        described["config"]["settings"].pop(name, None)
     del described["config"]["vector"], described["base"]["vector"]
     for layer in described["base"]["layers"]:
         del layer["reads_prompt"]

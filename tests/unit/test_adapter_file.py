@@ -98,7 +98,7 @@ def test_foreign_file(tmp_path):
 
 def test_newer_format(file):
     rewrite(file, change_data=lambda data: data.update(format_version=99))
-    with pytest.raises(AdapterFileError, match=r"newer AGD: update the node pack.*format 99.*reads up to 3"):
+    with pytest.raises(AdapterFileError, match=r"newer AGD: update the node pack.*format 99.*reads up to 4"):
         adapter_file.load(file)
 
 

@@ -2,17 +2,20 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from comfyui_agd.agd_core import adapter_file
+from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, Stopped, assert_same, stop_after
+from comfyui_agd.tests.support.small import config_for, info_for, small_layer
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.presets import settings_for
-from comfyui_agd.training.run_setup import RunOptions
+from comfyui_agd.training.run_setup import RunOptions, Start
 from comfyui_agd.training.run_state import DifferentRun
 from comfyui_agd.training.trainer import Callbacks, train
 
@@ -49,6 +52,19 @@ def test_a_scale_adapter_is_the_scale_of_delta(save):
     scale, found = adapter_file.load_weights(file)[1]["kind.to_scale.weight"], begun(file, kind="delta")
     assert torch.equal(found["kind.scale.to_scale.weight"], scale)
     assert not torch.equal(begun(None, kind="delta")["kind.scale.to_scale.weight"], scale)
+
+
+def test_of_a_scale_adapter_the_layers_are_taken_that_delta_works_in():
+    layers = tuple(small_layer(f"input_1_{index}", "a", 24 + index) for index in range(3))
+    scale, delta = (
+        Adapter(config_for(layers, kind, **more)) for kind, more in (("scale", {}), ("delta", {"attention_every": 2}))
+    )
+    info = info_for(BaseInfo("SD15", "EPS", layers), "scale")
+    with torch.no_grad():
+        scale.kind.to_scale.weight.normal_()
+    Start(info, scale.state_dict(), Path("scale.safetensors")).copy_into(delta)
+    first, _, last = scale.kind.to_scale.weight.split([24, 25, 26])
+    assert torch.equal(delta.kind.scale.to_scale.weight, torch.cat([first, last]))
 
 
 @pytest.mark.parametrize("other", [{"kind": "cross_attention"}, {"kind": "delta", "hidden": 12}])

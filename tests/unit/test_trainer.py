@@ -255,6 +255,19 @@ def test_a_run_that_was_saved_before_there_were_some_settings_goes_on(folder, wh
         train(AnalyticModel(), PROMPTS, replace(VARIED, sigma_from=0.5), options=RunOptions(folder=folder))
 
 
+def test_a_run_that_was_saved_before_blocks_could_be_left_out_had_none_left_out(folder):
+    every, second = (replace(CONFIG, kind="delta", hidden=8, attention_every=n) for n in (1, 2))
+    with pytest.raises(Stopped):
+        train(AnalyticModel(), PROMPTS, every, stop_after(7), options=RunOptions(folder=folder))
+    file = max(folder.glob("state-*"))
+    saved = torch.load(file, weights_only=True)
+    del saved["identity"]["attention_every"]
+    torch.save(saved, file)
+    with pytest.raises(DifferentRun, match=r"attention_every: 1 then, 2 now"):
+        train(AnalyticModel(), PROMPTS, second, options=RunOptions(folder=folder))
+    train(AnalyticModel(), PROMPTS, every, options=RunOptions(folder=folder))
+
+
 def test_how_a_run_is_kept_may_change_in_between(folder, whole):
     with pytest.raises(Stopped):
         train(AnalyticModel(), PROMPTS, VARIED, stop_after(7), options=RunOptions(folder=folder))

@@ -281,7 +281,7 @@ class GuidedAttention:
         own = h = _part(looks.attended, 1, looks.queries)
         towards = looks.at(kept) if self.all.place.changes else h
         for active, (adapter, shared) in zip(self.all.active, self.all.prepared, strict=True):
-            if adapter.guides_attention:
+            if adapter.guides(self.name):
                 parts = []
                 for each in active.negatives:
                     difference = towards - looks.at(each.negative.keys_values_at(self.name, len(call.q)))

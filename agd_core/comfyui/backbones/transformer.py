@@ -140,7 +140,7 @@ class Transformer(Backbone):
                 if step.guides_attention:
                     prompts = step.positives(kwargs["transformer_options"].get("uuids") or [])
                     guided = GuidedAttentions(self._place(), step.active, prepared, prompts)
-                    hooks.enter_context(self._overridden(guided))
+                    hooks.enter_context(self._overridden(guided, step))
                     kwargs = with_override(kwargs, guided)
                 return args, kwargs
 
@@ -176,17 +176,20 @@ class Transformer(Backbone):
     def _blocks_with_prompt(self) -> dict[str, nn.Module]:
         return {name: block for (name, _), block in self._listed(self._lists_with_prompt()).items()}
 
-    def _overridden(self, override: OverrideFor) -> AbstractContextManager[None]:
-        """Inside, attentions to the prompt have an `override`, in an evaluation of arguments that have it too."""
+    def _overridden(self, override: OverrideFor, step: GuidedStep) -> AbstractContextManager[None]:
+        """Inside, the attentions to the prompt that adapters work in have an `override`, in an evaluation of arguments
+        that have it too."""
+        every = self._blocks_with_prompt()
+        blocks = {name: every[name] for name in step.guided_layers()}
         if not self.row.attention_module:
-            return overridden_attention(self._blocks_with_prompt())
+            return overridden_attention(blocks)
         if not self._reaches_attention():
             raise UnsupportedModel(
                 "Another node has replaced this model's attention to the prompt, where the adapter works: bypass it, "
                 f"or train an adapter of kind low_rank. Details: {self.row.attention_module} of a block of "
                 f"{type(self.network).__name__}."
             )
-        return overridden_unhooked(self._blocks_with_prompt(), self.row.attention_module, override)
+        return overridden_unhooked(blocks, self.row.attention_module, override)
 
     def keys_values(
         self, model: Any, arguments: dict[str, Any], x: torch.Tensor, step: GuidedStep
@@ -209,7 +212,7 @@ class Transformer(Backbone):
 
         given = {key: strip.of(value) for key, value in arguments.items() if not _are_pictures(value)}
         given["transformer_options"] = {"sigmas": sigmas}
-        with self._alone(step, rows), tokens, self._overridden(keeping):
+        with self._alone(step, rows), tokens, self._overridden(keeping, step):
             model._apply_model(start, sigmas, **with_override(given, keeping))
         for name, attention in kept.items():
             found = attention.keys_values()

@@ -105,7 +105,7 @@ class UNet(Backbone):
         attentions = {name: block.attn2 for name, _, block in self._transformers()}
         step.places[:] = attentions
         if step.guides_attention:
-            own = {name: attentions[name] for name in step.layer_names()}
+            own = {name: attentions[name] for name in step.guided_layers()}
             step.attentions.update({name: (attn.heads, attn.attn_precision) for name, attn in own.items()})
         yield {KEY: step}
 
@@ -126,8 +126,10 @@ class UNet(Backbone):
         self, model: Any, arguments: dict[str, Any], x: torch.Tensor, step: GuidedStep
     ) -> Iterator[tuple[str, KeysValues]]:
         context = arguments["c_crossattn"].to(x.device, model.get_dtype_inference())
+        guided = step.guided_layers()
         for name, _, block in self._transformers():
-            yield name, KeysValues(block.attn2.to_k(context), block.attn2.to_v(context))
+            if name in guided:
+                yield name, KeysValues(block.attn2.to_k(context), block.attn2.to_v(context))
 
     def first_and_last_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         network = cast(Any, self.network)
@@ -223,7 +225,7 @@ def guided_attention(q, k, v, extra_options, *, name: str, attend: Callable):
     # Replacements such as IP-Adapter's then take what they have for the unconditional.
     unconditional = {**extra_options, "cond_or_uncond": [1] * len(extra_options.get("cond_or_uncond", [0]))}
     for active, (adapter, shared) in zip(step.active, prepared, strict=True):
-        if adapter.guides_attention and adapter.has_layer(name):
+        if adapter.guides(name):
             parts = []
             for each in active.negatives:
                 unwanted = each.negative.keys_values_at(name, len(q))

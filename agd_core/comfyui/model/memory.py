@@ -2,6 +2,7 @@
 
 import gc
 import time
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.model_patcher
@@ -84,7 +85,7 @@ class ComfyMemory:
     def trace_base(self, shape: tuple[int, ...], rows: int, prompt: EncodedPrompt) -> tracing.Traced:
         """As `trace_student`, for an evaluation of the base: of two experts by the one that takes more."""
         found = [self._trace(denoiser, shape, rows, prompt) for denoiser in self._experts]
-        return tracing.Traced(max(each.peak_bytes for each in found), max(each.flops for each in found))
+        return replace(max(found, key=lambda each: each.flops), peak_bytes=max(each.peak_bytes for each in found))
 
     def _trace(
         self, denoiser: ComfyDenoiser, shape: tuple[int, ...], rows: int, prompt: EncodedPrompt

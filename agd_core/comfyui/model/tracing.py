@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ...adapter import Adapter
@@ -27,10 +29,14 @@ from .trainable import trainable
 
 @dataclass(frozen=True)
 class Traced:
-    """`peak_bytes`: the most that was alive at once above what existed before; `flops`: 2 per multiply-add."""
+    """`peak_bytes`: the most that was alive at once above what existed before; `flops`: 2 per multiply-add; `launches`:
+    of kernels, one for every operation that does more than look at memory in another way, by its name; `moved_bytes`:
+    of all tensors that those read and write, once each."""
 
     peak_bytes: int
     flops: int
+    launches: dict[str, int]
+    moved_bytes: int
 
 
 def _attention(q, k, v, *args, **kwargs) -> int:
@@ -53,24 +59,28 @@ _FLOPS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+# Memory is reserved and nothing done with it. (Views say so themselves, but for the first.)
+_FREE = (_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty)
 # Where they are given a mask, its values say how much there is.
 _BY_INDEX = (_aten.index.Tensor, _aten.index_put_.default)
 
 
 class Counter(TorchDispatchMode):
-    """Inside, `peak_bytes` is the most that new storages held at once, and `flops` what was computed.
+    """Inside, `peak_bytes` is the most that new storages held at once; `flops`, `launches` and `moved_bytes` are what
+    was done, as `Traced` has them.
 
     What exists already costs nothing, nor do views of it. Works on real tensors as on fake ones.
     """
 
     def __init__(self):
         super().__init__()
-        self.live_bytes = self.peak_bytes = self.flops = 0
+        self.live_bytes = self.peak_bytes = self.flops = self.moved_bytes = 0
+        self.launches: dict[str, int] = {}
         self._experts = 1
         self._known: dict[int, weakref.ref] = {}
 
     def traced(self) -> Traced:
-        return Traced(self.peak_bytes, self.flops)
+        return Traced(self.peak_bytes, self.flops, dict(self.launches), self.moved_bytes)
 
     def _know(self, values, cost: bool) -> None:
         for value in values:
@@ -114,7 +124,17 @@ class Counter(TorchDispatchMode):
         count = _FLOPS.get(function._overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
+        if not (function.is_view or function._overloadpacket in _FREE):
+            name = function._overloadpacket.__name__
+            self.launches[name] = self.launches.get(name, 0) + 1
+            self.moved_bytes += sum(tensor.nbytes for tensor in _tensors((args, kwargs, result)))
         return result
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    """Those in any nesting, each once."""
+    found = {id(each): each for each in tree_leaves(values) if isinstance(each, torch.Tensor)}
+    return list(found.values())
 
 
 def _fake(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -38,9 +38,7 @@ class KeptMemory:
 
 def _guided_channels(applied: AppliedAdapter) -> int:
     """Of all attentions that the adapter works in."""
-    if not applied.patcher.model.guides_attention:
-        return 0
-    return sum(layer.guided_width for layer in applied.info.config.layers)
+    return sum(applied.info.config.guided_widths)
 
 
 def _tokens(conds: dict, kinds: tuple[str, ...]) -> Iterator[int]:

@@ -82,7 +82,7 @@ class PromptCache:
         self.prompts[key] = context, prompt
         while len(self.prompts) > _MAX_PROMPTS:
             self.prompts.popitem(last=False)
-        if not prompt.keys_values or hooks is not None:  # a hook's strength may change from step to step
+        if prompt.lacks(step.guided_layers()) or hooks is not None:  # a hook's strength may change from step to step
             _apply_hooks(hooks, batch)
             compute_keys_values(prompt, batch.model, batch.x, step)
         return prompt
