@@ -26,13 +26,15 @@ class Preset:
 
 # Flow matching is sampled so: by Euler's method or DPM++ 2M, along schedules that are even in the model's own time.
 _FLOW = Preset("flow matching", {"schedulers": ("simple", "normal"), "solvers": ("euler", "dpmpp_2m")})
+# The first block of each stack is enough (benchmarks/deep_stacks.py), and SDXL's have up to ten.
+_IN_STACKS = Preset("UNets", {"attention_every": 10})
 _WITH_VECTOR = Preset("transformers that have one", {"vector": 128})
 _UNREACHED = Preset("transformers whose attentions aren't known", {"kind": "low_rank"})
 _OF_KIND = {
     # Few numbers that are found fast.
-    "scale": Preset("scale", {"iterations": 150, "learning_rate": 2e-2, "preview_every": 0}),
+    "scale": Preset("scale", {"iterations": 150, "learning_rate": 2e-2, "preview_every": 0, "attention_every": 1}),
 }
-_PRESETS = (_FLOW, _WITH_VECTOR, _UNREACHED, *_OF_KIND.values())
+_PRESETS = (_FLOW, _IN_STACKS, _WITH_VECTOR, _UNREACHED, *_OF_KIND.values())
 
 
 def settings_for(base: BaseInfo, chosen: dict) -> TrainConfig:
@@ -75,9 +77,10 @@ def trajectories_of(base: BaseInfo) -> dict:
 
 
 def _adapter_for(base: BaseInfo) -> dict:
-    """Of transformers: the vector of the timestep, and attentions where they are reached."""
-    if base.layout != "transformer":
-        return {}
+    """Of UNets: where in their stacks; of transformers: the vector of the timestep, and attentions where they are
+    reached."""
+    if base.layout == "unet":
+        return dict(_IN_STACKS.settings)
     reached = any(layer.reads_prompt for layer in base.layers)
     vector = _WITH_VECTOR.settings if base.vector else {}
     return vector | ({} if reached else _UNREACHED.settings)
