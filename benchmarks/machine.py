@@ -13,6 +13,11 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
 
 
+def error_text(error: BaseException) -> str:
+    """Its sort and its first line, as a row has them."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:400]
+
+
 def today() -> str:
     return f"{datetime.date.today():%d %B %Y}"
 
