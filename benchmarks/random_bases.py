@@ -34,10 +34,7 @@ class RandomBase:
 
         from comfyui_agd.tests.support.checkpoints import random_model
 
-        if self.tiny:
-            model = self._tiny_model()
-        else:
-            model = random_model(self.name, made_on or device, *DTYPES[dtype])
+        model = self._tiny_model() if self.tiny else random_model(self.name, made_on or device, *DTYPES[dtype])
         return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
     def _tiny_model(self):
