@@ -24,7 +24,7 @@ layer's input, attention output, sum, and delta).
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.benchmarks.command_line import add_base, benchmark_parser
 from comfyui_agd.benchmarks.kernels import kernels_per_step
-from comfyui_agd.benchmarks.machine import device_name, error_text, release_memory
+from comfyui_agd.benchmarks.machine import device_called, device_name, error_text, release_memory
 from comfyui_agd.benchmarks.output import write_rows
 from comfyui_agd.benchmarks.random_bases import NAMES, TINY_PIXELS, RandomBase
 from comfyui_agd.examples.toy.tables import Column, console_table
@@ -89,6 +89,7 @@ QUICK = {
     "cuda": (ModelAtSize("SD 1.5", 512, 512, 4, steps=6), ModelAtSize("SDXL", 1024, 1024, 4, steps=6), *_LARGE),
 }
 _TINY_ROUNDS = 2
+_SHARE_TO_BEGIN = 0.75  # of the time: by torch.compile most of it goes into that
 
 
 @dataclass
@@ -378,25 +379,22 @@ def measure_besides(methods: list[Method], device: torch.device, args: argparse.
         method.attempt(besides)
 
 
-def begun(made: Methods, names: Iterable[str], until: float) -> list[Method]:
-    """Methods that were sampled once: loaded, autotuned, compiled. Those that there was no time for have failed."""
-    methods = []
-    for name in names:
-        method = Method(name)
-        if time.monotonic() > until:
-            method.failed = "no time was left to begin it"
-        else:
-            try:
-                method = made.make(name)
-            except Exception as error:
-                method.failed = error_text(error)
-                print(f"  {name} can't be made: {method.failed}", flush=True)
-        methods.append(method)
-        method.attempt(lambda method: method.sampling(1))
-    return methods
+def begin(made: Methods, name: str, until: float) -> Method:
+    """A method that was sampled once: loaded, autotuned, compiled. One that there was no time for has failed."""
+    if time.monotonic() > until:
+        return Method(name, failed="no time was left to begin it")
+    start = time.monotonic()
+    try:
+        method = made.make(name)
+    except Exception as error:
+        print(f"  {name} can't be made: {error_text(error)}", flush=True)
+        return Method(name, failed=error_text(error))
+    method.attempt(lambda method: method.sampling(1))
+    method.found["seconds_to_begin"] = time.monotonic() - start
+    return method
 
 
-def measure(methods: list[Method], rounds: int, until: float, after_round: Callable[[], None]) -> None:
+def measure(methods: list[Method], rounds: int, until: float, after_round: Callable[[], object]) -> None:
     """At least two rounds, as many of the others as there is time for."""
 
     def take_round(method: Method) -> None:
@@ -436,8 +434,9 @@ def row_of(
     if method.failed:
         row["failed"] = method.failed
     if len(method.seconds) < 2:
-        return row
+        return row | method.found
     row["seconds_per_step"] = statistics.median(method.seconds)
+    row["seconds_of_rounds"] = method.seconds
     for other, name in ((unguided, "unguided"), (cfg, "cfg")):
         if other is not None and other.seconds:
             row[f"ratio_to_{name}"] = row["seconds_per_step"] / statistics.median(other.seconds)
@@ -526,15 +525,23 @@ def measure_model(at: ModelAtSize, dtype: str, args: argparse.Namespace, keep: C
     notes = [device_name(args.device), f"{torch.get_num_threads()} threads", dtype]
     notes += ["smaller than people sample at"] * at.reduced + ["compiled"] * args.compile + ["tiny"] * args.tiny
     print(f"\n{at.model} at {at.size} ({', '.join(notes)})", flush=True)
-    device, until = torch.device(args.device), time.monotonic() + 60 * (args.minutes or 1e6)
+    device, until = device_called(args.device), time.monotonic() + 60 * (args.minutes or 1e6)
     made = Methods(RandomBase(at.model, args.tiny), at, dtype, device, args.compile)
-    names = [name for name in made.names if args.only is None or name in args.only]
-    # Half of the time to begin, for what has begun is measured twice at least.
-    methods = begun(made, names, (time.monotonic() + until) / 2)
-    measure(methods, args.rounds or at.rounds, until, lambda: keep(rows_of(at, dtype, args, methods)))
+    methods: list[Method] = []
+
+    def note() -> list[dict]:
+        rows = rows_of(at, dtype, args, methods)
+        keep(rows)
+        return rows
+
+    # What has begun is measured twice at least.
+    start = time.monotonic()
+    for name in [name for name in args.only or made.names if name in made.names]:
+        methods.append(begin(made, name, start + _SHARE_TO_BEGIN * (until - start)))
+        note()
+    measure(methods, args.rounds or at.rounds, until, note)
     measure_besides(methods, device, args)
-    rows = rows_of(at, dtype, args, methods)
-    keep(rows)
+    rows = note()
     print(*console_table(_COLUMNS, rows), sep="\n")
     print_shares(rows)
 

@@ -18,6 +18,11 @@ from pathlib import Path
 import torch
 
 
+def device_called(name: str) -> torch.device:
+    """With its number, by which ComfyUI compares devices."""
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
 
@@ -89,10 +94,11 @@ def _comfyui() -> str:
 
 
 def _comfy_kernels() -> str:
-    """Whose ComfyUI's optional operators are: with comfy-kitchen's pure package they are PyTorch's own."""
-    import comfy_kitchen
+    """Whose ComfyUI's optional operators are: "eager" are PyTorch's own, all that comfy-kitchen's pure package has."""
+    import comfy.quant_ops
 
-    return ", ".join(name for name, backend in comfy_kitchen.list_backends().items() if backend["available"])
+    backends = comfy.quant_ops.ck.list_backends()
+    return ", ".join(name for name, each in backends.items() if each["available"] and not each["disabled"])
 
 
 if __name__ == "__main__":

@@ -28,14 +28,16 @@ class RandomBase:
     name: str
     tiny: bool = False
 
-    def patcher(self, dtype: str, device: torch.device, made_on: torch.device | None = None):
-        """A MODEL that computes on `device`; its weights are made there, or on `made_on`."""
+    def patcher(self, dtype: str, device: torch.device):
+        """A MODEL that computes on `device`. Its weights are in system memory, from where ComfyUI loads them as it
+        does a file's: what it finds on the device already it would count twice."""
         import comfy.model_patcher
 
         from comfyui_agd.tests.support.checkpoints import random_model
 
-        model = self._tiny_model() if self.tiny else random_model(self.name, made_on or device, *DTYPES[dtype])
-        return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+        cpu = torch.device("cpu")
+        model = self._tiny_model() if self.tiny else random_model(self.name, cpu, *DTYPES[dtype])
+        return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=cpu)
 
     def _tiny_model(self):
         from comfyui_agd.tests.support.runtime import TinyUNet, TinyXL, tiny

@@ -26,7 +26,7 @@ from torch import nn
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.benchmarks.command_line import add_base, benchmark_parser
-from comfyui_agd.benchmarks.machine import device_name, error_text, release_memory
+from comfyui_agd.benchmarks.machine import device_called, device_name, error_text, release_memory
 from comfyui_agd.benchmarks.output import write_rows
 from comfyui_agd.benchmarks.random_bases import DTYPES, NAMES, TINY_PIXELS, RandomBase
 from comfyui_agd.examples.toy.tables import Column, console_table
@@ -112,8 +112,8 @@ class RandomEncoder:
 def make_model(case: MeasuredTraining, device: torch.device):
     from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 
-    base, cpu = RandomBase(case.model, case.tiny), torch.device("cpu")
-    return ComfyModel(base.patcher(case.dtype, device, made_on=cpu), RandomEncoder(base), frames=case.frames)
+    base = RandomBase(case.model, case.tiny)
+    return ComfyModel(base.patcher(case.dtype, device), RandomEncoder(base), frames=case.frames)
 
 
 def prompts_of(model):
@@ -363,7 +363,7 @@ def chosen_cases(args: argparse.Namespace) -> list[MeasuredTraining]:
 
 def measured(args: argparse.Namespace) -> Iterator[dict]:
     """A row per training, each as soon as it is measured."""
-    device, until = torch.device(args.device), time.monotonic() + 60 * (args.minutes or 1e6)
+    device, until = device_called(args.device), time.monotonic() + 60 * (args.minutes or 1e6)
     memory, occupied = memory_of(device, args.memory_limit)
     for case in chosen_cases(args):
         if time.monotonic() > until:

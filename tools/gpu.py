@@ -28,7 +28,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("tools", "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gpu_parts
 import setup
@@ -47,12 +48,14 @@ PURE = (
     # The pure one has PyTorch's operators in place of its own kernels, which are 45 MB.
     *("comfy-kitchen", "torchsde", "trampoline", "sqlalchemy", "alembic", "mako", "pydantic", "annotated-types"),
     *("typing-inspection", "pydantic-settings", "python-dotenv", "aiosignal", "aiohappyeyeballs", "attrs", "idna"),
-    *("requests", "urllib3", "charset-normalizer", "certifi", "pytest", "pluggy", "iniconfig"),
+    *("requests", "urllib3", "charset-normalizer", "certifi", "pytest", "pluggy", "iniconfig", "typing-extensions"),
 )
 BUILT = (
     *("comfy-aimdo", "torchvision", "torchaudio", "blake3", "pydantic-core"),
     *("aiohttp", "multidict", "yarl", "frozenlist", "propcache"),
 )
+# Any newer one does for what is installed there, and what is brought along may need it.
+REPLACES_OLDER = {"typing-extensions"}
 _GLIBC = ("2_28", "2_27", "2_17", "2_12", "2_5")
 _PLATFORMS = (*(f"manylinux_{version}_x86_64" for version in _GLIBC), "manylinux2014_x86_64", "manylinux1_x86_64")
 _TAIL = 40  # lines of a failed command's output that are kept
@@ -138,7 +141,7 @@ def unpack(folder: Path, into: Path) -> dict[str, str]:
     packages = into / "packages"
     packages.mkdir()
     for wheel in folder.glob("*.whl"):
-        if not is_installed(distribution_of(wheel)):
+        if not is_installed(*distribution_of(wheel)):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(packages)
     if importlib.util.find_spec("av") is None:
@@ -146,19 +149,28 @@ def unpack(folder: Path, into: Path) -> dict[str, str]:
     (packages / "comfyui_agd").symlink_to(ROOT)
     before = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([str(packages), *([before] if before else [])])
-    return {"PYTHONPATH": path, "COMFYUI_PATH": str(into / "ComfyUI"), "PYTHONUNBUFFERED": "1"}
+    # Plugins of what else is installed there are for other tests than ours.
+    always = {"PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return {"PYTHONPATH": path, "COMFYUI_PATH": str(into / "ComfyUI"), **always}
 
 
-def distribution_of(wheel: Path) -> str:
-    return re.sub(r"[-_.]+", "-", wheel.name.split("-")[0]).lower()
+def distribution_of(wheel: Path) -> tuple[str, str]:
+    """Its name and version."""
+    name, version = wheel.name.split("-")[:2]
+    return re.sub(r"[-_.]+", "-", name).lower(), version
 
 
-def is_installed(distribution: str) -> bool:
+def is_installed(name: str, version: str) -> bool:
+    """Whether there is one that serves as well as this version would."""
     try:
-        importlib.metadata.distribution(distribution)
+        found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True
+    return name not in REPLACES_OLDER or _numbers(found) >= _numbers(version)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 @dataclass
@@ -197,10 +209,11 @@ class Command:
         return self.process.poll() is not None
 
     def stop(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        """First as by Ctrl-C, after which tests write what they know."""
+        for number, patience in ((signal.SIGINT, 10), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
             try:
                 os.killpg(self.process.pid, number)
-                self.process.wait(10)
+                self.process.wait(patience)
             except ProcessLookupError:
                 return
             except subprocess.TimeoutExpired:
@@ -213,13 +226,14 @@ class Command:
 
 @dataclass
 class Measured:
-    """A measurement of a part, as the JSON file has it. `ended`: "waits", "runs", "measured", "failed" or "stopped"."""
+    """A measurement of a part, as the JSON file has it. `ended`: "not begun", "runs", "measured", "failed" or, where
+    its time was up, "stopped"."""
 
     measurement: Measurement
     file: Path
     command: list[str]
     running: Command | None = None
-    ended: str = "waits"
+    ended: str = "not begun"
     seconds: float = 0.0
     said: str = ""
 
@@ -270,9 +284,10 @@ class PartRun:
     def run(self, environment: dict[str, str], minutes: float | None = None) -> bool:
         """Whether all that was begun ended well."""
         until = time.monotonic() + 60 * (minutes or self.part.minutes)
+        environment = self._threads() | environment
         try:
             for group in self._groups():
-                for each in group:
+                for each in group if time.monotonic() < until else ():
                     each.start(environment)
                 self._wait(group, until)
         finally:
@@ -282,6 +297,12 @@ class PartRun:
                     each.ended = "stopped"
             self.write()
         return all(each.ended == "measured" for each in self.measured)
+
+    def _threads(self) -> dict[str, str]:
+        """Measurements that run together share the processor's cores."""
+        if not self.part.together or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(self.measured)))}
 
     def _groups(self) -> Iterator[list[Measured]]:
         if self.part.together:

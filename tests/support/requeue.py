@@ -28,7 +28,6 @@ from comfyui_agd.examples.toy.model import load_unet
 from comfyui_agd.tests.support.runtime import TinyUNet, ksampler, patched, random_prompts, tiny
 from comfyui_agd.tests.support.small import info_for, randomised
 
-
 # ComfyUI's flags for how it uses a card's memory.
 WAYS = {
     "dynamic": (),  # its default on a card
