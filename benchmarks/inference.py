@@ -95,8 +95,8 @@ _SHARE_TO_BEGIN = 0.75  # of the time: by torch.compile most of it goes into tha
 @dataclass
 class Method:
     """One way to take a step. `adapter` is the module at work, if there is one. `steps`: of a round; `seconds`: of its
-    mean step, for each round; `timed`: (seconds, rows evaluated) of each step, where those are counted. `failed`: why
-    there is nothing of it, or no more."""
+    mean step, for each round; `timed`: its steps, one by one. `messages`: that users would see. `failed`:
+    why there is nothing of it, or no more."""
 
     name: str
     sampling: Callable[[int], list["TimedStep"]] | None = None
@@ -106,6 +106,7 @@ class Method:
     seconds: list[float] = field(default_factory=list)
     timed: list["TimedStep"] = field(default_factory=list)
     found: dict = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
     failed: str | None = None
 
     def attempt(self, measurement: Callable[["Method"], object]) -> None:
@@ -206,29 +207,31 @@ class Methods:
 
     @property
     def names(self) -> list[str]:
-        """Caches are measured where rows are counted, and EasyCache where the network calls its wrappers."""
+        """Caches are measured where rows are counted."""
         return ["unguided", "cfg", *self.adapters, *([] if self.compiled else CACHED)]
 
     def make(self, name: str) -> Method:
-        """Raises what making it raises."""
+        """Raises what making it raises, and `ValueError` where the base has no such method."""
         from comfyui_agd.agd_core.comfyui.guided_step import KEY
         from comfyui_agd.agd_core.comfyui.sampling.training_free import apply_training_free
         from comfyui_agd.benchmarks.step_caches import easy_cache
 
+        if name not in self.names:
+            raise ValueError(f"There is no {name} here; there are {', '.join(self.names)}.")
+        method = Method(name, steps=max(self.at.steps, CACHED_STEPS) if name in CACHED else self.at.steps)
         if name == "training-free":
-            model = apply_training_free(self.patcher, notify=lambda message: None)
+            model = apply_training_free(self.patcher, notify=method.messages.append)
         elif name == "easy-cache":
             model = easy_cache(self.patcher, _FORCED)
         elif name == "agd-easy-cache":
-            model = easy_cache(self._with_adapter("agd"), _FORCED)
+            model = easy_cache(self._with_adapter("agd", method), _FORCED)
         else:
-            model = self._with_adapter(name) if name in self.adapters else self.patcher
-        patchers = model.get_additional_models_with_key(KEY)
-        cfg = 1.0 if name == "unguided" else OMEGA
-        steps = max(self.at.steps, CACHED_STEPS) if name in CACHED else self.at.steps
-        return self._sampled(Method(name, adapter=patchers[0].model if patchers else None, steps=steps), model, cfg)
+            model = self._with_adapter(name, method) if name in self.adapters else self.patcher
+        if patchers := model.get_additional_models_with_key(KEY):
+            method.adapter = patchers[0].model
+        return self._sampled(method, model, 1.0 if name == "unguided" else OMEGA)
 
-    def _with_adapter(self, name: str):
+    def _with_adapter(self, name: str, method: Method):
         from comfyui_agd.agd_core.adapter import Adapter
         from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 
@@ -238,7 +241,7 @@ class Methods:
         for _, parameter in adapter.trained():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=_SMALL, generator=generator)
-        return apply_adapter(self.patcher, info, adapter.state_dict(), source=name, notify=lambda message: None)
+        return apply_adapter(self.patcher, info, adapter.state_dict(), source=name, notify=method.messages.append)
 
     def _sampled(self, method: Method, model, cfg: float) -> Method:
         from comfyui_agd.agd_core.comfyui.counting import counted
@@ -264,9 +267,10 @@ def info_of(described, settings: dict, tokens: int):
     from comfyui_agd.agd_core.adapter_file import AdapterInfo
     from comfyui_agd.training.presets import settings_for
 
-    config = settings_for(described, settings)
-    omegas = (config.omega_min, config.omega_max)
-    return AdapterInfo(config=config.adapter_config(described, tokens), base=described, omega_range=omegas)
+    training = settings_for(described, settings)
+    config, omegas = training.adapter_config(described, tokens), (training.omega_min, training.omega_max)
+    mode = "used" if config.kind.uses_negative else "ignored"
+    return AdapterInfo(config=config, base=described, omega_range=omegas, negative_mode=mode)
 
 
 def peak_bytes(method: Method, device: torch.device) -> int | None:
@@ -431,6 +435,8 @@ def row_of(
         "method": method.name,
         "rounds": len(method.seconds),
     }
+    if method.messages:
+        row["messages"] = list(dict.fromkeys(method.messages))
     if method.failed:
         row["failed"] = method.failed
     if len(method.seconds) < 2:
@@ -494,7 +500,10 @@ _COLUMNS = (
 
 
 def print_shares(rows: list[dict]) -> None:
+    """And what users would be told."""
     for row in rows:
+        for message in row.get("messages", ()):
+            print(f"{row['method']}: {message}")
         if row.get("inside_shares"):
             shares = ", ".join(f"{name} {share:.0%}" for name, share in row["inside_shares"].items())
             print(f"inside {row['method']}: {shares}")
@@ -536,7 +545,7 @@ def measure_model(at: ModelAtSize, dtype: str, args: argparse.Namespace, keep: C
 
     # What has begun is measured twice at least.
     start = time.monotonic()
-    for name in [name for name in args.only or made.names if name in made.names]:
+    for name in args.only or made.names:
         methods.append(begin(made, name, start + _SHARE_TO_BEGIN * (until - start)))
         note()
     measure(methods, args.rounds or at.rounds, until, note)

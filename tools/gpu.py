@@ -184,6 +184,8 @@ class Command:
 
     @classmethod
     def start(cls, arguments: list[str], environment: dict[str, str]) -> "Command":
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells have it in the background; it is inherited
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=ROOT,
