@@ -74,14 +74,21 @@ _OTHERS = ("--only", "unguided", "paper-320", "low-rank", "paper-128", "agd-modu
 _PROFILED = ("--profile", *_FEW)
 
 
-def _of_unet(model: str) -> Part:
+def _eager(model: str, dtype: str) -> Part:
     return Part(
-        f"a step of {model}: all methods, peak memory, kernels; fp16 and bf16",
+        f"a step of {model} in {dtype}: all methods, peak memory, kernels",
+        6,
+        (_inference(dtype, model, "--dtype", dtype, "--profile", minutes=3, quick=("--profile",)),),
+    )
+
+
+def _merged(model: str) -> Part:
+    """Into tens of GB of weights changes are brought for so long that few samplings have to do."""
+    arguments = ("--only", "unguided", "cfg", "agd", "--rounds", "2")
+    return Part(
+        f"a step of {model} in bf16, the adapter's changes in its weights: unguided, CFG and the default adapter",
         8,
-        tuple(
-            _inference(dtype, model, "--dtype", dtype, "--profile", minutes=2.5, quick=("--profile",))
-            for dtype in ("fp16", "bf16")
-        ),
+        (_inference("bf16", model, "--dtype", "bf16", *arguments, minutes=4, quick=arguments),),
     )
 
 
@@ -102,25 +109,6 @@ def _compiled_others(model: str) -> Part:
     )
 
 
-def _of_transformer(model: str, dtypes: tuple[str, ...]) -> Part:
-    return Part(
-        f"a step of {model}, {' and '.join(dtypes)}: all methods, peak memory, kernels",
-        8,
-        tuple(
-            _inference(
-                dtype,
-                model,
-                "--dtype",
-                dtype,
-                "--profile",
-                minutes=6 / len(dtypes),
-                quick=("--profile",),
-            )
-            for dtype in dtypes
-        ),
-    )
-
-
 def _training(what: str, models: tuple[str, ...], limit: float | None = None) -> Part:
     memory = ("--memory-limit", f"{limit:g}") if limit else ()
     arguments = ("--model", *models, *memory, "--minutes", "6")
@@ -135,6 +123,7 @@ def _tests(*files: str) -> Measurement:
 
 _LONGER = 12000  # iterations: ten times the toys' own
 _TOY_METHODS = ("--only", "unguided", "cfg", "ours")
+_LEAST = ("--quick", "--iterations", "2", "--pictures", "4", "--pairs", "2")
 
 
 def _toy(base: str) -> Part:
@@ -142,11 +131,29 @@ def _toy(base: str) -> Part:
         given = ("--base", base, "--seed", str(seed), *_TOY_METHODS, "--work", f"{_WORK}/toys-seed{seed}")
         pages = ("--results", f"{_WORK}/toy-pages-seed{seed}")
         sizes = ("--iterations", str(_LONGER), "--pictures", "512", "--pairs", "128")
-        least = ("--quick", "--iterations", "2", "--pictures", "4", "--pairs", "2")
-        return Measurement(f"seed {seed}", "benchmarks/quality.py", (*given, *pages, *sizes), (*given, *least))
+        return Measurement(f"seed {seed}", "benchmarks/quality.py", (*given, *pages, *sizes), (*given, *_LEAST))
 
     what = f"{base} trained for {_LONGER} iterations, three seeds; run again, it goes on where it was stopped"
     return Part(what, 8, tuple(map(of_seed, range(3))), together=True)
+
+
+def _check() -> Part:
+    """Of each command the least, on the GPU: what does not run there shows before time goes into true sizes."""
+    models = ("SD 1.5", "SDXL", "Qwen-Image", "Wan 2.2 14B")
+    steps = ("--model", *models, "--tiny", "--profile")
+    compiled = ("--model", "SD 1.5", "--tiny", "--only", "unguided", "agd")
+    trained = ("--model", *models, "--tiny", "--memory-limit", "8")
+    toy = ("--base", "toy", *_TOY_METHODS, "--work", f"{_WORK}/check", *_LEAST)
+    return Part(
+        "every command on tiny models, on the GPU: first of all, in a few minutes",
+        7,
+        (
+            Measurement("steps", "benchmarks/inference.py", steps, steps),
+            Measurement("training", "benchmarks/training.py", trained, trained),
+            Measurement("toy", "benchmarks/quality.py", toy, toy),
+            Measurement("compiled", "benchmarks/inference.py", (*compiled, "--compile"), compiled),
+        ),
+    )
 
 
 # GB of 10^9 bytes that training may use on a card of so many GiB: `training.presets.CARDS`.
@@ -154,19 +161,23 @@ _CAPS = {"24": 22.0, "12": 11.5, "8": 7.5}
 
 # In the order in which they are worth most, where time is short.
 PARTS = {
+    "check": _check(),
     "tests": Part("the tests that need a GPU", 8, (_tests("tests/gpu"),)),
-    "sdxl": _of_unet("SDXL"),
+    "sdxl": _eager("SDXL", "fp16"),
     "training-24": _training("training SDXL and SD 1.5 in a 24 GB card's memory", ("SDXL", "SD 1.5"), _CAPS["24"]),
     "sdxl-compiled": _compiled("SDXL"),
     "training-12": _training("training SDXL in a 12 GB card's memory", ("SDXL",), _CAPS["12"]),
     "training-8": _training("training SDXL in an 8 GB card's memory", ("SDXL",), _CAPS["8"]),
-    "sd15": _of_unet("SD 1.5"),
-    "qwen-image": _of_transformer("Qwen-Image", ("bf16", "fp8")),
-    "wan": _of_transformer("Wan 2.2 14B", ("fp8",)),
+    "sdxl-bf16": _eager("SDXL", "bf16"),
+    "sd15": _eager("SD 1.5", "fp16"),
+    "qwen-image": _eager("Qwen-Image", "fp8"),
+    "wan": _eager("Wan 2.2 14B", "fp8"),
     "training-qwen-image": _training("training Qwen-Image in the card's own memory", ("Qwen-Image",)),
     "training-wan": _training("training Wan 2.2 in the card's own memory", ("Wan 2.2 14B",)),
     "toy": _toy("toy"),
     "toy-dit": _toy("toy-dit"),
+    "qwen-image-bf16": _merged("Qwen-Image"),
+    "sd15-bf16": _eager("SD 1.5", "bf16"),
     "sdxl-compiled-others": _compiled_others("SDXL"),
     "sd15-compiled": _compiled("SD 1.5"),
     "sd15-compiled-others": _compiled_others("SD 1.5"),

@@ -79,7 +79,10 @@ class ModelAtSize:
 
 
 # On a GPU bringing changes into the weights takes longer than a step: more steps each time.
-_LARGE = (ModelAtSize("Qwen-Image", 1328, 1328, 3, steps=6), ModelAtSize("Wan 2.2 14B", 832, 480, 2, 21, steps=4))
+_LARGE = (
+    ModelAtSize("Qwen-Image", 1328, 1328, 3, steps=6),
+    ModelAtSize("Wan 2.2 14B", 832, 480, 3, frames=9, steps=3, reduced=True),
+)
 FULL = {
     "cpu": (ModelAtSize("SD 1.5", 512, 512, 6), ModelAtSize("SDXL", 256, 256, 6, reduced=True), *_LARGE),
     "cuda": (ModelAtSize("SD 1.5", 512, 512, 12, steps=6), ModelAtSize("SDXL", 1024, 1024, 12, steps=6), *_LARGE),
@@ -275,6 +278,8 @@ def info_of(described, settings: dict, tokens: int):
 
 def peak_bytes(method: Method, device: torch.device) -> int | None:
     """The most memory during one step: what torch has on a GPU, the whole process on a Linux CPU."""
+    unload_adapters()
+    method.sampling(1)
     release_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -287,6 +292,18 @@ def peak_bytes(method: Method, device: torch.device) -> int | None:
     method.sampling(1)
     (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
+
+
+def unload_adapters() -> None:
+    """Those of methods that were sampled before; ComfyUI has no reason to."""
+    import comfy.model_management
+
+    from comfyui_agd.agd_core.adapter import Adapter
+
+    loaded = comfy.model_management.current_loaded_models
+    for each in [each for each in loaded if each.model and isinstance(each.model.model, Adapter)]:
+        each.model_unload()
+        loaded.remove(each)
 
 
 class AdapterTimer:
@@ -365,7 +382,9 @@ def measure_adapter(method: Method, clock: Clock) -> dict:
     }
 
 
-def measure_besides(methods: list[Method], device: torch.device, args: argparse.Namespace) -> None:
+def measure_besides(
+    methods: list[Method], device: torch.device, args: argparse.Namespace, after_each: Callable[[], object]
+) -> None:
     """All that is measured or counted besides the seconds of a step."""
     clock = Clock(device)
 
@@ -381,6 +400,7 @@ def measure_besides(methods: list[Method], device: torch.device, args: argparse.
 
     for method in methods:
         method.attempt(besides)
+        after_each()
 
 
 def begin(made: Methods, name: str, until: float) -> Method:
@@ -549,7 +569,7 @@ def measure_model(at: ModelAtSize, dtype: str, args: argparse.Namespace, keep: C
         methods.append(begin(made, name, start + _SHARE_TO_BEGIN * (until - start)))
         note()
     measure(methods, args.rounds or at.rounds, until, note)
-    measure_besides(methods, device, args)
+    measure_besides(methods, device, args, note)
     rows = note()
     print(*console_table(_COLUMNS, rows), sep="\n")
     print_shares(rows)

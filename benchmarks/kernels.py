@@ -72,7 +72,8 @@ def _launched(event, inside: bool, device: torch.device) -> Iterator[tuple[bool,
     """Of an operator and those that it calls: whether inside the adapter, and the seconds."""
     inside = inside or event.name == _MARK
     if device.type == "cuda":
-        yield from ((inside, kernel.duration / 1e6) for kernel in event.kernels)
+        # A range shows on the device too.
+        yield from ((inside, kernel.duration / 1e6) for kernel in event.kernels if kernel.name != _MARK)
     elif not event.cpu_children and event.name != _MARK:
         yield inside, event.self_cpu_time_total / 1e6
     for child in event.cpu_children:

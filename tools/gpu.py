@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -372,6 +372,8 @@ def run(names: list[str], args: argparse.Namespace) -> int:
         environment = unpack(args.pack, Path(folder))
         machine = described_machine(environment, Path(folder))
         print(json.dumps(machine, indent=1), flush=True)
+        if not args.quick and not machine["card"]:
+            raise setup.SetupError("torch sees no card here, so nothing was measured; --quick tries all on a CPU.")
         for name in names:
             results = results_folder(args.results, args.quick)
             runs.append(PartRun(name, PARTS[name], machine, results, Path(folder), args.quick))
@@ -403,8 +405,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.command == "run":
         return run(args.parts, args)
-    commands: dict[str, Callable[[], None]] = {"pack": lambda: pack(args.folder), "list": lambda: print(listing())}
-    commands[args.command]()
+    if args.command == "pack":
+        pack(args.folder)
+    else:
+        print(listing())
     return 0
 
 

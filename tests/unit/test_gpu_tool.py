@@ -104,6 +104,14 @@ def test_without_a_folder_a_run_says_how_to_make_it(gpu, tmp_path):
         gpu.unpack(tmp_path, tmp_path)
 
 
+def test_without_a_card_nothing_is_begun(gpu, asked, tmp_path, monkeypatch):
+    gpu.pack(tmp_path / "packed")
+    monkeypatch.setattr(gpu, "described_machine", lambda environment, folder: {"card": None})
+    with pytest.raises(gpu.setup.SetupError, match="sees no card"):
+        gpu.main(["run", "tests", "--pack", str(tmp_path / "packed"), "--results", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_list_names_every_part_with_minutes_that_fit_into_a_call(gpu):
     lines = gpu.listing().splitlines()
     assert [line.split()[0] for line in lines] == list(gpu.PARTS)
