@@ -13,18 +13,20 @@ SETTLED, SWITCHES = 4, 20
 SLACK = 1 << 16  # bytes: less than any of the toy's weights has
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 on_card = [pytest.param(flags, id=way, marks=needs_card) for way, flags in WAYS.items()]
-each_way = pytest.mark.parametrize("flags", [pytest.param(("--cpu",), id="cpu", marks=pytest.mark.slow), *on_card])
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> tuple[str, list[str]]:
-    """(an adapter whose changes go into the base's weights, two LoRAs)."""
-    folder, toy = tmp_path_factory.mktemp("files"), load_base("toy")
-    return write_adapter(folder, toy, 1, hidden=64, rank=4), [write_lora(folder, toy, seed) for seed in range(2)]
+@pytest.fixture(scope="module", params=[pytest.param(("--cpu",), id="cpu", marks=pytest.mark.slow), *on_card])
+def results(request, tmp_path_factory) -> list[dict]:
+    """Of a session's prompts: `SWITCHES` that are equal, and as many with one LoRA and another in turns.
 
-
-def sampled(settings: list[Setting], folder, flags) -> list[dict]:
-    return from_scratch(settings, folder, *flags, session="in turn")
+    Always with an adapter whose changes go into the base's weights, too.
+    """
+    folder, toy = tmp_path_factory.mktemp("session"), load_base("toy")
+    adapter = write_adapter(folder, toy, 1, hidden=64, rank=4)
+    loras = [write_lora(folder, toy, seed) for seed in range(2)]
+    asked = [Setting("toy", loras[0], adapter)] * SWITCHES
+    asked += [Setting("toy", loras[i % 2], adapter) for i in range(SWITCHES)]
+    return from_scratch(asked, folder, *request.param, session="in turn")
 
 
 def assert_flat(results: list[dict]) -> None:
@@ -32,21 +34,21 @@ def assert_flat(results: list[dict]) -> None:
     assert max(held) - min(held) < SLACK
 
 
-@each_way
-def test_a_queue_of_equal_prompts_takes_no_more_memory(files, flags, tmp_path):
-    results = sampled([Setting("toy", adapter=files[0])] * SWITCHES, tmp_path, flags)
-    assert_flat(results)
-    for result in results[1:]:
-        torch.testing.assert_close(result["picture"], results[0]["picture"], atol=1e-3, rtol=1e-3)
+def assert_as_before(results: list[dict], after: int) -> None:
+    """Pictures are those of so many prompts ago."""
+    for before, now in zip(results, results[after:], strict=False):
+        torch.testing.assert_close(now["picture"], before["picture"], atol=1e-3, rtol=1e-3)
 
 
-@each_way
-def test_a_lora_that_is_switched_leaves_nothing_behind(files, flags, tmp_path):
-    adapter, loras = files
-    results = sampled([Setting("toy", loras[i % 2], adapter) for i in range(SWITCHES)], tmp_path, flags)
+def test_a_queue_of_equal_prompts_takes_no_more_memory(results):
+    assert_flat(results[:SWITCHES])
+    assert_as_before(results[:SWITCHES], after=1)
+
+
+def test_a_lora_that_is_switched_leaves_nothing_behind(results):
+    switched = results[SWITCHES:]
     # Every other one, for the two LoRAs may differ in what is loaded beside them.
-    assert_flat(results[::2])
-    assert_flat(results[1::2])
-    for before, after in zip(results, results[2:], strict=False):
-        torch.testing.assert_close(after["picture"], before["picture"], atol=1e-3, rtol=1e-3)
-    assert not torch.allclose(results[0]["picture"], results[1]["picture"], atol=1e-2)
+    assert_flat(switched[::2])
+    assert_flat(switched[1::2])
+    assert_as_before(switched, after=2)
+    assert not torch.allclose(switched[0]["picture"], switched[1]["picture"], atol=1e-2)
