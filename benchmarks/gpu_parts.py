@@ -68,10 +68,9 @@ def _inference(name: str, model: str, *arguments: str, minutes: float, quick: tu
     )
 
 
-# In the order in which they are compiled, which takes a minute and more.
-_FEW = ("--only", "unguided", "agd", "cfg")
-_OTHERS = ("--only", "unguided", "paper-320", "low-rank", "paper-128", "agd-modulated")
-_PROFILED = ("--profile", *_FEW)
+# In the order in which they are compiled, which takes a minute and more for each.
+_FEW = ("unguided, CFG and the default adapter", ("unguided", "agd", "cfg"))
+_OTHERS = ("the other adapters", ("unguided", "paper-320", "low-rank", "paper-128", "agd-modulated"))
 
 
 def _eager(model: str, dtype: str) -> Part:
@@ -92,20 +91,12 @@ def _merged(model: str) -> Part:
     )
 
 
-def _compiled(model: str) -> Part:
+def _compiled(model: str, dtype: str, methods: str, only: tuple[str, ...]) -> Part:
+    given = ("--profile", "--only", *only)
     return Part(
-        f"the same of {model} under torch.compile, fp16: unguided, CFG and the default adapter",
+        f"the same of {model} in {dtype} under torch.compile: {methods}",
         8,
-        (_inference("fp16", model, "--compile", "--dtype", "fp16", *_PROFILED, minutes=6, quick=("--profile", *_FEW)),),
-    )
-
-
-def _compiled_others(model: str) -> Part:
-    arguments = ("--compile", "--dtype", "fp16", *_OTHERS)
-    return Part(
-        f"the same of {model} under torch.compile, fp16: the other adapters",
-        8,
-        (_inference("fp16", model, *arguments, minutes=6, quick=_OTHERS),),
+        (_inference(dtype, model, "--compile", "--dtype", dtype, *given, minutes=6, quick=given),),
     )
 
 
@@ -165,7 +156,7 @@ PARTS = {
     "tests": Part("the tests that need a GPU", 8, (_tests("tests/gpu"),)),
     "sdxl": _eager("SDXL", "fp16"),
     "training-24": _training("training SDXL and SD 1.5 in a 24 GB card's memory", ("SDXL", "SD 1.5"), _CAPS["24"]),
-    "sdxl-compiled": _compiled("SDXL"),
+    "sdxl-compiled": _compiled("SDXL", "fp16", *_FEW),
     "training-12": _training("training SDXL in a 12 GB card's memory", ("SDXL",), _CAPS["12"]),
     "training-8": _training("training SDXL in an 8 GB card's memory", ("SDXL",), _CAPS["8"]),
     "sdxl-bf16": _eager("SDXL", "bf16"),
@@ -178,9 +169,11 @@ PARTS = {
     "toy-dit": _toy("toy-dit"),
     "qwen-image-bf16": _merged("Qwen-Image"),
     "sd15-bf16": _eager("SD 1.5", "bf16"),
-    "sdxl-compiled-others": _compiled_others("SDXL"),
-    "sd15-compiled": _compiled("SD 1.5"),
-    "sd15-compiled-others": _compiled_others("SD 1.5"),
+    "sdxl-compiled-others": _compiled("SDXL", "fp16", *_OTHERS),
+    "sdxl-compiled-bf16": _compiled("SDXL", "bf16", *_FEW),
+    "sd15-compiled": _compiled("SD 1.5", "fp16", *_FEW),
+    "sd15-compiled-others": _compiled("SD 1.5", "fp16", *_OTHERS),
+    "sd15-compiled-bf16": _compiled("SD 1.5", "bf16", *_FEW),
     "memory": Part(
         "of the tests those of ComfyUI's ways to use memory: dynamic VRAM, lowvram, novram, queues, LoRAs switched",
         8,
