@@ -1,4 +1,4 @@
-"""What is measured on a GPU machine, in parts that each fit into one short loan of it. `tools/gpu.py` runs them.
+"""What is measured on a GPU machine, in parts of at most eight minutes. `tools/gpu.py` runs them.
 
 Each measurement is another benchmark's command, with what it is given on a GPU and, `quick`, on a CPU: there the same
 commands run on tiny bases, which shows that nothing is missing. Standard library only.
