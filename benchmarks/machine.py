@@ -43,8 +43,10 @@ def made_on(device: str) -> str:
 
 
 def release_memory() -> None:
-    """What Python no longer holds goes back to the system."""
+    """What Python no longer holds goes back to the system, and to other programs on the card."""
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -41,7 +41,8 @@ LIMIT_MB = 64  # of 10^6 bytes: the folder and the checkout's own files together
 COMFYUI_ARCHIVE = "ComfyUI.tar.gz"
 # At the top of ComfyUI's tree: its own tests, what is for its server's users, and nodes that ask other servers.
 NOT_NEEDED = {".ci", ".github", "blueprints", "comfy_api_nodes", "custom_nodes", "models", "openapi.yaml"}
-NOT_NEEDED |= {"input", "output", "script_examples", "tests", "tests-unit", "web"}
+NOT_NEEDED |= {"input", "output", "script_examples", "temp", "tests", "tests-unit", "user", "web"}
+NOT_NEEDED |= {".git", ".venv", "venv"}
 # What ComfyUI and the tests import beyond torch, safetensors, einops, tqdm, numpy, Pillow, transformers, scipy, psutil
 # and what these need. Versions are those of ComfyUI's requirements and of `tools/setup.py`, where they name one.
 PURE = (
