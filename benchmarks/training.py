@@ -344,13 +344,12 @@ def unload_models() -> None:
 
 def memory_of(device: torch.device, limit: float | None) -> tuple[int | None, torch.Tensor]:
     """(the bytes that a plan may use, what occupies all others of a GPU). None is no limit."""
-    nothing = torch.empty(0, dtype=torch.uint8, device=device)
+    memory = int(limit * 1e9) if limit else None
     if device.type == "cpu":
-        return int(limit * 1e9) if limit else None, nothing
+        return memory, torch.empty(0)
     free, _ = torch.cuda.mem_get_info(device)
-    if not limit or limit * 1e9 >= free:
-        return free, nothing
-    return int(limit * 1e9), torch.empty(free - int(limit * 1e9), dtype=torch.uint8, device=device)
+    memory = min(free, memory or free)
+    return memory, torch.empty(free - memory, dtype=torch.uint8, device=device)
 
 
 def chosen_cases(args: argparse.Namespace) -> list[MeasuredTraining]:

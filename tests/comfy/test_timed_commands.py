@@ -97,3 +97,19 @@ def test_a_training_that_does_not_fit_is_a_row(monkeypatch):
     (row,) = trained("--memory-limit", "1e-6")
     assert "DoesNotFit" in row["failed"]
     assert (row["model"], row["memory_limit"]) == ("SD 1.5", 1000)
+
+
+def test_under_a_limit_all_else_of_a_card_is_occupied(monkeypatch):
+    occupied = []
+
+    def empty(size, **where):
+        occupied.append(size)
+        return torch.zeros(0)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(79e9), int(80e9)))
+    monkeypatch.setattr(torch, "empty", empty)
+    card = torch.device("cuda", 0)
+    assert training.memory_of(card, 11.5)[0] == 11.5e9
+    assert occupied == [67.5e9]
+    assert training.memory_of(card, None)[0] == training.memory_of(card, 100)[0] == 79e9
+    assert occupied == [67.5e9, 0, 0]
