@@ -48,9 +48,10 @@ def add_trainings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trainings", type=int, default=1, help="of each adapter, with as many seeds; default: 1")
 
 
-def add_base(parser: argparse.ArgumentParser) -> None:
-    """Which base to measure on, and which ComfyUI with."""
-    parser.add_argument("--model", choices=("SD 1.5", "SDXL"), help="only this one")
+def add_base(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Which of these bases to measure on, and which ComfyUI with."""
+    parser.add_argument("--model", nargs="+", choices=names, help="only these; default: SD 1.5 and SDXL")
+    parser.add_argument("--tiny", action="store_true", help="tiny bases of the same layouts, to try the command")
     parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder, if it is not found by itself")
 
 

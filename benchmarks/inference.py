@@ -1,24 +1,31 @@
 """What a sampling step costs: unguided, with CFG and with AGD, at the true sizes of SD 1.5 and SDXL.
 
-    python benchmarks/inference.py [--device cuda] [--dtype fp16 bf16] [--compile] [--quick] [--json FILE]
+    python benchmarks/inference.py [--device cuda] [--dtype fp16 bf16] [--compile] [--profile] [--quick] [--json FILE]
+                                   [--model NAME] [--only METHOD ...] [--minutes N]
 
 Random weights: time and memory do not depend on their values. Every step goes through ComfyUI's own guider, wrappers
-and patches. The methods take turns, so that a machine that slows down slows all of them: two steps each, of which the
-second is timed, for the first one also computes what a whole sampling needs once. Ratios are of medians, with the
+and patches. The methods take turns, so that a machine that slows down slows all of them: a few steps each, of which all
+but the first are timed, for that one also computes what a whole sampling needs once. Ratios are of medians, with the
 quartiles of the ratio to the unguided step of the same round beside them.
+
+`training-free` and the two with EasyCache don't evaluate every step. Which ones they leave out depends on a model's
+weights; here they leave out all that they can, and the seconds of both sorts of steps are listed apart. A method that
+fails, or that `--minutes` leaves no time for, has a row that says so.
 
 Two figures besides, for adapters whose cost drowns in the noise of a step. `inside`: the share of the step that is
 spent in the adapter, timed at its calls in further steps (on a GPU by the device's own clock); the attention to the
 negative prompt is the base's own and not inside. `floor`: what must be spent, counted: the FLOPs beyond the unguided
 step's, that attention's among them, and the bytes that the adapter moves at least (its weights once; each adapted
 layer's input, attention output, sum, and delta).
+
+`--profile`: the kernels of a step and of the adapter in it, and their seconds on the device.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,158 +33,47 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.benchmarks.command_line import add_base, benchmark_parser
-from comfyui_agd.benchmarks.machine import device_name, release_memory
+from comfyui_agd.benchmarks.kernels import kernels_per_step
+from comfyui_agd.benchmarks.machine import device_called, device_name, error_text, release_memory
 from comfyui_agd.benchmarks.output import write_rows
+from comfyui_agd.benchmarks.random_bases import NAMES, TINY_PIXELS, RandomBase
+from comfyui_agd.benchmarks.timed_methods import (
+    ADAPTERS,
+    CACHED,
+    FORCED,
+    LOW_RANK_ALONE,
+    Clock,
+    Method,
+    Methods,
+    ModelAtSize,
+    TimedStep,
+)
 from comfyui_agd.examples.toy.tables import Column, console_table
 
-ADAPTERS = {
-    "agd": {"kind": "delta", "rank": 16},
-    # What it costs where low-rank changes can't be in the weights.
-    "agd-modulated": {"kind": "delta", "rank": 16, "modulated": True},
-    # The paper authors' own, as wide as they publish figures of, and by their default.
-    "paper-128": {"kind": "paper_attention", "hidden": 128},
-    "paper-320": {"kind": "paper_attention", "hidden": 320},
-}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OMEGA = 7.0
+DTYPES = ("fp32", "fp16", "bf16", "fp8")
+USUAL = ("SD 1.5", "SDXL")
 STEPS_INSIDE = 2
-
-
-@dataclass(frozen=True)
-class ModelAtSize:
-    """A model, the size of its pictures, how many rounds are measured, and whether people sample at larger sizes."""
-
-    model: str
-    pixels: int
-    rounds: int
-    pooled: int = 768
-    reduced: bool = False
-
-
-FULL = {"cpu": [ModelAtSize("SD 1.5", 512, 6), ModelAtSize("SDXL", 256, 6, 1280, reduced=True)]}
-FULL["cuda"] = [ModelAtSize("SD 1.5", 512, 40), ModelAtSize("SDXL", 1024, 40, 1280)]
-QUICK = {"cpu": [ModelAtSize("SD 1.5", 256, 5, reduced=True)]}
-QUICK["cuda"] = [ModelAtSize("SD 1.5", 512, 10), ModelAtSize("SDXL", 1024, 10, 1280)]
-
-
-@dataclass
-class Method:
-    """One way to take a step. `adapter` is the module at work, if there is one."""
-
-    name: str
-    sampling: Callable[[int], list[float]]
-    rows: object  # a RowCounter, where nothing is compiled
-    adapter: torch.nn.Module | None = None
-    seconds: list[float] = field(default_factory=list)
-    found: dict = field(default_factory=dict)
-
-
-class Clock:
-    """Seconds between two moments, by the device's own events on a GPU."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-
-    def moment(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, start, end) -> float:
-        if not self.cuda:
-            return end - start
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-
-
-def timed_sampler(clock: Clock, seconds: list[float]):
-    """A ComfyUI sampler of Euler steps that notes the seconds of each evaluation of the guided model."""
-    import comfy.samplers
-
-    class Timed(comfy.samplers.Sampler):
-        def sample(self, model_wrap, sigmas, extra_args, callback, noise, *rest):
-            x, moments = noise * sigmas[0], []
-            for i in range(len(sigmas) - 1):
-                start = clock.moment()
-                denoised = model_wrap(x, sigmas[i].expand(x.shape[0]), **extra_args)
-                moments.append((start, clock.moment()))
-                x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
-            seconds.extend(clock.between(*pair) for pair in moments)
-            return x
-
-    return Timed()
-
-
-def sampling_of(model, cfg: float, at: ModelAtSize, clock: Clock) -> Callable[[int], list[float]]:
-    """A function that takes so many steps and returns the seconds of each."""
-    import comfy.samplers
-
-    width = model.model.model_config.unet_config["context_dim"]
-    generator = torch.Generator().manual_seed(1)
-
-    def prompt() -> list:
-        pooled = {"pooled_output": torch.randn(1, at.pooled, generator=generator)}
-        return [[torch.randn(1, 77, width, generator=generator), pooled]]
-
-    positive, negative = prompt(), prompt()
-    noise = torch.randn(1, 4, at.pixels // 8, at.pixels // 8, generator=generator)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 20)
-
-    @torch.inference_mode()
-    def run(steps: int) -> list[float]:
-        seconds = []
-        guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(positive, negative)
-        guider.set_cfg(cfg)
-        sampler = timed_sampler(clock, seconds)
-        guider.sample(noise, torch.zeros_like(noise), sampler, sigmas[: steps + 1], disable_pbar=True)
-        return seconds
-
-    return run
-
-
-def make_methods(
-    at: ModelAtSize, dtype: torch.dtype, device: torch.device, compiled: bool, clock: Clock
-) -> list[Method]:
-    import comfy.model_patcher
-
-    from comfyui_agd.agd_core.adapter import Adapter
-    from comfyui_agd.agd_core.comfyui.backbones import describe_base
-    from comfyui_agd.agd_core.comfyui.counting import counted
-    from comfyui_agd.agd_core.comfyui.guided_step import KEY
-    from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
-    from comfyui_agd.tests.support.checkpoints import random_model
-    from comfyui_agd.tests.support.small import info_for, randomised
-
-    base = comfy.model_patcher.ModelPatcher(
-        random_model(at.model, device, dtype), load_device=device, offload_device=torch.device("cpu")
-    )
-
-    def whole(model):
-        if not compiled:
-            return model
-        from comfy_extras.nodes_torch_compile import TorchCompileModel
-
-        return TorchCompileModel.execute(model, "inductor").args[0]
-
-    def method(name: str, model, cfg: float, adapter: torch.nn.Module | None = None) -> Method:
-        model, counter = (model, None) if compiled else counted(model)
-        return Method(name, sampling_of(whole(model), cfg, at, clock), counter, adapter)
-
-    methods = [method("unguided", base, 1.0), method("cfg", base, OMEGA)]
-    for name, config in ADAPTERS.items():
-        info = info_for(describe_base(base.model), **config)
-        weights = randomised(Adapter(info.config)).state_dict()
-        model = apply_adapter(base, info, weights, source=name, notify=lambda message: None)
-        (patcher,) = model.get_additional_models_with_key(KEY)
-        methods.append(method(name, model, OMEGA, patcher.model))
-    return methods
+# On a GPU bringing changes into the weights takes longer than a step: more steps each time.
+_LARGE = (
+    ModelAtSize("Qwen-Image", 1328, 1328, 3, steps=6),
+    ModelAtSize("Wan 2.2 14B", 832, 480, 3, frames=9, steps=3, reduced=True),
+)
+FULL = {
+    "cpu": (ModelAtSize("SD 1.5", 512, 512, 6), ModelAtSize("SDXL", 256, 256, 6, reduced=True), *_LARGE),
+    "cuda": (ModelAtSize("SD 1.5", 512, 512, 12, steps=6), ModelAtSize("SDXL", 1024, 1024, 12, steps=6), *_LARGE),
+}
+QUICK = {
+    "cpu": (ModelAtSize("SD 1.5", 256, 256, 5, reduced=True),),
+    "cuda": (ModelAtSize("SD 1.5", 512, 512, 4, steps=6), ModelAtSize("SDXL", 1024, 1024, 4, steps=6), *_LARGE),
+}
+_TINY_ROUNDS = 2
+_SHARE_TO_BEGIN = 0.75  # of the time: by torch.compile most of it goes into that
 
 
 def peak_bytes(method: Method, device: torch.device) -> int | None:
     """The most memory during one step: what torch has on a GPU, the whole process on a Linux CPU."""
+    unload_adapters()
+    method.sampling(1)
     release_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -190,6 +86,18 @@ def peak_bytes(method: Method, device: torch.device) -> int | None:
     method.sampling(1)
     (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
+
+
+def unload_adapters() -> None:
+    """Those of methods that were sampled before; ComfyUI has no reason to."""
+    import comfy.model_management
+
+    from comfyui_agd.agd_core.adapter import Adapter
+
+    loaded = comfy.model_management.current_loaded_models
+    for each in [each for each in loaded if each.model and isinstance(each.model.model, Adapter)]:
+        each.model_unload()
+        loaded.remove(each)
 
 
 class AdapterTimer:
@@ -235,6 +143,8 @@ class AdapterTimer:
 
     def shares(self) -> dict[str, float]:
         """Of the seconds inside: by layer, and what is left for reshaping, adding up, and attention of its own."""
+        if not self.seconds():  # all of it is in the base's weights
+            return {}
         shares = {name: self._total(name) / self.seconds() for name in self.moments if name != self._ENTRY}
         return shares | {"the rest": 1 - sum(shares.values())}
 
@@ -257,7 +167,7 @@ def counted_per_step(method: Method) -> tuple[int, int]:
 def measure_adapter(method: Method, clock: Clock) -> dict:
     """The time inside the adapter, and the bytes that it moves at least."""
     with AdapterTimer(method.adapter, clock) as timer:
-        spent = sum(method.sampling(STEPS_INSIDE))
+        spent = sum(step.seconds for step in method.sampling(STEPS_INSIDE))
     weights = sum(parameter.nbytes for parameter in method.adapter.parameters())
     return {
         "inside": timer.seconds() / spent,
@@ -266,82 +176,149 @@ def measure_adapter(method: Method, clock: Clock) -> dict:
     }
 
 
-def measure_besides(methods: list[Method], device: torch.device, clock: Clock, compiled: bool) -> None:
+def measure_besides(
+    methods: list[Method], device: torch.device, args: argparse.Namespace, after_each: Callable[[], object]
+) -> None:
     """All that is measured or counted besides the seconds of a step."""
-    for method in methods:
+    clock = Clock(device)
+
+    def besides(method: Method) -> None:
         method.found["peak_bytes"] = peak_bytes(method, device)
-        if compiled:
-            continue  # an adapter's calls are compiled away, and rows and FLOPs are those of the other runs
+        if args.profile and method.name not in CACHED:
+            method.found |= kernels_per_step(method.sampling, device, None if args.compile else method.adapter)
+        if args.compile or method.name in CACHED:
+            return  # an adapter's calls are compiled away, and rows and FLOPs are those of the other runs
         method.found["evaluations_per_step"], method.found["flops_per_step"] = counted_per_step(method)
         if method.adapter is not None:
             method.found |= measure_adapter(method, clock)
 
-
-def measure(methods: list[Method], rounds: int) -> None:
     for method in methods:
-        method.sampling(1)  # loading, autotuning, compiling
+        method.attempt(besides)
+        after_each()
+
+
+def begin(made: Methods, name: str, until: float) -> Method:
+    """A method that was sampled once: loaded, autotuned, compiled. One that there was no time for has failed."""
+    if time.monotonic() > until:
+        return Method(name, failed="no time was left to begin it")
+    start = time.monotonic()
+    try:
+        method = made.make(name)
+    except Exception as error:
+        print(f"  {name} can't be made: {error_text(error)}", flush=True)
+        return Method(name, failed=error_text(error))
+    method.attempt(lambda method: method.sampling(1))
+    method.found["seconds_to_begin"] = time.monotonic() - start
+    return method
+
+
+def measure(methods: list[Method], rounds: int, until: float, after_round: Callable[[], object]) -> None:
+    """At least two rounds, as many of the others as there is time for."""
+
+    def take_round(method: Method) -> None:
+        # The first step of a sampling also looks up the negative prompt's keys and values.
+        steps = method.sampling(method.steps)[1:]
+        method.seconds.append(statistics.fmean(step.seconds for step in steps))
+        method.timed += steps
+
     for done in range(rounds):
+        if done >= 2 and time.monotonic() > until:
+            break
         for method in methods:
-            # The first step of a sampling also looks up the negative prompt's keys and values.
-            method.seconds += method.sampling(2)[1:]
+            method.attempt(take_round)
         print(f"  round {done + 1} of {rounds}", flush=True)
+        after_round()
 
 
-def rows_of(at: ModelAtSize, dtype: str, device: str, compiled: bool, methods: list[Method]) -> list[dict]:
+def rows_of(at: ModelAtSize, dtype: str, args: argparse.Namespace, methods: list[Method]) -> list[dict]:
     of = {method.name: method for method in methods}
-    unguided, cfg = of["unguided"], of["cfg"]
-    rows = []
-    for method in methods:
-        seconds = statistics.median(method.seconds)
-        ratios = [a / b for a, b in zip(method.seconds, unguided.seconds, strict=True)]
+    return [row_of(at, dtype, args, method, of.get("unguided"), of.get("cfg")) for method in methods]
+
+
+def row_of(
+    at: ModelAtSize, dtype: str, args: argparse.Namespace, method: Method, unguided: Method | None, cfg: Method | None
+) -> dict:
+    row = {
+        "model": at.model,
+        "size": at.size,
+        "reduced": at.reduced,
+        "device": args.device,
+        "dtype": dtype,
+        "compiled": args.compile,
+        "tiny": args.tiny,
+        "method": method.name,
+        "rounds": len(method.seconds),
+    }
+    if method.messages:
+        row["messages"] = list(dict.fromkeys(method.messages))
+    if method.failed:
+        row["failed"] = method.failed
+    if len(method.seconds) < 2:
+        return row | method.found
+    row["seconds_per_step"] = statistics.median(method.seconds)
+    row["seconds_of_rounds"] = method.seconds
+    for other, name in ((unguided, "unguided"), (cfg, "cfg")):
+        if other is not None and other.seconds:
+            row[f"ratio_to_{name}"] = row["seconds_per_step"] / statistics.median(other.seconds)
+    if unguided is not None and len(unguided.seconds) > 1:
+        # One that failed had fewer rounds.
+        ratios = [a / b for a, b in zip(method.seconds, unguided.seconds, strict=False)]
         low, _, high = statistics.quantiles(ratios, n=4)
-        row = {
-            "model": at.model,
-            "size": f"{at.pixels}x{at.pixels}",
-            "reduced": at.reduced,
-            "device": device,
-            "dtype": dtype,
-            "compiled": compiled,
-            "method": method.name,
-            "rounds": len(method.seconds),
-            "seconds_per_step": seconds,
-            "ratio_to_unguided": seconds / statistics.median(unguided.seconds),
-            "ratio_quartiles": [low, high],
-            "ratio_to_cfg": seconds / statistics.median(cfg.seconds),
-            **method.found,
-        }
-        if "flops_per_step" in method.found:
+        row["ratio_quartiles"] = [low, high]
+        if "flops_per_step" in method.found and "flops_per_step" in unguided.found:
             row["floor_flops"] = method.found["flops_per_step"] / unguided.found["flops_per_step"] - 1
-        rows.append(row)
-    return rows
+    return row | (left_out(method.timed) if method.name in CACHED else {}) | method.found
+
+
+def left_out(steps: list[TimedStep]) -> dict:
+    """Of steps that are evaluated and others that aren't: the rows per step, and the seconds of either sort."""
+    found = {"evaluations_per_step": statistics.fmean(step.rows for step in steps)}
+    for name, wanted in (("evaluated", True), ("left_out", False)):
+        if seconds := [step.seconds for step in steps if bool(step.rows) == wanted]:
+            found[f"seconds_{name}"] = statistics.median(seconds)
+    return found
 
 
 def _quartiles(row: dict) -> str:
+    if "ratio_quartiles" not in row:
+        return ""
     low, high = row["ratio_quartiles"]
     return f"{low:.3f}-{high:6.3f}"
 
 
+def _value(key: str, form: str, factor: float = 1) -> Callable[[dict], str]:
+    return lambda row: format(row[key] * factor, form) if row.get(key) is not None else ""
+
+
 def _of_adapter(key: str, form: str, factor: float = 1) -> Callable[[dict], str]:
-    return lambda row: format(row[key] * factor, form) if "inside" in row else ""
+    return lambda row: _value(key, form, factor)(row) if "inside" in row else ""
 
 
 _COLUMNS = (
-    Column("method", lambda row: row["method"], -14),
-    Column("rows", lambda row: str(row.get("evaluations_per_step", "")), 5),
-    Column("s/step", lambda row: f"{row['seconds_per_step']:.4f}", 9),
-    Column("/unguided", lambda row: f"{row['ratio_to_unguided']:.3f}", 10),
+    Column("method", lambda row: row["method"], -15),
+    Column("rows", _value("evaluations_per_step", ".3g"), 5),
+    Column("s/step", _value("seconds_per_step", ".4f"), 9),
+    Column("/unguided", _value("ratio_to_unguided", ".3f"), 10),
     Column("quartiles", _quartiles, 14),
-    Column("/cfg", lambda row: f"{row['ratio_to_cfg']:.3f}", 7),
-    Column("peak GB", lambda row: f"{row['peak_bytes'] / 1e9:.2f}" if row["peak_bytes"] else "", 9),
+    Column("/cfg", _value("ratio_to_cfg", ".3f"), 7),
+    Column("peak GB", _value("peak_bytes", ".2f", 1e-9), 9),
     Column("inside", _of_adapter("inside", ".2%"), 8),
     Column("floor", _of_adapter("floor_flops", ".2%"), 8),
     Column("floor MB", _of_adapter("floor_bytes", ".0f", 1e-6), 9),
+    Column("kernels", _value("kernels_per_step", "d"), 9),
+    Column("ms", _value("kernel_seconds_per_step", ".2f", 1e3), 9),
+    Column("inside", _value("kernels_inside", "d"), 8),
+    Column("ms", _value("kernel_seconds_inside", ".2f", 1e3), 8),
+    Column("  failed", lambda row: f"  {row.get('failed', '')[:60]}", -10),
 )
 
 
 def print_shares(rows: list[dict]) -> None:
+    """And what users would be told."""
     for row in rows:
-        if "inside_shares" in row:
+        for message in row.get("messages", ()):
+            print(f"{row['method']}: {message}")
+        if row.get("inside_shares"):
             shares = ", ".join(f"{name} {share:.0%}" for name, share in row["inside_shares"].items())
             print(f"inside {row['method']}: {shares}")
 
@@ -354,43 +331,85 @@ def default_dtypes(device: torch.device) -> list[str]:
     return ["bf16" if computes_bf16(device) else "fp32"]
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, quick="under five minutes on two CPU cores")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: what the device computes fast")
     parser.add_argument("--rounds", type=int, help="instead of each model's own number")
     parser.add_argument("--compile", action="store_true", help="through ComfyUI's TorchCompileModel")
-    add_base(parser)
-    return parser.parse_args()
+    parser.add_argument("--profile", action="store_true", help="count kernels, and those inside the adapter")
+    names = ", ".join(("unguided", "cfg", *ADAPTERS, LOW_RANK_ALONE, *CACHED))
+    how = f"of {names}; default: all, on a CPU without the last four"
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help=how)
+    parser.add_argument("--minutes", type=float, help="begin no more rounds of a model in a dtype after that long")
+    add_base(parser, NAMES)
+    return parser.parse_args(argv)
 
 
-def measure_model(at: ModelAtSize, dtype: str, args: argparse.Namespace) -> list[dict]:
-    """A row per method, printed too."""
+def measure_model(at: ModelAtSize, dtype: str, args: argparse.Namespace, keep: Callable[[list[dict]], None]) -> None:
+    """A row per method, printed, and handed to `keep` after each round."""
     notes = [device_name(args.device), f"{torch.get_num_threads()} threads", dtype]
-    notes += ["smaller than people sample at"] * at.reduced + ["compiled"] * args.compile
-    print(f"\n{at.model} at {at.pixels}x{at.pixels} ({', '.join(notes)})", flush=True)
-    device = torch.device(args.device)
-    clock = Clock(device)
-    methods = make_methods(at, DTYPES[dtype], device, args.compile, clock)
-    measure(methods, args.rounds or at.rounds)
-    measure_besides(methods, device, clock, args.compile)
-    rows = rows_of(at, dtype, args.device, args.compile, methods)
+    notes += ["smaller than people sample at"] * at.reduced + ["compiled"] * args.compile + ["tiny"] * args.tiny
+    print(f"\n{at.model} at {at.size} ({', '.join(notes)})", flush=True)
+    device, until = device_called(args.device), time.monotonic() + 60 * (args.minutes or 1e6)
+    made = Methods(RandomBase(at.model, args.tiny), at, dtype, device, args.compile)
+    methods: list[Method] = []
+
+    def note() -> list[dict]:
+        rows = rows_of(at, dtype, args, methods)
+        keep(rows)
+        return rows
+
+    # What has begun is measured twice at least.
+    start = time.monotonic()
+    for name in chosen_methods(args, made):
+        methods.append(begin(made, name, start + _SHARE_TO_BEGIN * (until - start)))
+        note()
+    measure(methods, args.rounds or at.rounds, until, note)
+    measure_besides(methods, device, args, note)
+    rows = note()
     print(*console_table(_COLUMNS, rows), sep="\n")
     print_shares(rows)
-    return rows
+
+
+def chosen_methods(args: argparse.Namespace, made: Methods) -> list[str]:
+    """Whole samplings take too long on a CPU, but of tiny models."""
+    if args.only:
+        return args.only
+    whole = args.device != "cpu" or args.tiny
+    return [name for name in made.names if whole or name not in (LOW_RANK_ALONE, *CACHED)]
+
+
+def chosen_models(args: argparse.Namespace) -> list[ModelAtSize]:
+    found = [at for at in (QUICK if args.quick else FULL)[args.device] if at.model in (args.model or USUAL)]
+    if args.tiny:
+        tiny = {"width": TINY_PIXELS, "height": TINY_PIXELS, "rounds": _TINY_ROUNDS, "reduced": True}
+        return [replace(at, **tiny, frames=min(at.frames, 2)) for at in found]
+    return found
 
 
 def main() -> None:
     args = parse()
     use_comfyui(args.comfyui, cpu=args.device == "cpu")
-    rows = []
-    for at in (QUICK if args.quick else FULL)[args.device]:
-        if args.model not in (None, at.model):
-            continue
+    from comfyui_agd.agd_core import forecast
+
+    forecast.TOLERANCE = FORCED
+    rows: list[dict] = []
+
+    def kept(own: list[dict]) -> None:
+        if args.json:
+            write_rows(args.json, rows + own)
+
+    for at in chosen_models(args):
         for dtype in args.dtype or default_dtypes(torch.device(args.device)):
-            rows += measure_model(at, dtype, args)
+            own: list[dict] = []
+
+            def keep(found: list[dict], own: list[dict] = own) -> None:
+                own[:] = found
+                kept(own)
+
+            measure_model(at, dtype, args, keep)
+            rows += own
             release_memory()
-            if args.json:
-                write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from comfyui_agd.agd_core.atomic import replacing
 from comfyui_agd.examples.toy.tables import Column, markdown_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -101,4 +102,6 @@ def publish(args: argparse.Namespace, name: str, page: str, rows: list[dict]) ->
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
-    file.write_text(json.dumps(rows, indent=1) + "\n")
+    """Whole or not at all: who reads it need not wait for the end."""
+    with replacing(file) as temporary:
+        Path(temporary).write_text(json.dumps(rows, indent=1) + "\n")

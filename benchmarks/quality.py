@@ -1,7 +1,7 @@
 """How good guidance in one pass is on the toys, beside what else there is: every method in one table.
 
-    python benchmarks/quality.py [--base toy|toy-dit ...] [--quick] [--only METHOD ...] [--trainings N] [--work DIR]
-                                 [--json FILE] [--device cuda]
+    python benchmarks/quality.py [--base toy|toy-dit ...] [--quick] [--only METHOD ...] [--trainings N | --seed N]
+                                 [--work DIR] [--json FILE] [--device cuda]
 
 Trains what has to be trained, samples through ComfyUI's KSampler, and writes quality.md, quality.json and quality.png,
 of the toy transformer quality-toy-dit.md and so on.
@@ -12,8 +12,8 @@ once on different methods. The tables hold everything that the work folder has r
 
 import argparse
 import dataclasses
-import functools
 import sys
+from collections.abc import Sequence
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
 from comfyui_agd.benchmarks.command_line import (
@@ -123,14 +123,14 @@ class MethodMeasurement:
         }
 
 
-def measure(experiment, name: str, trainings: int = 1) -> None:
-    """Every row of a method, into the work folder. `trainings`: of an adapter."""
+def measure(experiment, name: str, seeds: Sequence[int] = (0,)) -> None:
+    """Every row of a method, into the work folder. `seeds`: of an adapter's trainings."""
     from comfyui_agd.benchmarks.experiment import setting_name
     from comfyui_agd.benchmarks.methods import METHODS
 
-    measured = [MethodMeasurement(experiment, name)]
+    measured = [MethodMeasurement(experiment, name, seeds[0])]
     if measured[0].method.file:
-        measured += [MethodMeasurement(experiment, name, seed) for seed in range(1, trainings)]
+        measured += [MethodMeasurement(experiment, name, seed) for seed in seeds[1:]]
     for omega in METHODS[name].omegas or experiment.sizes.omegas:
         rows = rows_at(measured, omega)
         experiment.work.save_rows(setting_name(name, omega), rows)
@@ -164,6 +164,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, quick="few methods, few pictures, hardly trained")
     add_toys(parser)
     add_trainings(parser)
+    parser.add_argument("--seed", type=int, help="of the only training of each adapter")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods; default: all")
     parser.add_argument("--list", action="store_true", help="say which methods there are, and do nothing")
     add_work(parser, "quality")
@@ -175,18 +176,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write_results(experiment, args: argparse.Namespace) -> list[dict]:
-    """The page of a base, with its plot, and all its rows."""
+def write_known(args: argparse.Namespace, experiments: Sequence) -> None:
+    """The rows that there are by now, where they are asked for."""
+    if args.json:
+        write_rows(args.json, [row for experiment in experiments for row in report_rows(experiment)])
+
+
+def report_rows(experiment) -> list[dict]:
+    """All that its work folder has, in the order of the page."""
     from comfyui_agd.benchmarks import report
 
-    rows = report.in_order(experiment.work.rows())
+    return report.in_order(experiment.work.rows())
+
+
+def write_results(experiment, args: argparse.Namespace) -> None:
+    """The page of a base, with its plot."""
+    from comfyui_agd.benchmarks import report
+
+    rows = report_rows(experiment)
     print(*report.plain(rows), sep="\n")
     folder, name = results_folder(args), named_for("quality", experiment.base.name)
     if folder and rows:
         page = report.page(rows, row_of_real(experiment), experiment.sizes, experiment.base, made_on(args.device))
         write_page(folder, name, page, rows)
         report.plot(rows, experiment.best_omega).save(folder / f"{name}.png")
-    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -206,13 +219,17 @@ def main(argv: list[str] | None = None) -> None:
     there = {experiment.base.name: methods_for(experiment) for experiment in experiments}
     refusal = "On {bases} there is no {methods}: it is for a UNet."
     wanted = methods_on(there, args.only, QUICK if args.quick else METHODS, refusal)
-    failed, rows = [], []
+    failed = []
+    seeds = range(args.trainings) if args.seed is None else (args.seed,)
     for experiment in experiments:
-        own = functools.partial(measure, experiment, trainings=args.trainings)
+
+        def own(name: str, experiment=experiment) -> None:
+            measure(experiment, name, seeds)
+            write_known(args, experiments)
+
         failed += [f"{name} on {experiment.base.name}" for name in measure_all(wanted[experiment.base.name], own)]
-        rows += write_results(experiment, args)
-    if args.json:
-        write_rows(args.json, rows)
+        write_results(experiment, args)
+    write_known(args, experiments)
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}; the same command tries again.")
 

@@ -11,16 +11,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA card", allow_module_level=True)
 
-from comfyui_agd.tests.support.requeue import Setting, from_scratch, load_base, write_adapter
-
-WAYS = {
-    "dynamic": (),  # ComfyUI's default on a card
-    "normal": ("--disable-dynamic-vram",),
-    "lowvram": ("--disable-dynamic-vram", "--lowvram"),
-    "novram": ("--novram",),
-    "highvram": ("--highvram",),
-    "crowded": ("--disable-dynamic-vram", "--reserve-vram", "1000"),  # GB: no card has room for any weight
-}
+from comfyui_agd.tests.support.requeue import WAYS, Setting, from_scratch, load_base, write_adapter
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +21,9 @@ def settings(tmp_path_factory) -> list[Setting]:
     files = [write_adapter(folder, toy, seed, hidden=64, rank=4 * seed) for seed in range(2)]
     return [
         Setting("toy"),
-        Setting("toy", files[0]),
-        Setting("toy", files[1], strength=0.5),
-        Setting("toy", files[0], omega=8.0, prompt=1),
+        Setting("toy", adapter=files[0]),
+        Setting("toy", adapter=files[1], strength=0.5),
+        Setting("toy", adapter=files[0], omega=8.0, prompt=1),
         Setting("toy"),
     ]
 
