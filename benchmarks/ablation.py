@@ -139,13 +139,15 @@ def kinds(layout: str) -> list[Variant]:
         *(variant for variant in of_rank if {"kind": "delta"} | variant.settings != usual.settings),
         *(Variant(_KINDS, f"delta with rank {rank} and m", {"rank": rank, "modulated": True}) for rank in ranks[:2]),
         Variant(_KINDS, "delta with a vector of 32", {"vector": 32}, layout="transformer"),
-        *(
-            Variant(
-                _KINDS, f"the default, in one of {n} blocks", usual.settings | {"attention_every": n}, layout=layout
-            )
-            for n in (2, 3, 6)
-            if layout == "transformer"  # in the toy UNet's stacks is one block each
-        ),
+        *(in_some_blocks(usual) if layout == "transformer" else ()),  # in the toy UNet's stacks is one block each
+    ]
+
+
+def in_some_blocks(usual: Variant) -> list[Variant]:
+    """The default with its `delta` in one of so many blocks."""
+    return [
+        Variant(_KINDS, f"delta in one of {n} blocks, with all else", usual.settings | {"attention_every": n})
+        for n in (2, 3, 6)
     ]
 
 
@@ -197,10 +199,10 @@ def usual_training(iterations: int, layout: str) -> list[Variant]:
         "each state 12 times, three times the iterations": {"reuse": 12, "iterations": 3 * iterations},
         "omega up to 8": {"omega_max": 8.0},
         "omega up to 12": {"omega_max": 12.0},
-        "the last quarter half on policy": {"on_policy": 0.5, "on_policy_from": 0.75},
+        "the last quarter on policy": {"on_policy": 1.0, "on_policy_from": 0.75},
     }
     usual = default(layout).settings
-    return [Variant("Other trainings of the default", name, usual | settings) for name, settings in changed.items()]
+    return [Variant("Other trainings", name, usual | settings) for name, settings in changed.items()]
 
 
 def training_task(experiment, variant: Variant):

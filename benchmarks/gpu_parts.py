@@ -70,7 +70,7 @@ def _inference(name: str, model: str, *arguments: str, minutes: float, quick: tu
 
 # In the order in which they are compiled, which takes a minute and more for each.
 _FEW = ("unguided, CFG and the default adapter", ("unguided", "agd", "cfg"))
-_OTHERS = ("the other adapters", ("unguided", "paper-320", "low-rank", "paper-128", "agd-modulated"))
+_OTHERS = ("the other adapters", ("unguided", "paper-320", "low-rank", "paper-128", "agd-modulated", "agd-in-all"))
 
 
 def _eager(model: str, dtype: str) -> Part:

@@ -147,8 +147,8 @@ def adapters_of(base) -> dict[str, dict]:
     }
 
 
-def count(at: TrueSize) -> list[dict]:
-    """A row per adapter."""
+def count(at: TrueSize, adapters: dict[str, dict] | None = None) -> list[dict]:
+    """A row per adapter: of `adapters`, settings by name, or those that suit the base."""
     from comfyui_agd.agd_core.adapter import Adapter
     from comfyui_agd.agd_core.config import AdapterConfig
     from comfyui_agd.agd_core.kinds import kind_config
@@ -156,7 +156,7 @@ def count(at: TrueSize) -> list[dict]:
     model = MetaModel(at.name, frames=at.frames)
     shape = model.latent_shape(at.width, at.height)
     unguided, rows = model.cost(shape, None, 1), []
-    for method, settings in adapters_of(model.base).items():
+    for method, settings in (adapters or adapters_of(model.base)).items():
         kind, base = kind_config(**settings), model.base
         config = AdapterConfig(kind.layers_of(base), kind, vector=base.vector, time_channels=base.time_channels)
         one, two = (model.cost(shape, config, steps) for steps in (1, 2))

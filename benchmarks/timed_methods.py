@@ -10,9 +10,10 @@ from comfyui_agd.benchmarks.machine import error_text, release_memory
 from comfyui_agd.benchmarks.random_bases import RandomBase
 
 ADAPTERS = {
-    "agd": {"kind": "delta", "rank": 16},
-    # What it costs where low-rank changes can't be in the weights.
-    "agd-modulated": {"kind": "delta", "rank": 16, "modulated": True},
+    "agd": {"kind": "delta", "rank": 16, "attention_every": 10},
+    # What it costs in the attentions of all blocks, and where low-rank changes can't be in the weights.
+    "agd-in-all": {"kind": "delta", "rank": 16, "attention_every": 1},
+    "agd-modulated": {"kind": "delta", "rank": 16, "attention_every": 10, "modulated": True},
     # The paper authors' own, as wide as they publish figures of, and by their default.
     "paper-128": {"kind": "paper_attention", "hidden": 128},
     "paper-320": {"kind": "paper_attention", "hidden": 320},

@@ -40,6 +40,22 @@ def test_true_sizes_are_those_that_are_known(name, billions, family):
     assert type(model.model_config).__name__ == family
 
 
+def test_a_step_of_sdxl_has_few_launches_and_little_memory_traffic_more():
+    low_rank = {"kind": "low_rank", "rank": 16}
+    asked = {"default": step_cost.ADAPTERS["agd"], "in all": step_cost.ADAPTERS["agd-in-all"], "low_rank": low_rank}
+    rows = {row["method"]: row for row in step_cost.count(step_cost.TrueSize("SDXL", 1024, 1024), asked)}
+    launches = {name: row["added_launches"] / row["unguided_launches"] for name, row in rows.items()}
+    assert launches["low_rank"] < 0.01
+    assert 0.01 < launches["default"] < 0.15 < 0.3 < launches["in all"]
+    assert rows["low_rank"]["added_bytes"] < 1e-4
+    assert 0.001 < rows["default"]["added_bytes"] < 0.05 < rows["in all"]["added_bytes"]
+
+
+def test_what_training_makes_by_default_is_what_is_counted():
+    default = step_cost.default_of(MetaModel("SDXL").base)
+    assert default | step_cost.ADAPTERS["agd"] == default
+
+
 def test_in_a_transformer_the_default_adds_less_than_a_twentieth_to_a_step():
     rows = {row["method"]: row for row in step_cost.count(step_cost.TrueSize("SD3.5 medium", 1024, 1024))}
     assert rows["low_rank"]["added_per_step"] < 1e-4
