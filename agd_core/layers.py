@@ -40,8 +40,8 @@ class Guidance:
 
 def fit_rows(value: torch.Tensor, rows: int) -> torch.Tensor:
     """(r, ...) -> (rows, ...): repeated as a whole and cut, as ComfyUI fits a condition to a batch."""
-    if len(value) in (1, rows):
-        return value.expand(rows, *value.shape[1:])  # no copies
+    if len(value) == rows:
+        return value
     return value.repeat(math.ceil(rows / len(value)), *[1] * (value.ndim - 1))[:rows]
 
 

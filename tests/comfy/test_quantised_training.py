@@ -91,7 +91,8 @@ def test_the_copies_that_layers_unpack_are_planned(name, way, checkpointing):
     costs = config_of(name), model.denoiser.latent_shape(64, 64), 1, checkpointing, prompt
     found = model.memory.trace_student(*costs)
     assert found.flops == real.flops
-    assert found.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
+    # The mean token of the negative is kept beside it: 32 KB of a prompt of 4,096 channels, which here is 1.6 %.
+    assert found.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
     # Kept for the backward pass, or of one block of two at a time.
     unpacked = sum(weight.nbytes for weight in blocks_linears(plain)) / (2 if checkpointing else 1)
     assert 0.6 * unpacked < found.peak_bytes - plain.memory.trace_student(*costs).peak_bytes
