@@ -68,7 +68,7 @@ class Adapter(nn.Module):
         # for one where a workflow has none.
         self.register_buffer("unconditional", torch.zeros(config.prompt_tokens, config.context_dim))
         self._index = {layer.name: index for index, layer in enumerate(config.layers)}
-        self._guided = {layer.name for layer in config.guided_layers}
+        self._guided = dict.fromkeys(layer.name for layer in config.guided_layers)
         if operations in (nn, MixedPrecision):  # comfy.ops layers hold nothing yet and are only ever loaded into
             self.kind.init_weights()
 
@@ -128,6 +128,11 @@ class Adapter(nn.Module):
     def has_layer(self, name: str) -> bool:
         """Whether that layer of the base is one of its own."""
         return name in self._index
+
+    @property
+    def guided_layers(self) -> Iterable[str]:
+        """The names of those in whose attention to the prompt it works, in the order of evaluation."""
+        return self._guided
 
     def guides(self, name: str) -> bool:
         """Whether it works inside that layer's attention to the prompt."""

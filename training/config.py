@@ -121,7 +121,9 @@ class TrainConfig(Settings):
     )
     vector: int = option(0, "width inside a change of the timestep's vector; 0: none", limits=(0, MOST_CHANNELS))
     attention_every: int = option(
-        1, "it works in the attention of every so-manieth block of a stack, from the first on", limits=(1, 1000)
+        1,
+        "of a stack of blocks: works in the attention of the first, and of every n-th from there on",
+        limits=(1, 1000),
     )
     use_timestep: bool = option(True, "the adapter knows the timestep; the authors' default: no")
     use_prompt: bool = option(True, "the adapter knows the prompt; the authors' default: no")

@@ -1,12 +1,9 @@
-"""Settings as earlier versions kept them: those of all kinds of adapters at once, with low_rank's rank as `hidden`;
-without those that there were none of."""
+"""Settings as earlier versions kept them: those of all kinds of adapters at once, with low_rank's rank as `hidden`."""
 
 from typing import Any
 
 from .config import KINDS, foreign_settings
 
-# What was done before there was a setting for it, where that is not the default now.
-BEFORE = {"attention_every": 1}
 # No kind has all of these, so settings that hold them are such a record.
 _OF_SEVERAL_KINDS = {"hidden", "rank", "shared_encoder"}
 

@@ -16,7 +16,7 @@ from .config import TrainConfig
 from .distributed import Ranks
 from .finite import non_finite
 from .gap import Measurement
-from .older_settings import BEFORE, without_other_kinds
+from .older_settings import without_other_kinds
 from .pool import BatchSource
 
 log = logger(__name__)
@@ -216,7 +216,7 @@ def non_finite_parts(saved: dict[str, Any]) -> Iterator[str]:
 def check_same_run(saved: dict[str, Any], identity: dict, folder: object) -> None:
     """Raises `DifferentRun` if the run state that was saved in `folder` is another run's, or another version's.
 
-    Settings that there were none of then had what is the default now, or what `older_settings` says.
+    Settings that there were none of then had what is the default now.
     """
     if saved["version"] not in _READABLE:
         readable = " and ".join(map(str, _READABLE))
@@ -226,8 +226,7 @@ def check_same_run(saved: dict[str, Any], identity: dict, folder: object) -> Non
             f"reads {readable}."
         )
     then = without_other_kinds(saved["identity"])
-    default = TrainConfig(kind=then.get("kind", TrainConfig.kind)).result_settings()
-    then = {name: BEFORE.get(name, value) for name, value in default.items()} | then
+    then = TrainConfig(kind=then.get("kind", TrainConfig.kind)).result_settings() | then
     changed = differences(then, identity)
     if any(name not in _MAY_CHANGE for name in changed):
         raise DifferentRun(

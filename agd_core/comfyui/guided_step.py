@@ -75,8 +75,7 @@ class GuidedStep:
 
     def guided_layers(self) -> list[str]:
         """Every layer in whose attention an adapter works."""
-        names = (layer.name for active in self.active for layer in active.adapter.config.guided_layers)
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys(name for active in self.active for name in active.adapter.guided_layers))
 
     def visited_all_layers(self) -> bool:
         """Whether the last evaluation came by every adapter layer."""

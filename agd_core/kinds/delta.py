@@ -41,8 +41,8 @@ from .scale import ScaleAdapter, ScaleConfig
 class DeltaConfig(EncodedKindConfig):
     """`hidden`: H. `rank`: of low-rank changes beside it; 0: none. `modulated`: those have m(t, omega).
 
-    `vector`: channels inside a change of the vector of the timestep; 0: none. `attention_every`: it works in the
-    attention of every so-manieth block of a stack, while its low-rank changes are in all.
+    `vector`: channels inside a change of the vector of the timestep; 0: none. `attention_every`: n, it works in
+    the attention of every n-th block of a stack, while its low-rank changes are in all.
     """
 
     name = "delta"

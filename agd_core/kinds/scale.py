@@ -24,7 +24,7 @@ KNOTS, LAST_TIMESTEP = 4, 999
 
 @dataclass(frozen=True)
 class ScaleConfig(GainKindConfig):
-    """`attention_every`: it works in the attention of every so-manieth block of a stack."""
+    """`attention_every`: n, it works in the attention of every n-th block of a stack."""
 
     name = "scale"
     attention_every: BlockDistance = 1

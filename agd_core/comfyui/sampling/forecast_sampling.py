@@ -88,8 +88,13 @@ class ForecastSampling(SharedByDeepcopy):
 
     def predict_both(self, args: dict) -> list[torch.Tensor]:
         """ComfyUI's `sampler_calc_cond_batch_function`: denoised with the prompt and with the negative."""
-        self.levels.forget()  # a sampler may put the next level into the same tensor
-        self.request = request = _PairRequest(CondBatch.from_args(args, self.levels))
+        try:
+            return self._predict_both(CondBatch.from_args(args, self.levels))
+        finally:
+            self.levels.forget()
+
+    def _predict_both(self, batch: CondBatch) -> list[torch.Tensor]:
+        self.request = request = _PairRequest(batch)
         unwatch_post_cfg(request.batch.model_options)
         self.restart.raise_if_requested()
         if not self.guider.conds.get("negative"):

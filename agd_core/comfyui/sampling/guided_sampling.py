@@ -140,9 +140,9 @@ class GuidedSampling(SharedByDeepcopy):
         return self.guided and self._is_current(timestep)
 
     def _is_current(self, timestep: torch.Tensor) -> bool:
-        if self.sigma is None or timestep is self.sigma:
-            return self.sigma is not None
-        return bool(timestep.flatten()[0] == self.sigma.flatten()[0])
+        if timestep is self.sigma:
+            return True  # without reading a value back from the device
+        return self.sigma is not None and bool(timestep.flatten()[0] == self.sigma.flatten()[0])
 
     def _evaluate_base(self, batch: CondBatch) -> list[torch.Tensor]:
         self.evaluates_base = True
