@@ -394,16 +394,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measure_all(with_captions: Callable, known: list[Variant], asked: list[str], trainings: int) -> None:
-    """Rows of the variants `asked` for, into the work folder."""
+def measure_all(
+    with_captions: Callable, known: list[Variant], asked: list[str], trainings: int, usual: Variant
+) -> None:
+    """Rows of the variants `asked` for, compared with the `usual` one, into the work folder."""
     chosen = [known[i] for i in selected([variant.full_name for variant in known], asked, "variant")]
     experiment = with_captions(CAPTIONS)
     experiment.work.save_rows("cfg", cfg_rows(experiment))
-    usual = default(experiment.model().base.layout)
     for variant in chosen:
         row = over_trainings([measure(with_captions, variant, seed, usual) for seed in range(trainings)])
         experiment.work.save_rows(variant.stem, [row])
         print(json.dumps(row), flush=True)
+
+
+def sizes_of(quick: bool, iterations: int = ITERATIONS):
+    """How much is computed."""
+    from comfyui_agd.benchmarks.experiment import QUICK_SIZES, Sizes
+
+    if quick:
+        return dataclasses.replace(QUICK_SIZES, captions=CAPTIONS, pictures=2)
+    return Sizes(pictures=PICTURES, iterations=iterations, captions=CAPTIONS, gap_captions=32)
 
 
 def experiment_with(work, sizes, base: str, captions: int):
@@ -415,21 +425,19 @@ def experiment_with(work, sizes, base: str, captions: int):
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     use_comfyui(cpu=args.device == "cpu")
-    from comfyui_agd.benchmarks.experiment import QUICK_SIZES, Sizes
     from comfyui_agd.benchmarks.work_folder import WorkFolder
 
-    sizes = Sizes(pictures=PICTURES, iterations=args.iterations, captions=CAPTIONS, gap_captions=32)
-    if args.quick:
-        sizes = dataclasses.replace(QUICK_SIZES, captions=CAPTIONS, pictures=2)
+    sizes = sizes_of(args.quick, args.iterations)
     asked = args.only or (["the default", "delta, without"] if args.quick else [""])
     experiments, rows = [], []
     for base in TOYS:
         work = WorkFolder(work_path(args, "ablation", base))
         with_captions = functools.cache(functools.partial(experiment_with, work, sizes, base))
         experiments.append(with_captions(CAPTIONS))
-        known = variants(sizes.iterations, experiments[-1].model().base.layout)
+        layout = experiments[-1].model().base.layout
+        known = variants(sizes.iterations, layout)
         if base in args.base:
-            measure_all(with_captions, known, asked, args.trainings)
+            measure_all(with_captions, known, asked, args.trainings, default(layout))
         rows += work.rows(["cfg", *(variant.stem for variant in known)])
     publish(args, experiments, rows)
 

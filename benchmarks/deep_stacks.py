@@ -9,19 +9,18 @@ trained is kept in the work folder. Writes deep_stacks.md and .json.
 """
 
 import argparse
-import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.ablation import CAPTIONS, ITERATIONS, PICTURES, Variant, cfg_rows, measure, tables
+from comfyui_agd.benchmarks.ablation import Variant, measure_all, sizes_of, tables
 from comfyui_agd.benchmarks.command_line import add_results, add_trainings, add_work, benchmark_parser, work_path
 from comfyui_agd.benchmarks.machine import made_on
-from comfyui_agd.benchmarks.output import over_trainings, publish
+from comfyui_agd.benchmarks.output import publish
+from comfyui_agd.benchmarks.work_folder import WorkFolder, make_once
 
 # `PERCENT` of the base's parameters is what `delta` in all blocks needs.
 DEPTH, RANK, PERCENT, NARROW_PERCENT = 3, 4, 8.0, 4.7
@@ -54,13 +53,15 @@ def trained(base, folder: Path, steps: int) -> Path:
     """The base's weights in `folder`, trained unless they are there."""
     from comfyui_agd.examples.toy import train
 
-    file, done = folder / base.file, folder / f"trained-{steps}"
-    if not done.exists():
+    file = folder / base.file
+
+    def make() -> None:
         torch.manual_seed(_SEED)
         model = base.build()
         deepen(model.diffusion_model)
         train.train_on(model, train.fit_diffusion, train.DiffusionStage("deep", steps, _BATCH, _POOL), file, _RATE)
-        done.touch()
+
+    make_once(folder / f"trained-{steps}", make)
     return file
 
 
@@ -114,23 +115,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     use_comfyui(cpu=args.device == "cpu")
-    from comfyui_agd.benchmarks.experiment import QUICK_SIZES, Sizes, ToyExperiment
-    from comfyui_agd.benchmarks.work_folder import WorkFolder
+    from comfyui_agd.benchmarks.experiment import ToyExperiment
     from comfyui_agd.examples.toy.model import load_clip, load_vae
     from comfyui_agd.examples.toy.sampling import Toy
 
     work, base = WorkFolder(work_path(args, "deep_stacks")), deep_base()
-    sizes = Sizes(pictures=PICTURES, iterations=ITERATIONS, captions=CAPTIONS, gap_captions=32)
-    if args.quick:
-        sizes = dataclasses.replace(QUICK_SIZES, captions=CAPTIONS, pictures=2)
     weights = trained(base, work.folder / "base", 2 if args.quick else STEPS)
-    experiment = ToyExperiment(work, sizes, Toy(base, base.load(weights), load_clip(), load_vae()))
-    rows = cfg_rows(experiment)
-    usual, *_ = known = variants()
-    for variant in known:
-        of_seeds = [measure(lambda captions: experiment, variant, seed, usual) for seed in range(args.trainings)]
-        rows.append(over_trainings(of_seeds))
-        print(json.dumps(rows[-1]), flush=True)
+    parts, known = Toy(base, base.load(weights), load_clip(), load_vae()), variants()
+    experiment = ToyExperiment(work, sizes_of(args.quick), parts)
+    measure_all(lambda captions: experiment, known, [""], args.trainings, usual=known[0])
+    rows = work.rows(["cfg", *(variant.stem for variant in known)])
     publish(args, "deep_stacks", page(rows, experiment, made_on(args.device)), rows)
 
 

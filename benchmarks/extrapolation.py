@@ -248,12 +248,14 @@ def _sibling_pictures(study: AdapterStudy, models: dict) -> None:
 
 def _fine_tuned(base, folder: Path, steps: int):
     """A MODEL: the toy's, trained on in other colours; its text encoder and VAE are the toy's."""
+    from comfyui_agd.benchmarks.work_folder import make_once
     from comfyui_agd.examples.toy import train
 
-    if not (folder / f"trained-{steps}").exists():
+    def make() -> None:
         torch.manual_seed(_SEED)
         train.fine_tune(base, train.DiffusionStage("sibling", steps, SIBLING_BATCH, SIBLING_POOL, recoloured), folder)
-        (folder / f"trained-{steps}").touch()
+
+    make_once(folder / f"trained-{steps}", make)
     return base.load(folder / base.file)
 
 

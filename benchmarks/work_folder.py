@@ -13,6 +13,13 @@ from safetensors.torch import save_file
 from comfyui_agd.agd_core.atomic import replacing
 
 
+def make_once(done: Path, make: Callable[[], object]) -> None:
+    """Call `make`, unless it was called to its end before: then there is the file `done`."""
+    if not done.exists():
+        make()
+        done.touch()
+
+
 class WorkFolder:
     """A folder of results. Each is kept with its identity, what it was made from, and made again when that changes."""
 
