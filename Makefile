@@ -18,7 +18,7 @@ FAST := tests/unit \
   tests/comfy/compatibility/test_table.py::test_the_documented_table_is_what_is_tested \
   tests/toy/test_toy.py tests/server/test_server.py::test_the_pack_loads_without_complaint
 
-.PHONY: help setup demo test test-fast test-matrix bench lint toy
+.PHONY: help setup demo test test-fast test-matrix bench lint package toy
 
 help:
 	@echo "make demo          distil the toy model's guidance and sample it through ComfyUI: demo_out/"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-matrix   its runtime part on older ComfyUI releases, $(MATRIX), and torch.compile's own backend"
 	@echo "make bench         what a step costs, unguided, with CFG and with AGD, at true sizes (20 minutes)"
 	@echo "make lint          ruff, check and format; mypy"
+	@echo "make package       the archive that the registry serves: build/"
 	@echo "make toy           train the toy models' committed weights again (about an hour)"
 
 setup:
@@ -58,6 +59,9 @@ bench: setup
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@mkdir -p .venv/typed && ln -sfn "$(CURDIR)" .venv/typed/comfyui_agd && MYPYPATH=.venv/typed $(BIN)/mypy
+
+package:
+	@$(PYTHON) tools/package.py
 
 toy: setup
 	@$(BIN)/python -m comfyui_agd.examples.toy train vae base cooldown judge dit
