@@ -124,16 +124,15 @@ def test_windows_can_hold_its_names(pack):
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp932"])
-def test_its_commands_explain_themselves_in_a_window_of_windows(pack, encoding):
+def test_its_command_explains_itself_in_a_window_of_windows(pack, encoding):
     """By the folder, which nothing installed, in encodings that don't have all letters."""
-    for command in ([], ["train"], ["evaluate"]):
-        subprocess.run(
-            [sys.executable, pack, *command, "--help"],
-            env={**os.environ, "PYTHONIOENCODING": encoding},
-            capture_output=True,
-            check=True,
-            cwd=pack.parent,
-        )
+    subprocess.run(
+        [sys.executable, pack, "train", "--help"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=True,
+        cwd=pack.parent,
+    )
 
 
 def test_no_machine_paths_in_tracked_files():
