@@ -49,7 +49,9 @@ def test_every_address_of_the_repository_is_the_one_that_is_set():
     for key in ("Documentation", '"Bug Tracker"'):
         assert value(key).startswith(f"{host}{repository}/")
     texts = [name for name in tracked() if name.endswith((".toml", ".md", ".yml", ".py", ".json"))]
-    address = re.compile(rf"github(?:usercontent)?\.com/([\w.-]+/{re.escape(repository.split('/')[1])})\b")
+    # By the repository's name, and by the pack's, which the repository need not have.
+    names = "|".join({re.escape(repository.split("/")[1]), re.escape(value("name"))})
+    address = re.compile(rf"github(?:usercontent)?\.com/([\w.-]+/(?:{names}))\b")
     found = {each for name in texts for each in address.findall((ROOT / name).read_text("utf-8"))}
     assert found == {repository}
 

@@ -1,4 +1,4 @@
-""".github: what GitHub runs and shows is well-formed, and each command in it exists."""
+""".github and the pages for contributors: what GitHub reads is well-formed, and each command in them exists."""
 
 import os
 import re
@@ -29,7 +29,11 @@ def exists(words: list[str]) -> bool:
     match words:
         case ["make", *targets]:
             return bool(targets) and set(targets) <= TARGETS
+        case [python, "-m", "venv", _]:
+            return True
         case [python, "-m", "pytest", *tests] if python.endswith("python"):
+            if "-k" in tests:
+                tests = tests[: tests.index("-k")]
             files = [test.partition("::") for test in tests]
             return all(
                 (ROOT / file).exists() and (not test or f"def {test}(" in (ROOT / file).read_text("utf-8"))
@@ -55,6 +59,30 @@ def test_others_actions_are_taken_at_a_version(path):
     assert [name for name in used if not re.fullmatch(r"[\w.-]+/[\w.-]+@v\d+", name)] == []
     own = [job["uses"] for job in read(path)["jobs"].values() if "uses" in job]
     assert [name for name in own if name.removeprefix("./") not in tracked()] == []
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The page's blocks of code in a language, or without one."""
+    fenced = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [text for found, text in fenced if found == language]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "RELEASING.md"])
+def test_each_command_of_a_page_exists(page):
+    commands = [shlex.split(line) for block in blocks(page, "") for line in block.splitlines()]
+    ours = [words for words in commands if words[0] != "git" and not words[0].startswith("/tmp/")]
+    assert len(ours) > 2
+    assert [words for words in ours if not exists(words)] == []
+
+
+def test_the_code_of_contributing_is_in_the_code():
+    def bare(text: str) -> str:
+        return "".join(text.split())
+
+    code = bare("".join((ROOT / name).read_text("utf-8") for name in tracked() if name.startswith("agd_core/")))
+    examples = blocks("CONTRIBUTING.md", "python")
+    assert len(examples) > 2
+    assert [example for example in examples if bare(example) not in code] == []
 
 
 def git(folder, *words: str) -> str:
