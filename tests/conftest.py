@@ -31,6 +31,7 @@ LONGEST_FIRST = (
     "comfy/test_checkpoints.py",
     "toy/test_demo.py",
     "server/test_requeue.py",
+    "server/test_archive.py",
     "server/test_names.py",
     "comfy/test_cli.py",
     "comfy/test_trace.py",
