@@ -5,7 +5,7 @@ import pytest
 
 from comfyui_agd.agd_core.comfyui import folders
 from comfyui_agd.agd_core.seeds import LARGEST_SEED
-from comfyui_agd.nodes import common, evaluate, train
+from comfyui_agd.nodes import common, evaluate, train_settings
 from comfyui_agd.training.progress import PHASES, Progress
 
 SHOWN = 60
@@ -39,7 +39,7 @@ def test_what_was_said_last_can_be_read_whatever_was_said_before(shown):
     assert shown[-1][:SHOWN].startswith("No speed-up: the sampler needs two passes.\n\nTrained on other")
 
 
-@pytest.mark.parametrize("node", [evaluate.AGDEvaluate, train.AGDTrain])
+@pytest.mark.parametrize("node", [evaluate.AGDEvaluate, train_settings.AGDTrainSettings])
 def test_every_seed_that_comfyui_draws_can_be_chosen(node, monkeypatch):
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {**folder_paths.folder_names_and_paths})
     folders.register()
