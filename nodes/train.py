@@ -37,15 +37,15 @@ class AGDTrain(io.ComfyNode):
             display_name="AGD Train",
             category="model/training",
             description=(
-                "Distils the guidance of your own model into an adapter, from prompts alone; no images are needed. "
+                "Trains an adapter for your own model, from prompts alone; no images are needed. "
                 "The adapter is saved in models/agd, where AGD Adapter Loader finds it. An interrupted training goes "
                 "on from where it stopped when it is queued again with the same settings."
             ),
-            search_aliases=["agd", "guidance distillation", "distill cfg", "train adapter"],
+            search_aliases=["agd", "train adapter"],
             is_output_node=True,
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The base whose guidance is distilled, with its LoRAs. It stays as it is."
+                    "model", tooltip="The model to train the adapter for, with its LoRAs. It stays as it is."
                 ),
                 io.Clip.Input("clip", tooltip="Encodes the prompts."),
                 io.String.Input(
@@ -70,8 +70,8 @@ class AGDTrain(io.ComfyNode):
                     options=[_ALL, *CARDS],
                     default=_ALL,
                     tooltip=(
-                        "Memory that training may use. Less makes it slower, not worse: the batch is evaluated in "
-                        "smaller parts, activations are computed twice, part of the model stays in system memory."
+                        "Memory that training may use. Less makes it slower, not worse: pictures are evaluated in "
+                        "smaller parts, and a part of the model stays in system memory."
                     ),
                 ),
                 io.Combo.Input("quality", options=list(QUALITIES), default="normal", tooltip=_QUALITY),

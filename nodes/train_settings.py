@@ -45,10 +45,10 @@ def _length() -> io.Input:
 
 def _kind() -> io.Input:
     tooltip = (
-        "What the adapter is made of. 'delta' is closest to CFG and uses the negative prompt. 'low_rank' is a LoRA "
-        "that grows with cfg, 'scale' is tiny and trains in a tenth of the time. 'cross_attention' and 'offset' are "
-        "earlier ones of ours, 'paper_attention' and 'paper_additive' those of the paper's authors. All but 'delta' "
-        "ignore the negative prompt."
+        "What the adapter is made of. 'delta' is the usual one. 'scale' is tiny and trains in a tenth of the time. "
+        "Both use the negative prompt; the others ignore it. 'low_rank' is a LoRA whose strength follows cfg, "
+        "'cross_attention' and 'offset' are earlier ones of ours, 'paper_attention' and 'paper_additive' those of the "
+        "paper's authors."
     )
     return io.DynamicCombo.Input("kind", options=[_of_kind(kind) for kind in KINDS], tooltip=tooltip)
 

@@ -4,6 +4,7 @@ import folder_paths
 import pytest
 
 from comfyui_agd.agd_core.comfyui import folders
+from comfyui_agd.agd_core.comfyui.sampling import messages
 from comfyui_agd.agd_core.seeds import LARGEST_SEED
 from comfyui_agd.nodes import common, evaluate, train_settings
 from comfyui_agd.training.progress import PHASES, Progress
@@ -37,6 +38,27 @@ def test_what_was_said_last_can_be_read_whatever_was_said_before(shown):
     notify("trained on other weights: " + 100 * "x")
     notify("no speed-up: the sampler needs two passes.")
     assert shown[-1][:SHOWN].startswith("No speed-up: the sampler needs two passes.\n\nTrained on other")
+
+
+MESSAGES = {name: text for name, text in vars(messages).items() if name.isupper()} | {
+    "unguided_because": messages.unguided_because(messages.needs_both("RescaleCFG")),
+    "no_place": messages.unguided_because(messages.NO_PLACE_FOR_ADAPTERS),
+    "adapters_not_used": messages.adapters_not_used("PerpNeg"),
+    "omega_outside_range": messages.omega_outside_range(12.5, 1, 12),
+    "latent_size_far_from_trained": messages.latent_size_far_from_trained(64, 64, [(128, 128)]),
+    "strengths_add_up": messages.strengths_add_up(2),
+    "layers_skipped": messages.layers_skipped(16, 140),
+    "evaluation_replaced": messages.evaluation_replaced("PerpNeg"),
+    "prompts_evaluated_otherwise": messages.prompts_evaluated_otherwise("PerpNeg"),
+    "needs_both_in_every_step": messages.needs_both_in_every_step("RescaleCFG"),
+    "few_forecasts": messages.few_forecasts(1.75),
+}
+
+
+@pytest.mark.parametrize("text", MESSAGES.values(), ids=MESSAGES)
+def test_a_message_says_what_the_user_gets_in_what_is_shown(text):
+    assert len(text.split(". ")[0]) <= SHOWN
+    assert "omega" not in text
 
 
 @pytest.mark.parametrize("node", [evaluate.AGDEvaluate, train_settings.AGDTrainSettings])
