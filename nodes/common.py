@@ -120,8 +120,8 @@ def use_inputs() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip=(
-                "Faster still: steps that follow from those before them are forecast. 20 steps take about 9 to 14 model "
-                "evaluations, for nearly the same picture. Where forecasts would be wrong, all steps are evaluated."
+                "Faster still: steps that follow from those before them are forecast. 20 steps take about 9 to 14 "
+                "model evaluations, for nearly the same picture. Where they would be wrong, all steps are evaluated."
             ),
         ),
     ]

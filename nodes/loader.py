@@ -17,8 +17,8 @@ class AGDAdapterLoader(io.ComfyNode):
             display_name="AGD Adapter Loader",
             category="model/patch",
             description=(
-                "Makes sampling faster: one model evaluation per step instead of two. Put it between the checkpoint (and "
-                "LoRAs) and the sampler; leave cfg and prompts as they are."
+                "Makes sampling faster: one model evaluation per step instead of two. Put it between the checkpoint "
+                "(and LoRAs) and the sampler; leave cfg and prompts as they are."
             ),
             search_aliases=[
                 *("agd", "guidance distillation", "distilled cfg", "one pass", "single pass cfg", "skip cfg", "no cfg"),
@@ -42,9 +42,7 @@ class AGDAdapterLoader(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, sampling with guidance in one model evaluation per step."),
-                io.String.Output(
-                    "info", tooltip="What the file says of itself: its base, its training, its guidance scales."
-                ),
+                io.String.Output("info", tooltip="What the file says of itself: its base, its training, its range."),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -177,7 +177,7 @@ class AGDTrainSettings(io.ComfyNode):
                     tooltip="'base' computes in the model's own precision, 'bf16' in bf16.",
                 ),
                 io.Combo.Input(
-                    "teacher",
+                    "guidance_rule",
                     options=list(RULES),
                     default=_DEFAULTS.teacher,
                     display_name="guidance rule",
@@ -244,6 +244,7 @@ class AGDTrainSettings(io.ComfyNode):
         picture_size,
         noise_levels,
         guidance_scale_up_to,
+        guidance_rule,
         negative,
         prompt_count,
         start,
@@ -251,7 +252,8 @@ class AGDTrainSettings(io.ComfyNode):
         **others,
     ) -> io.NodeOutput:
         chosen = {**others, **_of(length, "length"), **_of(picture_size, "picture_size"), **kind}
-        chosen |= _of(noise_levels, "noise_levels") | {"omega_max": guidance_scale_up_to}
+        chosen |= _of(noise_levels, "noise_levels")
+        chosen |= {"omega_max": guidance_scale_up_to, "teacher": guidance_rule}
         if "adapter_size" in chosen:
             chosen["hidden"] = chosen.pop("adapter_size")
         if "aspect_ratios" in chosen:

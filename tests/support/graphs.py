@@ -99,7 +99,7 @@ def train_settings(
         "batch": 2,
         "reuse": 1,
         "precision": "base",
-        "teacher": "cfg",
+        "guidance_rule": "cfg",
         "on_policy": 0.0,
         "evaluate_every": 0,
         "patience": 0,
