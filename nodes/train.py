@@ -24,8 +24,9 @@ log = logger(__name__)
 
 _ALL = "all that is free"
 _QUALITY = (
-    "How long to train: quick takes a third of normal's time, best three times as long. The node says how long each "
-    "takes on this card before it starts."
+    "How long to train: quick is a third of normal, best three times as long. SDXL takes an RTX 4090 about 13 min, "
+    "38 min or 2 h; SD 1.5 takes an RTX 3060 about 8 min, 23 min or 70 min. Before it starts, the node says how long "
+    "each takes on this card."
 )
 
 

@@ -27,9 +27,27 @@ def linked_graph(name: str, **settings) -> dict:
     return named_graph(name, **settings) | with_adapter(base_graph(), ["train", 1])
 
 
-def listed(server: Server) -> list[str]:
-    kind, options = server.get("/object_info/AGDAdapterLoader")["AGDAdapterLoader"]["input"]["required"]["adapter_name"]
+LISTS = (("AGDAdapterLoader", "adapter_name"), ("AGDEvaluate", "adapter_name"), ("AGDTrainSettings", "start"))
+
+
+def listed(server: Server, node: str = "AGDAdapterLoader", name: str = "adapter_name") -> list[str]:
+    """What the browser has in a list after a refresh (R)."""
+    inputs = server.get(f"/object_info/{node}")[node]["input"]
+    kind, options = (inputs["required"] | inputs.get("optional", {}))[name]
     return kind if isinstance(kind, list) else options["options"]
+
+
+@pytest.mark.parametrize(("node", "name"), LISTS)
+@pytest.mark.parametrize("folder", ["", "sd15/"])
+def test_a_refresh_lists_a_file_that_has_come_and_not_one_that_has_gone(server, node, name, folder):
+    file = server.adapters / f"{folder}just_trained.safetensors"
+    before = listed(server, node, name)
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"any")
+    after = listed(server, node, name)
+    file.unlink()
+    assert set(after) - set(before) == {f"{folder}just_trained.safetensors"}
+    assert listed(server, node, name) == before
 
 
 @pytest.mark.parametrize("name", ["mine", "sdxl/mine", "雪 (v1.5).safetensors"])

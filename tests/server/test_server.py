@@ -194,6 +194,7 @@ def test_training_shows_what_it_does_and_reports_at_the_end(server, trained):
         "Measuring the adapter: 0/",
     ):
         assert f"AGD: {begun}" in log
+    assert re.search(r"AGD: Needs [\d.]+ [MG]B, about [\d.]+( to [\d.]+)? s on this machine\.", log)
     assert "AGD: Gap closed " in log
 
 

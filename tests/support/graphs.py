@@ -57,7 +57,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 def train_graph(name: str | list, iterations: int = 2, **settings) -> dict:
     """Toy -> AGD Train, with AGD Train Settings of the toy's sizes. `settings`: inputs of either node."""
-    own = {key: settings.pop(key) for key in ("prompts", "card", "quality", "vae") if key in settings}
+    own = {key: settings.pop(key) for key in ("prompts", "adapter_name", "card", "quality") if key in settings}
     inputs = {"model": ["toy", 0], "clip": ["toy", 1], "adapter_name": name, "settings": ["settings", 0]}
     inputs |= {"prompts": "a red star\na blue ring", "card": "all that is free", "quality": "normal"} | own
     return {
