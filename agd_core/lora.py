@@ -41,7 +41,7 @@ def lora(info: AdapterInfo, weights: dict[str, torch.Tensor], omega: float) -> d
     """A low_rank adapter's weights as a LoRA's of strength 1. Raises `ValueError` where it is none."""
     kind = info.config.kind
     if not isinstance(kind, LowRankConfig) or kind.modulated:
-        shown = f"{kind.name} with modulation by t and omega" if isinstance(kind, LowRankConfig) else kind.name
+        shown = f"{kind.name} modulated by timestep and guidance" if isinstance(kind, LowRankConfig) else kind.name
         raise ValueError(f"This adapter is {shown}, which no LoRA can express: train one with --kind low_rank.")
     if kind.vector:
         raise ValueError(
@@ -49,7 +49,7 @@ def lora(info: AdapterInfo, weights: dict[str, torch.Tensor], omega: float) -> d
             "--vector 0."
         )
     if not 0 < omega < math.inf:
-        raise ValueError(f"omega is {omega:g}, but must be a number above 0.")
+        raise ValueError(f"The guidance scale is {omega:g}, but must be a number above 0.")
     return low_rank_as_lora(info, weights, omega - 1)
 
 

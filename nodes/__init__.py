@@ -7,6 +7,7 @@ from .apply import AGDApplyAdapter
 from .evaluate import AGDEvaluate
 from .loader import AGDAdapterLoader
 from .train import AGDTrain
+from .train_settings import AGDTrainSettings
 
 
 class AGDExtension(ComfyExtension):
@@ -14,4 +15,4 @@ class AGDExtension(ComfyExtension):
         folders.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [AGDAdapterLoader, AGDApplyAdapter, AGDEvaluate, AGDTrain]
+        return [AGDAdapterLoader, AGDApplyAdapter, AGDEvaluate, AGDTrain, AGDTrainSettings]

@@ -13,16 +13,16 @@ class AGDApplyAdapter(io.ComfyNode):
             display_name="AGD Apply Adapter",
             category="model/patch",
             description=(
-                "Samples with guidance at one model evaluation per step, as AGD Adapter Loader does, with an adapter "
+                "Samples with guidance with one model evaluation per step, as AGD Adapter Loader does, with an adapter "
                 "straight from AGD Train: on the same model with other settings, or on a sibling of it."
             ),
-            search_aliases=["agd", "guidance distillation", "apply adapter"],
+            search_aliases=["agd", "apply adapter"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with. The adapter must be made for its family."),
                 AdapterType.Input("adapter", tooltip="From AGD Train."),
                 *use_inputs(),
             ],
-            outputs=[io.Model.Output(tooltip="The model, sampling with guidance at one evaluation per step.")],
+            outputs=[io.Model.Output(tooltip="The model, sampling with guidance in one model evaluation per step.")],
             hidden=[io.Hidden.unique_id],
         )
 

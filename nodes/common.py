@@ -62,12 +62,14 @@ def named_adapter(name: str, model) -> AdapterValue:
     return AdapterValue(*read_adapter(folders.adapter_path(name)), source=name)
 
 
-def number_input(settings: type[Settings], name: str, tooltip: str, *, step: float = 1, **options) -> io.Input:
-    """A number among `settings`, with its default and limits."""
+def number_input(
+    settings: type[Settings], name: str, tooltip: str, *, step: float = 1, called: str = "", **options
+) -> io.Input:
+    """A number among `settings`, with its default and limits. `called`: the input's name, if it isn't the setting's."""
     f = next(f for f in fields(settings) if f.name == name)
     low, high = f.metadata["limits"]
     shown = {"default": f.default, "min": low, "max": high, "step": step, **options}
-    return (io.Int if f.type is int else io.Float).Input(name, tooltip=tooltip, **shown)
+    return (io.Int if f.type is int else io.Float).Input(called or name, tooltip=tooltip, **shown)
 
 
 def use_inputs() -> list[io.Input]:
@@ -90,8 +92,8 @@ def use_inputs() -> list[io.Input]:
             round=0.01,
             advanced=True,
             tooltip=(
-                "The guidance scale (omega). 0 takes the sampler's own cfg. Set it where the sampler has no cfg, as "
-                "with BasicGuider."
+                "The guidance scale. 0 takes the sampler's own cfg. Set it where the sampler has no cfg, as with "
+                "BasicGuider."
             ),
         ),
         io.Float.Input(
@@ -118,8 +120,8 @@ def use_inputs() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip=(
-                "Steps that follow from those before them are forecast, without a model call: 20 steps take about 9 to "
-                "14 calls, for nearly the same picture. Where forecasts would be wrong, all steps are evaluated."
+                "Faster still: steps that follow from those before them are forecast. 20 steps take about 9 to 14 "
+                "model evaluations, for nearly the same picture. Where they would be wrong, all steps are evaluated."
             ),
         ),
     ]

@@ -32,7 +32,7 @@ class AGDEvaluate(io.ComfyNode):
                 "Measures how much of the guidance an adapter gives on your model with your prompts, and how fast; "
                 "shows its pictures beside those of CFG; says whether an adapter of another checkpoint fits this one."
             ),
-            search_aliases=["agd", "guidance distillation", "evaluate adapter", "compare cfg", "transfer score"],
+            search_aliases=["agd", "evaluate adapter", "compare cfg", "transfer score"],
             is_output_node=True,
             inputs=[
                 io.Model.Input(
@@ -43,7 +43,7 @@ class AGDEvaluate(io.ComfyNode):
                     "prompts",
                     default="",
                     multiline=True,
-                    tooltip="One prompt per line, as you sample with. {red|blue} and __animal__ are wildcards.",
+                    tooltip="One prompt per line, as you sample with. Wildcards: see this node's help.",
                 ),
                 io.String.Input(
                     "negative",
@@ -58,7 +58,7 @@ class AGDEvaluate(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="The guidance scale (omega) to compare at.",
+                    tooltip="The guidance scale to compare at.",
                 ),
                 _number("count", "Pictures by each method; the prompts take turns. More make the figures surer."),
                 _number("steps", "Of every sampling, by Euler."),
@@ -79,7 +79,7 @@ class AGDEvaluate(io.ComfyNode):
             outputs=[
                 io.String.Output("report", tooltip="All figures with their standard errors, and what they mean."),
                 io.Image.Output(
-                    "picture", tooltip="A row per prompt: unguided, CFG, AGD, and how AGD differs from CFG."
+                    "picture", tooltip="A row per prompt: without guidance, CFG, AGD, and how AGD differs from CFG."
                 ),
                 io.Float.Output("gap_closed", tooltip="0 is no guidance, 1 exactly that of CFG."),
             ],

@@ -17,28 +17,31 @@ class AGDAdapterLoader(io.ComfyNode):
             display_name="AGD Adapter Loader",
             category="model/patch",
             description=(
-                "Cuts the negative-prompt pass: one model call per step instead of two. Put it between the checkpoint "
+                "Makes sampling faster: one model evaluation per step instead of two. Put it between the checkpoint "
                 "(and LoRAs) and the sampler; leave cfg and prompts as they are."
             ),
-            search_aliases=["agd", "guidance distillation", "faster cfg", "single pass cfg", "skip negative prompt"],
+            search_aliases=[
+                *("agd", "guidance distillation", "distilled cfg", "one pass", "single pass cfg", "skip cfg", "no cfg"),
+                *("skip negative prompt", "speed up", "faster", "faster cfg", "2x", "turbo"),
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with. The adapter must be made for its family."),
                 io.Combo.Input(
                     "adapter_name",
                     options=[TRAINING_FREE, *adapter_names()],
                     tooltip=(
-                        "An adapter file from models/agd: one model call per step; AGD Train makes one from your own "
-                        "checkpoint. 'training-free' needs no file and works on any model: 1 to 1.4 calls per step at "
-                        "20 steps, two with few steps or samplers that add noise. On two small test models it "
-                        "was nearer to CFG's pictures than CFG with as many calls. 'attention-guidance' needs no file "
-                        "either, on UNets, but gives only a part of the guidance; above cfg 2 it may be further from "
-                        "CFG than no guidance."
+                        "An adapter file from models/agd: one model evaluation per step; AGD Train makes one from your "
+                        "own checkpoint. 'training-free' needs no file and works on any model: 1 to 1.4 evaluations "
+                        "per step at 20 steps, two with few steps or samplers that add noise. On two small test models "
+                        "it was nearer to CFG's pictures than CFG with as many evaluations. 'attention-guidance' needs "
+                        "no file either, on UNets, but gives only a part of the guidance; above cfg 2 it may be "
+                        "further from CFG than no guidance."
                     ),
                 ),
                 *use_inputs(),
             ],
             outputs=[
-                io.Model.Output(tooltip="The model, sampling with guidance at one evaluation per step."),
+                io.Model.Output(tooltip="The model, sampling with guidance in one model evaluation per step."),
                 io.String.Output("info", tooltip="What the file says of itself: its base, its training, its range."),
             ],
             hidden=[io.Hidden.unique_id],

@@ -18,11 +18,12 @@ _SECONDS_BETWEEN_MESSAGES = 0.2  # a hundred a second would slow the browser dow
 class NodeProgress:
     """Shows each phase on the node, in ComfyUI's own bar and in its log, and lets an interrupt through at every report.
 
-    `below`: a text that follows on the node.
+    `plan`: lines that are above the phases before training, and below them then.
     """
 
-    def __init__(self, node_id: str, below: str = ""):
-        self.node_id, self.below = node_id, below
+    def __init__(self, node_id: str):
+        self.node_id = node_id
+        self.plan: list[str] = []
         self._preview: Image.Image | None = None
         self._lines = ProgressLines(lambda line: log.info("AGD: %s", line))
         self._progress: Progress | None = None  # that was shown last
@@ -50,4 +51,5 @@ class NodeProgress:
         picture = ("PNG", self._preview, None) if self._preview is not None else None
         bar = comfy.utils.ProgressBar(progress.total, node_id=self.node_id)
         bar.update_absolute(progress.step, progress.total, picture)
-        show_on_node(self.node_id, "\n\n".join(filter(None, [progress.describe(), self.below])))
+        lines = [progress.describe(), *self.plan] if "train" in self._begun else [*self.plan, progress.describe()]
+        show_on_node(self.node_id, "\n\n".join(lines))

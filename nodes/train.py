@@ -1,7 +1,5 @@
 """AGD Train: MODEL, CLIP and prompts in, an adapter file and an account of the training out."""
 
-import functools
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -13,65 +11,23 @@ from ..agd_core.comfyui import folders
 from ..agd_core.comfyui.model.comfy_model import ComfyModel
 from ..agd_core.text import logger
 from ..training import prompts as prompt_sources
-from ..training.arguments import PromptSettings
-from ..training.config import KINDS, PRECISIONS, RULES, TrainConfig
+from ..training.config import TrainConfig
 from ..training.job import Job
-from ..training.options import SettingsError
-from ..training.presets import CARDS, COMMON_RATIOS, check_chosen, defaults_of, settings_for
+from ..training.presets import CARDS, QUALITIES, check_chosen, settings_for
 from ..training.run_folder import longest_files_of
 from ..training.trainer import Callbacks
-from .common import AdapterName, AdapterType, AdapterValue, number_input, show_on_node, use_adapter
+from .common import AdapterName, AdapterType, AdapterValue, show_on_node, use_adapter
 from .progress import NodeProgress
+from .train_settings import TrainSettings, TrainSettingsType
 
 log = logger(__name__)
 
-_DEFAULTS = TrainConfig()
 _ALL = "all that is free"
-_NEW = "a new adapter"
-_AUTO = "auto"
-_OPTIONS = {f.name: f for f in fields(TrainConfig)}
-_BY_MODEL = ("iterations", "batch", "width", "height", "learning_rate", "hidden", "reuse", "rank")
-# The numbers that, in workflows of before they had the word, stood for 'auto' beside 0.
-_ONCE_AUTO = {"hidden": 128, "rank": 4}
-
-
-_number = functools.partial(number_input, TrainConfig, advanced=True)
-
-
-def _number_or_auto(name: str, tooltip: str, *, advanced: bool = True) -> io.Input:
-    """A setting of TrainConfig whose default goes by the model, as a text that says so; numbers may be linked."""
-    tooltip = f"{tooltip} A number, or 'auto': what suits the model ({defaults_of(name)})."
-    return io.MultiType.Input(
-        io.String.Input(name, default=_AUTO, tooltip=tooltip, advanced=advanced), [io.Int, io.Float]
-    )
-
-
-def _given(name: str, value: str | float) -> float | None:
-    """What such an input says, or None for 'auto'. Raises `SettingsError`.
-
-    0 is 'auto' where it is no value of the setting; and a number that is no text may be what once stood for it.
-    """
-    if _ONCE_AUTO.get(name) == value:
-        return None
-    number, (least, _) = _number_of(name, value), _OPTIONS[name].metadata["limits"]
-    return None if number == 0 and least > 0 else number
-
-
-def _number_of(name: str, value: str | float) -> float | None:
-    if not isinstance(value, str):
-        return value
-    if value.strip().lower() in ("", _AUTO):
-        return None
-    try:
-        return int(value) if _OPTIONS[name].type is int else float(value)
-    except ValueError:
-        raise SettingsError(f"{name} is {value!r:.60}, but must be a number or '{_AUTO}'.") from None
-
-
-def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without those that are left to what suits the model. Raises `SettingsError`."""
-    chosen = {name: _given(name, value) if name in _BY_MODEL else value for name, value in settings.items()}
-    return {name: value for name, value in chosen.items() if value not in (None, _AUTO)}
+_QUALITY = (
+    "How long to train: quick is a third of normal, best three times as long. SDXL takes an RTX 4090 about 13 min, "
+    "38 min or 2 h; SD 1.5 takes an RTX 3060 about 8 min, 23 min or 70 min. Before it starts, the node says how long "
+    "each takes on this card."
+)
 
 
 class AGDTrain(io.ComfyNode):
@@ -82,15 +38,15 @@ class AGDTrain(io.ComfyNode):
             display_name="AGD Train",
             category="model/training",
             description=(
-                "Distils the guidance of your own model into an adapter, from prompts alone; no images are needed. "
+                "Trains an adapter for your own model, from prompts alone; no images are needed. "
                 "The adapter is saved in models/agd, where AGD Adapter Loader finds it. An interrupted training goes "
                 "on from where it stopped when it is queued again with the same settings."
             ),
-            search_aliases=["agd", "guidance distillation", "distill cfg", "train adapter"],
+            search_aliases=["agd", "train adapter"],
             is_output_node=True,
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The base whose guidance is distilled, with its LoRAs. It stays as it is."
+                    "model", tooltip="The model to train the adapter for, with its LoRAs. It stays as it is."
                 ),
                 io.Clip.Input("clip", tooltip="Encodes the prompts."),
                 io.String.Input(
@@ -99,7 +55,7 @@ class AGDTrain(io.ComfyNode):
                     multiline=True,
                     tooltip=(
                         "One prompt per line, of the kind you will sample with; many and varied ones are best. "
-                        "{red|blue} and __animal__ are wildcards. Empty: the built-in generator's prompts."
+                        "Wildcards: see this node's help. Empty: the built-in generator's prompts."
                     ),
                 ),
                 io.String.Input(
@@ -115,143 +71,13 @@ class AGDTrain(io.ComfyNode):
                     options=[_ALL, *CARDS],
                     default=_ALL,
                     tooltip=(
-                        "Memory that training may use. Less makes it slower, not worse: the batch is evaluated in "
-                        "smaller parts, activations are computed twice, part of the model stays in system memory."
+                        "Memory that training may use. Less makes it slower, not worse: pictures are evaluated in "
+                        "smaller parts, and a part of the model stays in system memory."
                     ),
                 ),
-                _number_or_auto(
-                    "iterations", "Optimiser steps. More close more of the gap to true guidance.", advanced=False
-                ),
-                _number(
-                    "seed", "Seed of everything random in the training.", control_after_generate=False, advanced=False
-                ),
-                _number_or_auto("batch", "States per optimiser step."),
-                _number_or_auto("width", "Width of the pictures in pixels."),
-                _number_or_auto("height", "Height of the pictures in pixels."),
-                io.Boolean.Input(
-                    "aspect_ratios",
-                    default=True,
-                    advanced=True,
-                    tooltip="Also train the common aspect ratios, with the area of width x height.",
-                ),
-                _number(
-                    "omega_max",
-                    "The largest guidance scale (cfg) that you will use. Training covers 1 to this.",
-                    min=1.1,
-                    step=0.5,
-                ),
-                _number_or_auto(
-                    "learning_rate", "Peak of AdamW's learning rate, after a warm-up and before a cosine decay to 0."
-                ),
-                _number_or_auto(
-                    "hidden", "Width of the adapter, but for kinds low_rank and scale: 128 is about 2 % of SDXL."
-                ),
-                io.String.Input(
-                    "negative",
-                    default="",
-                    multiline=True,
-                    advanced=True,
-                    tooltip=(
-                        "Negative prompts to train with, one per line, beside the empty one. Empty: parts of the "
-                        "prompts and what people usually don't want."
-                    ),
-                ),
-                number_input(
-                    PromptSettings,
-                    "prompt_count",
-                    "How many prompts the generator or the wildcards make.",
-                    advanced=True,
-                ),
-                _number_or_auto(
-                    "reuse",
-                    "Optimiser steps per evaluation of the model: states come again, each time with another cfg.",
-                ),
-                _number(
-                    "on_policy",
-                    "Share of trajectories that follow the adapter instead of CFG, after a quarter of the run.",
-                    step=0.05,
-                ),
-                _number(
-                    "evaluate_every",
-                    "Iterations between two measurements on prompts that are not trained with; the best adapter is "
-                    "kept. 0: at the end.",
-                ),
-                _number(
-                    "patience",
-                    "Measurements without a better adapter before training stops early. 0: never.",
-                ),
-                _number(
-                    "preview_every",
-                    "Iterations between two pictures of one prompt by CFG and by the adapter. 0: none.",
-                ),
-                _number(
-                    "save_every",
-                    "Iterations between two saved states, from which a killed training goes on. 0: on interrupt only.",
-                ),
-                io.Combo.Input(
-                    "precision",
-                    options=list(PRECISIONS),
-                    default=_DEFAULTS.precision,
-                    advanced=True,
-                    tooltip="'base' computes in the model's own precision, 'bf16' under bf16 autocast.",
-                ),
-                io.Combo.Input(
-                    "kind",
-                    options=[_AUTO, *KINDS],
-                    default=_AUTO,
-                    tooltip=(
-                        "The adapter. 'auto' is what suits the model's family. 'delta' uses the negative prompt; "
-                        "'scale' is tiny, trained in a tenth of the time; 'low_rank' is a LoRA scaled by cfg that "
-                        "ignores the negative prompt, as the others do: 'paper_attention' and 'paper_additive' are the "
-                        "paper authors' own, the rest ours after them."
-                    ),
-                ),
-                io.Combo.Input(
-                    "teacher",
-                    options=list(RULES),
-                    default=_DEFAULTS.teacher,
-                    advanced=True,
-                    tooltip="What is distilled: plain CFG, or another guidance rule; docs/training.md explains them.",
-                ),
-                io.Combo.Input(
-                    "start",
-                    options=[_NEW, *folders.adapters()],
-                    default=_NEW,
-                    advanced=True,
-                    tooltip="An adapter to begin from: of the same kind and width, or a scale adapter for 'delta'.",
-                ),
-                _number_or_auto(
-                    "rank",
-                    "Of kind low_rank, or beside 'delta': of changes of the blocks' linear layers, which bring it "
-                    "closer to CFG. Samplers have them in the model's weights, as a LoRA, so that they cost no step "
-                    "any time. 0 leaves out those beside 'delta'.",
-                ),
-                io.Model.Input(
-                    "other_expert",
-                    optional=True,
-                    tooltip=(
-                        "Of a model of two experts (Wan 2.2 14B) the one that isn't trained here. Set sigma_from or "
-                        "sigma_to as well: trajectories go through both, and those noise levels are learnt."
-                    ),
-                ),
-                _number(
-                    "sigma_from",
-                    "Learn at this noise level and above only: 0.875 for Wan 2.2's high-noise expert (0.9 of image to "
-                    "video).",
-                    step=0.005,
-                    optional=True,  # workflows of before there were experts have none
-                ),
-                _number(
-                    "sigma_to",
-                    "Learn below this noise level only: 0.875 for Wan 2.2's low-noise expert. 0: at any.",
-                    step=0.005,
-                    optional=True,
-                ),
-                _number(
-                    "frames",
-                    "Of a video model: learn on so many frames of its latent, which takes memory for all of them. "
-                    "1: on a picture.",
-                    optional=True,
+                io.Combo.Input("quality", options=list(QUALITIES), default="normal", tooltip=_QUALITY),
+                TrainSettingsType.Input(
+                    "settings", optional=True, tooltip="From AGD Train Settings. Without it: what suits the model."
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the previews; without it they are approximate."),
             ],
@@ -276,40 +102,21 @@ class AGDTrain(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        clip,
-        prompts,
-        adapter_name,
-        card,
-        aspect_ratios,
-        negative,
-        prompt_count,
-        start,
-        other_expert=None,
-        vae=None,
-        **settings,
-    ) -> io.NodeOutput:
+    def execute(cls, model, clip, prompts, adapter_name, card, quality, settings=None, vae=None) -> io.NodeOutput:
         node_id, path = cls.hidden.unique_id, folders.new_adapter_path(adapter_name, longest_files_of)
-        chosen = _chosen(settings) | {"memory": CARDS.get(card, 0.0)}
-        early = check_chosen(chosen)
-        other = None if other_expert is None else (other_expert, early.learns_at)
-        how: dict[str, Any] = {"autocast": early.autocast, "frames": early.frames}
-        trainable = ComfyModel(model, clip, **how, vae=vae, other_expert=other)
-        chosen |= {"aspect_ratios": COMMON_RATIOS} if aspect_ratios and "width" in chosen else {}
-        chosen |= {} if aspect_ratios else {"aspect_ratios": ()}
-        config = settings_for(trainable.base, chosen)
-        begin = folders.adapter_path(start) if start != _NEW else None
-        count = PromptSettings(prompt_count).prompt_count
-        texts = _prompts(prompts, count, early.seed)
-        negatives = prompt_sources.prompts_of(negative, "negative")
-        unwanted = prompt_sources.expand_negatives(negatives, count, early.seed)
+        settings = settings or TrainSettings()
+        trainable, config = _prepared(model, clip, vae, settings, quality, CARDS.get(card, 0.0))
+        begin = folders.adapter_path(settings.start) if settings.start else None
+        texts = _prompts(prompts, settings.prompt_count, config.seed)
+        negatives = prompt_sources.prompts_of(settings.negative, "negative")
+        unwanted = prompt_sources.expand_negatives(negatives, settings.prompt_count, config.seed)
         job = Job(trainable, texts, config, path, unwanted, start=begin)
         display = NodeProgress(node_id)
         callbacks = Callbacks(on_progress=display, on_preview=display.show_preview)
         plan = job.plan(callbacks.of_phase("plan"))
-        display.below = plan.describe()
+        log.info("AGD: %s", plan.describe())
+        times = "" if "iterations" in settings.chosen else plan.by_quality(quality)
+        display.plan = list(filter(None, [plan.summary(), times]))
         trained = job.run(callbacks, plan, {})
         report = job.report(trained)
         show_on_node(node_id, report)
@@ -318,6 +125,16 @@ class AGDTrain(io.ComfyNode):
         patched = use_adapter(model, adapter, node_id, guidance_scale=0)
         plot = torch.from_numpy(np.asarray(trained.plot(), dtype=np.float32) / 255)[None]
         return io.NodeOutput(patched, folders.name_of(path), plot, adapter, report)
+
+
+def _prepared(model, clip, vae, settings: TrainSettings, quality: str, memory: float) -> tuple[ComfyModel, TrainConfig]:
+    """The base as training sees it, and how it is trained. `memory` is in GB, 0 is all that is free."""
+    chosen = settings.chosen | {"memory": memory}
+    early = check_chosen(chosen)
+    other = None if settings.other_expert is None else (settings.other_expert, early.learns_at)
+    how: dict[str, Any] = {"autocast": early.autocast, "frames": early.frames}
+    trainable = ComfyModel(model, clip, **how, vae=vae, other_expert=other)
+    return trainable, settings_for(trainable.base, chosen, quality)
 
 
 def _prompts(text: str, count: int, seed: int) -> list[str]:

@@ -17,7 +17,7 @@ from .base_source import LOADER_NODES
 from .config import TrainConfig
 from .older_settings import without_other_kinds
 from .options import Settings, allowed, option
-from .presets import CARDS, defaults_of
+from .presets import CARDS, QUALITIES, defaults_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -128,6 +128,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     groups = {"training": _MAIN, "memory": _MEMORY, "measuring, showing, saving": _FILES, "advanced": advanced}
     for title, names in groups.items():
         group = parser.add_argument_group(title, _SUITED if names is _MAIN else None)
+        if names is _MAIN:
+            how_long = "a third of the usual iterations, as many, or three times as many; --iterations wins [normal]"
+            group.add_argument("--quality", choices=QUALITIES, default="normal", help=how_long)
         if names is _MEMORY:
             group.add_argument("--card", choices=CARDS, help="the same as --memory for a card of that size")
         for name in names:

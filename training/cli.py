@@ -161,7 +161,7 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
     early = early if recording is None else recording.config(early)
     how: dict[str, Any] = {"autocast": early.autocast, "frames": early.frames}
     model = ComfyModel(loaded.model, loaded.clip, **how, vae=loaded.vae, other_expert=other)
-    config = settings_for(model.base, chosen)
+    config = settings_for(model.base, chosen, args.quality)
     if recording is not None:
         own = recording.config(config)
         changed = sorted(key for key in RECORDED if key in chosen and chosen[key] != getattr(own, key))

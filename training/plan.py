@@ -13,7 +13,7 @@ from ..agd_core.adapter import Adapter
 from ..agd_core.errors import AGDError
 from .config import TrainConfig
 from .model import Cost, DeviceMemory, Model, ProgressCallback, Prompt, TextEncoder, no_progress
-from .progress import duration
+from .presets import QUALITIES
 
 # What stays unused, for the allocator cuts memory into blocks, and kernels have a workspace that no one counts.
 SAFETY = 0.08
@@ -23,6 +23,9 @@ _BYTES_ON_DEVICE = 5 * 4
 _BYTES_IN_STATE = 5 * 4
 # AdamW on all parameters together makes about two more copies of them while it computes.
 _BYTES_OF_OPTIMISER_STEP = 2 * 4
+# Shares of a large matrix product's rate that trainings reach: the best and the worst case of an estimate.
+_ACHIEVED = (0.7, 0.3)
+_UNITS = (("s", 1), ("min", 60), ("h", 3600), ("d", 86400))
 _SMALLER = (0.75, 0.5, 0.375, 0.25)
 _UNIT = 64  # pixels: sizes of pictures that every base takes
 # How long tracing takes beside tracing the base: 9 seconds and 1 for SDXL.
@@ -59,30 +62,55 @@ class Plan:
     memory: int | None
     seconds: float | None
 
+    def summary(self) -> str:
+        """What it takes, in at most 60 characters: a node may show no more."""
+        place = "machine" if self.memory is None else "card"
+        time = "" if self.seconds is None else f", about {_time_range(self.seconds)}"
+        return f"Needs {_gigabytes(self.peak_bytes)}{time} on this {place}."
+
+    def by_quality(self, quality: str) -> str:
+        """How long each quality takes, where this plan is of `quality`. "" where that is unknown."""
+        if self.seconds is None:
+            return ""
+        normal = self.seconds / QUALITIES[quality]
+        return ", ".join(f"{name} {_time_range(normal * length)}" for name, length in QUALITIES.items())
+
     def describe(self) -> str:
-        """A few lines for `agd train --dry-run`."""
+        """A few lines for `agd train --dry-run` and the log."""
         available = "" if self.memory is None else f" of {_gigabytes(self.memory)}"
         weights = _weights("the base", self.base_bytes_on_device, self.base_bytes)
         if self.other_bytes:
             weights += f"; {_weights('the other expert', self.other_bytes_on_device, self.other_bytes)}"
         twice = ", activations computed twice" if self.checkpointing else ""
         lines = [
+            self.summary(),
             f"adapter      {self.adapter_parameters:,} parameters",
             f"evaluations  {self.teacher_evaluations:,} of the teacher, {self.student_evaluations:,} of the student",
             f"memory       {_gigabytes(self.peak_bytes)}{available}, {weights}",
             f"at once      {self.micro_batch} student, {self.teacher_rows} teacher{twice}",
             f"disk         {_gigabytes(self.disk_bytes)}",
         ]
-        if self.seconds is not None:
-            lines.append(
-                f"time         at least {duration(self.seconds)}, if all ran as fast as a large matrix product"
-            )
         return "\n".join(lines)
 
 
 def _weights(title: str, on_device: int, whole: int) -> str:
     elsewhere = f", {_gigabytes(whole - on_device)} of it stay in system memory" if on_device < whole else ""
     return f"{_gigabytes(on_device)} of them {title}{elsewhere}"
+
+
+def _time_range(least: float) -> str:
+    """About how many seconds it takes, if it can't take less: such as "40 to 90 min"."""
+    low, high = (least / share for share in _ACHIEVED)
+    unit, length = next((each for each in _UNITS if high < 100 * each[1]), _UNITS[-1])
+    low, high = _rounded(low / length), _rounded(high / length)
+    return f"{low:g} to {high:g} {unit}" if low < high else f"{low:g} {unit}"
+
+
+def _rounded(count: float) -> float:
+    """No more precise than an estimate is."""
+    if count < 3:
+        return max(0.1, round(count, 1))
+    return round(count) if count < 10 else 5 * round(count / 5)
 
 
 def _gigabytes(count: float) -> str:

@@ -11,6 +11,8 @@ from .options import SettingsError
 
 # GB (10^9 bytes) that training may use on cards of so many GiB: the rest is the screen's and the CUDA context's.
 CARDS = {"8 GB": 7.5, "12 GB": 11.5, "24 GB": 22.0}
+# Factors of the usual number of iterations: docs/quality.md has what each brings.
+QUALITIES = {"quick": 1 / 3, "normal": 1.0, "best": 3.0}
 COMMON_RATIOS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
 
 _LISTED = 3  # families with a default of their own that help names one by one
@@ -37,11 +39,13 @@ _OF_KIND = {
 _PRESETS = (_FLOW, _IN_STACKS, _WITH_VECTOR, _UNREACHED, *_OF_KIND.values())
 
 
-def settings_for(base: BaseInfo, chosen: dict) -> TrainConfig:
+def settings_for(base: BaseInfo, chosen: dict, quality: str = "normal") -> TrainConfig:
     """`chosen` settings, the others as they suit the base. Chosen sizes are not spread over aspect ratios.
 
+    `quality`, one of QUALITIES, decides on the iterations where none are chosen.
+
     A family of which nothing is known is trained as SD 1.5. Raises `SettingsError` where a chosen setting is none of
-    the adapter's kind.
+    the adapter's kind, or there is no such quality.
     """
     family = find_family(base.family) or Family(base.family, base.family)
     suited = trajectories_of(base) | _adapter_for(base) | _suited(family)
@@ -49,9 +53,18 @@ def settings_for(base: BaseInfo, chosen: dict) -> TrainConfig:
     check_kind(kind, chosen)
     if kind in _OF_KIND:
         suited |= _OF_KIND[kind].settings
+    if quality not in QUALITIES:
+        raise SettingsError(f"quality is {quality!r:.60}, but must be one of {', '.join(QUALITIES)}.")
+    suited["iterations"] = round(default_of_kind("iterations", kind) * QUALITIES[quality])
     if "width" in chosen or "height" in chosen:
         suited |= {"aspect_ratios": ()}
     return TrainConfig(**{**suited, **chosen})
+
+
+def default_of_kind(name: str, kind: str) -> Any:
+    """A setting's default for a kind of adapter."""
+    own = _OF_KIND[kind].settings if kind in _OF_KIND else {}
+    return own.get(name, getattr(TrainConfig, name))
 
 
 def check_chosen(chosen: dict) -> TrainConfig:

@@ -10,7 +10,7 @@ from .paper_additive import PaperAdditiveAdapter
 from .paper_attention import PaperAttentionAdapter
 from .scale import ScaleAdapter
 
-_OURS = (CrossAttentionAdapter, OffsetAdapter, DeltaAdapter, LowRankAdapter, ScaleAdapter)
+_OURS = (DeltaAdapter, LowRankAdapter, ScaleAdapter, CrossAttentionAdapter, OffsetAdapter)
 KINDS: dict[str, type[AdapterKind]] = {
     kind.Config.name: kind for kind in (*_OURS, PaperAttentionAdapter, PaperAdditiveAdapter)
 }

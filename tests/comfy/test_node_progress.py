@@ -30,12 +30,27 @@ def bars(monkeypatch) -> list[tuple]:
 
 def test_each_phase_is_shown_from_its_beginning(texts, bars, caplog):
     caplog.set_level(logging.INFO)
-    display = NodeProgress("7", below="the plan")
+    display = NodeProgress("7")
     display(Progress("encode", 0, 30))
     display(Progress("train", 0, 40))
-    assert texts == ["Encoding prompts: 0/30\n\nthe plan", "Training: 0/40\n\nthe plan"]
+    assert texts == ["Encoding prompts: 0/30", "Training: 0/40"]
     assert bars == [(0, 30, None), (0, 40, None)]
     assert caplog.messages == ["AGD: Encoding prompts: 0/30", "AGD: Training: 0/40"]
+
+
+def test_what_training_takes_comes_first_until_it_begins(texts, bars, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_MESSAGES", 0.0)
+    display = NodeProgress("7")
+    display.plan = ["Needs 1 GB.", "quick 1 min"]
+    display(Progress("encode", 0, 30))
+    display(Progress("train", 0, 40))
+    display(Progress("rollout", 0, 8))
+    plan = "Needs 1 GB.\n\nquick 1 min"
+    assert texts == [
+        f"{plan}\n\nEncoding prompts: 0/30",
+        f"Training: 0/40\n\n{plan}",
+        f"{Progress('rollout', 0, 8).describe()}\n\n{plan}",
+    ]
 
 
 def test_fast_steps_flood_neither_the_browser_nor_the_log(texts, bars, caplog):

@@ -41,7 +41,7 @@ class Messages(list):
     """The messages about the sampling. These adapters are of random weights, so none about their training."""
 
     def receive(self, message: str) -> None:
-        if not message.startswith("The negative prompt has no effect"):
+        if not message.startswith("The adapter ignores the negative prompt"):
             self.append(message)
 
 
@@ -290,7 +290,7 @@ class AfterAPair(ScaleOfItsOwn):
 def test_a_guider_that_evaluates_in_its_own_way_gets_the_base_and_a_message_says_so(base, agd, prompts, messages, kind):
     assert torch.equal(guided_by(kind, agd(), prompts), guided_by(kind, base, prompts))
     assert len(messages) == 1
-    assert messages[0].startswith(("Not used in this sampling: the guider", "No speed-up: the guider"))
+    assert messages[0].startswith(("The adapter is bypassed: the guider", "No speed-up: the guider"))
     assert kind.__name__ in messages[0][:60]
 
 

@@ -35,7 +35,7 @@ def test_steps_that_can_not_be_forecast_are_cfgs_own(base, prompts, monkeypatch)
     messages = []
     model = training_free(base, notify=messages.append)
     assert torch.equal(ksampler(model, prompts, steps=MANY), ksampler(base, prompts, steps=MANY))
-    assert [message[:26] for message in messages] == ["2.0 evaluations per step: "]
+    assert [message[:48] for message in messages] == ["Little speed-up: 2.0 model evaluations per step."]
 
 
 def test_so_are_three_steps(base, prompts):

@@ -64,7 +64,7 @@ def test_a_node_that_compares_the_prompts_prediction_with_an_evaluation_has_this
     # Its own in each step, and the prompt's where both are forecast.
     assert sum(rows_of(model, ksampler, prompts, steps=STEPS)) == STEPS + 2 * EVALUATED + (STEPS - EVALUATED)
     assert max(differences) < 1e-4
-    assert [message[:32] for message in messages] == ["About 1.5 evaluations per step: "]
+    assert [message[:38] for message in messages] == ["About 1.5 model evaluations per step: "]
 
 
 def test_its_guidance_is_the_same_as_without_that_node(agd, prompts):
@@ -324,7 +324,7 @@ def test_a_guider_that_evaluates_in_its_own_way_has_cfgs_own_and_a_message_says_
 
 def test_a_scale_that_can_not_be_given_is_warned_of(base, agd, prompts, messages):
     guided_by(AroundTheWrappers, agd(guidance_scale=3.0), prompts)
-    assert messages == ["Guidance is the guider AroundTheWrappers's own: it doesn't take another scale or strength."]
+    assert messages == ["guidance_scale and strength do nothing here: the guider AroundTheWrappers guides by itself."]
 
 
 def test_another_evaluation_of_both_is_left_in_its_place(base, agd, prompts, messages):

@@ -5,35 +5,8 @@ import shutil
 import numpy as np
 import pytest
 
-from comfyui_agd.tests.support.graphs import base_graph, pixels, with_adapter
+from comfyui_agd.tests.support.graphs import base_graph, pixels, train_graph, train_settings, with_adapter
 from comfyui_agd.tests.support.live_server import PromptError, Server
-
-TINY = {
-    "prompts": "a red star\na blue ring",
-    "card": "all that is free",
-    "iterations": 2,
-    "seed": 0,
-    "batch": 2,
-    "width": 64,
-    "height": 64,
-    "aspect_ratios": False,
-    "omega_max": 6.0,
-    "learning_rate": 0.01,
-    "hidden": 8,
-    "negative": "",
-    "prompt_count": 2,
-    "reuse": 1,
-    "on_policy": 0.0,
-    "evaluate_every": 0,
-    "patience": 0,
-    "preview_every": 0,
-    "save_every": 0,
-    "precision": "base",
-    "kind": "delta",
-    "teacher": "cfg",
-    "start": "a new adapter",
-    "rank": 0,
-}
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +16,38 @@ def server(tmp_path_factory):
     server.close()
 
 
-def train_graph(name: str, **settings) -> dict:
+def named_graph(name: str, **settings) -> dict:
     """AGD Train, whose name output is shown."""
-    inputs = {"model": ["toy", 0], "clip": ["toy", 1], "adapter_name": name, **TINY, **settings}
-    return {
-        "toy": {"class_type": "AGDToyLoader", "inputs": {}},
-        "train": {"class_type": "AGDTrain", "inputs": inputs},
-        "name": {"class_type": "PreviewAny", "inputs": {"source": ["train", 1]}},
-    }
+    shown = {"class_type": "PreviewAny", "inputs": {"source": ["train", 1]}}
+    return train_graph(name, **settings) | {"name": shown}
 
 
 def linked_graph(name: str, **settings) -> dict:
     """The name output of AGD Train into AGD Adapter Loader, and a picture."""
-    return train_graph(name, **settings) | with_adapter(base_graph(), ["train", 1])
+    return named_graph(name, **settings) | with_adapter(base_graph(), ["train", 1])
 
 
-def listed(server: Server) -> list[str]:
-    kind, options = server.get("/object_info/AGDAdapterLoader")["AGDAdapterLoader"]["input"]["required"]["adapter_name"]
+LISTS = (("AGDAdapterLoader", "adapter_name"), ("AGDEvaluate", "adapter_name"), ("AGDTrainSettings", "start"))
+
+
+def listed(server: Server, node: str = "AGDAdapterLoader", name: str = "adapter_name") -> list[str]:
+    """What the browser has in a list after a refresh (R)."""
+    inputs = server.get(f"/object_info/{node}")[node]["input"]
+    kind, options = (inputs["required"] | inputs.get("optional", {}))[name]
     return kind if isinstance(kind, list) else options["options"]
+
+
+@pytest.mark.parametrize(("node", "name"), LISTS)
+@pytest.mark.parametrize("folder", ["", "sd15/"])
+def test_a_refresh_lists_a_file_that_has_come_and_not_one_that_has_gone(server, node, name, folder):
+    file = server.adapters / f"{folder}just_trained.safetensors"
+    before = listed(server, node, name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"any")
+    after = listed(server, node, name)
+    file.unlink()
+    assert set(after) - set(before) == {f"{folder}just_trained.safetensors"}
+    assert listed(server, node, name) == before
 
 
 @pytest.mark.parametrize("name", ["mine", "sdxl/mine", "雪 (v1.5).safetensors"])
@@ -75,7 +62,9 @@ def test_the_loader_takes_the_name_that_training_gives_out(server, name):
 
 def test_the_name_is_a_text_for_other_nodes_and_a_name_for_ours(server):
     graph = linked_graph("linked")
-    graph["start"] = train_graph("begun", start=["train", 1])["train"]
+    graph["begin"] = train_settings(start=["train", 1])
+    graph["begun"] = train_graph("begun")["train"]
+    graph["begun"]["inputs"]["settings"] = ["begin", 0]
     texts = {"string": ["train", 1], "regex_pattern": "linked", "mode": "First Match", "group_index": 1}
     flags = {"case_insensitive": False, "multiline": False, "dotall": False}
     graph["text"] = {"class_type": "RegexExtract", "inputs": {**texts, **flags}}

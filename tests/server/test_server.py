@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from comfyui_agd.agd_core import adapter_file
-from comfyui_agd.tests.support.graphs import base_graph, pixels, with_adapter
+from comfyui_agd.tests.support.graphs import base_graph, pixels, train_graph, train_settings, with_adapter
 from comfyui_agd.tests.support.live_server import ROOT, PromptError, Server, to_api
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -19,7 +19,7 @@ PROMPTS = "\n".join(
     for colour in ("red", "blue", "green")
     for shape in ("circle", "star", "ring")
 )
-NODES = ("AGDAdapterLoader", "AGDApplyAdapter", "AGDEvaluate", "AGDTrain")
+NODES = ("AGDAdapterLoader", "AGDApplyAdapter", "AGDEvaluate", "AGDTrain", "AGDTrainSettings")
 
 
 @pytest.fixture(scope="module")
@@ -29,42 +29,11 @@ def server(tmp_path_factory):
     server.close()
 
 
-def train_graph(name: str, iterations: int | str, **settings) -> dict:
-    inputs = {
-        "model": ["toy", 0],
-        "clip": ["toy", 1],
-        "prompts": PROMPTS,
-        "adapter_name": name,
-        "card": "all that is free",
-        "iterations": iterations,
-        "batch": 8,
-        "width": 64,
-        "height": 64,
-        "omega_max": 6.0,
-        "learning_rate": 2e-3,
-        "hidden": 32,
-        "seed": 0,
-        "negative": "",
-        "precision": "base",
-        "kind": "delta",
-        "teacher": "cfg",
-        "start": "a new adapter",
-        "rank": 4,
-        "aspect_ratios": False,
-        "prompt_count": 20,
-        "reuse": 2,
-        "on_policy": 0.0,
-        "evaluate_every": 0,
-        "patience": 0,
-        "preview_every": 0,
-        "save_every": 0,
-        **settings,
-    }
-    return {
-        "toy": {"class_type": "AGDToyLoader", "inputs": {}},
-        "train": {"class_type": "AGDTrain", "inputs": inputs},
-        "plot": {"class_type": "PreviewImage", "inputs": {"images": ["train", 2]}},
-    }
+def long_graph(name: str, iterations: int, **settings) -> dict:
+    """AGD Train with prompts and sizes that make an adapter of some use, and its plot."""
+    useful = {"prompts": PROMPTS, "batch": 8, "reuse": 2, "adapter_size": 32, "rank": 4, "learning_rate": 2e-3}
+    graph = train_graph(name, iterations, **{**useful, **settings})
+    return graph | {"plot": {"class_type": "PreviewImage", "inputs": {"images": ["train", 2]}}}
 
 
 def evaluate_graph(**settings) -> dict:
@@ -94,7 +63,7 @@ def evaluate_graph(**settings) -> dict:
 @pytest.fixture(scope="module")
 def trained(server) -> str:
     """The name of an adapter that AGD Train made through the API."""
-    outputs = server.run(train_graph("first", 40, evaluate_every=20, preview_every=20))
+    outputs = server.run(long_graph("first", 40, evaluate_every=20, preview_every=20))
     plot = pixels(server.image(outputs, "plot"))
     assert plot.shape == (800, 800, 3)  # loss, and gap closed
     assert len(np.unique(plot.reshape(-1, 3), axis=0)) > 3
@@ -180,12 +149,12 @@ def test_the_loader_tells_what_a_file_was_trained_on(server, trained):
     graph["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["agd", 1]}}
     (text,) = server.run(graph)["show"]["text"]
     assert "ToyConfig (EPS-prediction, 7 cross-attentions of width 64/128, context 128)" in text
-    assert "omega range" in text
+    assert re.search("^guidance scale +1 to 6$", text, re.MULTILINE)
     assert re.search(r"^training: iterations +40$", text, re.MULTILINE)
 
 
 def test_an_adapter_straight_from_training_gives_what_its_file_gives(server, trained):
-    graph = {**base_graph(), **train_graph("first", 40)}
+    graph = {**base_graph(), **long_graph("first", 40)}
     use = {"strength": 1.0, "guidance_scale": 0.0, "start_percent": 0.0, "end_percent": 1.0}
     inputs = {"model": ["toy", 0], "adapter": ["train", 3], **use}
     graph["apply"] = {"class_type": "AGDApplyAdapter", "inputs": inputs}
@@ -202,13 +171,13 @@ def test_what_the_user_should_know_is_on_the_node_and_in_the_log_once(server, tr
         return graph
 
     server.run(graph(1, "euler"))
-    assert server.texts["agd"] == "Guidance 30 lies outside the adapter's trained range, 1 to 6."
+    assert server.texts["agd"] == "Guidance scale 30 is outside the trained range, 1 to 6."
     server.run(graph(3, "euler_cfg_pp"))
     assert server.texts["agd"].startswith("No speed-up: the sampler euler_cfg_pp needs both predictions.")
     server.run(graph(4, "euler_cfg_pp"))
     log = server.log.read_text()
     assert log.count("AGD: No speed-up: the sampler euler_cfg_pp needs both predictions") == 1
-    assert log.count("AGD: Guidance 30 lies outside") == 1
+    assert log.count("AGD: Guidance scale 30 is outside") == 1
 
 
 def test_training_shows_what_it_does_and_reports_at_the_end(server, trained):
@@ -225,6 +194,7 @@ def test_training_shows_what_it_does_and_reports_at_the_end(server, trained):
         "Measuring the adapter: 0/",
     ):
         assert f"AGD: {begun}" in log
+    assert re.search(r"AGD: Needs [\d.]+ [MG]B, about [\d.]+( to [\d.]+)? s on this machine\.", log)
     assert "AGD: Gap closed " in log
 
 
@@ -243,9 +213,9 @@ def test_the_negative_prompt_is_heard_with_a_trained_adapter_and_without_trainin
 
 
 def test_a_scale_adapter_is_where_training_may_begin(server):
-    server.run(train_graph("scale", 5, kind="scale", hidden="auto"))
+    server.run(long_graph("scale", 5, kind="scale"))
     assert adapter_file.read_info(server.adapters / "scale.safetensors").config.kind.name == "scale"
-    server.run(train_graph("begun", 2, start="scale.safetensors", learning_rate=1e-9))
+    server.run(long_graph("begun", 2, start="scale.safetensors", learning_rate=1e-9))
     begun, scale = (
         adapter_file.load_weights(server.adapters / f"{name}.safetensors")[1] for name in ("begun", "scale")
     )
@@ -254,9 +224,9 @@ def test_a_scale_adapter_is_where_training_may_begin(server):
 
 
 def test_an_adapter_that_does_not_hear_the_negative_prompt_says_so(server):
-    server.run(train_graph("deaf", 2, kind="offset"))
+    server.run(long_graph("deaf", 2, kind="offset"))
     without(server, "deaf.safetensors", "a large blue ring")
-    assert "The negative prompt has no effect with this adapter" in server.texts["agd"]
+    assert "The adapter ignores the negative prompt" in server.texts["agd"]
 
 
 @pytest.mark.parametrize("node", ["AGDTrain", "AGDEvaluate"])
@@ -277,42 +247,35 @@ def test_the_browser_leaves_wildcards_and_comments_in_prompts_to_the_node(server
 )
 def test_bad_training_input_is_one_clear_sentence(server, settings, message):
     with pytest.raises(PromptError, match=message):
-        server.run(train_graph("bad", 5, **settings))
+        server.run(long_graph("bad", 5, **settings))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch": "inf"}, "batch is 'inf', but must be a number or 'auto'"),
-        ({"batch": 10**30}, "batch is 10{30}, but must be from 1 to 4096"),
-        ({"learning_rate": "nan"}, "learning_rate is nan, but must be from"),
-        ({"kind": "low_rank"}, "An adapter of kind low_rank has no hidden: .* It has .*rank"),
-        ({"kind": "scale", "hidden": "auto", "rank": 7}, "An adapter of kind scale has no rank"),
+        ({"batch": 10**30}, "Value 10{30} bigger than max of 4096.*batch"),
+        ({"learning_rate": 0.0}, "Value 0.0 smaller than min of 1e-05.*learning_rate"),
+        ({"quality": "perfect"}, "'perfect' not in .*quick.*normal.*best"),
+        ({"guidance_scale_up_to": 1.0}, "Value 1.0 smaller than min of 1.1.*guidance_scale_up_to"),
         ({"prompts": "a {\x1b[2J\u202e<b>"}, r"in line 1 of prompts .*\[2J\\u202e"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_by_name_and_nothing_is_written(server, settings, message):
     before = sorted(server.adapters.rglob("*"))
     with pytest.raises(PromptError, match=message) as refused:
-        server.run(train_graph("refused", 5, **settings))
+        server.run(long_graph("refused", 5, **settings))
     assert not re.search("[\x1b\u202e]", str(refused.value))
     assert sorted(server.adapters.rglob("*")) == before
 
 
-def test_auto_is_what_suits_the_model_and_its_kind(server):
-    auto = dict.fromkeys(("learning_rate", "hidden", "rank", "reuse"), "auto")
-    graph = train_graph("auto", "3", kind="scale", **auto)
-    graph["batch"] = {"class_type": "PrimitiveInt", "inputs": {"value": 2}}
-    graph["train"]["inputs"]["batch"] = ["batch", 0]
+def test_quality_is_how_long_is_trained_and_numbers_may_be_linked(server):
+    graph = train_graph("by_quality", kind="scale", quality="quick", reuse=8)
+    del graph["settings"]["inputs"]["length.iterations"]
+    graph["batch"] = {"class_type": "PrimitiveInt", "inputs": {"value": 1}}
+    graph["settings"]["inputs"] |= {"length": "as quality says", "batch": ["batch", 0]}
     server.run(graph)
-    found = adapter_file.read_info(server.adapters / "auto.safetensors").training["config"]
-    assert {name: found[name] for name in ("iterations", "batch", "learning_rate", "reuse")} == {
-        "iterations": 3,
-        "batch": 2,
-        "learning_rate": 2e-2,
-        "reuse": 4,
-    }
-    assert "hidden" not in found
+    found = adapter_file.read_info(server.adapters / "by_quality.safetensors").training["config"]
+    assert (found["iterations"], found["batch"]) == (50, 1)
 
 
 SCRIPT = "<script>alert(1)</script>"
@@ -344,7 +307,7 @@ def test_text_of_a_hostile_file_is_read_and_does_nothing(server, trained):
 
 
 def test_an_interrupted_training_keeps_its_state_and_goes_on(server):
-    graph = train_graph("interrupted", 61, seed=3)
+    graph = long_graph("interrupted", 61, seed=3)
     prompt_id, types, seen = server.queue(graph), [], 0
     for event in server.events(prompt_id):
         types.append(event["type"])
@@ -386,7 +349,7 @@ def test_an_adapter_is_evaluated_and_shown_beside_cfg(server, trained):
 
 
 def test_an_adapter_straight_from_training_is_evaluated(server, trained):
-    graph = {**evaluate_graph(adapter=["train", 3]), **train_graph("second", 3)}
+    graph = {**evaluate_graph(adapter=["train", 3]), **long_graph("second", 3)}
     (report,) = server.run(graph)["report"]["text"]
     assert "Adapter of AGD Train, second.safetensors on ToyConfig" in report
 
@@ -442,11 +405,12 @@ def test_example_workflows_run(server, trained, file):
         if node["inputs"].get("text"):
             node["inputs"]["text"] = "a red star"  # the toy knows no other things
         if node["class_type"] == "AGDTrain":
-            node["inputs"].update(iterations=5, hidden=32, prompts=PROMPTS, aspect_ratios=False)
+            node["inputs"].update(prompts=PROMPTS, settings=["toy_settings", 0])
         if node["class_type"] == "AGDEvaluate":
             node["inputs"].update(prompts=PROMPTS, count=2, steps=3)
         if node["class_type"] in ("AGDAdapterLoader", "AGDEvaluate"):
             node["inputs"]["adapter_name"] = trained
+    prompt["toy_settings"] = train_settings(5)
     outputs = server.run(prompt)
     saved = next(id for id, node in prompt.items() if node["class_type"] == "SaveImage")
     sheet = (28 + 2 * 284, 4 * 264 - 8, 3)  # two rows of four pictures, enlarged

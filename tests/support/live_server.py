@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import websocket
@@ -155,15 +155,23 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         if node["type"] not in object_info:
             continue  # notes
         inputs = {i["name"]: list(links[i["link"]]) for i in node["inputs"] if i.get("link") is not None}
-        values = iter(node["widgets_values"])
-        known = object_info[node["type"]]["input"]
-        for name, (kind, *options) in {**known.get("required", {}), **known.get("optional", {})}.items():
-            # Of an input that may be linked to several types, that of its own field.
-            kind = options[0].get("widgetType", kind) if options else kind
-            if name in inputs or not (isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")):
-                continue
-            inputs[name] = next(values)
-            if options and options[0].get("control_after_generate"):
-                next(values)
+        _fill(inputs, iter(node["widgets_values"]), object_info[node["type"]]["input"])
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+_FIELDS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+
+
+def _fill(inputs: dict, values: Iterator, known: dict, within: str = "") -> None:
+    """Gives the inputs that aren't linked their values; those of a choice that unfolds come after it."""
+    for name, (kind, *options) in {**known.get("required", {}), **known.get("optional", {})}.items():
+        shown, name = options[0] if options else {}, within + name
+        if name in inputs or not (isinstance(kind, list) or kind in _FIELDS):
+            continue
+        inputs[name] = next(values)
+        if kind == "COMFY_DYNAMICCOMBO_V3":
+            chosen = next(option for option in shown["options"] if option["key"] == inputs[name])
+            _fill(inputs, values, chosen["inputs"], f"{name}.")
+        if shown.get("control_after_generate"):
+            next(values)

@@ -44,6 +44,13 @@ def test_flags_win_over_the_config_file(folder):
     assert args.loader == "some.module:load"
 
 
+def test_quality_is_a_flag_and_a_line_of_a_config_file(tmp_path):
+    (tmp_path / "c.toml").write_text('quality = "best"\n')
+    assert parse([*BASE]).quality == "normal"
+    assert parse([*BASE, "--quality", "quick"]).quality == "quick"
+    assert parse([*BASE, "--config", f"{tmp_path / 'c.toml'}"]).quality == "best"
+
+
 def test_a_card_is_its_memory_unless_memory_is_given():
     assert cli._chosen(parse([*BASE, "--card", "12 GB"])) == {"memory": 11.5}
     assert cli._chosen(parse([*BASE, "--card", "12 GB", "--memory", "5"])) == {"memory": 5.0}

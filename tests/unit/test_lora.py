@@ -54,7 +54,7 @@ def test_the_command_writes_what_lora_tools_read(file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
-        ({"kind": "low_rank", "modulated": True}, "low_rank with modulation by t and omega"),
+        ({"kind": "low_rank", "modulated": True}, "low_rank modulated by timestep and guidance"),
         ({"kind": "offset"}, "offset"),
     ],
 )

@@ -294,7 +294,39 @@ def test_unknown_seconds_are_not_guessed(model, monkeypatch):
     monkeypatch.setattr(model, "matmul_rate", lambda: 0.0)
     found = plan(model, CONFIG, None)
     assert found.seconds is None
-    assert "time" not in found.describe()
+    assert found.summary() == "Needs 10.2 GB on this machine."
+    assert found.by_quality("normal") == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.01, "0.1 s"),
+        (0.1, "0.1 to 0.3 s"),
+        (14, "20 to 45 s"),
+        (45, "1.1 to 2.5 min"),
+        (27 * 60, "40 to 90 min"),
+        (1900, "0.8 to 1.8 h"),
+        (3600 * 2, "2.9 to 7 h"),
+        (3600 * 50, "3 to 7 d"),
+    ],
+)
+def test_the_time_is_a_range_in_few_words(model, seconds, expected):
+    found = replace(plan(model, CONFIG, int(24 * GB)), seconds=seconds)
+    assert found.summary() == f"Needs 10.2 GB, about {expected} on this card."
+
+
+def test_the_time_of_each_quality_goes_by_that_of_the_one_that_is_planned(model):
+    found = replace(plan(model, CONFIG, None), seconds=1000.0)
+    assert found.by_quality("quick") == "quick 25 to 55 min, normal 1.2 to 2.8 h, best 4 to 8 h"
+    assert found.by_quality("best") == "quick 2.6 to 6 min, normal 8 to 20 min, best 25 to 55 min"
+
+
+def test_what_a_node_shows_of_a_plan_has_sixty_characters_a_line(model):
+    found = replace(plan(model, CONFIG, int(24 * GB)), peak_bytes=int(123e9))
+    for exponent in range(100):
+        timed = replace(found, seconds=1.15**exponent)
+        assert max(len(timed.summary()), len(timed.by_quality("quick"))) <= 60
 
 
 def test_the_disk_holds_the_states_and_the_adapter(model):
@@ -372,7 +404,8 @@ def test_counting_parameters_takes_no_memory(model):
 
 def test_the_description_says_it_all(model):
     text = plan(model, CONFIG, int(24 * GB)).describe()
-    assert text.splitlines()[1:4] == [
+    assert text.splitlines()[:1] + text.splitlines()[2:5] == [
+        "Needs 10.2 GB, about 10 to 25 min on this card.",
         "evaluations  2,048 of the teacher, 800 of the student",
         "memory       10.2 GB of 24.0 GB, 2.0 GB of them the base",
         "at once      8 student, 16 teacher",

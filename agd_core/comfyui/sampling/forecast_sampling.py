@@ -156,7 +156,7 @@ class ForecastSampling(SharedByDeepcopy):
             self.notify(messages.scale_not_taken(name_of_guider(self.guider)))
         if not self.evaluates_both and (name := self._find_consumer(model_options)):
             self.evaluates_both = True
-            self.notify(messages.needs_both_evaluated(name))
+            self.notify(messages.needs_both_in_every_step(name))
 
     def _find_consumer(self, model_options: dict) -> str | None:
         """The name of what needs both by its options, or of a sampler with a post-CFG function, by which it steps."""
