@@ -109,7 +109,7 @@ class TrainingStep:
                 loss += part.item()
             return predictions, loss
 
-        (predictions, loss), self.micro_batch = retry_on_oom(self.memory, "the student", evaluate, self.micro_batch)
+        (predictions, loss), self.micro_batch = retry_on_oom(self.memory, "the adapter", evaluate, self.micro_batch)
         loss = self.ranks.sum(torch.tensor(loss, dtype=torch.float64)).item()
         self.ranks.sum_gradients(state.adapter.parameters())
         return StudentLoss(torch.cat(predictions), loss, loss / of_none)
