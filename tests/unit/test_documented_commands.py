@@ -43,6 +43,10 @@ def mentions() -> Iterator[tuple[str, list[str]]]:
             yield page.name, shlex.split(text.replace("...", " ").replace("\\|", "|"))
 
 
+def _shown(given: str | list[str]) -> str:
+    return given if isinstance(given, str) else " ".join(given)
+
+
 class Taken(Exception):
     """By the program's own parser."""
 
@@ -85,12 +89,12 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert words[0] == "echo", f"no test knows {words[0]}"
 
 
-@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda given: " ".join(given) if given else None)
+@pytest.mark.parametrize(("page", "words"), commands(), ids=_shown)
 def test_a_command_is_taken(page, words, monkeypatch):
     check(words, monkeypatch)
 
 
-@pytest.mark.parametrize(("page", "words"), mentions(), ids=lambda given: " ".join(given) if given else None)
+@pytest.mark.parametrize(("page", "words"), mentions(), ids=_shown)
 def test_a_mentioned_command_has_what_is_named(page, words, monkeypatch, capsys):
     if words[0] != "agd":
         if words[0] == "make" or words[1].startswith(("benchmarks/", "tools/")):
