@@ -12,8 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 WORDS = re.compile(r"(?<![-\w])omega\b(?![-_])|psi\b|\btrajector|\brollouts?\b|\broll(s|ed|ing)? out\b", re.IGNORECASE)
 # They explain the method and the code.
 OF_METHOD_AND_CODE = ("method.md", "architecture.md")
-PAGES = ["README.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-FOLDERS = ("training", "agd_core")
+PAGES = sorted(
+    str(path.relative_to(ROOT)) for folder in (".", "docs", "web/docs") for path in (ROOT / folder).glob("*.md")
+)
+FOLDERS = ("training", "agd_core", "nodes")
 
 
 def unwanted(text: str) -> list[str]:
