@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WORDS = re.compile(r"(?<![-\w])omega\b(?![-_])|psi\b|\btrajector|\brollouts?\b|\broll(s|ed|ing)? out\b", re.IGNORECASE)
 # They explain the method and the code.
 OF_METHOD_AND_CODE = ("method.md", "architecture.md")
-PAGES = sorted(
-    str(path.relative_to(ROOT)) for folder in (".", "docs", "web/docs") for path in (ROOT / folder).glob("*.md")
-)
+FOR_USERS = [path for folder in ("docs", "web/docs") for path in (ROOT / folder).glob("*.md")]
+PAGES = ["README.md", "CHANGELOG.md", *sorted(str(path.relative_to(ROOT)) for path in FOR_USERS)]
 FOLDERS = ("training", "agd_core", "nodes")
 
 
