@@ -208,7 +208,7 @@ def test_a_shared_encoder_is_evaluated_once():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"kind": "lora"}, "kind 'lora' is none of cross_attention, offset"),
+        ({"kind": "lora"}, "kind 'lora' is none of delta, low_rank"),
         ({"hidden": 30, "kind": "cross_attention"}, "hidden is 30, but must be a multiple of 4"),
         ({"kind": "low_rank", "rank": 0}, "rank is 0, but must be from 1 to 512"),
         ({"kind": "low_rank", "rank": 513}, "rank is 513, but must be from 1 to 512"),
