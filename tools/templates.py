@@ -86,8 +86,8 @@ def _training_free(at: tuple[int, int], model: Out = CHECKPOINT) -> Graph:
 def faster() -> Graph:
     text = (
         "## Faster sampling, nothing to train\n\n"
-        "1. Choose your checkpoint, of any model that runs with cfg above 1.\n"
-        "2. Queue. Above cfg 1 a sampler calls the model twice per step; **AGD Adapter Loader** with `training-free` "
+        "1. Choose your checkpoint, of any model that runs with cfg above 1, or download the one that is named here.\n"
+        "2. Queue. Above cfg 1 a sampler calls the model twice per step; **AGD Adapter Loader** with **training-free** "
         "forecasts some of the steps, so that 20 steps take 1 to 1.4 calls each. cfg and the prompts stay as they "
         "are.\n"
         "3. To compare, bypass the loader (Ctrl-B): at 20 steps, and at 10, which costs about the same."
@@ -110,11 +110,11 @@ def faster() -> Graph:
 def compare() -> Graph:
     text = (
         "## CFG and AGD side by side\n\n"
-        "The same prompt and seed three times: CFG, CFG with half the steps, and `training-free`. Have you an adapter? "
-        "Choose it in **AGD Adapter Loader** and in **AGD Evaluate**.\n\n"
+        "The same prompt and seed three times: CFG, CFG with half the steps, and **training-free**. If you have an "
+        "adapter, choose it in **AGD Adapter Loader** and in **AGD Evaluate**.\n\n"
         "**Seconds**: AGD Evaluate measures CFG and one model call per step, which is what an adapter takes, on your "
-        "card. `attention-guidance` stands in for an adapter there: look at its seconds, not at how well it guides. "
-        "`training-free` takes 1 to 1.4 calls per step at 20 steps, CFG takes 2."
+        "card. **attention-guidance** stands in for an adapter there: look at its seconds, not at how well it guides. "
+        "**training-free** takes 1 to 1.4 calls per step at 20 steps, CFG takes 2."
     )
     prompt = (
         "a lighthouse on a rocky coast in a storm, waves breaking over the rocks, dark clouds, warm light in the "
@@ -150,10 +150,11 @@ def train() -> Graph:
     text = (
         "## Train an adapter and use it\n\n"
         "1. Choose your checkpoint and your card's memory. Write prompts of the kind that you will use, one per line, "
-        "short ones too; `{in snow|on a beach}` chooses one, `__animal__` draws from a list. No images are needed.\n"
-        "2. Queue. The node says what it needs and how long it will take before it starts; **quality** `quick` takes "
-        "a third of it, `best` three times. Interrupted, it goes on from there when queued again.\n"
-        "3. The adapter is saved in `models/agd`. Next time use the first template and choose it in "
+        "short ones too; {in snow|on a beach} chooses one, \\_\\_animal\\_\\_ draws from a list. No images are "
+        "needed.\n"
+        "2. Queue. Before it starts, the node says what it needs and how long each **quality** takes. Interrupted, it "
+        "goes on from there when queued again.\n"
+        "3. The adapter is saved in **models/agd**. Next time use the first template and choose it in "
         "**AGD Adapter Loader**."
     )
     prompts = (
@@ -185,8 +186,8 @@ def lora_and_controlnet() -> Graph:
         "## LoRA and ControlNet on top\n\n"
         "LoRAs, ControlNets and AGD go together: put **AGD Adapter Loader** last before the sampler. A ControlNet is "
         "called less often, too.\n\n"
-        "The first sampler paints a picture, Canny takes its outlines, the second sampler paints another scene into "
-        "them, with the LoRA. Choose an adapter in place of `training-free` if you have one."
+        "The first sampler makes a picture, Canny takes its outlines, the second sampler puts another scene into "
+        "them, with the LoRA. Choose an adapter in place of **training-free** if you have one."
     )
     first = "photo of an old stone bridge over a mountain river, autumn trees, overcast light"
     second = (
@@ -229,7 +230,7 @@ def evaluate() -> Graph:
     text = (
         "## Evaluate an adapter\n\n"
         "Choose a checkpoint, and under **adapter_name** an adapter of it or of another checkpoint of its family; "
-        "`attention-guidance` is there until you have one. Give the model as it is, without AGD Adapter Loader.\n\n"
+        "**attention-guidance** is there until you have one. Give the model as it is, without AGD Adapter Loader.\n\n"
         "The report says how much of the guidance the adapter gives here, how many seconds a picture takes beside "
         "CFG, and whether an adapter of another checkpoint fits this one. The picture has a row per prompt: unguided, "
         "CFG, AGD, and how the last two differ."
@@ -261,7 +262,7 @@ def evaluate() -> Graph:
 def transformer() -> Graph:
     text = (
         "## A transformer: Z-Image\n\n"
-        "`training-free` runs on any model with cfg above 1, here on Z-Image, whose diffusion model, text encoder and "
+        "**training-free** runs on any model with cfg above 1, here on Z-Image. Its diffusion model, text encoder and "
         "VAE are separate files. Models that run at cfg 1, such as Z-Image-Turbo, have nothing to save.\n\n"
         "For an adapter of it, put **AGD Train** of the third template in place of the loader: it takes the model and "
         "the text encoder from the same nodes."

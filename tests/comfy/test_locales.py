@@ -8,7 +8,7 @@ from comfyui_agd.tools.locales import FOLDER, LANGUAGES, differences, english, f
 
 TRANSLATED = LANGUAGES[1:]
 # What stays in any language: values in quotes, files and folders, the nodes' names.
-KEPT = re.compile(r"'[\w -]+'|models/agd|docs/\w+\.md|AGD (?:Adapter Loader|Apply Adapter|Evaluate|Train(?: Settings)?)")
+KEPT = re.compile(r"'[\w -]+'|models/agd|docs/\w+\.md|AGD [A-Z]\w+(?: [A-Z]\w+)*")
 
 
 @pytest.fixture(scope="module")
