@@ -87,9 +87,9 @@ def faster() -> Graph:
     text = (
         "## Faster sampling, nothing to train\n\n"
         "1. Choose your checkpoint, of any model that runs with cfg above 1, or download the one that is named here.\n"
-        "2. Queue. Above cfg 1 a sampler calls the model twice per step; **AGD Adapter Loader** with **training-free** "
-        "forecasts some of the steps, so that 20 steps take 1 to 1.4 calls each. cfg and the prompts stay as they "
-        "are.\n"
+        "2. Queue. Above cfg 1 a sampler evaluates the model twice per step. With **training-free**, "
+        "**AGD Adapter Loader** forecasts some of the steps, so that 20 steps take 1 to 1.4 evaluations each. cfg and "
+        "the prompts stay as they are.\n"
         "3. To compare, bypass the loader (Ctrl-B): at 20 steps, and at 10, which costs about the same."
     )
     prompt = (
@@ -112,9 +112,9 @@ def compare() -> Graph:
         "## CFG and AGD side by side\n\n"
         "The same prompt and seed three times: CFG, CFG with half the steps, and **training-free**. If you have an "
         "adapter, choose it in **AGD Adapter Loader** and in **AGD Evaluate**.\n\n"
-        "**Seconds**: AGD Evaluate measures CFG and one model call per step, which is what an adapter takes, on your "
+        "**Seconds**: AGD Evaluate measures CFG and one evaluation per step, which is what an adapter takes, on your "
         "card. **attention-guidance** stands in for an adapter there: look at its seconds, not at how well it guides. "
-        "**training-free** takes 1 to 1.4 calls per step at 20 steps, CFG takes 2."
+        "**training-free** takes 1 to 1.4 evaluations per step at 20 steps, CFG takes 2."
     )
     prompt = (
         "a lighthouse on a rocky coast in a storm, waves breaking over the rocks, dark clouds, warm light in the "
@@ -135,13 +135,13 @@ def compare() -> Graph:
         **_training_free((0, 180)),
         **_prompts(380, 0, prompt),
         **_size((380, 400)),
-        "cfg": _sampler((780, 0), CHECKPOINT, "CFG, 20 steps: 40 calls"),
-        **_picture(1120, 0, "cfg", "AGD/cfg-20", title="CFG, 20 steps: 40 calls"),
-        "half": _sampler((780, 480), CHECKPOINT, "CFG, 10 steps: 20 calls", steps=10),
-        **_picture(1120, 480, "half", "AGD/cfg-10", title="CFG, 10 steps: 20 calls"),
-        "free": _sampler((780, 960), Out("agd", "MODEL"), "AGD training-free, 20 steps: 20 to 28 calls"),
-        **_picture(1120, 960, "free", "AGD/training-free", title="AGD training-free, 20 steps: 20 to 28 calls"),
-        "evaluate": Node("AGDEvaluate", (1800, 0), (400, 560), evaluated, "Seconds of CFG and of one call per step"),
+        "cfg": _sampler((780, 0), CHECKPOINT, "CFG, 20 steps"),
+        **_picture(1120, 0, "cfg", "AGD/cfg-20", title="CFG: 40 evaluations"),
+        "half": _sampler((780, 480), CHECKPOINT, "CFG, 10 steps", steps=10),
+        **_picture(1120, 480, "half", "AGD/cfg-10", title="CFG: 20 evaluations"),
+        "free": _sampler((780, 960), Out("agd", "MODEL"), "AGD, 20 steps"),
+        **_picture(1120, 960, "free", "AGD/training-free", title="AGD training-free: 20 to 28 evaluations"),
+        "evaluate": Node("AGDEvaluate", (1800, 0), (400, 560), evaluated, "Seconds: CFG and one evaluation per step"),
         "report": Node("PreviewAny", (1800, 640), (560, 500), {"source": Out("evaluate", "report")}, "Seconds"),
     }
 
@@ -185,7 +185,7 @@ def lora_and_controlnet() -> Graph:
     text = (
         "## LoRA and ControlNet on top\n\n"
         "LoRAs, ControlNets and AGD go together: put **AGD Adapter Loader** last before the sampler. A ControlNet is "
-        "called less often, too.\n\n"
+        "evaluated less often, too.\n\n"
         "The first sampler makes a picture, Canny takes its outlines, the second sampler puts another scene into "
         "them, with the LoRA. Choose an adapter in place of **training-free** if you have one."
     )
