@@ -1,9 +1,12 @@
 """The pack as ComfyUI's editor shows it, in both of its renderers: found, connected, run, read."""
 
+import re
+
 import pytest
 
 from comfyui_agd.tests.support.editor import Editor, read_without_scrolling
 from comfyui_agd.tests.support.graphs import base_graph, with_adapter
+from comfyui_agd.tests.support.live_server import ROOT, Server
 
 # The editor lists nodes that have the words in their own name before those that are found by an alias.
 PLACES = {
@@ -16,6 +19,39 @@ PLACES = {
     "no cfg": 3,
     "turbo": 10,
 }
+NODES = ("AGDAdapterLoader", "AGDApplyAdapter", "AGDEvaluate", "AGDTrain", "AGDTrainSettings")
+TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+# Of the toy's size; fields of a chosen option are named after it.
+TINY = {
+    "length": "this many iterations",
+    "kind.adapter_size": 8,
+    "kind.rank": 0,
+    "picture_size": "width and height",
+    "picture_size.width": 64,
+    "picture_size.height": 64,
+    "batch": 2,
+    "prompt_count": 4,
+}
+
+
+def train_on_the_toy(editor: Editor, name: str, iterations: int, **settings) -> None:
+    """AGD Train with its settings, and its plot, by the graph's own functions."""
+    prompts = "a large red star on a white background\na small blue ring on a white background"
+    editor.add("AGDToyLoader", 0, 0)
+    editor.add("AGDTrainSettings", 0, 170, **TINY | {"length.iterations": iterations} | settings)
+    editor.add("AGDTrain", 450, 0, prompts=prompts, adapter_name=name)
+    editor.add("PreviewImage", 900, 0)
+    editor.connect("AGDToyLoader", "MODEL", "AGDTrain", "model")
+    editor.connect("AGDToyLoader", "CLIP", "AGDTrain", "clip")
+    editor.connect("AGDTrainSettings", "settings", "AGDTrain", "settings")
+    editor.connect("AGDTrain", "plot", "PreviewImage", "images")
+
+
+def read_on(editor: Editor, node: str, pattern: str) -> str:
+    """What is read on a node without scrolling, once it matches."""
+    box = editor.text_on(node)
+    editor.wait_until(lambda: box.count() and re.search(pattern, box.first.inner_text()))
+    return read_without_scrolling(box.first)
 
 
 def test_the_loader_is_found_by_what_it_is_wanted_for(editor):
@@ -33,3 +69,69 @@ def test_the_loader_goes_between_checkpoint_and_sampler_by_mouse_and_samples(edi
     assert {("AGDToyLoader", "AGDAdapterLoader"), ("AGDAdapterLoader", "KSampler")} <= editor.links()
     editor.run_to_the_end()
     editor.wait_until(lambda: editor.pictures_on("SaveImage") == 1)
+
+
+def test_a_training_shows_its_progress_a_preview_its_result_and_its_plot(editor):
+    train_on_the_toy(editor, f"shown_{editor.renderer}", 6, preview_every=2)
+    editor.look_at_node("AGDTrain")
+    editor.run()
+    assert re.match(r"Needs .* GB|Needs .* MB", read_on(editor, "AGDTrain", "Needs"))
+    assert re.match(r"Training: \d/6", read_on(editor, "AGDTrain", "Training"))
+    editor.wait_until(lambda: editor.pictures_on("AGDTrain") == 1)
+    assert re.match(r"Gap closed -?\d+ ?%", read_on(editor, "AGDTrain", "Gap closed"))
+    editor.wait_until(lambda: editor.pictures_on("PreviewImage") == 1)
+
+
+def test_a_stopped_training_says_so_and_leaves_what_the_next_one_goes_on_from(editor, server):
+    name = f"stopped_{editor.renderer}"
+    train_on_the_toy(editor, name, 500, **{"evaluate_every": 0, "preview_every": 0, "save_every": 0})
+    editor.look_at_node("AGDTrain")
+    editor.run()
+    read_on(editor, "AGDTrain", r"Training: [1-9]")
+    editor.stop()
+    seen = read_on(editor, "AGDTrain", "Stopped")
+    assert re.match(r"Stopped at iteration \d+ of 500\. Queue again to go on", seen)
+    assert (server.adapters / f"{name}.run" / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("damaged.safetensors", "This adapter file is damaged or incomplete"),
+        ("no_such.safetensors", "There is no adapter 'no_such.safetensors'"),
+    ],
+)
+def test_an_error_is_read_where_the_editor_shows_errors(editor, server, name, sentence):
+    (server.adapters / "damaged.safetensors").write_bytes(b"half of a file")
+    editor.load(with_adapter(base_graph(), name))
+    editor.run()
+    details = editor.error_details()
+    editor.wait_until(lambda: sentence in read_without_scrolling(details))
+    assert "AGD Adapter Loader" in read_without_scrolling(details)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_help_of_a_node_is_its_page(editor, node):
+    editor.add(node)
+    editor.look_at_node(node)
+    editor.select(node)
+    help = editor.help()
+    heading = (ROOT / "web" / "docs" / f"{node}.md").read_text().splitlines()[0].lstrip("# ")
+    help.get_by_role("heading", name=heading).wait_for()
+
+
+def test_a_notice_is_read_on_the_node_to_its_first_full_stop(editor):
+    graph = with_adapter(base_graph(), "training-free")
+    graph["sampler"]["inputs"]["sampler_name"] = "euler_cfg_pp"
+    graph["agd"]["inputs"]["end_percent"] = 0.9 + 0.01 * len(editor.renderer)  # so that nothing is taken from a cache
+    editor.load(graph)
+    editor.look_at_node("AGDAdapterLoader")
+    editor.run()
+    seen = read_on(editor, "AGDAdapterLoader", "No speed-up")
+    assert re.match(r"No speed-up: [^.]*\.", seen)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_opens_with_all_of_its_nodes(editor, template):
+    editor.open_template(template)
+    assert "no such node" not in editor.page.inner_text("body")

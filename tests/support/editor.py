@@ -19,8 +19,8 @@ _FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
 )
-# The front end asks for a help page of the language first; ours have no language in their path.
-_EXPECTED = re.compile(r"/docs/\w+/\w+(-\w+)?\.md")
+# Of any pack: a help page of the language is asked for first, and a node that failed is looked up in the registry.
+_EXPECTED = re.compile(r"/docs/\w+/\w+(-\w+)?\.md|api\.comfy\.org")
 _READY = """() => window.app?.extensionManager && window.LiteGraph?.registered_node_types.AGDTrain
     && document.querySelector('#graph-canvas')"""
 _NODE = "const node = app.graph._nodes.find(node => node.type === type);"
@@ -55,6 +55,7 @@ class Editor:
         server.post("/settings", settings)
         page.goto(f"http://127.0.0.1:{server.port}/")
         page.wait_for_function(_READY)
+        self.wait_until(self.node_types)  # the workflow that a new user is shown
         assert page.evaluate("LiteGraph.vueNodesMode") is (renderer == "vue")
 
     def _listen(self, message: ConsoleMessage) -> None:
@@ -70,7 +71,10 @@ class Editor:
             panel.locator("button").first.click()
         if (error := self.page.get_by_test_id("error-overlay-dismiss")).is_visible():
             error.click()
-        self.page.evaluate("() => {app.clean(); app.graph.clear()}")
+        empty = "{nodes: [], links: [], version: 0.4}"
+        self.page.evaluate(
+            f"async () => app.loadGraphData({empty}, true, true, app.extensionManager.workflow.activeWorkflow)"
+        )
         self.look_at(0, 0)
 
     def look_at(self, x: float, y: float, scale: float = 1.0) -> None:
@@ -98,8 +102,7 @@ class Editor:
         self.page.mouse.click(x, y)
 
     def add(self, type: str, x: float = 0, y: float = 0, **values) -> None:
-        """A node with these values in its fields; a dot in a field's name is written as two underscores."""
-        named = {name.replace("__", "."): value for name, value in values.items()}
+        """A node with these values in its fields."""
         self.page.evaluate(
             """([type, x, y, values]) => {
                 const node = LiteGraph.createNode(type);
@@ -111,7 +114,7 @@ class Editor:
                     widget.callback?.(value);
                 }
             }""",
-            [type, x, y, named],
+            [type, x, y, values],
         )
 
     def connect(self, source: str, output: str, target: str, input: str) -> None:
@@ -166,6 +169,14 @@ class Editor:
         at = f"type => {{{_NODE} {_ON_PAGE} return onPage([node.pos[0] + 90, node.pos[1] - 15])}}"
         self.page.mouse.click(*self.page.evaluate(at, type))
 
+    def open_template(self, name: str) -> None:
+        """From the list of templates, under the folder's name as the server knows it."""
+        self.page.get_by_role("button", name="Templates").first.click()
+        self.page.get_by_text("a-renamed-agd", exact=True).last.click()
+        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        self.page.get_by_test_id(f"template-workflow-{name}").wait_for(state="detached")
+        self.wait_until(self.node_types)
+
     # Running
 
     def run(self) -> None:
@@ -175,6 +186,9 @@ class Editor:
         before = len(self.server.get("/history"))
         self.run()
         self.wait_until(lambda: len(self.server.get("/history")) > before)
+
+    def stop(self) -> None:
+        self.page.get_by_role("button", name="Cancel current run").first.click()
 
     def wait_until(self, holds) -> None:
         """While the page goes on."""
@@ -199,26 +213,42 @@ class Editor:
         return self.page.locator(f'[data-node-id="{node}"] img').count()
 
     def error_details(self) -> Locator:
-        """Opened as the error's notice offers it."""
+        """Where an error is explained, opened by the buttons that its notice and its explanation have."""
         self.page.get_by_test_id("error-overlay-see-errors").click()
+        panel = self.page.get_by_test_id("properties-panel")
+        panel.get_by_text("detected").wait_for()
+        for more in panel.get_by_role("button", name="Info for").all():
+            more.click()
+        return panel
+
+    def help(self) -> Locator:
+        """Of the selected node, by the button above it."""
+        self.page.get_by_test_id("info-button").click()
         return self.page.get_by_test_id("properties-panel")
 
 
 def read_without_scrolling(box: Locator) -> str:
-    """The part of a box's text that lies inside the box."""
+    """The part of an element's text that is seen, because it lies inside of all that would cut it off."""
     return box.evaluate(
         """box => {
-            const inside = box.getBoundingClientRect(), texts = document.createTreeWalker(box, NodeFilter.SHOW_TEXT);
+            const boxesOf = node => {
+                const found = [];
+                for (let at = node.parentElement; at && box.contains(at); at = at.parentElement)
+                    if (getComputedStyle(at).overflowY !== 'visible') found.push(at.getBoundingClientRect());
+                return found;
+            };
+            const texts = document.createTreeWalker(box, NodeFilter.SHOW_TEXT), range = document.createRange();
             let seen = '';
-            for (let text = texts.nextNode(); text; text = texts.nextNode())
+            for (let text = texts.nextNode(); text; text = texts.nextNode()) {
+                const boxes = boxesOf(text);
                 for (let i = 0; i < text.length; i++) {
-                    const range = document.createRange();
                     range.setStart(text, i);
                     range.setEnd(text, i + 1);
                     const {top, bottom, right} = range.getBoundingClientRect();
-                    if (top >= inside.top - 1 && bottom <= inside.bottom + 1 && right <= inside.right + 1)
+                    if (boxes.every(in_ => top >= in_.top - 1 && bottom <= in_.bottom + 1 && right <= in_.right + 1))
                         seen += text.data[i];
                 }
+            }
             return seen;
         }"""
     )
