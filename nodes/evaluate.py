@@ -43,7 +43,7 @@ class AGDEvaluate(io.ComfyNode):
                     "prompts",
                     default="",
                     multiline=True,
-                    tooltip="One prompt per line, as you sample with. {red|blue} and __animal__ are wildcards.",
+                    tooltip="One prompt per line, as you sample with. Wildcards: see this node's help.",
                 ),
                 io.String.Input(
                     "negative",

@@ -55,7 +55,7 @@ class AGDTrain(io.ComfyNode):
                     multiline=True,
                     tooltip=(
                         "One prompt per line, of the kind you will sample with; many and varied ones are best. "
-                        "{red|blue} and __animal__ are wildcards. Empty: the built-in generator's prompts."
+                        "Wildcards: see this node's help. Empty: the built-in generator's prompts."
                     ),
                 ),
                 io.String.Input(

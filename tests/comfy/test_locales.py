@@ -7,8 +7,8 @@ import pytest
 from comfyui_agd.tools.locales import FOLDER, LANGUAGES, differences, english, flat, read
 
 TRANSLATED = LANGUAGES[1:]
-# What stays in any language: values in quotes, files and folders, the nodes' names.
-KEPT = re.compile(r"'[\w -]+'|models/agd|docs/\w+\.md|AGD [A-Z]\w+(?: [A-Z]\w+)*")
+# What stays in any language: values in quotes, files and folders, the nodes' names, numbers.
+KEPT = re.compile(r"'[\w -]+'|models/agd|docs/\w+\.md|AGD [A-Z]\w+(?: [A-Z]\w+)*|\d+(?:\.\d+)?")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_tooltips_and_descriptions_are_translated(texts, language):
 
 
 @pytest.mark.parametrize("language", TRANSLATED)
-def test_values_files_and_names_of_nodes_are_as_they_are(texts, language):
+def test_values_files_names_of_nodes_and_numbers_are_as_they_are(texts, language):
     own = flat(read(language))
     for path, text in flat(texts).items():
         if path[-1] in ("tooltip", "description", "display_name"):
