@@ -2,8 +2,8 @@
 
     python tools/templates.py
 
-The editor's files give a node's values by their places: run it again when a node's inputs have changed. The pictures
-beside the files are not its business.
+The editor's files give a node's values by their places: run it again when a node's inputs have changed, and after it
+tools/thumbnails.py.
 """
 
 import json
@@ -302,6 +302,15 @@ TEMPLATES = {
 def workflows(object_info: dict) -> dict[str, dict]:
     """Every template's file by its title."""
     return {title: editor_workflow(title, graph(), object_info) for title, graph in TEMPLATES.items()}
+
+
+def place_model_files(folder: Path) -> None:
+    """Empty files by the names that the templates have: a server in `folder` takes the models to be there."""
+    nodes = [node for graph in TEMPLATES.values() for node in graph().values()]
+    for model in [value for node in nodes for value in node.inputs.values() if isinstance(value, ModelFile)]:
+        path = folder / "models" / model.directory / model.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
 def main() -> None:

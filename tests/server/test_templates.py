@@ -8,7 +8,7 @@ import pytest
 from comfyui_agd.tests.support.graphs import pixels, train_settings
 from comfyui_agd.tests.support.live_server import ROOT, Server, to_api
 from comfyui_agd.tools.editor_workflow import FIELDS, choices_of, field_type, inputs_of
-from comfyui_agd.tools.templates import FOLDER, TEMPLATES, workflows
+from comfyui_agd.tools.templates import FOLDER, TEMPLATES, place_model_files, workflows
 
 FILES = sorted(FOLDER.glob("*.json"))
 TYPES = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
@@ -41,10 +41,6 @@ def saved(file) -> dict:
     return json.loads(file.read_text("utf-8"))
 
 
-def models_of(workflow: dict) -> list[dict]:
-    return [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
-
-
 def known_nodes(workflow: dict) -> list[dict]:
     return [node for node in workflow["nodes"] if node["type"] != NOTE]
 
@@ -52,10 +48,7 @@ def known_nodes(workflow: dict) -> list[dict]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("comfyui")
-    for model in [model for file in FILES for model in models_of(saved(file))]:
-        path = folder / "models" / model["directory"] / model["name"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")  # its name is all that the server checks
+    place_model_files(folder)
     server = Server(folder)
     yield server
     server.close()
