@@ -49,7 +49,7 @@ def test_what_training_takes_comes_first_until_it_begins(texts, bars, monkeypatc
     assert texts == [
         f"{plan}\n\nEncoding prompts: 0/30",
         f"Training: 0/40\n\n{plan}",
-        f"Rolling out trajectories: 0/8\n\n{plan}",
+        f"{Progress('rollout', 0, 8).describe()}\n\n{plan}",
     ]
 
 

@@ -42,7 +42,7 @@ def listed(server: Server, node: str = "AGDAdapterLoader", name: str = "adapter_
 def test_a_refresh_lists_a_file_that_has_come_and_not_one_that_has_gone(server, node, name, folder):
     file = server.adapters / f"{folder}just_trained.safetensors"
     before = listed(server, node, name)
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"any")
     after = listed(server, node, name)
     file.unlink()
