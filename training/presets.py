@@ -45,7 +45,7 @@ def settings_for(base: BaseInfo, chosen: dict, quality: str = "normal") -> Train
     `quality`, one of QUALITIES, decides on the iterations where none are chosen.
 
     A family of which nothing is known is trained as SD 1.5. Raises `SettingsError` where a chosen setting is none of
-    the adapter's kind.
+    the adapter's kind, or there is no such quality.
     """
     family = find_family(base.family) or Family(base.family, base.family)
     suited = trajectories_of(base) | _adapter_for(base) | _suited(family)
@@ -53,6 +53,8 @@ def settings_for(base: BaseInfo, chosen: dict, quality: str = "normal") -> Train
     check_kind(kind, chosen)
     if kind in _OF_KIND:
         suited |= _OF_KIND[kind].settings
+    if quality not in QUALITIES:
+        raise SettingsError(f"quality is {quality!r:.60}, but must be one of {', '.join(QUALITIES)}.")
     suited["iterations"] = round(default_of_kind("iterations", kind) * QUALITIES[quality])
     if "width" in chosen or "height" in chosen:
         suited |= {"aspect_ratios": ()}

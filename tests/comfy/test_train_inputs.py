@@ -10,6 +10,7 @@ from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.nodes.train_settings import AGDTrainSettings, TrainSettings
 from comfyui_agd.tests.support.small import TIME_CHANNELS, small_layers
 from comfyui_agd.training.config import settings_of_kind
+from comfyui_agd.training.options import SettingsError
 from comfyui_agd.training.presets import COMMON_RATIOS, settings_for
 
 
@@ -86,3 +87,8 @@ def test_a_chosen_number_of_iterations_wins_over_quality(sdxl):
     assert lengths == {"quick": 500, "normal": 1500, "best": 4500}
     assert settings_for(sdxl, {"iterations": 7}, "best").iterations == 7
     assert settings_for(sdxl, {"kind": "scale"}, "quick").iterations == 50
+
+
+def test_a_quality_that_is_none_is_refused_by_name(sdxl):
+    with pytest.raises(SettingsError, match="quality is 'perfect', but must be one of quick, normal, best"):
+        settings_for(sdxl, {}, "perfect")
