@@ -42,7 +42,9 @@ def _choices(spec: list) -> Iterable[str]:
 
 def _input_texts(name: str, spec: list, files: set[str]) -> dict[str, Any]:
     """`files`: names among the choices that aren't words of ours."""
-    texts = {"name": spec[1].get("display_name", name.rpartition(".")[2]), "tooltip": spec[1].get("tooltip")}
+    # Of an input of a choice the editor shows the id, unless a text here has words for it.
+    own = name.rpartition(".")[2].replace("_", " ") if "." in name else name
+    texts = {"name": spec[1].get("display_name", own), "tooltip": spec[1].get("tooltip")}
     if options := {choice: choice for choice in _choices(spec) if choice not in files}:
         texts["options"] = options
     return texts
