@@ -1,12 +1,17 @@
 """One server and one browser for all tests; a page for each renderer."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 from playwright.sync_api import sync_playwright
 
 from comfyui_agd.tests.support.editor import CHROMIUM, RENDERERS, Editor, chromium
-from comfyui_agd.tests.support.live_server import Server
+from comfyui_agd.tests.support.live_server import ROOT, Server
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--screenshots", action="store_true", help="renew the pictures of docs/ that the tests take")
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +39,21 @@ def editor(page) -> Iterator[Editor]:
     page.clear()
     yield page
     assert page.problems == []
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """`wanted`: whether docs/NAME.png is to be renewed, and worth a longer run than a test needs."""
+
+    editor: Editor
+    wanted: bool
+
+    def take(self, name: str, left: int, top: int, width: int, height: int) -> None:
+        """Of that part of the graph."""
+        if self.wanted:
+            self.editor.picture(ROOT / "docs" / f"{name}.png", left, top, width, height)
+
+
+@pytest.fixture
+def pictures(request, editor) -> Pictures:
+    return Pictures(editor, request.config.getoption("--screenshots", default=False) and editor.renderer == "vue")

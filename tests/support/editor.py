@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from playwright.sync_api import ConsoleMessage, Locator, Page, Playwright
 
@@ -13,7 +14,7 @@ from comfyui_agd.tests.support.live_server import Server
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # How nodes are drawn: by LiteGraph on one canvas, or as HTML.
 RENDERERS = ("classic", "vue")
-PATIENCE_S = 60  # that of a machine with two busy cores
+PATIENCE_S = 150  # a step of the toy takes seconds where others work on the same cores
 
 _FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -79,8 +80,14 @@ class Editor:
 
     def look_at(self, x: float, y: float, scale: float = 1.0) -> None:
         """That place of the graph comes to where nothing lies over the canvas, 120 pixels below its upper left."""
-        place = "([x, y, scale]) => {app.canvas.ds.scale = scale; app.canvas.ds.offset = [120 / scale - x, 120 / scale - y];"
-        self.page.evaluate(f"{place} app.canvas.setDirty(true, true)}}", [x, y, scale])
+        self.page.evaluate(
+            """([x, y, scale]) => {
+                app.canvas.ds.scale = scale;
+                app.canvas.ds.offset = [120 / scale - x, 120 / scale - y];
+                app.canvas.setDirty(true, true);
+            }""",
+            [x, y, scale],
+        )
 
     # What is in the graph
 
@@ -221,10 +228,23 @@ class Editor:
             more.click()
         return panel
 
+    def count(self, test_id: str | re.Pattern) -> int:
+        return self.page.get_by_test_id(test_id).count()
+
     def help(self) -> Locator:
         """Of the selected node, by the button above it."""
         self.page.get_by_test_id("info-button").click()
         return self.page.get_by_test_id("properties-panel")
+
+    def picture(self, file: Path, left: int, top: int, width: int, height: int) -> None:
+        """That part of the graph, without the name of the folder that the pack is in."""
+        self.page.evaluate("app.extensionManager.setting.set('Comfy.NodeBadge.NodeSourceBadgeMode', 'None')")
+        self.page.mouse.move(0, 0)  # or a tooltip is shown
+        self.look_at(left, top)
+        self.page.wait_for_timeout(1000)
+        canvas = self.page.locator("#graph-canvas").bounding_box()
+        at = {"x": canvas["x"] + 120, "y": canvas["y"] + 120}
+        self.page.screenshot(path=file, clip={**at, "width": width, "height": height})
 
 
 def read_without_scrolling(box: Locator) -> str:
