@@ -18,7 +18,7 @@ FAST := tests/unit \
   tests/comfy/compatibility/test_table.py::test_the_documented_table_is_what_is_tested \
   tests/toy/test_toy.py tests/server/test_server.py::test_the_pack_loads_without_complaint
 
-.PHONY: help setup demo test test-fast test-browser test-matrix bench screenshots lint toy
+.PHONY: help setup demo test test-fast test-browser test-matrix bench screenshots lint package toy
 
 help:
 	@echo "make demo          distil the toy model's guidance and sample it through ComfyUI: demo_out/"
@@ -30,6 +30,7 @@ help:
 	@echo "make bench         what a step costs, unguided, with CFG and with AGD, at true sizes (20 minutes)"
 	@echo "make screenshots   the pictures of the editor in docs/ and of the templates, by Chromium"
 	@echo "make lint          ruff, check and format; mypy"
+	@echo "make package       the archive that the registry serves: build/"
 	@echo "make toy           train the toy models' committed weights again (about an hour)"
 
 setup:
@@ -67,6 +68,9 @@ screenshots: setup
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@mkdir -p .venv/typed && ln -sfn "$(CURDIR)" .venv/typed/comfyui_agd && MYPYPATH=.venv/typed $(BIN)/mypy
+
+package:
+	@$(PYTHON) tools/package.py
 
 toy: setup
 	@$(BIN)/python -m comfyui_agd.examples.toy train vae base cooldown judge dit

@@ -313,7 +313,7 @@ def describe(info: AdapterInfo, path: str | Path) -> str:
         "at cfg 1": "acts" if kind.acts_at_1 else "leaves the base as it is",
         "scale embedding": kind.describe_omega(),
         "guidance scale": f"{low:g} to {high:g}",
-        "unconditional": info.unconditional or "the negative prompt",
+        "guides away from": info.unconditional or "the negative prompt",
         "negative prompt": info.negative_mode,
         "latent sizes": ", ".join(f"{h}x{w}" for h, w in info.resolutions) or "unknown",
     }

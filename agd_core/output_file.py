@@ -34,7 +34,7 @@ def _failure(file: Path) -> str | None:
         with tempfile.TemporaryDirectory(prefix=".", dir=there) as folder:
             tried = Path(folder, file.relative_to(there))
             tried.parent.mkdir(parents=True, exist_ok=True)
-            tried.with_name(f"{_BEFORE}{file.name}{_AFTER}").write_text("can be written")
+            tried.with_name(f"{_BEFORE}{file.name}{_AFTER}").write_text("can be written", "utf-8")
     except (OSError, ValueError) as error:
         return f"{file} can't be written ({getattr(error, 'strerror', None) or error})"
     return None

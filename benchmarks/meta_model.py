@@ -4,7 +4,7 @@ Nothing is computed or allocated. Costs are counted on fake tensors by `agd_core
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,6 +64,11 @@ class MetaModel:
     def cost(self, shape: Sequence[int], config: AdapterConfig | None, steps: int) -> "tracing.Traced":
         """Of so many steps of one sampling of a latent of `shape`, with an adapter of this config or without one."""
         from comfyui_agd.agd_core.comfyui.model import tracing
+
+        return tracing.base(self.model, self.steps(shape, config, steps), tuple(shape), 1)
+
+    def steps(self, shape: Sequence[int], config: AdapterConfig | None, steps: int) -> Callable:
+        """(x, sigma) -> the last of so many evaluations, for tensors without values."""
         from comfyui_agd.agd_core.comfyui.model.denoiser import options_of
 
         conds, options = self._denoiser.conditions([self.prompt], (1, *shape)), options_of(self.patcher)
@@ -75,7 +80,7 @@ class MetaModel:
                 out = self._denoiser.evaluate(x, sigma, conds, own)
             return out
 
-        return tracing.base(self.model, evaluate, tuple(shape), 1)
+        return evaluate
 
 
 def _with_adapter(options: dict, config: AdapterConfig, conds: dict, dtype: torch.dtype) -> dict:

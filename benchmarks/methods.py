@@ -344,6 +344,10 @@ METHODS: dict[str, Method] = {
         "`ours` with three times the iterations and teacher evaluations",
         adapter({**OURS, "iterations": 3600}, uses_negative=True, learning_rates=(3e-3,)),
     ),
+    "ours_reused": Method(
+        "`ours` with three times the iterations and its own teacher evaluations, each state 12 times",
+        adapter({**OURS, "iterations": 3600, "reuse": 12}, uses_negative=True),
+    ),
     **{
         f"ours_{percent}pct": Method(
             f"`ours`, at most {percent} %, with rank {_SMALL_RANKS[percent]}",

@@ -1,6 +1,7 @@
 """Makes ComfyUI importable before any test module asks for it; a small base and its adapter, torch only."""
 
 import gc
+import importlib
 import os
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from comfyui_agd.tests.support.small import TIME_CHANNELS, info_for, randomised,
 
 use_comfyui(cpu=True)
 
+# First, as ComfyUI's main.py has it: the `nodes` of older releases puts a folder with another `utils` on the path.
+importlib.import_module("utils.install_util")
+
 TESTS = Path(__file__).parent
 # Files begin in this order, so that none of them is left to run alone at the end; all others follow.
 LONGEST_FIRST = (
@@ -27,6 +31,7 @@ LONGEST_FIRST = (
     "comfy/test_checkpoints.py",
     "toy/test_demo.py",
     "server/test_requeue.py",
+    "server/test_archive.py",
     "server/test_names.py",
     "comfy/test_cli.py",
     "comfy/test_trace.py",

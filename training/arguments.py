@@ -39,7 +39,7 @@ class UsageError(AGDError):
 class PromptSettings(Settings):
     """Of the prompts that are made."""
 
-    prompt_count: int = option(2000, "of the generator, or with wildcards", limits=(1, 1_000_000))
+    prompt_count: int = option(2000, "how many prompts the generator, or the wildcards, make", limits=(1, 1_000_000))
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _add_folder(group: Group, flag: str, help: str) -> None:
 
 
 def _add_negative(group: Group) -> None:
-    group.add_argument("--negative", metavar="TEXT", nargs="+", help="negative prompts of the guidance")
+    group.add_argument("--negative", metavar="TEXT", nargs="+", help="negative prompts")
 
 
 def _add_base(parser: argparse.ArgumentParser) -> Group:
@@ -99,7 +99,9 @@ def _add_base(parser: argparse.ArgumentParser) -> Group:
         "--loader", metavar="MODULE:FUNCTION", help="or a Python function: (MODEL, CLIP) or (MODEL, CLIP, VAE)"
     )
     base.add_argument("--lora", nargs="+", metavar="FILE[:STRENGTH]", help="LoRAs that are part of the base")
-    base.add_argument("--base-dtype", choices=_DTYPES, help="of its weights in memory; default: ComfyUI's choice")
+    base.add_argument(
+        "--base-dtype", choices=_DTYPES, help="dtype of the base's weights in memory; default: ComfyUI's choice"
+    )
     _add_folder(base, "--comfyui", "ComfyUI's folder, if it is not found by itself")
     return base
 
@@ -182,7 +184,7 @@ def _add_train(commands: Any) -> argparse.ArgumentParser:
     _add_file(parser, "--output", "the adapter file to write; its run's folder is beside it")
     _add_file(parser, "--start", "an adapter file to begin from: of the same kind, or a scale adapter")
     parser.add_argument("--dry-run", action="store_true", help="say what it takes, and whether it fits, and stop")
-    _add_folder(parser, "--recording", "a folder of `agd record`, in place of rollouts and prompts")
+    _add_folder(parser, "--recording", "a folder of `agd record`, to learn from that instead of sampling")
     _add_run(parser)
     return parser
 
@@ -191,8 +193,8 @@ def _add_record(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "record",
         usage="agd record --checkpoint FILE --output FOLDER [--prompts FILE] [settings]",
-        help="record the trajectories that training visits, to train from them many times",
-        description="Records what training would visit, with the teacher's predictions: for `agd train --recording`. "
+        help="record what training learns from, to train from it many times",
+        description="Records what training would learn from, the teacher's predictions too: `agd train --recording`. "
         "Run the same command again to go on after a stop.",
     )
     _add_folder(parser, "--output", "the folder to record into")
@@ -268,7 +270,7 @@ def _add_export(commands: Any) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """What was given by flags, or else by the config file. Its `command` is the command's name."""
-    parser = _Parser(prog="agd", description="Guidance without the second pass.")
+    parser = _Parser(prog="agd", description="Guidance in one model evaluation per step.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     train, record, calibrate = _add_train(commands), _add_record(commands), _add_calibrate(commands)
     for add in (_add_evaluate, _add_inspect, _add_import, _add_export):

@@ -72,13 +72,13 @@ class AssessConfig(Settings):
         limits=(1.01, 100.0),
         called="omega",
     )
-    steps: int = option(20, "of every sample", limits=(1, 1000))
+    steps: int = option(20, "sampling steps", limits=(1, 1000))
     count: int = option(
         8, "images by each method; the prompts take turns, each time with another seed", limits=(1, 10_000)
     )
     seed: int = option(0, "of the first image's noise; the next one's is one higher", limits=(0, LARGEST_SEED))
-    width: int = option(0, "of the images, in pixels; 0: as the adapter was trained", limits=(0, 16_384))
-    height: int = option(0, "of the images, in pixels; 0: as the adapter was trained", limits=(0, 16_384))
+    width: int = option(0, "in pixels; 0: as the adapter was trained", limits=(0, 16_384))
+    height: int = option(0, "in pixels; 0: as the adapter was trained", limits=(0, 16_384))
 
     def contradictions(self) -> Iterator[str]:
         for name in ("width", "height"):

@@ -221,7 +221,7 @@ def _record(args: argparse.Namespace) -> None:
     size = size_in_bytes(job.model.denoiser, job.config, batches)
     check_disk_space(args.output, size, "record fewer batches (--batches)")
     rows = batches * job.config.batch
-    _say(f"{rows:,} states, {2 * rows:,} teacher evaluations, {size / 1e9:.2f} GB in {args.output}.")
+    _say(f"{rows:,} noisy latents, {2 * rows:,} model evaluations, {size / 1e9:.2f} GB in {args.output}.")
     if args.dry_run:
         return
     bar = ProgressBar()

@@ -37,7 +37,7 @@ class TrainConfig(Settings):
     refusal = "These training settings can't work"
 
     iterations: int = option(1500, "optimiser steps", limits=(1, _STEPS))
-    batch: int = option(4, "states per optimiser step, on all GPUs together", limits=(1, 4096))
+    batch: int = option(4, "noisy latents per optimiser step, on all GPUs together", limits=(1, 4096))
     learning_rate: float = option(5e-4, "peak of AdamW's learning rate", limits=(1e-30, 1.0))
     warmup: float = option(
         0.1, "share of the iterations with a rising learning rate; a cosine to 0 follows", limits=_SHARE
@@ -45,9 +45,11 @@ class TrainConfig(Settings):
     clip: float = option(1.0, "largest norm of the gradient", limits=(1e-6, 1e6))
     ema: float = option(0.99, "decay of the moving average that is saved as the adapter", limits=_SHARE)
     loss: str = option("balanced", "'balanced' weighs every row alike; 'plain' is the paper's MSE", LOSSES)
-    omega_min: float = option(1.0, "smallest guidance scale trained", limits=_OMEGA)
-    omega_max: float = option(12.0, "largest guidance scale trained", limits=_OMEGA)
-    omega_sampling: str = option("log_uniform", "how omega is drawn; the paper: 'uniform'", OMEGA_SAMPLINGS)
+    omega_min: float = option(1.0, "smallest guidance scale (cfg) that it learns", limits=_OMEGA)
+    omega_max: float = option(
+        12.0, "largest guidance scale (cfg) that it learns: the most that you will sample with", limits=_OMEGA
+    )
+    omega_sampling: str = option("log_uniform", "how guidance scales are drawn; the paper: 'uniform'", OMEGA_SAMPLINGS)
     teacher: str = option("cfg", "the guidance that is learnt: docs/training.md, Better teachers", RULES)
     interval_sigma_min: float = option(0.28, "interval: no guidance at this noise level and below", limits=_SIGMA)
     interval_sigma_max: float = option(5.42, "interval: no guidance above this noise level", limits=_SIGMA)
@@ -56,29 +58,23 @@ class TrainConfig(Settings):
     apg_threshold: float = option(
         15.0, "apg: largest norm of the guidance, of SDXL-sized latents; 0: any", limits=(0.0, 1e6)
     )
-    width: int = option(512, "of the pictures, in pixels", limits=_SIDE)
-    height: int = option(512, "of the pictures, in pixels", limits=_SIDE)
+    width: int = option(512, "width of the pictures it learns from, in pixels", limits=_SIDE)
+    height: int = option(512, "height of the pictures it learns from, in pixels", limits=_SIDE)
     frames: int = option(1, "of a video, as many as its latent has; 1: a picture", limits=(1, 1024))
     aspect_ratios: tuple[str, ...] = option(
         (), "train at these ratios, such as 1:1 3:2 2:3, of pictures with the area of width x height"
     )
-    pool: int = option(8, "live trajectories, in batches", limits=(1, _COUNT))
+    pool: int = option(8, "sampling runs that are kept going at a time, in batches", limits=(1, _COUNT))
     reuse: int = option(
-        4, "optimiser steps per teacher evaluation: states come again, each time with another omega", limits=(1, 1000)
+        4, "optimiser steps per batch of the teacher's: it comes again, with other guidance scales", limits=(1, 1000)
     )
-    reuse_from: int = option(
-        256, "batches of states, the last so many, that come again with `reuse`", limits=(1, _STEPS)
-    )
-    steps_min: int = option(15, "fewest steps of a trajectory", limits=(1, 1000))
-    steps_max: int = option(30, "most steps of a trajectory", limits=(1, 1000))
-    schedulers: tuple[str, ...] = option(("normal", "karras"), "ComfyUI's schedulers that trajectories follow")
-    solvers: tuple[str, ...] = option(SOLVERS, f"samplers that trajectories follow, of {', '.join(SOLVERS)}", SOLVERS)
-    on_policy: float = option(
-        0.0, "share of trajectories that follow the student instead of the teacher", limits=_SHARE
-    )
-    on_policy_from: float = option(
-        0.25, "share of the iterations before any trajectory follows the student", limits=_SHARE
-    )
+    reuse_from: int = option(256, "batches, the last so many, that come again with `reuse`", limits=(1, _STEPS))
+    steps_min: int = option(15, "fewest steps of a sampling run that is learnt from", limits=(1, 1000))
+    steps_max: int = option(30, "most steps of such a run", limits=(1, 1000))
+    schedulers: tuple[str, ...] = option(("normal", "karras"), "ComfyUI's schedulers, of such runs")
+    solvers: tuple[str, ...] = option(SOLVERS, f"samplers of such runs, of {', '.join(SOLVERS)}", SOLVERS)
+    on_policy: float = option(0.0, "share of such runs that the adapter steps instead of the teacher", limits=_SHARE)
+    on_policy_from: float = option(0.25, "share of the iterations before the adapter steps any", limits=_SHARE)
     precision: str = option("base", "compute in the base's own dtype, or in bf16 where the device has it", PRECISIONS)
     sigma_from: float = option(
         0.0, "learn at this noise level and above only, as one of a model's two experts", limits=_SIGMA
@@ -95,15 +91,15 @@ class TrainConfig(Settings):
         0, "measurements without a better one before training stops early; 0 never does", limits=(0, _STEPS)
     )
     save_every: int = option(
-        250, "iterations between two saved states; 0 saves one on interrupt only", limits=(0, _STEPS), result=False
+        250, "iterations between two saves of the run; 0 saves on interrupt only", limits=(0, _STEPS), result=False
     )
-    keep_states: int = option(2, "saved states that are kept", limits=(1, _COUNT), result=False)
+    keep_states: int = option(2, "how many saves of the run are kept", limits=(1, _COUNT), result=False)
     preview_every: int = option(
         250, "iterations between two previews of the teacher and AGD; 0: none", limits=(0, _STEPS), result=False
     )
     checkpointing: str = option("auto", "compute activations twice to save memory", CHECKPOINTING, result=False)
     micro_batch: int = option(
-        0, "states evaluated at once, on one GPU; 0 takes what fits", limits=(0, 4096), result=False
+        0, "noisy latents evaluated at once, on one GPU; 0 takes what fits", limits=(0, 4096), result=False
     )
     memory: float = option(
         0.0, "GB of the GPU's memory that may be used; 0 takes what is free", limits=(0.0, 1e5), result=False
@@ -114,12 +110,16 @@ class TrainConfig(Settings):
         "after them",
         KINDS,
     )
-    hidden: int = option(128, "width H inside the adapter of a layer", limits=(1, MOST_CHANNELS))
-    modulated: bool = option(False, "the rank's changes are scaled by t and omega, and so no LoRA any more")
-    rank: int = option(
-        16, "of changes of the blocks' linear layers, beside the others or alone; 0: none", limits=(0, MOST_CHANNELS)
+    hidden: int = option(128, "adapter size: its width in each layer", limits=(1, MOST_CHANNELS))
+    modulated: bool = option(
+        False, "the rank's changes depend on the noise level and the guidance scale, and are no LoRA any more"
     )
-    vector: int = option(0, "width inside a change of the timestep's vector; 0: none", limits=(0, MOST_CHANNELS))
+    rank: int = option(
+        16, "LoRA rank of the adapter's changes of linear layers; 0: none of them", limits=(0, MOST_CHANNELS)
+    )
+    vector: int = option(
+        0, "adapter size for changes of a transformer's timestep vector; 0: none", limits=(0, MOST_CHANNELS)
+    )
     attention_every: int = option(
         1,
         "of a stack of blocks: works in the attention of the first, and of every n-th from there on",
@@ -127,21 +127,27 @@ class TrainConfig(Settings):
     )
     use_timestep: bool = option(True, "the adapter knows the timestep; the authors' default: no")
     use_prompt: bool = option(True, "the adapter knows the prompt; the authors' default: no")
-    encoder_width: int = option(128, "width inside the encoder of omega and t", limits=(2, 4096))
-    gain: bool = option(True, "multiply the residual by (omega - 1); the paper: no")
-    omega_embedding: str = option("log", "how omega is embedded; the paper: 'fourier'", OMEGA_EMBEDDINGS)
-    shared_encoder: bool = option(True, "one omega/t encoder for all layers; the paper: one per layer")
+    encoder_width: int = option(128, "width inside the encoder of guidance scale and timestep", limits=(2, 4096))
+    gain: bool = option(True, "multiply what the adapter adds by (guidance scale - 1); the paper: no")
+    omega_embedding: str = option("log", "how the guidance scale is embedded; the paper: 'fourier'", OMEGA_EMBEDDINGS)
+    shared_encoder: bool = option(
+        True, "one encoder of guidance scale and timestep for all layers; the paper: one per layer"
+    )
 
     def contradictions(self) -> Iterator[str]:
         if not self.omega_min <= self.omega_max or self.omega_max <= 1:
-            yield f"omega goes from {self.omega_min} to {self.omega_max}, but must rise from above 0 to above 1"
+            yield (
+                f"the guidance scale goes from {self.omega_min} (omega_min) to {self.omega_max} (omega_max), but must "
+                "rise from above 0 to above 1"
+            )
         if self.sigma_to and not self.sigma_from < self.sigma_to:
-            yield f"states go from sigma {self.sigma_from} to {self.sigma_to}, but must rise"
+            levels = f"{self.sigma_from} (sigma_from) to {self.sigma_to} (sigma_to)"
+            yield f"noise levels go from {levels}, but must rise"
         if self.steps_max < self.steps_min:
             yield f"steps_max is {self.steps_max}, less than steps_min, {self.steps_min}"
         if not self.interval_sigma_max > self.interval_sigma_min:
             interval = f"{self.interval_sigma_min} to {self.interval_sigma_max}"
-            yield f"the interval of guidance goes from sigma {interval}, but must rise"
+            yield f"the interval of guidance goes from noise level {interval}, but must rise"
         for ratio in filterfalse(_is_ratio, self.aspect_ratios):
             yield f"aspect ratio {ratio!r:.60} is not like 3:2, and from 1:{_WIDEST} to {_WIDEST}:1"
 

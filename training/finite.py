@@ -52,9 +52,9 @@ def _of_base(denoised: torch.Tensor, sigma: float, prompt: Prompt, dtype: torch.
 def _remedy(dtype: torch.dtype) -> str:
     if dtype is torch.float16:
         return (
-            "the numbers of fp16 are too small for it. Train with precision bf16 (--precision bf16, or AGD Train's "
-            "precision; the same output goes on), or load the model in bf16 or fp32 (--base-dtype, or ComfyUI started "
-            "with --bf16-unet or --fp32-unet)."
+            "the numbers of fp16 are too small for it. Train with precision bf16 (--precision bf16, or precision in "
+            "AGD Train Settings; the same output goes on), or load the model in bf16 or fp32 (--base-dtype, or ComfyUI "
+            "started with --bf16-unet or --fp32-unet)."
         )
     return (
         "its file or one of its LoRAs may be damaged. See whether it samples a picture of that prompt, and try it "

@@ -92,7 +92,7 @@ class Job:
         found = plan(self.model, self.config, memory, prompts, ranks=Ranks().count, progress=progress)
         if self.recording is not None:
             found = dataclasses.replace(found, teacher_evaluations=0, seconds=None)
-        check_disk_space(self.folder, found.disk_bytes, "keep fewer states (keep_states)")
+        check_disk_space(self.folder, found.disk_bytes, "keep fewer saves of the run (keep_states)")
         return found
 
     def run(self, callbacks: Callbacks, planned: Plan | None, settings: dict) -> Trained:
@@ -145,9 +145,9 @@ class Job:
         lines = [
             f"Gap closed {sum(gaps) / len(gaps):.0%}, {self.output.name}." if gaps else f"Saved {self.output.name}.",
             f"{trained.adapter.parameter_count():,} parameters, for {trained.info.base.describe()}.",
-            f"{training['iterations']} iterations of {training['batch']} states on {training['prompts']} prompts, "
-            f"{training['teacher_evaluations']:,} teacher evaluations, {training['seconds'] / 60:.1f} minutes; "
-            f"final loss {training['final_loss']:.4f}.",
+            f"{training['iterations']} iterations of {training['batch']} noisy latents on {training['prompts']} "
+            f"prompts, {training['teacher_evaluations']:,} model evaluations by the teacher, "
+            f"{training['seconds'] / 60:.1f} minutes; final loss {training['final_loss']:.4f}.",
         ]
         if self.model.base_patches:
             lines.append(f"Patches of the base: {json.dumps(self.model.base_patches)}.")

@@ -99,7 +99,7 @@ def gap_plot(history: Sequence[Measurement], last: int) -> Image.Image:
     for omega, colour in zip(omegas, _LINES, strict=False):
         points = [(measured.step, measured.gap_closed[omega]) for measured in history]
         diagram.curve(points, colour, dots=True)
-    diagram.legend([f"omega {omega}" for omega in omegas])
+    diagram.legend([f"cfg {omega}" for omega in omegas])
     return diagram.image
 
 

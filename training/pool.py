@@ -156,7 +156,7 @@ class TrajectoryPool:
         config = self.config
         if not any(positions for of_schedule in self._learnt for positions in of_schedule.values()):
             raise ValueError(
-                f"No state of a trajectory is at a noise level from {config.sigma_from:g} to {config.sigma_to:g} "
+                f"No step of a sampling run is at a noise level from {config.sigma_from:g} to {config.sigma_to:g} "
                 f"in {config.steps_min} to {config.steps_max} steps: choose a wider range, or more steps."
             )
 

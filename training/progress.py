@@ -7,9 +7,9 @@ from dataclasses import dataclass
 PHASES = {
     "plan": "Counting what a step takes",
     "encode": "Encoding prompts",
-    "rollout": "Rolling out trajectories",
+    "rollout": "Sampling with guidance, to learn from",
     "train": "Training",
-    "teacher": "Following guided trajectories",
+    "teacher": "Sampling with guidance, to measure at",
     "measure": "Measuring the adapter",
     "preview": "Drawing a preview",
     "record": "Recording",

@@ -258,8 +258,8 @@ def _append(recording: Recording, rolled: list[Batch], pool: TrajectoryPool) -> 
         tensors |= {f"{i}.{key}": getattr(batch, key) for key in _EXACT}
     if wrong := next(non_finite(tensors, "shard"), None):
         raise RecordingError(
-            f"A state of the recording is too large for fp16, in which it is kept ({wrong} of {path}): train without a "
-            "recording."
+            f"A latent of the recording is too large for fp16, in which it is kept ({wrong} of {path}): train without "
+            "a recording."
         )
     tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
     try:

@@ -81,11 +81,13 @@ def check_settings(denoiser: Denoiser, config: TrainConfig, recording: Recording
     low, high = config.interval_sigma_min, config.interval_sigma_max
     if config.teacher == "interval" and not ((sigmas > low) & (sigmas <= high)).any():
         raise ValueError(
-            f"No step of a trajectory is guided: its noise levels go from {sigmas[-1]:.3g} to {sigmas[0]:.3g}, the "
+            f"No step of a sampling run is guided: its noise levels go from {sigmas[-1]:.3g} to {sigmas[0]:.3g}, the "
             f"interval of guidance from {low:g} to {high:g}; set another interval_sigma_min and interval_sigma_max."
         )
     if recording is not None and config.on_policy:
-        raise ValueError("A recording can't follow the student: train from one with on_policy 0.")
+        raise ValueError(
+            "A recording has the teacher's steps only, none of the adapter's: train from one with on_policy 0."
+        )
 
 
 def run_identity(model: Model, prompts: Sequence[str], config: TrainConfig, options: RunOptions) -> dict:

@@ -109,7 +109,7 @@ class TrainingStep:
                 loss += part.item()
             return predictions, loss
 
-        (predictions, loss), self.micro_batch = retry_on_oom(self.memory, "the student", evaluate, self.micro_batch)
+        (predictions, loss), self.micro_batch = retry_on_oom(self.memory, "the adapter", evaluate, self.micro_batch)
         loss = self.ranks.sum(torch.tensor(loss, dtype=torch.float64)).item()
         self.ranks.sum_gradients(state.adapter.parameters())
         return StudentLoss(torch.cat(predictions), loss, loss / of_none)
@@ -136,7 +136,8 @@ class TrainingStep:
         if not batch.target.isfinite().all():
             raise TargetNotFinite(
                 f"The teacher's guidance ({self.config.teacher}) is NaN or infinite {at}, though the model's own "
-                f"predictions are not: choose another teacher, or omega_max below {self.config.omega_max:g}."
+                f"predictions are not: choose another teacher, or a largest guidance scale (omega_max) below "
+                f"{self.config.omega_max:g}."
             )
         for name, value in (("loss", student.loss), ("gradient", norm.item())):
             if not math.isfinite(value):

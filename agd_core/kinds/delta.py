@@ -55,7 +55,7 @@ class DeltaConfig(EncodedKindConfig):
     def validation_errors(self) -> Iterator[str]:
         yield from super().validation_errors()
         if self.rank and not self.modulated and not self.gain:
-            yield "delta's low-rank changes with neither modulated nor gain would be the same for every omega"
+            yield "delta's low-rank changes with neither modulated nor gain would be the same for every guidance scale"
 
     @property
     def lora_rank(self) -> int:

@@ -36,7 +36,7 @@ class LowRankConfig(EncodedKindConfig):
     def validation_errors(self) -> Iterator[str]:
         yield from super().validation_errors()
         if not self.modulated and not self.gain:
-            yield "low_rank with neither modulated nor gain would be the same for every omega"
+            yield "low_rank with neither modulated nor gain would be the same for every guidance scale"
 
     @property
     def lora_rank(self) -> int:

@@ -212,7 +212,7 @@ def test_recorded_then_trained_from(agd, prompts, tmp_path):
     settings = ("--prompts", str(prompts), "--output", str(recording), *SETTINGS, "--iterations", "3", "--reuse", "1")
     done = agd("record", *base, *settings)
     assert done.status == 0, done.stderr
-    assert "12 states, 24 teacher evaluations" in done.stdout
+    assert "12 noisy latents, 24 model evaluations" in done.stdout
     args = ("train", *base, "--recording", str(recording), "--output", str(output), "--hidden", "8")
     done = agd(*args, "--iterations", "5", "--preview-every", "0", "--encoder-width", "8")
     assert done.status == 0, done.stderr

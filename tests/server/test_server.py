@@ -214,12 +214,12 @@ def test_the_negative_prompt_is_heard_with_a_trained_adapter_and_without_trainin
 def test_a_scale_adapter_is_where_training_may_begin(server):
     server.run(long_graph("scale", 5, kind="scale"))
     assert adapter_file.read_info(server.adapters / "scale.safetensors").config.kind.name == "scale"
-    server.run(long_graph("begun", 2, start="scale.safetensors", learning_rate=1e-9))
+    server.run(long_graph("begun", 2, start="scale.safetensors", learning_rate=1e-5))
     begun, scale = (
         adapter_file.load_weights(server.adapters / f"{name}.safetensors")[1] for name in ("begun", "scale")
     )
     found, start = begun["kind.scale.to_scale.weight"], scale["kind.to_scale.weight"]
-    assert np.allclose(found.numpy(), start.numpy(), atol=1e-6)
+    assert np.allclose(found.numpy(), start.numpy(), atol=1e-4)
 
 
 def test_an_adapter_that_does_not_hear_the_negative_prompt_says_so(server):

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import websocket
@@ -30,13 +30,20 @@ class PromptError(Exception):
 
 
 class Server:
-    """ComfyUI in a folder of its own, with this pack and the toy pack linked into custom_nodes. `flags` are its own."""
+    """ComfyUI in a folder of its own, with this pack and the toy pack linked into custom_nodes. `flags` are its own.
 
-    def __init__(self, folder: Path, *flags: str):
+    `pack`: what is linked, by which name. `missing`: modules that it can't import.
+    """
+
+    def __init__(
+        self, folder: Path, *flags: str, pack: tuple[str, Path] = ("a-renamed-agd", ROOT), missing: Iterable[str] = ()
+    ):
         self.folder, self.flags = folder, flags
         (folder / "custom_nodes").mkdir(parents=True)
-        for name, source in (("a-renamed-agd", ROOT), ("agd_toy", ROOT / "examples" / "toy")):
+        for name, source in (pack, ("agd_toy", ROOT / "examples" / "toy")):
             (folder / "custom_nodes" / name).symlink_to(source, target_is_directory=True)
+        # Python runs a file of this name when it starts; None makes importing a module fail.
+        (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({list(missing)}))\n")
         self.adapters, self.extra = folder / "models" / "agd", folder / "elsewhere"
         self.extra.mkdir()
         paths = folder / "extra_model_paths.yaml"
@@ -48,12 +55,13 @@ class Server:
         command += ["--extra-model-paths-config", str(paths), "--disable-auto-launch", "--disable-api-nodes"]
         command += flags
         self.log = folder / "server.log"
+        others = filter(None, [os.environ.get("PYTHONPATH")])
         self.process = subprocess.Popen(
             command,
             cwd=find_comfyui(),
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join([str(folder), *others])},
         )
         self._wait()
         self.client = uuid.uuid4().hex
@@ -81,9 +89,12 @@ class Server:
             self.process.kill()
         shutil.rmtree(self.folder / "custom_nodes")
 
-    def get(self, path: str) -> dict:
+    def read(self, path: str) -> bytes:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
-            return json.loads(answer.read())
+            return answer.read()
+
+    def get(self, path: str) -> dict:
+        return json.loads(self.read(path))
 
     def post(self, path: str, data: dict) -> dict:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(data).encode())

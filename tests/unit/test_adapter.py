@@ -208,13 +208,13 @@ def test_a_shared_encoder_is_evaluated_once():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"kind": "lora"}, "kind 'lora' is none of cross_attention, offset"),
+        ({"kind": "lora"}, "kind 'lora' is none of delta, low_rank"),
         ({"hidden": 30, "kind": "cross_attention"}, "hidden is 30, but must be a multiple of 4"),
         ({"kind": "low_rank", "rank": 0}, "rank is 0, but must be from 1 to 512"),
         ({"kind": "low_rank", "rank": 513}, "rank is 513, but must be from 1 to 512"),
         ({"kind": "delta", "rank": -1}, "rank is -1, but must be from 0 to 512"),
-        ({"kind": "low_rank", "modulated": False, "gain": False}, "would be the same for every omega"),
-        ({"kind": "delta", "rank": 4, "gain": False}, "would be the same for every omega"),
+        ({"kind": "low_rank", "modulated": False, "gain": False}, "would be the same for every guidance scale"),
+        ({"kind": "delta", "rank": 4, "gain": False}, "would be the same for every guidance scale"),
         ({"kind": "delta", "encoder_width": 7}, "encoder_width is 7"),
         ({"kind": "paper_attention", "hidden": 7}, "hidden is 7, but must be a multiple of 2"),
         ({"kind": "offset", "omega_embedding": "linear"}, "omega_embedding is 'linear', but must be .* log, fourier"),

@@ -1,13 +1,19 @@
-"""The table of cards in docs/training.md is what benchmarks/step_cost.py found."""
+"""The tables of cards in README.md and docs/training.md are what benchmarks/step_cost.py found."""
 
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_its_rows_are_those_of_the_results():
-    section = (ROOT / "docs/training.md").read_text().split("## On which card")[1].split("\n## ")[0]
+@pytest.mark.parametrize(
+    ("page", "heading"), [("docs/training.md", "## On which card"), ("README.md", "## What training takes")]
+)
+def test_their_rows_are_those_of_the_results(page, heading):
+    section = (ROOT / page).read_text(encoding="utf-8").split(heading)[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| S")]
-    found = (ROOT / "benchmarks/results/step_cost.md").read_text().splitlines()
+    found = (ROOT / "benchmarks/results/step_cost.md").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 2
     assert all(row in found for row in rows)
+    assert "estimate" in section.lower()

@@ -171,11 +171,19 @@ def test_code_that_a_config_file_names_is_not_run_unless_the_command_line_names_
 
 def test_bad_settings_are_refused_before_anything_is_loaded(capsys):
     fails(capsys, "omega_min is -2.0, but must be from 0.01 to 1000", *BASE, "--omega-min", "-2")
-    fails(capsys, "omega goes from 8.0 to 4.0", *BASE, "--omega-min", "8", "--omega-max", "4")
+    fails(
+        capsys,
+        "the guidance scale goes from 8.0 (omega_min) to 4.0 (omega_max)",
+        *BASE,
+        "--omega-min",
+        "8",
+        "--omega-max",
+        "4",
+    )
     fails(capsys, "solvers is 'plms', but must be one of", *BASE, "--solvers", "euler", "plms")
     fails(capsys, "aspect ratio 'wide' is not like 3:2", *BASE, "--aspect-ratios", "wide")
     fails(capsys, "rescale_phi is 2.0, but must be from 0 to 1", *BASE, "--teacher", "rescale", "--rescale-phi", "2")
-    fails(capsys, "goes from sigma 3.0 to 2.0, but must rise", *BASE, *INTERVAL)
+    fails(capsys, "goes from noise level 3.0 to 2.0, but must rise", *BASE, *INTERVAL)
     fails(capsys, "must be a file that ends in .safetensors", *BASE[:-1], "a.ckpt")
     fails(capsys, "Give the adapter file to write", *BASE[:-2])
     fails(capsys, "--negative or --negatives, not both", *BASE, "--negative", "blurry", "--negatives", "built-in")
@@ -291,7 +299,7 @@ def test_where_nobody_watches_there_are_lines(capsys):
     assert capsys.readouterr().err.splitlines() == [
         "Encoding prompts: 0/3",
         "Training: 0/2",
-        "Rolling out trajectories: 0/5",
+        "Sampling with guidance, to learn from: 0/5",
     ]
 
 

@@ -17,8 +17,11 @@ from comfyui_agd.training.run_state import DifferentRun, check_same_run
     ("wrong", "message"),
     [
         ({"iterations": 0}, "iterations is 0, but must be from 1 to 1000000"),
-        ({"omega_min": 5.0, "omega_max": 2.0}, "omega goes from 5.0 to 2.0"),
-        ({"omega_min": 0.5, "omega_max": 1.0}, "omega goes from 0.5 to 1.0, but must rise from above 0 to above 1"),
+        ({"omega_min": 5.0, "omega_max": 2.0}, r"the guidance scale goes from 5.0 \(omega_min\) to 2.0 \(omega_max\)"),
+        (
+            {"omega_min": 0.5, "omega_max": 1.0},
+            r"must rise from above 0 to above 1",
+        ),
         ({"steps_min": 9, "steps_max": 3}, "steps_max is 3, less than steps_min, 9"),
         ({"loss": "mae"}, "loss is 'mae', but must be one of balanced, plain"),
         ({"ema": 1.5}, "ema is 1.5, but must be from 0 to 1"),
@@ -31,7 +34,7 @@ from comfyui_agd.training.run_state import DifferentRun, check_same_run
         ({"solvers": ("euler", "heun")}, "solvers is 'heun', but must be one of euler, euler_ancestral, dpm"),
         ({"aspect_ratios": ("1:1", "wide")}, "aspect ratio 'wide' is not like 3:2"),
         ({"teacher": "pag"}, "teacher is 'pag', but must be one of cfg, interval, rescale, apg, cfg_zero"),
-        ({"interval_sigma_min": 6.0}, "interval of guidance goes from sigma 6.0 to 5.42, but must rise"),
+        ({"interval_sigma_min": 6.0}, "interval of guidance goes from noise level 6.0 to 5.42, but must rise"),
         ({"interval_sigma_min": -1.0}, "interval_sigma_min is -1.0, but must be from 0 to"),
         ({"rescale_phi": 1.5}, "rescale_phi is 1.5, but must be from 0 to 1"),
         ({"apg_eta": -0.5}, "apg_eta is -0.5, but must be from 0 to 1"),

@@ -1,50 +1,13 @@
 """Which way imports point: nodes -> training -> agd_core, ComfyUI through one package, and none of them to examples."""
 
-import ast
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = "comfyui_agd"
+from comfyui_agd.tests.support import imports as support
+from comfyui_agd.tests.support.imports import COMFYUI, ROOT, imports, outside, top_folders
+
 TORCH_ONLY = {"torch", "einops", "safetensors"}
-STANDARD = set(sys.stdlib_module_names)
-COMFYUI = {"comfy", "comfy_kitchen", "comfyui_version", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server"}
-COMFYUI |= {"utils"}
-
-
-def relative_imports(node: ast.ImportFrom, file: Path) -> set[str]:
-    folder = file.parents[node.level - 1].relative_to(ROOT)
-    return {f"./{folder / (node.module or alias.name).replace('.', '/')}" for alias in node.names}
-
-
-def absolute_import(name: str) -> str:
-    """A module outside by its first name, one of this repository as a path "./..." from its root."""
-    first, _, rest = name.partition(".")
-    return f"./{rest.replace('.', '/')}" if first == PACKAGE else first
-
-
-def imports(file: Path) -> set[str]:
-    """What a file imports: outside modules by first name, this repository's own as paths "./..." from its root."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {absolute_import(alias.name) for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            found |= relative_imports(node, file)
-        elif isinstance(node, ast.ImportFrom):
-            found |= {absolute_import(f"{node.module}.{alias.name}") for alias in node.names}
-    return found
-
-
-def outside(file: Path) -> set[str]:
-    return {name for name in imports(file) if not name.startswith("./")} - STANDARD
-
-
-def top_folders(file: Path) -> set[str]:
-    """The top folders of this repository that a file imports from."""
-    return {name.split("/")[1] for name in imports(file) if name.startswith("./")}
 
 
 def files(*folders: str) -> list[Path]:
@@ -98,11 +61,11 @@ def test_benchmarks_import_the_pack_the_toy_and_what_tests_share(file):
 
 @pytest.mark.parametrize("file", files("tests/support"), ids=lambda f: f.name)
 def test_what_tests_share_imports_no_benchmark(file):
-    assert top_folders(file) <= {"agd_core", "training", "nodes", "examples", "tests"}
+    assert top_folders(file) <= {"agd_core", "training", "nodes", "examples", "tests", "tools"}
 
 
 def test_imports_are_found_however_they_are_written(tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    monkeypatch.setattr(support, "ROOT", tmp_path)
     file = tmp_path / "examples" / "toy" / "one.py"
     file.parent.mkdir(parents=True)
     file.write_text(

@@ -51,7 +51,7 @@ def test_saved_again_it_is_a_file_of_today(write, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "lora"}, "kind is 'lora', but must be one of cross_attention"),
+        ({"kind": "lora"}, "kind is 'lora', but must be one of delta"),
         ({"modulated": None, "more": 1}, r"unknown fields \['more'\]"),
         ({"sites": None}, r"it is no description of format 1 \(TypeError"),
     ],

@@ -305,7 +305,7 @@ def test_only_states_in_the_range_are_learnt_from_and_rows_are_varied_there(sett
 
 
 def test_a_range_without_a_noise_level_is_refused_before_any_evaluation():
-    with pytest.raises(ValueError, match=r"No state .* from 0.2 to 0.20001 in 3 to 5 steps: choose a wider range"):
+    with pytest.raises(ValueError, match=r"No step .* from 0.2 to 0.20001 in 3 to 5 steps: choose a wider range"):
         pool_of(replace(CONFIG, sigma_from=0.2, sigma_to=0.20001))
 
 

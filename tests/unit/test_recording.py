@@ -316,7 +316,10 @@ def test_a_recording_is_part_of_what_a_run_is(recorded, tmp_path):
 
 
 def test_a_recording_can_not_follow_the_student(recorded):
-    with pytest.raises(ValueError, match="A recording can't follow the student: train from one with on_policy 0"):
+    with pytest.raises(
+        ValueError,
+        match="A recording has the teacher's steps only, none of the adapter's: train from one with on_policy 0",
+    ):
         train(
             AnalyticModel(),
             PROMPTS,

@@ -174,7 +174,7 @@ def test_out_of_memory_goes_on_from_the_same_step_with_fewer_rows(fits, caplog):
     assert_close(trained, whole)
     found = [2] if fits > 1 else [2, 1]
     lines = [record.getMessage() for record in caplog.records]
-    assert [f"the student goes on from the same step with {rows} rows at a time" in line for rows, line in
+    assert [f"the adapter goes on from the same step with {rows} rows at a time" in line for rows, line in
             zip(found, lines, strict=True)] == [True] * len(found)  # fmt: skip
     assert model.student_rows[-1] == found[-1]
     assert sum(rows > fits for rows in model.student_rows) == len(found)

@@ -118,7 +118,8 @@ class AttentionCall:
         """Queries, keys or values as (b, heads, n, d)."""
         if self.axis == 1:
             tokens = tokens.flatten(2).unflatten(2, (-1, self.head_channels)).transpose(1, 2)
-        return tokens.repeat_interleave(self.heads // tokens.shape[1], dim=1)  # heads may share keys and values
+        sharing = self.heads // tokens.shape[1]  # heads may share keys and values
+        return tokens if sharing == 1 else tokens.repeat_interleave(sharing, dim=1)
 
     def run(self) -> torch.Tensor:
         return self.attend(self.q, self.k, self.v, self.heads, **self.kwargs)

@@ -179,11 +179,12 @@ def _stays(module: nn.Module, *args, **kwargs) -> nn.Module:
 
 
 @contextmanager
-def _tracing(model: nn.Module) -> Iterator[None]:
+def without_values(model: nn.Module) -> Iterator[FakeTensorMode]:
+    """Inside, new tensors and those of `model` are fake ones on the CPU."""
     # Some tensors may be real: conditions, a LoRA's weights.
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.inference_mode(False), torch.enable_grad(), fakes, _fake_weights(model):
-        yield
+        yield fakes
 
 
 def _new_adapter(config: AdapterConfig) -> Adapter:
@@ -208,7 +209,7 @@ def student(
     FUSED_ATTENTION in its transformer_options. The peak comes on top of the weights of the base and of the adapter's
     parameters and gradients, which exist from the second micro batch on.
     """
-    with _tracing(model):
+    with without_values(model):
         adapter, x = _new_adapter(config), torch.ones(rows, *shape)
         sigma, omega = torch.ones(2, rows).unbind()
         backbone = backbone_of(model)
@@ -225,7 +226,7 @@ def base(
     rows: int,
 ) -> Traced:
     """As `student`, of `evaluate(x, sigma)` -> (rows, c, h, w) without gradients."""
-    with _tracing(model), torch.no_grad():
+    with without_values(model), torch.no_grad():
         x, sigma = torch.ones(rows, *shape), torch.ones(rows)
         with Counter() as counter:
             evaluate(x, sigma)
