@@ -4,8 +4,9 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a choice whose options have fields of their own
 # Types whose inputs are fields of the node, unless they are linked.
-FIELDS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+FIELDS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC)
 _NOTE = "MarkdownNote"  # the editor's own node, which the server doesn't know
 _NOTE_INFO = {"input": {"required": {"text": ["STRING"]}}, "output": [], "output_name": []}
 
@@ -27,7 +28,7 @@ class ModelFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Node:
-    """`inputs`: links, and values that differ from the node's own."""
+    """`inputs`: links, and values that differ from the node's own; fields of a choice are called choice.field."""
 
     type: str
     at: tuple[int, int]
@@ -48,29 +49,43 @@ def field_type(spec: list) -> str:
 
 
 def inputs_of(info: dict) -> dict[str, list]:
-    return {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    return specs_of(info["input"])
+
+
+def specs_of(inputs: dict) -> dict[str, list]:
+    """Of a node, or of an option of a choice."""
+    return {**inputs.get("required", {}), **inputs.get("optional", {})}
 
 
 def choices_of(spec: list) -> list:
+    if spec[0] == DYNAMIC:
+        return [option["key"] for option in spec[1]["options"]]
     return spec[0] if isinstance(spec[0], list) else spec[1]["options"]
+
+
+def fields_of(spec: list, choice: str) -> dict[str, list]:
+    """The inputs that come after a choice when it is `choice`."""
+    options = spec[1]["options"] if spec[0] == DYNAMIC else ()
+    return next((specs_of(option["inputs"]) for option in options if option["key"] == choice), {})
 
 
 def _default(spec: list) -> Any:
     options = spec[1] if len(spec) > 1 else {}
     if "default" in options:
         return options["default"]
-    return choices_of(spec)[0] if field_type(spec) == "COMBO" else ""
+    return choices_of(spec)[0] if field_type(spec) in ("COMBO", DYNAMIC) else ""
 
 
-def _values(node: Node, info: dict) -> list:
+def _values(inputs: dict[str, Any], specs: dict[str, list], within: str = "") -> list:
     values = []
-    for name, spec in inputs_of(info).items():
-        if field_type(spec) not in FIELDS:
+    for name, spec in specs.items():
+        if not _is_field(spec):
             continue
-        value = node.inputs.get(name)
+        value = inputs.get(within + name)
         # A linked field keeps a value, which is not used.
         value = _default(spec) if value is None or isinstance(value, Out) else value
         values.append(value.name if isinstance(value, ModelFile) else value)
+        values += _values(inputs, fields_of(spec, value), f"{within}{name}.")
         if len(spec) > 1 and spec[1].get("control_after_generate"):
             values.append("fixed")
     return values
@@ -109,7 +124,7 @@ def _saved_node(number: int, node: Node, info: dict) -> dict:
         "inputs": _sockets(node, info),
         "outputs": [{"name": name, "type": kind, "links": []} for name, kind in outputs],
         "properties": _properties(node),
-        "widgets_values": _values(node, info),
+        "widgets_values": _values(node.inputs, inputs_of(info)),
         **({"title": node.title} if node.title else {}),
         **({"color": "#432", "bgcolor": "#653"} if node.type == _NOTE else {}),
     }
@@ -134,7 +149,7 @@ def editor_workflow(title: str, graph: dict[str, Node], object_info: dict) -> di
     """`graph`, nodes by names of its own, as the editor's JSON. `object_info` is the server's."""
     infos = {name: object_info[node.type] if node.type != _NOTE else _NOTE_INFO for name, node in graph.items()}
     for name, node in graph.items():
-        if unknown := set(node.inputs) - set(inputs_of(infos[name])):
+        if unknown := {given.partition(".")[0] for given in node.inputs} - set(inputs_of(infos[name])):
             raise ValueError(f"{title}: {name}, of type {node.type}, has no {', '.join(sorted(unknown))}.")
     numbered = enumerate(graph.items(), start=1)
     saved = {name: _saved_node(number, node, infos[name]) for number, (name, node) in numbered}

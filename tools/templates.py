@@ -288,6 +288,39 @@ def transformer() -> Graph:
     }
 
 
+def train_with_settings() -> Graph:
+    text = (
+        "## Train with settings of your own\n\n"
+        "**AGD Train Settings** has what few people change: here a longer training, for cfg up to 10. Without the node "
+        "AGD Train takes what suits the model.\n\n"
+        "**AGD Apply Adapter** takes the adapter straight from AGD Train, here at a lower strength. It can also put it "
+        "on another checkpoint of the same family."
+    )
+    prompts = (
+        "a watercolour of a __animal__ {in a garden|by the sea}\n"
+        "a watercolour of an old town, narrow street, evening light\n"
+        "ink drawing of a sailing ship in a storm\n"
+        "a watercolour of a bowl of lemons"
+    )
+    settings = {"length": "this many iterations", "length.iterations": 3000, "guidance_scale_up_to": 10.0}
+    inputs = {"model": CHECKPOINT, "clip": CLIP, "vae": VAE, "settings": Out("settings", "settings")}
+    trained = {**inputs, "prompts": prompts, "adapter_name": "my_watercolours"}
+    applied = {"model": CHECKPOINT, "adapter": Out("train", "adapter"), "strength": 0.9}
+    prompt = "a watercolour of a heron by a river, morning fog, soft colours, visible paper"
+    return {
+        "note": note((0, -290), (760, 230), text),
+        **_checkpoint((0, 0)),
+        "settings": Node("AGDTrainSettings", (0, 180), (340, 640), settings),
+        "train": Node("AGDTrain", (380, 0), (420, 420), trained),
+        "report": Node("PreviewAny", (380, 520), (420, 420), {"source": Out("train", "report")}, "What was trained"),
+        "agd": Node("AGDApplyAdapter", (840, 0), (340, 190), applied),
+        **_prompts(1220, 0, prompt),
+        **_size((840, 260)),
+        "sampler": _sampler((1620, 0), Out("agd", "MODEL")),
+        **_picture(1960, 0, "sampler", "AGD/settings"),
+    }
+
+
 # By their titles, which are their files' names; ComfyUI lists them in this order.
 TEMPLATES = {
     "1 Faster sampling, nothing to train": faster,
@@ -296,6 +329,7 @@ TEMPLATES = {
     "4 LoRA and ControlNet on top": lora_and_controlnet,
     "5 Evaluate an adapter": evaluate,
     "6 A transformer": transformer,
+    "7 Train with settings of your own": train_with_settings,
 }
 
 

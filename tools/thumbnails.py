@@ -21,6 +21,7 @@ SQUARES = {
     "4 LoRA and ControlNet on top": (-30, -60, 1540),
     "5 Evaluate an adapter": (-30, -330, 1520),
     "6 A transformer": (-30, -330, 1120),
+    "7 Train with settings of your own": (-30, -330, 1240),
 }
 
 

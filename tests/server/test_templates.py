@@ -7,7 +7,7 @@ import pytest
 
 from comfyui_agd.tests.support.graphs import pixels, train_settings
 from comfyui_agd.tests.support.live_server import ROOT, Server, to_api
-from comfyui_agd.tools.editor_workflow import FIELDS, choices_of, field_type, inputs_of
+from comfyui_agd.tools.editor_workflow import FIELDS, choices_of, field_type, fields_of, inputs_of
 from comfyui_agd.tools.templates import FOLDER, TEMPLATES, place_model_files, workflows
 
 FILES = sorted(FOLDER.glob("*.json"))
@@ -31,6 +31,7 @@ SMALL = {
     "EmptyLatentImage": SIZE,
     "EmptySD3LatentImage": SIZE,
     "AGDTrain": {"prompts": TOY_PROMPTS, "settings": ["settings", 0]},
+    "AGDTrainSettings": train_settings(5)["inputs"],
     "AGDEvaluate": {"prompts": TOY_PROMPTS, "negative": "", "count": 2, "steps": 3, **SIZE},
 }
 
@@ -80,20 +81,24 @@ def test_a_note_says_what_to_do(file):
     assert 100 < len(note["widgets_values"][0]) < 800
 
 
+def check_fields(specs: dict, values, where: str) -> None:
+    """The next of `values` are those of the fields among `specs`."""
+    for name, spec in specs.items():
+        if (kind := field_type(spec)) not in FIELDS:
+            continue
+        value = next(values)
+        right = isinstance(value, TYPES[kind]) if kind in TYPES else value in choices_of(spec)
+        assert right, f"{where}.{name}: {value}"
+        check_fields(fields_of(spec, value), values, f"{where}.{name}")
+        if len(spec) > 1 and spec[1].get("control_after_generate"):
+            assert next(values) in SEEDS, f"{where}.{name}"
+
+
 @every_template
 def test_every_field_has_a_value_of_its_kind(file, object_info):
     for node in known_nodes(saved(file)):
         values = iter(node["widgets_values"])
-        for name, spec in inputs_of(object_info[node["type"]]).items():
-            if (kind := field_type(spec)) not in FIELDS:
-                continue
-            value, where = next(values), f"{node['type']}.{name}"
-            if kind == "COMBO":
-                assert value in choices_of(spec), where
-            else:
-                assert isinstance(value, TYPES[kind]), where
-            if len(spec) > 1 and spec[1].get("control_after_generate"):
-                assert next(values) in SEEDS, where
+        check_fields(inputs_of(object_info[node["type"]]), values, node["type"])
         assert list(values) == [], node["type"]
 
 
