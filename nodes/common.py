@@ -128,8 +128,11 @@ def use_inputs() -> list[io.Input]:
 
 
 def show_on_node(node_id: str, text: str) -> None:
-    """The browser takes such a text for HTML; it may hold names and texts of files, which are to be read only."""
-    text = html.escape(printable(text), quote=False)
+    """The browser takes such a text for HTML; it may hold names and texts of files, which are to be read only.
+
+    Lines end in two spaces: one of the editor's renderers takes the text for Markdown, where others run together.
+    """
+    text = html.escape(printable(text), quote=False).replace("\n", "  \n")
     if PromptServer.instance is not None:
         PromptServer.instance.send_progress_text(text, node_id)
 

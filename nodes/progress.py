@@ -1,6 +1,8 @@
 """What a node shows of its work while it runs."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import comfy.model_management
 import comfy.utils
@@ -27,12 +29,15 @@ class NodeProgress:
         self._preview: Image.Image | None = None
         self._lines = ProgressLines(lambda line: log.info("AGD: %s", line))
         self._progress: Progress | None = None  # that was shown last
+        self._trained: Progress | None = None  # the last iteration
         self._begun: set[str] = set()
         self._shown = 0.0
 
     def __call__(self, progress: Progress) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._lines(progress)
+        if progress.phase == "train" and progress.step:
+            self._trained = progress
         now = time.monotonic()
         # What a phase begins with may take minutes, so that its first report isn't left out.
         if progress.phase not in self._begun or now - self._shown >= _SECONDS_BETWEEN_MESSAGES:
@@ -44,6 +49,17 @@ class NodeProgress:
         self._preview = image
         if self._progress is not None:
             self._show(self._progress)
+
+    @contextmanager
+    def says_where_it_stopped(self) -> Iterator[None]:
+        """Inside, an interrupt of a training that has begun leaves on the node how far it came: it can go on."""
+        try:
+            yield
+        except comfy.model_management.InterruptProcessingException:
+            if self._trained is not None:
+                where = f"iteration {self._trained.step} of {self._trained.total}"
+                show_on_node(self.node_id, f"Stopped at {where}. Queue again to go on.")
+            raise
 
     def _show(self, progress: Progress) -> None:
         self._progress = progress

@@ -117,7 +117,8 @@ class AGDTrain(io.ComfyNode):
         log.info("AGD: %s", plan.describe())
         times = "" if "iterations" in settings.chosen else plan.by_quality(quality)
         display.plan = list(filter(None, [plan.summary(), times]))
-        trained = job.run(callbacks, plan, {})
+        with display.says_where_it_stopped():
+            trained = job.run(callbacks, plan, {})
         report = job.report(trained)
         show_on_node(node_id, report)
         log.info("AGD: %s", report.partition("\n")[0])

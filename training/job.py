@@ -154,7 +154,7 @@ class Job:
         if "gap_closed" in training:
             closed = ", ".join(f"{value:.0%} at cfg {omega}" for omega, value in training["gap_closed"].items())
             lines.append(
-                f"Gap closed on {training['held_out_prompts']} prompts that were not trained with: {closed} "
+                f"Gap closed on prompts that were not trained with ({training['held_out_prompts']}): {closed} "
                 f"(step {training['best_step']}, the best)."
             )
         if measured is not None:

@@ -75,7 +75,7 @@ def test_train_then_again_from_the_runs_config(agd, prompts, tmp_path):
     assert "parameters\nevaluations" in done.stdout  # the plan comes first
     assert "Encoding prompts: 0/8\nTraining: 0/4\n" in done.stderr
     assert done.stdout.count(": gap closed ") == 2
-    assert "Gap closed on 1 prompts that were not trained with" in done.stdout
+    assert "Gap closed on prompts that were not trained with (1)" in done.stdout
     assert adapter_file.read_info(output).training["iterations"] == 4
     names = {path.name for path in folder.iterdir()} - {"tensorboard", ".lock"}
     assert names == {"config.toml", "metrics.jsonl", "previews", "prompts.txt", "report.txt", "training.png"}

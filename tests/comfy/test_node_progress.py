@@ -80,3 +80,20 @@ def test_an_interrupt_gets_through_at_any_report(texts, bars):
     assert texts == bars == []
     display(Progress("plan", 0, 1))
     assert len(texts) == 1
+
+
+def test_an_interrupted_training_says_how_far_it_came(texts, bars):
+    display = NodeProgress("7")
+    with pytest.raises(mm.InterruptProcessingException), display.says_where_it_stopped():
+        display(Progress("train", 33, 300))
+        display(Progress("rollout", 0, 8))
+        raise mm.InterruptProcessingException
+    assert texts[-1] == "Stopped at iteration 33 of 300. Queue again to go on."
+
+
+def test_before_its_first_iteration_there_is_nothing_to_go_on_from(texts, bars):
+    display = NodeProgress("7")
+    with pytest.raises(mm.InterruptProcessingException), display.says_where_it_stopped():
+        display(Progress("train", 0, 300))
+        raise mm.InterruptProcessingException
+    assert texts == ["Training: 0/300"]

@@ -125,7 +125,7 @@ def test_guidance_outside_the_trained_range_is_warned_of_once(base, prompts, fil
     with caplog.at_level(logging.WARNING):
         ksampler(patched(base, file), prompts, cfg=20.0)
     warnings = [record.message for record in caplog.records if "trained range" in record.message]
-    assert warnings == ["AGD: Guidance scale 20 is outside the trained range, 1 to 12."]
+    assert warnings == ["AGD: Guidance scale 20 is outside the adapter's range, 1 to 12."]
 
 
 def test_an_adapter_of_another_base_is_refused(base, save_adapter):

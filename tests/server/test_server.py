@@ -170,7 +170,7 @@ def test_what_the_user_should_know_is_on_the_node_and_in_the_log_once(server, tr
         return graph
 
     server.run(graph(1, "euler"))
-    assert server.texts["agd"] == "Guidance scale 30 is outside the trained range, 1 to 6."
+    assert server.texts["agd"] == "Guidance scale 30 is outside the adapter's range, 1 to 6."
     server.run(graph(3, "euler_cfg_pp"))
     assert server.texts["agd"].startswith("No speed-up: the sampler euler_cfg_pp needs both predictions.")
     server.run(graph(4, "euler_cfg_pp"))
@@ -183,7 +183,7 @@ def test_training_shows_what_it_does_and_reports_at_the_end(server, trained):
     folder = server.adapters / "first.run"
     assert {path.name for path in (folder / "previews").iterdir()} == {"step-000020.png", "step-000040.png"}
     assert re.match(r"Gap closed -?\d+%, first\.safetensors\.\n", server.texts["train"])
-    assert "Gap closed on 3 prompts that were not trained with" in server.texts["train"]
+    assert "Gap closed on prompts that were not trained with (3)" in server.texts["train"]
     assert server.previews > 0
     log = server.log.read_text()
     for begun in (

@@ -67,7 +67,7 @@ NO_NEGATIVE_FOR_UNTRAINED = (
 
 
 def omega_outside_range(omega: float, low: float, high: float) -> str:
-    return f"Guidance scale {omega:g} is outside the trained range, {low:g} to {high:g}."
+    return f"Guidance scale {omega:g} is outside the adapter's range, {low:g} to {high:g}."
 
 
 def latent_size_far_from_trained(height: int, width: int, trained: Sequence[tuple[int, int]]) -> str:
