@@ -18,15 +18,17 @@ FAST := tests/unit \
   tests/comfy/compatibility/test_table.py::test_the_documented_table_is_what_is_tested \
   tests/toy/test_toy.py tests/server/test_server.py::test_the_pack_loads_without_complaint
 
-.PHONY: help setup demo test test-fast test-matrix bench lint package toy
+.PHONY: help setup demo test test-fast test-browser test-matrix bench screenshots lint package toy
 
 help:
 	@echo "make demo          distil the toy model's guidance and sample it through ComfyUI: demo_out/"
 	@echo "                   MODEL=toy-dit: of a small transformer like SD3.5, instead of the UNet"
 	@echo "make test-fast     the unit tests and the quickest of the others, in under two minutes: while working"
 	@echo "make test          the whole test suite, real ComfyUI runtime and server included: before a commit"
+	@echo "make test-browser  the tests of the editor in Chromium, if it is installed; part of make test"
 	@echo "make test-matrix   its runtime part on older ComfyUI releases, $(MATRIX), and torch.compile's own backend"
 	@echo "make bench         what a step costs, unguided, with CFG and with AGD, at true sizes (20 minutes)"
+	@echo "make screenshots   the pictures of the editor in docs/ and of the templates, by Chromium"
 	@echo "make lint          ruff, check and format; mypy"
 	@echo "make package       the archive that the registry serves: build/"
 	@echo "make toy           train the toy models' committed weights again (about an hour)"
@@ -43,6 +45,9 @@ test: setup
 test-fast: setup
 	@$(PYTEST) -m "not slow and not matrix" $(FAST)
 
+test-browser: setup
+	@$(BIN)/pytest tests/browser
+
 test-matrix:
 	@$(PYTHON) tools/setup.py $(MATRIX)
 	@$(BIN)/pytest -m matrix tests/comfy/compatibility
@@ -55,6 +60,10 @@ test-matrix:
 
 bench: setup
 	@$(BIN)/python benchmarks/inference.py
+
+screenshots: setup
+	@$(BIN)/pytest tests/browser --screenshots -k "shows_its or is_whole"
+	@$(BIN)/python tools/thumbnails.py
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -53,7 +53,7 @@ COMFYUI_VERSION = "0.30.0"
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TOOLS = (
     *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "mypy>=1.11", "types-tqdm", "types-psutil"),
-    "websocket-client>=1.8",
+    *("websocket-client>=1.8", "playwright>=1.50"),
 )
 NEEDED_GB = 10
 

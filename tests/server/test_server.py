@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from comfyui_agd.agd_core import adapter_file
-from comfyui_agd.tests.support.graphs import base_graph, pixels, train_graph, train_settings, with_adapter
-from comfyui_agd.tests.support.live_server import ROOT, PromptError, Server, to_api
+from comfyui_agd.tests.support.graphs import base_graph, pixels, train_graph, with_adapter
+from comfyui_agd.tests.support.live_server import ROOT, PromptError, Server
 
-WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 PROMPTS = "\n".join(
     f"a {size} {colour} {shape} on a white background"
     for size in ("small", "large")
@@ -390,35 +389,3 @@ def test_an_adapter_of_other_weights_is_said_to_be_one(server, trained):
     assert server.texts["agd"].startswith("Trained on other weights: see how it fits with AGD Evaluate.")
     server.run(evaluate_graph(adapter_name="sibling.safetensors"))
     assert "other weights than those of its training" in server.texts["evaluate"]
-
-
-@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
-def test_example_workflows_run(server, trained, file):
-    """As they are, but on the toy instead of a checkpoint, and with its sizes."""
-    prompt = to_api(json.loads(file.read_text()), server.get("/object_info"))
-    for node in prompt.values():
-        if node["class_type"] == "CheckpointLoaderSimple":
-            node.update(class_type="AGDToyLoader", inputs={})
-        for size in ("width", "height"):
-            if size in node["inputs"]:
-                node["inputs"][size] = 64
-        if node["inputs"].get("text"):
-            node["inputs"]["text"] = "a red star"  # the toy knows no other things
-        if node["class_type"] == "AGDTrain":
-            node["inputs"].update(prompts=PROMPTS, settings=["toy_settings", 0])
-        if node["class_type"] == "AGDEvaluate":
-            node["inputs"].update(prompts=PROMPTS, count=2, steps=3)
-        if node["class_type"] in ("AGDAdapterLoader", "AGDEvaluate"):
-            node["inputs"]["adapter_name"] = trained
-    prompt["toy_settings"] = train_settings(5)
-    outputs = server.run(prompt)
-    saved = next(id for id, node in prompt.items() if node["class_type"] == "SaveImage")
-    sheet = (28 + 2 * 284, 4 * 264 - 8, 3)  # two rows of four pictures, enlarged
-    expected = sheet if file.stem == "AGD Evaluate" else (64, 64, 3)
-    assert pixels(server.image(outputs, saved)).shape == expected
-
-
-def test_there_is_one_example_workflow_per_node():
-    used = {node["type"] for file in WORKFLOWS for node in json.loads(file.read_text())["nodes"]}
-    assert set(NODES) <= used
-    assert {file.stem for file in WORKFLOWS} == {"AGD Adapter Loader", "AGD Apply Adapter", "AGD Evaluate", "AGD Train"}

@@ -164,12 +164,13 @@ _FIELDS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"
 
 
 def _fill(inputs: dict, values: Iterator, known: dict, within: str = "") -> None:
-    """Gives the inputs that aren't linked their values; those of a choice that unfolds come after it."""
+    """Gives the fields that aren't linked their values; those of a choice that unfolds come after it."""
     for name, (kind, *options) in {**known.get("required", {}), **known.get("optional", {})}.items():
         shown, name = options[0] if options else {}, within + name
-        if name in inputs or not (isinstance(kind, list) or kind in _FIELDS):
+        if not (isinstance(kind, list) or kind in _FIELDS):
             continue
-        inputs[name] = next(values)
+        value = next(values)  # a linked field has one, too
+        inputs.setdefault(name, value)
         if kind == "COMFY_DYNAMICCOMBO_V3":
             chosen = next(option for option in shown["options"] if option["key"] == inputs[name])
             _fill(inputs, values, chosen["inputs"], f"{name}.")
