@@ -121,7 +121,8 @@ def use_inputs() -> list[io.Input]:
             advanced=True,
             tooltip=(
                 "Faster still: steps that follow from those before them are forecast. 20 steps take about 9 to 14 "
-                "model evaluations, for nearly the same picture. Where they would be wrong, all steps are evaluated."
+                "model evaluations, for nearly the same picture. Where they would be wrong, all steps are evaluated. "
+                "'training-free' forecasts with or without it."
             ),
         ),
     ]

@@ -17,15 +17,16 @@ class AGDAdapterLoader(io.ComfyNode):
             display_name="AGD Adapter Loader",
             category="model/patch",
             description=(
-                "Makes sampling faster: one model evaluation per step instead of two. Put it between the checkpoint "
-                "(and LoRAs) and the sampler; leave cfg and prompts as they are."
+                "Makes sampling faster: an adapter takes one model evaluation per step instead of two, and "
+                "'training-free', which needs no file, leaves out steps. Put it between the checkpoint (and LoRAs) and "
+                "the sampler; leave cfg and prompts as they are."
             ),
             search_aliases=[
                 *("agd", "guidance distillation", "distilled cfg", "one pass", "single pass cfg", "skip cfg", "no cfg"),
                 *("skip negative prompt", "speed up", "faster", "faster cfg", "2x", "turbo"),
             ],
             inputs=[
-                io.Model.Input("model", tooltip="The model to sample with. The adapter must be made for its family."),
+                io.Model.Input("model", tooltip="The model to sample with. An adapter must be made for its family."),
                 io.Combo.Input(
                     "adapter_name",
                     options=[TRAINING_FREE, *adapter_names()],
@@ -41,7 +42,7 @@ class AGDAdapterLoader(io.ComfyNode):
                 *use_inputs(),
             ],
             outputs=[
-                io.Model.Output(tooltip="The model, sampling with guidance in one model evaluation per step."),
+                io.Model.Output(tooltip="The model, sampling with guidance in fewer model evaluations."),
                 io.String.Output("info", tooltip="What the file says of itself: its base, its training, its range."),
             ],
             hidden=[io.Hidden.unique_id],
