@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from types import SimpleNamespace
 
 import folder_paths
 import pytest
@@ -94,3 +95,11 @@ def test_no_text_of_a_node_names_a_symbol_of_the_paper(node, own_folders):
 def test_every_seed_that_comfyui_draws_can_be_chosen(node, own_folders):
     (seed,) = [each for each in node.define_schema().inputs if each.id == "seed"]
     assert (seed.min, seed.max) == (0, LARGEST_SEED)
+
+
+def test_lines_are_lines_in_the_renderer_that_takes_texts_for_markdown(monkeypatch):
+    sent = []
+    server = SimpleNamespace(send_progress_text=lambda text, node_id: sent.append(text))
+    monkeypatch.setattr(common.PromptServer, "instance", server, raising=False)
+    common.show_on_node("node", "first\nsecond")
+    assert sent == ["first  \nsecond"]

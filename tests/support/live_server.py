@@ -129,7 +129,8 @@ class Server:
         kind, length = struct.unpack(">II", message[:8])
         self.previews += kind in _PREVIEW_EVENTS
         if kind == _TEXT_EVENT:
-            self.texts[message[8 : 8 + length].decode()] = message[8 + length :].decode()
+            # Lines end in two spaces, for the renderer that takes texts for Markdown.
+            self.texts[message[8 : 8 + length].decode()] = message[8 + length :].decode().replace("  \n", "\n")
 
     def run(self, prompt: dict) -> dict:
         """The outputs of a prompt by node. Raises `PromptError`."""
