@@ -72,11 +72,21 @@ class Editor:
             panel.locator("button").first.click()
         if (error := self.page.get_by_test_id("error-overlay-dismiss")).is_visible():
             error.click()
-        empty = "{nodes: [], links: [], version: 0.4}"
         self.page.evaluate(
-            f"async () => app.loadGraphData({empty}, true, true, app.extensionManager.workflow.activeWorkflow)"
+            """async () => {
+                const empty = {nodes: [], links: [], version: 0.4};
+                await app.loadGraphData(empty, true, true, app.extensionManager.workflow.activeWorkflow);
+                app.nodeOutputs = {};
+                app.nodePreviewImages = {};
+            }"""
         )
         self.look_at(0, 0)
+
+    def refresh(self) -> None:
+        """The nodes' lists of files are read again, by the editor's own key."""
+        with self.page.expect_response("**/object_info*"):
+            self.page.keyboard.press("r")
+        self.page.wait_for_timeout(500)  # to be taken in
 
     def look_at(self, x: float, y: float, scale: float = 1.0) -> None:
         """That place of the graph comes to where nothing lies over the canvas, 120 pixels below its upper left."""
@@ -123,6 +133,9 @@ class Editor:
             }""",
             [type, x, y, values],
         )
+
+    def resize(self, type: str, width: float, height: float) -> None:
+        self.page.evaluate(f"([type, size]) => {{{_NODE} node.setSize(size)}}", [type, [width, height]])
 
     def connect(self, source: str, output: str, target: str, input: str) -> None:
         self.page.evaluate(
@@ -238,7 +251,9 @@ class Editor:
 
     def picture(self, file: Path, left: int, top: int, width: int, height: int) -> None:
         """That part of the graph, without the name of the folder that the pack is in."""
-        self.page.evaluate("app.extensionManager.setting.set('Comfy.NodeBadge.NodeSourceBadgeMode', 'None')")
+        settings = "app.extensionManager.setting"
+        self.page.evaluate(f"{settings}.set('Comfy.NodeBadge.NodeSourceBadgeMode', 'None')")
+        self.page.evaluate(f"{settings}.set('Comfy.Minimap.Visible', false)")
         self.page.mouse.move(0, 0)  # or a tooltip is shown
         self.look_at(left, top)
         self.page.wait_for_timeout(1000)
