@@ -25,6 +25,7 @@ importlib.import_module("utils.install_util")
 TESTS = Path(__file__).parent
 # Files begin in this order, so that none of them is left to run alone at the end; all others follow.
 LONGEST_FIRST = (
+    "browser/test_editor.py",
     "server/test_server.py",
     "toy/test_quality.py",
     "comfy/compatibility/test_table.py",

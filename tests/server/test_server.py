@@ -228,10 +228,18 @@ def test_an_adapter_that_does_not_hear_the_negative_prompt_says_so(server):
     assert "The adapter ignores the negative prompt" in server.texts["agd"]
 
 
-@pytest.mark.parametrize("node", ["AGDTrain", "AGDEvaluate"])
-def test_the_browser_leaves_wildcards_and_comments_in_prompts_to_the_node(server, node):
+@pytest.mark.parametrize(
+    ("node", "field"),
+    [
+        ("AGDTrain", "prompts"),
+        ("AGDTrainSettings", "negative"),
+        ("AGDEvaluate", "prompts"),
+        ("AGDEvaluate", "negative"),
+    ],
+)
+def test_the_browser_leaves_wildcards_and_comments_in_prompts_to_the_node(server, node, field):
     fields = server.get(f"/object_info/{node}")[node]["input"]["required"]
-    assert not any(fields[name][1].get("dynamicPrompts") for name in ("prompts", "negative"))
+    assert not fields[field][1].get("dynamicPrompts")
 
 
 @pytest.mark.parametrize(
