@@ -4,10 +4,10 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from playwright.sync_api import ConsoleMessage, Locator, Page, Playwright
+from playwright.sync_api import ConsoleMessage, Locator, Page, Playwright, TimeoutError
 
 from comfyui_agd.tests.support.live_server import Server
 
@@ -103,8 +103,12 @@ class Editor:
 
     def search(self, words: str) -> list[str]:
         """The names that the search box lists, best first. The box stays open."""
-        if not (box := self.page.get_by_role("combobox", name="Add a node...")).is_visible():
+        box, tries = self.page.get_by_role("combobox", name="Add a node..."), 10
+        while not box.is_visible() and tries:  # a page that has just been opened may miss the first
+            tries -= 1
             self.page.mouse.dblclick(700, 700)
+            with suppress(TimeoutError):
+                box.wait_for(timeout=3000)
         box.fill(words)
         self.page.wait_for_timeout(300)  # the list is made a moment after the last key
         return [text.partition("\n")[0] for text in self.page.get_by_role("option").all_inner_texts()]
