@@ -14,7 +14,7 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--screenshots", action="store_true", help="renew the pictures of docs/ that the tests take")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     if CHROMIUM is None:
         pytest.skip("no Chromium here: install chromium, or Google Chrome, for the tests of the editor")
@@ -23,13 +23,13 @@ def server(tmp_path_factory) -> Iterator[Server]:
     server.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(server):
     with sync_playwright() as playwright, chromium(playwright) as browser:
         yield browser
 
 
-@pytest.fixture(scope="session", params=RENDERERS)
+@pytest.fixture(scope="module", params=RENDERERS)
 def page(request, server, browser) -> Editor:
     return Editor(browser.new_page(viewport={"width": 1500, "height": 1000}), server, request.param)
 
