@@ -30,8 +30,10 @@ def browser(server):
 
 
 @pytest.fixture(scope="module", params=RENDERERS)
-def page(request, server, browser) -> Editor:
-    return Editor(browser.new_page(viewport={"width": 1500, "height": 1000}), server, request.param)
+def page(request, server, browser) -> Iterator[Editor]:
+    opened = browser.new_page(viewport={"width": 1500, "height": 1000})
+    yield Editor(opened, server, request.param)
+    opened.close()
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_what_is_compared_for_a_warning_is_read_before_the_steps():
 
     notes: list[str] = []
     found = sampled(XL, "bf16", apply)
-    assert "no effect" in notes[0]
+    assert "ignores the negative prompt" in notes[0]
     assert found.steps == [[], []]
 
 

@@ -146,7 +146,7 @@ def test_without_a_negative_guidance_without_training_says_that_it_needs_one(bas
     model = apply_adapter(base, *adapter, settings, source=NAME, notify=messages.append)
     assert torch.equal(custom_sampler(model, prompts, "BasicGuider"), custom_sampler(base, prompts, "BasicGuider"))
     assert len(messages) == 1
-    assert "needs a negative prompt" in messages[0]
+    assert "the workflow has no negative prompt" in messages[0]
 
 
 class Replacement:

@@ -3,7 +3,7 @@
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from comfyui_agd.tests.support.live_server import Server
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # How nodes are drawn: by LiteGraph on one canvas, or as HTML.
 RENDERERS = ("classic", "vue")
-PATIENCE_S = 150  # a step of the toy takes seconds where others work on the same cores
+PATIENCE_S = 90  # a step of the toy takes seconds where others work on the same cores
 
 _FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -103,12 +103,9 @@ class Editor:
 
     def search(self, words: str) -> list[str]:
         """The names that the search box lists, best first. The box stays open."""
-        box, tries = self.page.get_by_role("combobox", name="Add a node..."), 10
-        while not box.is_visible() and tries:  # a page that has just been opened may miss the first
-            tries -= 1
-            self.page.mouse.dblclick(700, 700)
-            with suppress(TimeoutError):
-                box.wait_for(timeout=3000)
+        box = self.page.get_by_role("combobox", name="Add a node...")
+        if not box.is_visible():
+            self._until_seen(box, lambda: self.page.mouse.dblclick(700, 700))
         box.fill(words)
         self.page.wait_for_timeout(300)  # the list is made a moment after the last key
         return [text.partition("\n")[0] for text in self.page.get_by_role("option").all_inner_texts()]
@@ -189,9 +186,19 @@ class Editor:
         self.page.mouse.up()
 
     def select(self, type: str) -> None:
-        """By a click on its title."""
+        """By a click on its title, which shows the buttons above it."""
         at = f"type => {{{_NODE} {_ON_PAGE} return onPage([node.pos[0] + 90, node.pos[1] - 15])}}"
-        self.page.mouse.click(*self.page.evaluate(at, type))
+        button = self.page.get_by_test_id("info-button")
+        self._until_seen(button, lambda: self.page.mouse.click(*self.page.evaluate(at, type)))
+
+    def _until_seen(self, wanted: Locator, click: Callable[[], None]) -> None:
+        """Clicks again where a click had no effect: a busy page may miss one."""
+        for _ in range(5):
+            click()
+            with suppress(TimeoutError):
+                wanted.wait_for(timeout=5000)
+                return
+        raise AssertionError(f"{wanted} is not there after five clicks.")
 
     def open_template(self, name: str) -> None:
         """From the list of templates, under the folder's name as the server knows it."""
