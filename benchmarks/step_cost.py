@@ -31,19 +31,23 @@ CARD = "24 GB"
 
 @dataclass(frozen=True)
 class Card:
-    """`gigabytes` that training may use; `rate`: dense half-precision FLOP/s with fp32 sums, by its maker."""
+    """`memory`: its name among AGD Train's cards; `rate`: dense half-precision FLOP/s with fp32 sums, by its maker."""
 
-    name: str
-    gigabytes: float
+    model: str
+    memory: str
     rate: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.memory}"
 
 
 CARDS = (
-    Card("RTX 3060, 12 GB", 11.5, 25e12),
-    Card("RTX 4060 Ti, 16 GB", 15.0, 44e12),
-    Card("RTX 3090, 24 GB", 22.0, 71e12),
-    Card("RTX 4090, 24 GB", 22.0, 165e12),
-    Card("RTX 5090, 32 GB", 30.0, 210e12),
+    Card("RTX 3060", "12 GB", 25e12),
+    Card("RTX 4060 Ti", "16 GB", 44e12),
+    Card("RTX 3090", "24 GB", 71e12),
+    Card("RTX 4090", "24 GB", 165e12),
+    Card("RTX 5090", "32 GB", 210e12),
 )
 ACHIEVED = 0.4  # of a card's rate: an assumption
 
@@ -219,7 +223,9 @@ def _fits(found) -> str:
 
 
 def _on_card(model: MetaModel, at: TrueSize, card: Card) -> str:
-    found = _plan(model, at, card.gigabytes, ACHIEVED * card.rate)
+    from comfyui_agd.training.presets import CARDS as BUDGETS
+
+    found = _plan(model, at, BUDGETS[card.memory], ACHIEVED * card.rate)
     if found is None:
         return "no"
     moved = ", offloaded" if found.base_bytes > found.base_bytes_on_device else ""

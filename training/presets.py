@@ -10,7 +10,7 @@ from .config import KINDS, TrainConfig, foreign_settings, settings_of_kind
 from .options import SettingsError
 
 # GB (10^9 bytes) that training may use on cards of so many GiB: the rest is the screen's and the CUDA context's.
-CARDS = {"8 GB": 7.5, "12 GB": 11.5, "24 GB": 22.0}
+CARDS = {"8 GB": 7.5, "12 GB": 11.5, "16 GB": 15.0, "24 GB": 22.0, "32 GB": 30.0}
 # Factors of the usual number of iterations: docs/quality.md has what each brings.
 QUALITIES = {"quick": 1 / 3, "normal": 1.0, "best": 3.0}
 COMMON_RATIOS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")

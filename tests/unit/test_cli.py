@@ -88,7 +88,7 @@ def test_help_names_every_setting_with_its_default(capsys):
         ("output = 3", "output is 3, but must be a text"),
         ("prompt_count = 0", "prompt_count is 0, but must be from 1 to"),
         ("prompt_count = 2.5", "prompt_count is 2.5, but must be a whole number"),
-        ('card = "99 GB"', "card is '99 GB', but must be one of 8 GB, 12 GB, 24 GB"),
+        ('card = "99 GB"', "card is '99 GB', but must be one of 8 GB, 12 GB, 16 GB, 24 GB, 32 GB"),
         ('base_dtype = "fp4"', "base_dtype is 'fp4', but must be one of"),
         ("seed = -1\nbatch = 0", "batch is 0, .*; seed is -1, but must be from 0 to 18446744073709551615"),
     ],
