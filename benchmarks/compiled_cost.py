@@ -1,6 +1,6 @@
 """Kernels and memory traffic that an adapter adds to a step where torch.compile joins operations: counted, not timed.
 
-    python benchmarks/compiled_cost.py [--quick] [--only MODEL ...] [--json FILE]
+    python benchmarks/compiled_cost.py [--quick] [--json FILE]
 
 At the true sizes of UNets, on tensors without values, whatever the `--device`. (In transformers prompts are looked up
 with noise that such a trace can't hold.) Steps are traced into one graph, lowered and joined by PyTorch's own compiler,
@@ -17,24 +17,24 @@ import torch
 from torch import fx
 
 from comfyui_agd.agd_core.comfyui.runtime import use_comfyui
-from comfyui_agd.benchmarks.command_line import add_results, benchmark_parser, selected
+from comfyui_agd.benchmarks.command_line import add_results, benchmark_parser
 from comfyui_agd.benchmarks.machine import made_on
 from comfyui_agd.benchmarks.meta_model import MetaModel
-from comfyui_agd.benchmarks.output import publish_page
-from comfyui_agd.benchmarks.step_cost import TrueSize, adapters_of
-from comfyui_agd.examples.toy.tables import Column, console_table, markdown_table
+from comfyui_agd.benchmarks.output import publish
+from comfyui_agd.benchmarks.step_cost import TrueSize, adapters_of, configs_of
+from comfyui_agd.examples.toy.tables import Column, markdown_table
 
 SIZES = (TrueSize("SD 1.5", 512, 512), TrueSize("SDXL", 1024, 1024))
 METHODS = ("agd", "agd-in-all", "paper-128")  # of those of step_cost.py
 _COLUMNS = (
-    Column("model", lambda row: row["model"], -14),
-    Column("size", lambda row: row["size"], 10),
-    Column("  method", lambda row: f"  {row['method']}", -14),
-    Column("kernels of an unguided step", lambda row: f"{row['unguided_launches']:,}", 28),
-    Column("GB moved", lambda row: f"{row['unguided_bytes'] / 1e9:.1f}", 9),
-    Column("kernels added", lambda row: f"{row['added_launches']:+d}, {_share(row):+.1%}", 14),
-    Column("bytes added", lambda row: f"{row['added_bytes']:+.2%}", 12),
-    Column("added once per sampling", lambda row: f"{row['launches_per_sampling']:+d}", 24),
+    Column("model", lambda row: row["model"]),
+    Column("size", lambda row: row["size"]),
+    Column("  method", lambda row: f"  {row['method']}"),
+    Column("kernels of an unguided step", lambda row: f"{row['unguided_launches']:,}"),
+    Column("GB moved", lambda row: f"{row['unguided_bytes'] / 1e9:.1f}"),
+    Column("kernels added", lambda row: f"{row['added_launches']:+d}, {_share(row):+.1%}"),
+    Column("bytes added", lambda row: f"{row['added_bytes']:+.2%}"),
+    Column("added once per sampling", lambda row: f"{row['launches_per_sampling']:+d}"),
 )
 _aten = torch.ops.aten
 _NOTHING = (_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default)
@@ -111,16 +111,11 @@ def _launches(node) -> bool:
 
 def count(at: TrueSize) -> list[dict]:
     """A row per adapter."""
-    from comfyui_agd.agd_core.config import AdapterConfig
-    from comfyui_agd.agd_core.kinds import kind_config
-
     model = MetaModel(at.name)
     shape = model.latent_shape(at.width, at.height)
     unguided, rows = [compiled_cost(model, shape, None, steps) for steps in (1, 2)], []
-    for method, settings in adapters_of(model.base).items():
+    for method, config in configs_of(model.base, adapters_of(model.base)).items():
         if method in METHODS:
-            kind, base = kind_config(**settings), model.base
-            config = AdapterConfig(kind.layers_of(base), kind, vector=base.vector, time_channels=base.time_channels)
             guided = [compiled_cost(model, shape, config, steps) for steps in (1, 2)]
             rows.append({"model": at.name, "size": at.size, "method": method} | _added(unguided, guided))
     return rows
@@ -159,17 +154,13 @@ rules. In a CUDA graph a step is one launch, and the bytes are what counts. With
 
 def main() -> None:
     parser = benchmark_parser(__doc__, quick="SD 1.5 only")
-    parser.add_argument("--only", nargs="+", metavar="MODEL", help="these models")
     add_results(parser, "compiled_cost.md and .json")
     args = parser.parse_args()
     use_comfyui(cpu=True)
-    names = [at.name for at in SIZES]
     rows = []
-    for i in selected(names, args.only or (["SD 1.5"] if args.quick else [""]), "model"):
-        own = count(SIZES[i])
-        print(*console_table(_COLUMNS, own), sep="\n", flush=True)
-        rows += own
-    publish_page(args, "compiled_cost", page(rows), rows)
+    for at in SIZES[:1] if args.quick else SIZES:
+        rows += count(at)
+    publish(args, "compiled_cost", page(rows), rows)
 
 
 if __name__ == "__main__":

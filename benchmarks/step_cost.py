@@ -151,18 +151,24 @@ def adapters_of(base) -> dict[str, dict]:
     }
 
 
+def configs_of(base, adapters: dict[str, dict]) -> dict:
+    """The adapters on this base, of which `adapters` has the settings by name."""
+    from comfyui_agd.agd_core.config import AdapterConfig
+    from comfyui_agd.agd_core.kinds import kind_config
+
+    kinds = {method: kind_config(**settings) for method, settings in adapters.items()}
+    shape = {"vector": base.vector, "time_channels": base.time_channels}
+    return {method: AdapterConfig(kind.layers_of(base), kind, **shape) for method, kind in kinds.items()}
+
+
 def count(at: TrueSize, adapters: dict[str, dict] | None = None) -> list[dict]:
     """A row per adapter: of `adapters`, settings by name, or those that suit the base."""
     from comfyui_agd.agd_core.adapter import Adapter
-    from comfyui_agd.agd_core.config import AdapterConfig
-    from comfyui_agd.agd_core.kinds import kind_config
 
     model = MetaModel(at.name, frames=at.frames)
     shape = model.latent_shape(at.width, at.height)
     unguided, rows = model.cost(shape, None, 1), []
-    for method, settings in (adapters or adapters_of(model.base)).items():
-        kind, base = kind_config(**settings), model.base
-        config = AdapterConfig(kind.layers_of(base), kind, vector=base.vector, time_channels=base.time_channels)
+    for method, config in configs_of(model.base, adapters or adapters_of(model.base)).items():
         one, two = (model.cost(shape, config, steps) for steps in (1, 2))
         with torch.device("meta"):
             parameters = Adapter(config).parameter_count()

@@ -30,12 +30,7 @@ def _take(editor: Editor, title: str) -> None:
     editor.clear()
     editor.open_template(title)
     editor.page.wait_for_timeout(2000)  # the editor goes to the middle of what it has loaded
-    editor.look_at(left, top, SIDE / side)
-    editor.page.mouse.move(0, 0)  # or a tooltip is shown
-    editor.page.wait_for_timeout(1000)
-    canvas = editor.page.locator("#graph-canvas").bounding_box()
-    square = {"x": canvas["x"] + 120, "y": canvas["y"] + 120, "width": SIDE, "height": SIDE}
-    editor.page.screenshot(path=FOLDER / f"{title}.jpg", type="jpeg", quality=85, clip=square)
+    editor.picture(FOLDER / f"{title}.jpg", left, top, SIDE, SIDE, scale=SIDE / side)
 
 
 def main() -> None:
@@ -44,7 +39,6 @@ def main() -> None:
         place_model_files(folder)  # without them the editor marks the nodes that load them
         server = Server(folder)
         try:
-            server.post("/settings", {"Comfy.NodeBadge.NodeSourceBadgeMode": "None"})  # the server's name of the pack
             editor = Editor(browser.new_page(viewport={"width": 1300, "height": 1000}), server, "vue")
             for title in SQUARES:
                 _take(editor, title)

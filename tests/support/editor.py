@@ -260,17 +260,18 @@ class Editor:
         self.page.get_by_test_id("info-button").click()
         return self.page.get_by_test_id("properties-panel")
 
-    def picture(self, file: Path, left: int, top: int, width: int, height: int) -> None:
-        """That part of the graph, without the name of the folder that the pack is in."""
+    def picture(self, file: Path, left: int, top: int, width: int, height: int, scale: float = 1.0) -> None:
+        """So many pixels of the graph from that place on, without the name of the folder that the pack is in."""
         settings = "app.extensionManager.setting"
         self.page.evaluate(f"{settings}.set('Comfy.NodeBadge.NodeSourceBadgeMode', 'None')")
         self.page.evaluate(f"{settings}.set('Comfy.Minimap.Visible', false)")
         self.page.mouse.move(0, 0)  # or a tooltip is shown
-        self.look_at(left, top)
+        self.look_at(left, top, scale)
         self.page.wait_for_timeout(1000)
         canvas = self.page.locator("#graph-canvas").bounding_box()
         at = {"x": canvas["x"] + 120, "y": canvas["y"] + 120}
-        self.page.screenshot(path=file, clip={**at, "width": width, "height": height})
+        how = {"quality": 85} if file.suffix == ".jpg" else {}
+        self.page.screenshot(path=file, clip={**at, "width": width, "height": height}, **how)
 
 
 def read_without_scrolling(box: Locator) -> str:
