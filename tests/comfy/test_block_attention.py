@@ -13,10 +13,11 @@ from comfyui_agd.agd_core.comfyui.backbones.block_attention import (
     prompt_keys_values,
     token_grid,
 )
-from comfyui_agd.agd_core.comfyui.backbones.split_attention import can_split, joined, look
+from comfyui_agd.agd_core.comfyui.backbones.split_attention import _CPU, _EFFICIENT, _is_sound, joined, look
 from comfyui_agd.agd_core.comfyui.prompt import KeysValues, Prompt, difference_of, mean_token
 
 B, HEADS, D, IMAGE, M = 2, 3, 8, 10, 4
+FIRST, OTHERS = slice(0, 5), slice(5, None)  # of nine keys
 
 
 def attention(q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **unused):
@@ -60,9 +61,28 @@ def test_a_mask_hides_keys_in_it_too(dtype):
     torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k[:, :, :-1], v[:, :, :-1]))
 
 
-def test_with_gradients_attention_is_not_split():
-    assert can_split(tokens(9, True, 0), D)
-    assert not can_split(tokens(9, True, 0).requires_grad_(), D)
+@pytest.mark.parametrize("masked", [True, False])
+def test_its_gradients_are_those_of_attention_to_all(masked):
+    q, k, v = (tokens(9, True, seed).requires_grad_() for seed in range(3))
+    mask = hidden_last(9) if masked else None
+    parts = (look(q, k[:, :, own], v[:, :, own], mask[..., own] if masked else None) for own in (FIRST, OTHERS))
+    whole = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    towards = tokens(9, True, 3)
+    found = torch.autograd.grad(joined(*parts), (q, k, v), towards)
+    torch.testing.assert_close(found, torch.autograd.grad(whole, (q, k, v), towards))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_attention_is_used_where_its_gradients_are_those_of_a_plain_one(dtype):
+    device = torch.device("cpu")
+    assert _is_sound(_CPU, device, dtype, 64)
+    assert not _is_sound(_CPU._replace(backward=_wrong_backward), device, dtype, 64)
+    assert not _is_sound(_EFFICIENT, device, dtype, 64)  # a CPU has none
+    assert not _is_sound(_CPU, device, dtype, 192)
+
+
+def _wrong_backward(*args) -> tuple[torch.Tensor, ...]:
+    return tuple(1.1 * each for each in _CPU.backward(*args))
 
 
 @pytest.mark.parametrize("by_head", [True, False])
@@ -75,10 +95,16 @@ def test_looking_at_the_image_once_is_looking_at_all_each_time(by_head, last, ma
         mask = torch.ones(B, 1, 1, IMAGE + M, dtype=torch.bool)
         mask[..., prompt.stop - 1] = False
     own, other = kept(by_head), kept(by_head, m=6, mask=hidden_last(6) if masked else None, seed=7)
-    whole, split = (kind(call_of(by_head, mask=mask), place, own) for kind in (WholeLooks, SplitLooks))
-    assert whole.queries == split.queries
-    torch.testing.assert_close(split.attended, whole.attended)
-    torch.testing.assert_close(split.at(other), whole.at(other))
+    found = []
+    for kind in (WholeLooks, SplitLooks):
+        call = call_of(by_head, mask=mask)
+        learnt = [each.requires_grad_() for each in (call.q, call.k, call.v)]
+        looks = kind(call, place, own)
+        results = [looks.attended, looks.at(other)]
+        assert looks.queries == place.split(IMAGE + M, M)[0]
+        found.append((results, torch.autograd.grad([each.square().sum() for each in results], learnt)))
+    whole, split = found
+    torch.testing.assert_close(split, whole)
 
 
 @pytest.mark.parametrize("by_head", [True, False])
