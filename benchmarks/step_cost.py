@@ -304,8 +304,7 @@ achieved and moving weights that don't fit takes no time.
 
 What the student's forward and backward pass take beside the weights, with a base in bf16 and the default adapter:
 memory at its peak, and FLOPs over those of one evaluation of the base. *Kept*: all activations until the backward pass;
-*computed twice*: a block's at a time (`--checkpointing`), which is what makes a step fit. Where prompt and image share
-one attention, the image looks at all keys three times in training.
+*computed twice*: a block's at a time (`--checkpointing`), which is what makes a step fit.
 
 {markdown_table(_PEAKS, plans)}
 """
