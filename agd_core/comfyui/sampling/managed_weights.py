@@ -28,8 +28,20 @@ def managed(
             f"Weights of the adapter {source} are NaN or too large for {dtype}, in which this model computes "
             f"({', '.join(overflown[:8])}): run the model in bf16 or fp32, or train the adapter again."
         )
-    patcher = comfy.model_patcher.CoreModelPatcher(
-        adapter, load_device=base.load_device, offload_device=comfy.model_management.unet_offload_device()
-    )
+    patcher = _patcher(adapter, base.load_device)
     adapter.load_state_dict(weights, assign=True)
+    if hasattr(patcher, "cached_patcher_init"):  # by which newer releases copy a model for another GPU
+        patcher.cached_patcher_init = _copied, (adapter, base.load_device)
     return patcher
+
+
+def _copied(adapter: Adapter, load_device: torch.device) -> comfy.model_patcher.ModelPatcher:
+    copied = Adapter(adapter.config, comfy.ops.manual_cast).requires_grad_(False)
+    weights = {key: tensor.to("cpu", copy=True) for key, tensor in adapter.state_dict().items()}
+    copied.load_state_dict(weights, assign=True)
+    return _patcher(copied, load_device)
+
+
+def _patcher(adapter: Adapter, load_device: torch.device) -> comfy.model_patcher.ModelPatcher:
+    offload_device = comfy.model_management.unet_offload_device()
+    return comfy.model_patcher.CoreModelPatcher(adapter, load_device=load_device, offload_device=offload_device)

@@ -66,8 +66,7 @@ def can_merge(guider: CFGGuider, lora: dict[str, torch.Tensor]) -> bool:
     """Whether the guider's model can have the LoRA in its weights throughout a sampling."""
     model = guider.model_patcher
     hooked = any(cond.get("hooks") is not None for conds in guider.conds.values() for cond in conds)
-    on_several = bool(model.additional_models.get("multigpu"))  # each with weights of its own
-    return not hooked and not on_several and all(_is_plain(weight) for weight in _changed(model, lora))
+    return not hooked and all(_is_plain(weight) for weight in _changed(model, lora))
 
 
 def _changed(model: ModelPatcher, lora: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:

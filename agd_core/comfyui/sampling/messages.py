@@ -106,6 +106,7 @@ UNCOMPILED_FOR_REPLACED_PARTS = (
     "Runs uncompiled: use the core node TorchCompileModel. Another node has put compiled parts in the model's place, "
     "which adapters can't reach."
 )
+ONE_GPU = "Runs on one GPU: MultiGPU CFG Split has nothing to share out. A step with an adapter is a single evaluation."
 UNCOMPILED_FOR_TOO_MANY_GRAPHS = (
     "Runs uncompiled: restart ComfyUI to compile again. torch.compile has made as many graphs for other sizes and "
     "adapters as it may."

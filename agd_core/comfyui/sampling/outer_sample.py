@@ -14,6 +14,7 @@ from .conditions import copy_conditions
 from .guided_sampling import GuidedSampling
 from .merging import Evaluators, MergingHistory, evaluators_of, merged_into
 from .messages import Notify
+from .one_gpu import on_one_gpu
 from .restarts import RestartMerged, RestartSampling, RestartUnguided, RestartWithoutForecasts, SamplingMode
 from .schedule import SigmaSpan
 from .shared_by_deepcopy import SharedByDeepcopy
@@ -41,9 +42,12 @@ class AdapterGuidance(SharedByDeepcopy):
     def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs) -> torch.Tensor:
         guider = executor.class_obj
         given = guider.model_patcher
-        guider.model_patcher = with_original_parts(given)
-        if guider.model_patcher is not given:
+        original = with_original_parts(given)
+        guider.model_patcher = on_one_gpu(original)
+        if original is not given:
             self.notify(messages.UNCOMPILED_FOR_REPLACED_PARTS)
+        if guider.model_patcher is not original:
+            self.notify(messages.ONE_GPU)
         try:
             return self._sample(executor, noise, latent_image, sampler, *args, **kwargs)
         finally:
