@@ -1,6 +1,5 @@
 """What a run begins with: checked settings, encoded prompts, a new adapter."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from .held_out import HeldOutPrompts
 from .model import Denoiser, EncodedPrompts, Model, ProgressCallback, TextEncoder, encode
 from .options import SettingsError
 from .plan import Plan
-from .recording import Recording, checksum_of
+from .recording import Recording
 
 
 @dataclass(frozen=True)
@@ -88,17 +87,6 @@ def check_settings(denoiser: Denoiser, config: TrainConfig, recording: Recording
         raise ValueError(
             "A recording has the teacher's steps only, none of the adapter's: train from one with on_policy 0."
         )
-
-
-def run_identity(model: Model, prompts: Sequence[str], config: TrainConfig, options: RunOptions) -> dict:
-    """What must be equal for a saved run state to be this run's, as JSON data."""
-    texts = {"prompts": prompts, "negative": options.negative, "measured": options.held_out or ()}
-    identity = config.result_settings() | {name: list(lines) for name, lines in texts.items()}
-    identity |= {"base": model.base.fingerprint, "patches": model.base_patches}
-    identity |= {"recording": options.recording.checksum() if options.recording else ""}
-    if options.start is not None:
-        identity |= {"start": f"{options.start.name}, {checksum_of(options.start)[:12]}"}
-    return json.loads(json.dumps(identity))
 
 
 def split_prompts(prompts: Sequence[str], config: TrainConfig) -> tuple[list[str], list[str]]:

@@ -27,6 +27,7 @@ from .plot import training_plot
 from .pool import BatchSource, TrajectoryPool
 from .progress import Progress, TimeLeft
 from .run_folder import RunFolder, RunFolderError
+from .run_identity import check_same_run, run_identity
 from .run_setup import (
     RunOptions,
     RunPrompts,
@@ -35,9 +36,8 @@ from .run_setup import (
     check_settings,
     describe_adapter,
     new_adapter,
-    run_identity,
 )
-from .run_state import Best, DamagedState, RunState, check_same_run, check_saved, non_finite_parts
+from .run_state import Best, DamagedState, RunState, check_saved, non_finite_parts
 from .training_step import RECENT, TrainingStep, initial_loss_scale
 
 log = logger(__name__)
@@ -132,13 +132,14 @@ def train(
     ranks, start = Ranks(), Start.load(options.start) if options.start is not None else None
     rows = ranks.rows(config.batch)
     check_settings(model.denoiser, config, options.recording)
+    texts = RunTexts.split(prompts, config, options)
     identity = run_identity(model, prompts, config, options)
     files = RunFolder(options.folder) if options.folder is not None else None
     with files.held() if files is not None and ranks.first else nullcontext():
         saved = _saved_state(files, identity)
         if ranks.first:
             callbacks.on_start()
-        begun = _Begun(ranks, rows, start, identity, files, saved, RunTexts.split(prompts, config, options))
+        begun = _Begun(ranks, rows, start, identity, files, saved, texts)
         try:
             trained = _trained(model, config, callbacks, options, begun)
         except Diverged as error:

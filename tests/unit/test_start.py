@@ -15,8 +15,8 @@ from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, S
 from comfyui_agd.tests.support.small import config_for, info_for, small_layer
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.presets import settings_for
+from comfyui_agd.training.run_identity import DifferentRun
 from comfyui_agd.training.run_setup import RunOptions, Start
-from comfyui_agd.training.run_state import DifferentRun
 from comfyui_agd.training.trainer import Callbacks, train
 
 SHORT = replace(CONFIG, iterations=2, evaluate_every=0)

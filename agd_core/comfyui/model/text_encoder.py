@@ -33,6 +33,11 @@ class ComfyTextEncoder:
         """`model`: the base that the prompts are for."""
         self._clip, self._model = clip, model
 
+    @property
+    def patches(self) -> dict[str, Any]:
+        """LoRAs on the text encoder, as ComfyUI's patcher has them."""
+        return getattr(getattr(self._clip, "patcher", None), "patches", {})
+
     def encode(self, prompts: Sequence[str], kind: str = "positive") -> list[EncodedPrompt]:
         """Prompts for pictures of any size; `kind` is "positive" or "negative"."""
         dtype, encoded = self._model.model.get_dtype_inference(), []
