@@ -123,8 +123,11 @@ class Job:
             )
 
     def _write_result(self, trained: Trained) -> None:
-        adapter_file.save(self.output, trained.adapter, trained.info)
         files = RunFolder(self.folder)
+        try:
+            adapter_file.save(self.output, trained.adapter, trained.info)
+        except adapter_file.AdapterFileError as error:
+            raise JobError(f"{error} The same training {files.next_run()}.") from error
         files.save_text("report.txt", self.report(trained))
         files.clear()
 

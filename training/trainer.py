@@ -99,6 +99,7 @@ class _Run:
     step: TrainingStep
     held_out: HeldOutEvaluation
     evaluation: Evaluation | None = None
+    saved_at: int | None = None  # the step of the newest saved state
     stopped: BaseException | None = None  # what a caller raised in a phase, of several ranks
 
 
@@ -142,14 +143,16 @@ def train(
         begun = _Begun(ranks, rows, start, identity, files, saved, texts)
         try:
             trained = _trained(model, config, callbacks, options, begun)
+            if ranks.first:
+                callbacks.on_end(trained)
         except Diverged as error:
             raise _with_remedy(error, begun, config.learning_rate) from error
         except BaseException:
             if files is not None and ranks.first:
                 log.info("AGD: the training stopped; the same one %s (%s).", files.next_run(), files.path)
             raise
-        if ranks.first:
-            callbacks.on_end(trained)
+        if files is not None and ranks.first:
+            files.save_image("training.png", trained.plot())
     return trained
 
 
@@ -182,10 +185,12 @@ def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: R
         try:
             if saved is not None:
                 _go_on(state, saved, rows, files)
+                run.saved_at = state.step
             if files is not None and ranks.first:
                 files.start_metrics(state.step, state.is_measured)
             state.resumable = saved is not None  # before the first iteration there is nothing to go on from
             _train_loop(run)
+            _save_end(run)
         except Diverged:
             raise  # from a state that leads nowhere
         except BaseException:  # ComfyUI's interrupt and KeyboardInterrupt among them
@@ -197,10 +202,7 @@ def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: R
     if state.best is not None:
         adapter.load_state_dict(state.best.weights)
     info = replace(info, training=_summary(run, texts))
-    trained = Trained(adapter, info, state.losses, state.history, run.evaluation)
-    if files is not None and ranks.first:
-        files.save_image("training.png", trained.plot())
-    return trained
+    return Trained(adapter, info, state.losses, state.history, run.evaluation)
 
 
 def _saved_state(files: RunFolder | None, identity: dict) -> dict[str, Any] | None:
@@ -306,13 +308,23 @@ def _save(run: _Run, plotted: bool = False) -> None:
     """Save the run's state, of all ranks, in its folder, if it has one."""
     if run.files is None:
         return
-    saved = run.state.state_dict(run.identity, run.ranks)
+    saved, run.saved_at = run.state.state_dict(run.identity, run.ranks), run.state.step
     if saved is not None:
         if wrong := next(non_finite_parts(saved), None):
             raise Diverged(f"{wrong} of step {run.state.step} holds NaN or infinity", run.state.step)
         run.files.save_run_state(run.state.step, saved, run.config.keep_states)
         if plotted:
             run.files.save_image("training.png", training_plot(run.state.losses, run.state.history))
+
+
+def _save_end(run: _Run) -> None:
+    """Save the state after the last iteration: where writing the adapter fails, the run goes on from there."""
+    if run.saved_at == run.state.step:
+        return
+    try:
+        _save(run)
+    except RunFolderError as error:  # the adapter may find a place all the same
+        log.warning("AGD: %s", error)
 
 
 def _of_phase(run: _Run, phase: str) -> ProgressCallback:
@@ -346,7 +358,7 @@ def _measure(run: _Run) -> None:
         state.best = Best(score, state.step, weights)
         if files is not None:
             info = replace(run.info, training={"step": state.step, **found})
-            adapter_file.save(files.path / "best.safetensors", state.average, info)
+            files.save_best(state.average, info)
     if run.evaluation is not None:
         if files is not None:
             files.add_metrics(state.step, score=score, **found, by_sigma=run.evaluation.sigmas())

@@ -1,15 +1,18 @@
 """A training job: what it refuses, writes, and reports."""
 
+import errno
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 
 from comfyui_agd.agd_core import adapter_file
-from comfyui_agd.agd_core.adapter_file import AdapterFileError
-from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel
+from comfyui_agd.agd_core.atomic import NotWritten, write_text
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, assert_same
 from comfyui_agd.training.job import Job, JobError
 from comfyui_agd.training.trainer import Callbacks
 
@@ -42,14 +45,87 @@ def test_a_final_write_that_fails_keeps_the_states_and_the_same_job_goes_on(tmp_
             raise OSError(28, "No space left on device")
 
         patch.setattr(adapter_file, "save_file", save_half)
-        with pytest.raises(AdapterFileError, match=r"mine\.safetensors could not be written \(No space .*: it takes"):
+        told = (
+            r"mine\.safetensors could not be written \(No space .*: it takes .* The same training goes on from step 7\."
+        )
+        with pytest.raises(JobError, match=told):
             job.run(Callbacks(), None, {})
     assert [path.name for path in tmp_path.iterdir()] == ["mine.run"]
     steps = []
     job.run(Callbacks(on_progress=lambda p: steps.append(p.step) if p.phase == "train" else None), None, {})
-    assert steps == [5, 6, 7]  # where it goes on, and then each iteration
+    assert steps == [7]  # where it goes on: nothing is left to do
     assert job.output.exists()
     assert list(job.folder.glob("state-*")) == []
+
+
+def in_use(monkeypatch, *names: str) -> None:
+    """Files of these names can't be replaced, as on Windows while another program has them open."""
+    real = os.replace
+
+    def replace(source, path):
+        if Path(path).name in names:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        real(source, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def test_an_output_in_use_at_the_end_costs_nothing(tmp_path, monkeypatch):
+    """Also of a run that is never saved in between, such as `agd calibrate`'s."""
+    config = replace(CONFIG, save_every=0)
+    whole = Job(AnalyticModel(), PROMPTS, config, tmp_path / "whole.safetensors").run(Callbacks(), None, {})
+    job = Job(AnalyticModel(), PROMPTS, config, tmp_path / "mine.safetensors")
+    with monkeypatch.context() as patch:
+        in_use(patch, "mine.safetensors")
+        with pytest.raises(JobError, match=r"another program has it open, .* The same training goes on from step 12\."):
+            job.run(Callbacks(), None, {})
+    model = AnalyticModel()
+    assert_same(Job(model, PROMPTS, config, job.output).run(Callbacks(), None, {}), whole)
+    assert model.student_rows == []
+    assert list(job.folder.glob("state-*")) == []
+
+
+SHOWN = ["training.png", "step-000006.png", "metrics.jsonl", "best.safetensors", "report.txt", "config.toml"]
+
+
+def test_files_that_only_show_a_run_do_not_stop_it(tmp_path, monkeypatch, caplog):
+    job = Job(AnalyticModel(), PROMPTS, replace(CONFIG, preview_every=6), tmp_path / "mine.safetensors")
+    in_use(monkeypatch, *SHOWN)
+    job.run(Callbacks(), None, {})
+    adapter_file.load_weights(job.output)
+    told = [record.message for record in caplog.records if "goes on, but for one of its files" in record.message]
+    assert len(told) == len(SHOWN)
+    assert all(any(name in message for message in told) for name in SHOWN)
+
+
+def test_states_that_can_not_be_removed_do_not_undo_a_training(tmp_path, monkeypatch, caplog):
+    real = Path.unlink
+
+    def unlink(path, **how):
+        if path.name.startswith("state-"):
+            raise PermissionError(errno.EACCES, "Access is denied")
+        real(path, **how)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    job = Job(AnalyticModel(), PROMPTS, replace(CONFIG, save_every=2), tmp_path / "mine.safetensors")
+    job.run(Callbacks(), None, {})
+    adapter_file.load_weights(job.output)
+    assert "state-000012.pt is of no use any more, but can't be removed (Access is denied)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, r"it takes 4 bytes, and [\d,]+ are free there; make room, or choose another place\.$"),
+        (errno.EACCES, r"another program has it open, or this one may not write there; close that program, allow it, "),
+        (errno.EPERM, r"another program has it open, or this one may not write there; close that program, allow it, "),
+        (errno.EROFS, r"its disk can only be read; choose another place\.$"),
+    ],
+)
+def test_the_advice_is_of_what_keeps_a_file_from_being_written(tmp_path, monkeypatch, number, advice):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(number, "no")))
+    with pytest.raises(NotWritten, match=r"a\.txt could not be written \(no\): " + advice):
+        write_text(tmp_path / "a.txt", "text")
 
 
 @pytest.mark.parametrize(

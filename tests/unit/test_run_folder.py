@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.atomic import NotWritten, replacing, write_text
 from comfyui_agd.agd_core.config import BaseInfo
-from comfyui_agd.agd_core.errors import AGDError
 from comfyui_agd.tests.support.small import info_for, small_layers
 from comfyui_agd.training.run_folder import RunFolder, RunFolderError, folder_of
 
@@ -159,20 +158,24 @@ def test_a_write_that_ends_half_way_keeps_the_older_state(folder, small_files):
     assert list(folder.path.glob(".*.part")) == []
 
 
-def test_everything_else_that_a_run_writes_says_the_same_of_a_full_disk(folder, small_files, adapter_and_info):
+def test_of_everything_else_that_a_run_writes_the_log_says_so_once(folder, small_files, adapter_and_info, caplog):
     noise = Image.frombytes("RGB", (512, 512), random.Random(0).randbytes(3 * 512 * 512))
     writes = {
         "report.txt": lambda path: folder.save_text(path.name, "x" * 200_000),
         "previews/step.png": lambda path: folder.save_image("previews/step.png", noise),
         "metrics.jsonl": lambda path: folder.add_metrics(1, text="x" * 200_000),
-        "best.safetensors": lambda path: adapter_file.save(path, *adapter_and_info),
+        "best.safetensors": lambda path: folder.save_best(*adapter_and_info),
     }
     for name, write in writes.items():
         path = folder.path / name
-        with pytest.raises(
-            AGDError, match=rf"{name} could not be written \(.*\): it takes [\d,]+ bytes, and [\d,]+ are free"
-        ):
-            write(path)
+        caplog.clear()
+        write(path)
+        write(path)
+        (record,) = caplog.records
+        told = (
+            rf"one of its files\. Details: .*{name} could not be written \(.*\): it takes [\d,]+ bytes, and [\d,]+ are"
+        )
+        assert re.search(told, record.message)
         assert name == "metrics.jsonl" or not path.exists()
     assert list(folder.path.rglob("*.part")) == []
 
