@@ -27,7 +27,7 @@ from .base_source import BaseSource
 from .config import TrainConfig
 from .distributed import Ranks
 from .gap import Evaluation
-from .job import Job, check_disk_space, check_output, check_writable
+from .job import Job, check_disk_space, check_is_other_file, check_output, check_replaceable, check_writable
 from .presets import CARDS, check_chosen, settings_for
 from .progress import PHASES, Progress, ProgressLines
 from .recording import SETTINGS as RECORDED
@@ -288,6 +288,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     check_output(args.output)
+    check_is_other_file(args.output, args.source)
+    check_replaceable(args.output)
     info, weights = authors.load(args.source)
     adapter_file.save_weights(args.output, weights, info)
     _say(f"Wrote {args.output}: {info.config.kind.describe()}, for {info.base.family_name}.")
@@ -296,6 +298,8 @@ def _import(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     omega = given(ExportSettings, args).omega
     check_output(args.output)
+    check_is_other_file(args.output, args.adapter)
+    check_replaceable(args.output, lora.is_export, "LoRA of agd export")
     lora.export(args.adapter, args.output, omega)
     low, high = adapter_file.read_info(args.adapter).omega_range
     outside = "" if low <= omega <= high else f" It was trained for guidance {low:g} to {high:g} only."

@@ -207,17 +207,29 @@ def check_output(output: Path, beside: Callable[[Path], Sequence[Path]] = lambda
     check_writable(output, *beside(output))
 
 
-def check_replaceable(output: Path) -> None:
-    """Raises `JobError` where there is a file that is no adapter: a checkpoint, say, that a config file names."""
-    if not output.exists():
-        return
+def is_adapter(path: Path) -> bool:
+    """Whether it is an adapter file, as far as its description tells."""
     try:
-        adapter_file.read_info(output)
-    except adapter_file.AdapterFileError as error:
+        adapter_file.read_info(path)
+    except adapter_file.AdapterFileError:
+        return False
+    return True
+
+
+def check_replaceable(output: Path, is_own: Callable[[Path], bool] = is_adapter, what: str = "adapter") -> None:
+    """Raises `JobError` where there is a file that `is_own` doesn't know as `what`: a checkpoint, say, that a config
+    file names."""
+    if output.exists() and not is_own(output):
         raise JobError(
-            f"{output} is there already and no adapter that a new one could replace: choose another output, or delete "
+            f"{output} is there already and no {what} that a new one could replace: choose another output, or delete "
             "it first."
-        ) from error
+        )
+
+
+def check_is_other_file(output: Path, source: Path) -> None:
+    """Raises `JobError` where the output is the file to read, by whatever path or link."""
+    if output.exists() and source.exists() and output.samefile(source):
+        raise JobError(f"The output {output} is the file that is to be read: choose another output.")
 
 
 def check_writable(*files: Path) -> None:
