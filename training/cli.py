@@ -219,7 +219,7 @@ def _record(args: argparse.Namespace) -> None:
     job = _job(args, args.output)
     batches = recorded.batches or math.ceil(job.config.iterations / job.config.reuse)
     size = size_in_bytes(job.model.denoiser, job.config, batches)
-    check_disk_space(args.output, size, "record fewer batches (--batches)")
+    check_disk_space(args.output, size, "record fewer batches (--batches)", [*args.output.glob("shard-*.safetensors")])
     rows = batches * job.config.batch
     _say(f"{rows:,} noisy latents, {2 * rows:,} model evaluations, {size / 1e9:.2f} GB in {args.output}.")
     if args.dry_run:

@@ -89,10 +89,13 @@ class Job:
         progress(0, 1)  # loading the text encoder may take a while
         prompts = ExamplePrompts.of(self.model.text_encoder, self.prompts or [""], self.negatives)
         memory = round(self.config.memory * 1e9) or self.model.memory.available()
-        found = plan(self.model, self.config, memory, prompts, ranks=Ranks().count, progress=progress)
+        # A recording's states hold nothing to reuse: they are read again.
+        config = self.config if self.recording is None else dataclasses.replace(self.config, reuse=1)
+        found = plan(self.model, config, memory, prompts, ranks=Ranks().count, progress=progress)
         if self.recording is not None:
             found = dataclasses.replace(found, teacher_evaluations=0, seconds=None)
-        check_disk_space(self.folder, found.disk_bytes, "keep fewer saves of the run (keep_states)")
+        otherwise, kept = "keep fewer saves of the run (keep_states)", RunFolder(self.folder).of_unfinished_run()
+        check_disk_space(self.folder, found.disk_bytes, otherwise, kept)
         return found
 
     def run(self, callbacks: Callbacks, planned: Plan | None, settings: dict) -> Trained:
@@ -185,8 +188,11 @@ def _toml_value(value: Any) -> str:
     return _SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f"))
 
 
-def check_disk_space(folder: Path, needed: int, otherwise: str) -> None:
-    """Raises `JobError` where the disk of `folder` has less than `needed` bytes free."""
+def check_disk_space(folder: Path, needed: int, otherwise: str, kept: Sequence[Path] = ()) -> None:
+    """Raises `JobError` where the disk of `folder` has less than `needed` bytes free, of which the files `kept` by the
+    same run, stopped before, take a part already.
+    """
+    needed -= sum(file.stat().st_size for file in kept if file.is_file())
     place = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed:

@@ -128,8 +128,12 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what only an unfinished run needs."""
-        for path in [*self.run_states(), self.path / "best.safetensors"]:
+        for path in self.of_unfinished_run():
             _remove(path)
+
+    def of_unfinished_run(self) -> list[Path]:
+        """The files that only it needs, and that are gone when it ends."""
+        return [*self.run_states(), self.path / "best.safetensors"]
 
     @contextmanager
     def _shown(self, name: str) -> Iterator[None]:

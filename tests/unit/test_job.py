@@ -3,8 +3,10 @@
 import errno
 import os
 import re
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import save
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.atomic import NotWritten, write_text
-from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, assert_same
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, Stopped, assert_same, stop_after
 from comfyui_agd.training.job import Job, JobError
 from comfyui_agd.training.trainer import Callbacks
 
@@ -56,6 +58,58 @@ def test_a_final_write_that_fails_keeps_the_states_and_the_same_job_goes_on(tmp_
     assert steps == [7]  # where it goes on: nothing is left to do
     assert job.output.exists()
     assert list(job.folder.glob("state-*")) == []
+
+
+def disk_of(monkeypatch, folder: Path, size: int) -> None:
+    """A disk of that size that holds the folder and nothing else."""
+
+    def usage(place):
+        used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return SimpleNamespace(total=size, used=used, free=max(0, size - used))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+
+def plans(monkeypatch, disk_bytes: int) -> list:
+    """Runs are planned to take so many bytes of the disk. Returns the configs that are planned."""
+    planned = []
+
+    @dataclass
+    class Planned:
+        disk_bytes: int
+        teacher_evaluations: int = 1
+        seconds: float | None = 1.0
+
+    def plan(model, config, *_, **__):
+        planned.append(config)
+        return Planned(disk_bytes)
+
+    monkeypatch.setattr("comfyui_agd.training.job.plan", plan)
+    monkeypatch.setattr(AnalyticModel, "available", lambda self: None, raising=False)
+    return planned
+
+
+def test_a_stopped_run_needs_no_room_for_what_it_has_on_the_disk_already(tmp_path, monkeypatch):
+    config = replace(CONFIG, save_every=2, keep_states=2)
+    job = Job(AnalyticModel(), PROMPTS, config, tmp_path / "mine.safetensors")
+    with pytest.raises(Stopped):
+        job.run(stop_after(7), None, {})
+    states = sum(path.stat().st_size for path in job.folder.glob("state-*"))
+    plans(monkeypatch, states + 100_000)
+    disk_of(monkeypatch, tmp_path, states + 200_000)
+    job.plan()
+    (tmp_path / "another file").write_bytes(bytes(150_000))
+    with pytest.raises(JobError, match=r"GB of disk, but .* free; make room"):
+        job.plan()
+
+
+def test_training_from_a_recording_needs_no_room_to_reuse_its_states(tmp_path, monkeypatch):
+    recording = Job(AnalyticModel(), PROMPTS, CONFIG, tmp_path / "recording").record(4, Callbacks())
+    planned, config = plans(monkeypatch, 0), replace(CONFIG, reuse=4)
+    how = AnalyticModel(), PROMPTS, config, tmp_path / "mine.safetensors"
+    Job(*how).plan()
+    Job(*how, recording=recording).plan()
+    assert planned == [config, replace(config, reuse=1)]
 
 
 def in_use(monkeypatch, *names: str) -> None:
