@@ -28,7 +28,7 @@ from .config import TrainConfig
 from .distributed import Ranks
 from .gap import Evaluation
 from .job import Job, check_disk_space, check_is_other_file, check_output, check_replaceable, check_writable
-from .presets import CARDS, check_chosen, settings_for
+from .presets import CARDS, check_chosen, check_for_two_experts, settings_for
 from .progress import PHASES, Progress, ProgressLines
 from .recording import SETTINGS as RECORDED
 from .recording import Recording, can_go_on, size_in_bytes
@@ -147,6 +147,8 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
 
     chosen, source = _chosen(args), BaseSource.given(args)
     early = check_chosen(chosen)
+    if source.other_expert is not None:
+        check_for_two_experts(early)
     seed = chosen.get("seed", TrainConfig.seed)
     if recording is None:
         prompts = _prompts(args, seed)
