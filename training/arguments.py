@@ -182,7 +182,7 @@ def _add_train(commands: Any) -> argparse.ArgumentParser:
         "comfyui_agd.training train ...",
     )
     _add_file(parser, "--output", "the adapter file to write; its run's folder is beside it")
-    _add_file(parser, "--start", "an adapter file to begin from: of the same kind, or a scale adapter")
+    _add_file(parser, "--start", "an adapter to begin from: of the same kind, or a scale adapter")
     parser.add_argument("--dry-run", action="store_true", help="say what it takes, and whether it fits, and stop")
     _add_folder(parser, "--recording", "a folder of `agd record`, to learn from that instead of sampling")
     _add_run(parser)

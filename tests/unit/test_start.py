@@ -15,7 +15,7 @@ from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, S
 from comfyui_agd.tests.support.small import config_for, info_for, small_layer
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.presets import settings_for
-from comfyui_agd.training.run_identity import DifferentRun
+from comfyui_agd.training.run_identity import DifferentRun, run_identity
 from comfyui_agd.training.run_setup import RunOptions, Start
 from comfyui_agd.training.trainer import Callbacks, train
 
@@ -95,6 +95,23 @@ def test_a_run_that_was_stopped_goes_on_from_its_state_and_not_from_the_start_ag
         train(AnalyticModel(), PROMPTS, config, options=RunOptions(start=start, **how))
     start.write_bytes(kept)
     assert_same(train(AnalyticModel(), PROMPTS, config, options=RunOptions(start=start, **how)), whole)
+
+
+def test_a_run_of_the_paper_authors_code_is_named_by_the_checkpoint_that_is_taken(tmp_path):
+    """As everywhere else, a folder stands for its newest checkpoint."""
+
+    def start() -> str:
+        return run_identity(AnalyticModel(), PROMPTS, SHORT, RunOptions(start=tmp_path / "theirs"))["start"]
+
+    (tmp_path / "theirs" / "checkpoints").mkdir(parents=True)
+    for name in ("0000500.pt", "0005000.pt"):
+        (tmp_path / "theirs" / "checkpoints" / name).write_text(name)
+    before = start()
+    assert before.startswith("theirs, ")
+    (tmp_path / "theirs" / "checkpoints" / "0000500.pt").write_text("another")
+    assert start() == before
+    (tmp_path / "theirs" / "checkpoints" / "0005000.pt").write_text("another")
+    assert start() != before
 
 
 def test_the_runs_config_begins_from_there_again(save, tmp_path):
