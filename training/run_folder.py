@@ -11,6 +11,7 @@ previews/             CFG beside AGD; training.png: loss and gap closed by itera
 holder.txt            who trains here, while one does
 """
 
+import importlib.util
 import io
 import json
 import os
@@ -159,8 +160,12 @@ class RunFolder:
         with self._shown("metrics.jsonl"):
             append_text(self.path / "metrics.jsonl", json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
-            for name, value in _flat(values):
-                self._board.add_scalar(name, value, step)
+            try:
+                for name, value in _flat(values):
+                    self._board.add_scalar(name, value, step)
+            except Exception as error:  # its disk is full, say
+                _log_without_tensorboard(error)
+                self._board = None
 
     def save_text(self, name: str, text: str) -> None:
         with self._shown(name):
@@ -179,7 +184,10 @@ class RunFolder:
 
     def close(self) -> None:
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except Exception as error:
+                _log_without_tensorboard(error)
 
 
 def _remove(path: Path) -> None:
@@ -219,10 +227,21 @@ def _flat(values: dict, prefix: str = "") -> list[tuple[str, float]]:
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
-    """TensorBoard's writer, or None where it is not installed."""
+    """TensorBoard's writer, or None where it is not installed, or doesn't work."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
+        if importlib.util.find_spec("tensorboard") is None:
+            return None
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    except Exception as error:  # such as protobuf's TypeError where another pack has installed another version
+        _log_without_tensorboard(error)
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _log_without_tensorboard(error: Exception) -> None:
+    log.warning(
+        "AGD: TensorBoard is installed but fails, so nothing is written for it; metrics.jsonl has the same (%s).",
+        _first_line(error),
+    )

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import re
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,6 +219,58 @@ def test_lines_of_metrics_that_are_not_ours_are_dropped(folder, line):
     (folder.path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n' + line.encode("latin1") + b"\n")
     folder.start_metrics(2, measured=True)
     assert lines(folder) == [{"step": 1, "loss": 1.0}]
+
+
+class FailingBoard:
+    """TensorBoard's writer, whose methods of these names fail."""
+
+    def __init__(self, *names: str):
+        self.names, self.called = names, []
+
+    def __getattr__(self, name: str):
+        def call(*args):
+            self.called.append(name)
+            if name in self.names:
+                raise OSError("No space left on device")
+
+        return call
+
+
+def test_a_tensorboard_that_can_not_be_imported_stops_no_run(folder, monkeypatch, caplog):
+    """Protobuf of another version raises TypeError, not ImportError."""
+
+    class Broken:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            return ModuleSpec(name, Broken) if name == "tensorboard" else None
+
+        @staticmethod
+        def create_module(spec):
+            return None
+
+        @staticmethod
+        def exec_module(module):
+            raise TypeError("Descriptors cannot be created directly.\nIf this call came from a _pb2.py file, ...")
+
+    monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard" or "torch.utils.tens" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    folder.start_metrics(0, measured=False)
+    folder.add_metrics(1, loss=1.0)
+    assert lines(folder) == [{"step": 1, "loss": 1.0}]
+    assert "TensorBoard is installed but fails" in caplog.text
+    assert "(Descriptors cannot be created directly.)" in caplog.text
+
+
+@pytest.mark.parametrize("fails", ["add_scalar", "close"])
+def test_a_tensorboard_that_fails_later_stops_no_run(folder, caplog, fails):
+    folder._board = board = FailingBoard(fails)
+    for step in (1, 2):
+        folder.add_metrics(step, loss=1.0)
+    folder.close()
+    assert board.called == {"add_scalar": ["add_scalar"], "close": ["add_scalar", "add_scalar", "close"]}[fails]
+    assert lines(folder) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}]
+    assert caplog.text.count("TensorBoard is installed but fails") == 1
 
 
 def test_a_finished_run_keeps_its_records_but_no_states(folder):
