@@ -25,7 +25,7 @@ from .pool import TrajectoryPool
 from .prompts import fragments, generate_negatives
 from .recording import Recording, identity_of, record
 from .run_folder import RunFolder, folder_of
-from .run_setup import RunOptions, split_prompts
+from .run_setup import RunOptions, Start, split_prompts
 from .trainer import Callbacks, Trained, train
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -83,9 +83,11 @@ class Job:
 
     def plan(self, progress: ProgressCallback = no_progress) -> Plan:
         """What the run costs. Raises `DoesNotFit`, or `JobError` where the disk has too little space, or the output is
-        somebody else's file.
+        somebody else's file; and what `Start.load` does.
         """
         check_replaceable(self.output)
+        if self.start is not None:
+            Start.load(self.start, self.model.base, self.config)
         progress(0, 1)  # loading the text encoder may take a while
         prompts = ExamplePrompts.of(self.model.text_encoder, self.prompts or [""], self.negatives)
         memory = round(self.config.memory * 1e9) or self.model.memory.available()

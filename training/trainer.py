@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..agd_core import adapter_file
 from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo
 from ..agd_core.text import logger
@@ -130,8 +129,9 @@ def train(
     which the same folder can be trained into again.
     """
     # What can be refused is, before any evaluation.
-    ranks, start = Ranks(), Start.load(options.start) if options.start is not None else None
+    ranks = Ranks()
     rows = ranks.rows(config.batch)
+    start = Start.load(options.start, model.base, config) if options.start is not None else None
     check_settings(model.denoiser, config, options.recording)
     texts = RunTexts.split(prompts, config, options)
     identity = run_identity(model, prompts, config, options)
@@ -168,7 +168,6 @@ def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: R
         model.denoiser.check_adapter(adapter_config)
         adapter = new_adapter(adapter_config, config.seed, encoded.unconditional, model.denoiser.device)
         if begun.start is not None:
-            adapter_file.check_base(begun.start.info, model.base, begun.start.file)
             begun.start.copy_into(adapter)
         both = BothPredictions(model.denoiser, model.memory, layout.teacher_rows)
         if options.recording is not None:

@@ -81,6 +81,21 @@ def test_one_of_another_base_is_refused(save, tmp_path):
         begun(file, kind="delta")
 
 
+@pytest.mark.parametrize("other", ["base", "width"])
+def test_what_can_not_be_the_start_is_refused_before_any_prompt_is_encoded(save, tmp_path, monkeypatch, other):
+    """Encoding thousands of prompts takes minutes, and so does counting what the training takes."""
+    info, adapter = adapter_file.load(save(kind="delta"))
+    base = BaseInfo("Other", "V_PREDICTION", info.base.layers) if other == "base" else info.base
+    start = adapter_file.save(tmp_path / "other.safetensors", adapter, replace(info, base=base))
+    config = replace(SHORT, kind="delta", hidden=8 if other == "base" else 12)
+    job = Job(AnalyticModel(), PROMPTS, config, tmp_path / "a.safetensors", start=start)
+    monkeypatch.setattr(AnalyticModel, "encode", lambda *_: pytest.fail("a prompt was encoded"))
+    for refused in (job.plan, lambda: job.run(Callbacks(), None, {})):
+        with pytest.raises(ValueError, match=r"was made for Other|can't be the start of one of kind delta, hidden 12"):
+            refused()
+    assert not job.folder.exists()
+
+
 def test_a_run_that_was_stopped_goes_on_from_its_state_and_not_from_the_start_again(save, tmp_path):
     start, config = save(kind="scale"), replace(CONFIG, kind="delta")
     whole = train(AnalyticModel(), PROMPTS, config, options=RunOptions(negative=NEGATIVE, start=start))
