@@ -148,7 +148,7 @@ class Job:
 
     def report(self, trained: Trained) -> str:
         """A page about the finished run, for people. The result comes first: a node may show 60 characters of it."""
-        training, measured = trained.info.training, trained.evaluation
+        training = trained.info.training
         gaps = training.get("gap_closed", {}).values()
         lines = [
             f"Gap closed {sum(gaps) / len(gaps):.0%}, {self.output.name}." if gaps else f"Saved {self.output.name}.",
@@ -165,11 +165,11 @@ class Job:
                 f"Gap closed on prompts that were not trained with ({training['held_out_prompts']}): {closed} "
                 f"(step {training['best_step']}, the best)."
             )
-        if measured is not None:
+        if trained.by_sigma:
             lines.append("By noise level, when last measured:")
-            for omega, pairs in measured.by_sigma.items():
+            for omega, pairs in trained.by_sigma.items():
                 levels = "  ".join(f"{sigma:.2f}: {value:.0%}" for sigma, value in pairs)
-                lines.append(f"  cfg {omega:g}  {levels}")
+                lines.append(f"  cfg {omega}  {levels}")
         return "".join(f"{one_line(line)}\n" for line in lines)
 
 

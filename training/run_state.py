@@ -40,6 +40,7 @@ class Best:
 class RunState:
     """`average`: the moving average of the adapter's weights, which is what is measured and saved as the adapter.
 
+    `by_sigma`: of the last measurement, `Evaluation.sigmas`; `shown`: the step of the last preview.
     `evaluations`: of the base, in rows. `loss_scale`: what the loss is multiplied by in the backward pass.
     `resumable`: whether this is the state after a complete iteration, from which the run goes on unchanged; not saved.
     """
@@ -54,6 +55,8 @@ class RunState:
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     history: list[Measurement] = field(default_factory=list)
+    by_sigma: dict[str, list[list[float]]] = field(default_factory=dict)
+    shown: int = 0
     best: Best | None = None
     resumable: bool = False
 
@@ -87,6 +90,8 @@ class RunState:
             "seconds": self.seconds,
             "losses": self.losses,
             "history": [asdict(measured) for measured in self.history],
+            "by_sigma": self.by_sigma,
+            "shown": self.shown,
             "best": vars(self.best) if self.best else None,
             "adapter": self.adapter.state_dict(),
             "average": self.average.state_dict(),
@@ -103,7 +108,7 @@ class RunState:
         """
         try:
             own = {name: value[rows.start : rows.stop] for name, value in saved["lanes"].items()}
-            saved = {**_renamed(saved), "lanes": own}
+            saved = {"by_sigma": {}, "shown": saved["step"], **_renamed(saved), "lanes": own}
             wrong = [*_unlike(self._template(saved), saved, ""), *_no_tensors(own)]
             if wrong:
                 raise ValueError(f"of another type or shape: {', '.join(wrong[:_LISTED])}")
@@ -118,6 +123,7 @@ class RunState:
         if (self.loss_scale == 1) == (saved["loss_scale"] == 1):  # else the run goes on in another precision
             self.loss_scale = saved["loss_scale"]
         self.history = [Measurement(**measured) for measured in saved["history"]]
+        self.by_sigma, self.shown = saved["by_sigma"], saved["shown"]
         self.best = Best(**saved["best"]) if saved["best"] else None
         self.adapter.load_state_dict(saved["adapter"])
         self.average.load_state_dict(saved["average"])
@@ -136,6 +142,8 @@ class RunState:
             "loss_scale": 1.0,
             "losses": [0.0] * saved["step"],
             "history": [_like_measurement(measured) for measured in saved["history"]],
+            "by_sigma": {name: [[0.0, 0.0]] * len(pairs) for name, pairs in saved["by_sigma"].items()},
+            "shown": 0,
             "best": vars(Best(0.0, 0, weights)) if saved["history"] else None,
             "adapter": weights,
             "average": weights,

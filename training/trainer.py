@@ -71,13 +71,18 @@ class Callbacks:
 
 @dataclass
 class Trained:
-    """A finished adapter on the CPU, the best that was measured or else the last, and what its file should say."""
+    """A finished adapter on the CPU, the best that was measured or else the last, and what its file should say.
+
+    `evaluation`: the last measurement, None if an earlier session of the run made it; `by_sigma`: its gap closed by
+    omega and noise level, in any case.
+    """
 
     adapter: Adapter
     info: AdapterInfo
     losses: list[float] = field(default_factory=list)
     history: list[Measurement] = field(default_factory=list)
     evaluation: Evaluation | None = None
+    by_sigma: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def plot(self) -> Image.Image:
         return training_plot(self.losses, self.history)
@@ -201,7 +206,7 @@ def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: R
     if state.best is not None:
         adapter.load_state_dict(state.best.weights)
     info = replace(info, training=_summary(run, texts))
-    return Trained(adapter, info, state.losses, state.history, run.evaluation)
+    return Trained(adapter, info, state.losses, state.history, run.evaluation, state.by_sigma)
 
 
 def _saved_state(files: RunFolder | None, identity: dict) -> dict[str, Any] | None:
@@ -236,7 +241,7 @@ def _with_remedy(error: Diverged, begun: _Begun, learning_rate: float) -> Diverg
 def _train_loop(run: _Run) -> None:
     """The loop. Each iteration ends complete: a run that stops there goes on to the same result."""
     state, config, callbacks = run.state, run.config, run.callbacks
-    clock, first_step, seconds_before = time.monotonic(), state.step, state.seconds
+    clock, seconds_before = time.monotonic(), state.seconds
     _of_phase(run, "train")(state.step, config.iterations)
     while True:
         iterations = callbacks.iterations(state.step, config.iterations)
@@ -244,8 +249,9 @@ def _train_loop(run: _Run) -> None:
         ended = state.step >= iterations
         if _at_interval(state.step, config.evaluate_every, ended) and not state.is_measured:
             _measure(run)
-        if config.preview_every and _at_interval(state.step, config.preview_every, ended) and state.step > first_step:
+        if config.preview_every and _at_interval(state.step, config.preview_every, ended) and state.shown < state.step:
             _show(run)
+            state.shown = state.step
         if ended or _out_of_patience(state, config.patience):
             return
         run.step(state, iterations, _of_phase(run, "rollout"))
@@ -359,8 +365,9 @@ def _measure(run: _Run) -> None:
             info = replace(run.info, training={"step": state.step, **found})
             files.save_best(state.average, info)
     if run.evaluation is not None:
+        state.by_sigma = run.evaluation.sigmas()
         if files is not None:
-            files.add_metrics(state.step, score=score, **found, by_sigma=run.evaluation.sigmas())
+            files.add_metrics(state.step, score=score, **found, by_sigma=state.by_sigma)
         run.callbacks.on_evaluation(state.step, run.evaluation)
 
 

@@ -60,6 +60,31 @@ def test_a_final_write_that_fails_keeps_the_states_and_the_same_job_goes_on(tmp_
     assert list(job.folder.glob("state-*")) == []
 
 
+@pytest.mark.parametrize("phase", ["preview", "measure"])
+def test_stopped_in_its_last_measurement_or_preview_a_run_ends_with_the_same_report_and_previews(tmp_path, phase):
+    config = replace(CONFIG, preview_every=6)
+    whole = Job(AnalyticModel(), PROMPTS, config, tmp_path / "whole" / "mine.safetensors")
+    job = Job(AnalyticModel(), PROMPTS, config, tmp_path / "stopped" / "mine.safetensors")
+    expected = whole.report(whole.run(Callbacks(), None, {}))
+    steps = []
+
+    def stop(progress):
+        steps.extend([progress.step] if progress.phase == "train" else [])
+        if progress.phase == phase and steps[-1] == 12:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        job.run(Callbacks(stop), None, {})
+    report = job.report(job.run(Callbacks(), None, {}))
+    assert "By noise level" in report
+    assert re.sub(r"[\d.]+ minutes", "", report) == re.sub(r"[\d.]+ minutes", "", expected)
+    for made in (whole, job):
+        assert sorted(path.name for path in (made.folder / "previews").iterdir()) == [
+            "step-000006.png",
+            "step-000012.png",
+        ]
+
+
 def disk_of(monkeypatch, folder: Path, size: int) -> None:
     """A disk of that size that holds the folder and nothing else."""
 
