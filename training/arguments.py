@@ -94,7 +94,11 @@ def _add_base(parser: argparse.ArgumentParser) -> Group:
     base.add_argument("--text-encoder", type=Path, nargs="+", metavar="FILE", help="its text encoder, up to four files")
     clip_type = f"how the text encoder is used: the type of {LOADER_NODES}, qwen_image for example"
     base.add_argument("--clip-type", metavar="TYPE", help=clip_type)
-    _add_file(base, "--vae", "decodes previews and pictures; a checkpoint has its own")
+    _add_file(
+        base,
+        "--vae",
+        "decodes previews and pictures, which else are approximate; `agd evaluate` takes a checkpoint's own",
+    )
     base.add_argument(
         "--loader", metavar="MODULE:FUNCTION", help="or a Python function: (MODEL, CLIP) or (MODEL, CLIP, VAE)"
     )

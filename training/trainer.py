@@ -85,7 +85,7 @@ class Trained:
     by_sigma: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def plot(self) -> Image.Image:
-        return training_plot(self.losses, self.history)
+        return training_plot(self.losses, self.history, self.info.training["config"]["loss"])
 
 
 @dataclass
@@ -319,7 +319,7 @@ def _save(run: _Run, plotted: bool = False) -> None:
             raise Diverged(f"{wrong} of step {run.state.step} holds NaN or infinity", run.state.step)
         run.files.save_run_state(run.state.step, saved, run.config.keep_states)
         if plotted:
-            run.files.save_image("training.png", training_plot(run.state.losses, run.state.history))
+            run.files.save_image("training.png", training_plot(run.state.losses, run.state.history, run.config.loss))
 
 
 def _save_end(run: _Run) -> None:
