@@ -231,7 +231,8 @@ def load_weights(path: str | Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]
         with torch.device("meta"):
             expected = Adapter(info.config).state_dict()
         _refuse(path, _mismatches(expected, file))
-        weights = {older_formats.name_of_today(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # Copies: the file's own tensors keep it mapped, and Windows replaces no file that is.
+        weights = {older_formats.name_of_today(name): file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     _refuse(path, [f"{key}: holds NaN or infinity" for key, value in weights.items() if not value.isfinite().all()])
     return info, weights
 

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all: what was there before stays until what takes its place is complete."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -13,6 +14,9 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import AGDError
+
+# On Windows a file that another program has open, or has mapped into its memory, can't be replaced: EACCES.
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EBUSY)
 
 
 class NotWritten(AGDError, OSError):
@@ -53,7 +57,15 @@ def _size_of_file(path: str) -> int:
 
 def _why(path: Path, error: Exception, size: int, written: int = 0) -> str:
     """`size`, `written`: bytes in all, as far as known, and so far, which are free again."""
+    number = getattr(error, "errno", None)
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    if number == errno.EROFS:
+        return f"{path} could not be written ({reason}): its disk can only be read; choose another place."
+    if number in _REFUSED:
+        return (
+            f"{path} could not be written ({reason}): another program has it open, or this one may not write there; "
+            "close that program, allow it, or choose another place."
+        )
     place = next((each for each in path.absolute().parents if each.is_dir()), None)
     free = shutil.disk_usage(place).free + written if place else 0
     return (

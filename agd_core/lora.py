@@ -9,10 +9,14 @@ import math
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from . import adapter_file
 from .adapter_file import AdapterInfo
 from .kinds.low_rank import LowRankConfig, key_of
+
+# How an exported file describes itself, around the guidance scale.
+_BEFORE, _AFTER = "Guidance at scale ", " (AGD): use it at strength 1 and cfg 1."
 
 
 def lora_key(layer: str, linear: str) -> str:
@@ -53,6 +57,16 @@ def lora(info: AdapterInfo, weights: dict[str, torch.Tensor], omega: float) -> d
     return low_rank_as_lora(info, weights, omega - 1)
 
 
+def is_export(path: str | Path) -> bool:
+    """Whether a file is a LoRA that `export` wrote."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            description = (file.metadata() or {}).get("modelspec.description", "")
+    except (SafetensorError, OSError):
+        return False
+    return description.startswith(_BEFORE) and description.endswith(_AFTER)
+
+
 def export(adapter: str | Path, output: str | Path, omega: float) -> Path:
     """Write the adapter's file as a LoRA. Returns the path; raises `ValueError`."""
     info, weights = adapter_file.load_weights(adapter)
@@ -64,6 +78,6 @@ def export(adapter: str | Path, output: str | Path, omega: float) -> Path:
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{info.base.family.lower()}/lora",
         "modelspec.title": Path(output).stem,
-        "modelspec.description": f"Guidance at scale {omega:g} (AGD): use it at strength 1 and cfg 1.",
+        "modelspec.description": f"{_BEFORE}{omega:g}{_AFTER}",
     }
     return adapter_file.write(output, lora(info, weights, omega), metadata)

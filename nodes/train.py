@@ -13,7 +13,7 @@ from ..agd_core.text import logger
 from ..training import prompts as prompt_sources
 from ..training.config import TrainConfig
 from ..training.job import Job
-from ..training.presets import CARDS, QUALITIES, check_chosen, settings_for
+from ..training.presets import CARDS, QUALITIES, check_chosen, check_for_two_experts, settings_for
 from ..training.run_folder import longest_files_of
 from ..training.trainer import Callbacks
 from .common import AdapterName, AdapterType, AdapterValue, show_on_node, use_adapter
@@ -132,6 +132,8 @@ def _prepared(model, clip, vae, settings: TrainSettings, quality: str, memory: f
     """The base as training sees it, and how it is trained. `memory` is in GB, 0 is all that is free."""
     chosen = settings.chosen | {"memory": memory}
     early = check_chosen(chosen)
+    if settings.other_expert is not None:
+        check_for_two_experts(early)
     other = None if settings.other_expert is None else (settings.other_expert, early.learns_at)
     how: dict[str, Any] = {"autocast": early.autocast, "frames": early.frames}
     trainable = ComfyModel(model, clip, **how, vae=vae, other_expert=other)

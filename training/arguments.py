@@ -94,7 +94,11 @@ def _add_base(parser: argparse.ArgumentParser) -> Group:
     base.add_argument("--text-encoder", type=Path, nargs="+", metavar="FILE", help="its text encoder, up to four files")
     clip_type = f"how the text encoder is used: the type of {LOADER_NODES}, qwen_image for example"
     base.add_argument("--clip-type", metavar="TYPE", help=clip_type)
-    _add_file(base, "--vae", "decodes previews and pictures; a checkpoint has its own")
+    _add_file(
+        base,
+        "--vae",
+        "decodes previews and pictures, which else are approximate; `agd evaluate` takes a checkpoint's own",
+    )
     base.add_argument(
         "--loader", metavar="MODULE:FUNCTION", help="or a Python function: (MODEL, CLIP) or (MODEL, CLIP, VAE)"
     )
@@ -182,7 +186,7 @@ def _add_train(commands: Any) -> argparse.ArgumentParser:
         "comfyui_agd.training train ...",
     )
     _add_file(parser, "--output", "the adapter file to write; its run's folder is beside it")
-    _add_file(parser, "--start", "an adapter file to begin from: of the same kind, or a scale adapter")
+    _add_file(parser, "--start", "an adapter to begin from: of the same kind, or a scale adapter")
     parser.add_argument("--dry-run", action="store_true", help="say what it takes, and whether it fits, and stop")
     _add_folder(parser, "--recording", "a folder of `agd record`, to learn from that instead of sampling")
     _add_run(parser)

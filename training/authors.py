@@ -161,7 +161,7 @@ def load(path: str | Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
 
     Raises `AdapterFileError`.
     """
-    checkpoint = _checkpoint(Path(path))
+    checkpoint = checkpoint_of(Path(path))
     config = _read_config(_config_beside(checkpoint))
     info = _info(config, checkpoint)
     with torch.device("meta"):
@@ -178,10 +178,10 @@ def load(path: str | Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
 
 def describe(path: str | Path) -> str:
     """What `agd inspect` prints of their file, or of a run's folder. Raises `AdapterFileError`."""
-    info, _ = load(path)
+    info, checkpoint = load(path)[0], checkpoint_of(Path(path))
     return (
         "This is an adapter of the paper authors' code. Put the folder of its run into models/agd, or write it as a "
-        f"file of its own: agd import {path} OUTPUT.safetensors\n{adapter_file.describe(info, _checkpoint(Path(path)))}"
+        f"file of its own: agd import {path} OUTPUT.safetensors\n{adapter_file.describe(info, checkpoint)}"
     )
 
 
@@ -197,8 +197,8 @@ def _info(config: AuthorsConfig, checkpoint: Path) -> AdapterInfo:
     )
 
 
-def _checkpoint(path: Path) -> Path:
-    """The file itself, or in a folder the one of the most steps. Raises `AdapterFileError`."""
+def checkpoint_of(path: Path) -> Path:
+    """The file itself, or in the folder of a run of theirs the one of the most steps. Raises `AdapterFileError`."""
     if path.is_file():
         return path
     found = [*path.glob(f"*{SUFFIX}"), *path.glob(f"checkpoints/*{SUFFIX}")]

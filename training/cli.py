@@ -27,8 +27,8 @@ from .base_source import BaseSource
 from .config import TrainConfig
 from .distributed import Ranks
 from .gap import Evaluation
-from .job import Job, check_disk_space, check_output, check_writable
-from .presets import CARDS, check_chosen, settings_for
+from .job import Job, check_disk_space, check_is_other_file, check_output, check_replaceable, check_writable
+from .presets import CARDS, check_chosen, check_for_two_experts, settings_for
 from .progress import PHASES, Progress, ProgressLines
 from .recording import SETTINGS as RECORDED
 from .recording import Recording, can_go_on, size_in_bytes
@@ -147,6 +147,8 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
 
     chosen, source = _chosen(args), BaseSource.given(args)
     early = check_chosen(chosen)
+    if source.other_expert is not None:
+        check_for_two_experts(early)
     seed = chosen.get("seed", TrainConfig.seed)
     if recording is None:
         prompts = _prompts(args, seed)
@@ -219,7 +221,7 @@ def _record(args: argparse.Namespace) -> None:
     job = _job(args, args.output)
     batches = recorded.batches or math.ceil(job.config.iterations / job.config.reuse)
     size = size_in_bytes(job.model.denoiser, job.config, batches)
-    check_disk_space(args.output, size, "record fewer batches (--batches)")
+    check_disk_space(args.output, size, "record fewer batches (--batches)", [*args.output.glob("shard-*.safetensors")])
     rows = batches * job.config.batch
     _say(f"{rows:,} noisy latents, {2 * rows:,} model evaluations, {size / 1e9:.2f} GB in {args.output}.")
     if args.dry_run:
@@ -288,6 +290,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     check_output(args.output)
+    check_is_other_file(args.output, args.source)
+    check_replaceable(args.output)
     info, weights = authors.load(args.source)
     adapter_file.save_weights(args.output, weights, info)
     _say(f"Wrote {args.output}: {info.config.kind.describe()}, for {info.base.family_name}.")
@@ -296,6 +300,8 @@ def _import(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     omega = given(ExportSettings, args).omega
     check_output(args.output)
+    check_is_other_file(args.output, args.adapter)
+    check_replaceable(args.output, lora.is_export, "LoRA of agd export")
     lora.export(args.adapter, args.output, omega)
     low, high = adapter_file.read_info(args.adapter).omega_range
     outside = "" if low <= omega <= high else f" It was trained for guidance {low:g} to {high:g} only."

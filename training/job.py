@@ -25,7 +25,7 @@ from .pool import TrajectoryPool
 from .prompts import fragments, generate_negatives
 from .recording import Recording, identity_of, record
 from .run_folder import RunFolder, folder_of
-from .run_setup import RunOptions, split_prompts
+from .run_setup import RunOptions, Start, split_prompts
 from .trainer import Callbacks, Trained, train
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -83,16 +83,21 @@ class Job:
 
     def plan(self, progress: ProgressCallback = no_progress) -> Plan:
         """What the run costs. Raises `DoesNotFit`, or `JobError` where the disk has too little space, or the output is
-        somebody else's file.
+        somebody else's file; and what `Start.load` does.
         """
         check_replaceable(self.output)
+        if self.start is not None:
+            Start.load(self.start, self.model.base, self.config)
         progress(0, 1)  # loading the text encoder may take a while
         prompts = ExamplePrompts.of(self.model.text_encoder, self.prompts or [""], self.negatives)
         memory = round(self.config.memory * 1e9) or self.model.memory.available()
-        found = plan(self.model, self.config, memory, prompts, ranks=Ranks().count, progress=progress)
+        # A recording's states hold nothing to reuse: they are read again.
+        config = self.config if self.recording is None else dataclasses.replace(self.config, reuse=1)
+        found = plan(self.model, config, memory, prompts, ranks=Ranks().count, progress=progress)
         if self.recording is not None:
             found = dataclasses.replace(found, teacher_evaluations=0, seconds=None)
-        check_disk_space(self.folder, found.disk_bytes, "keep fewer saves of the run (keep_states)")
+        otherwise, kept = "keep fewer saves of the run (keep_states)", RunFolder(self.folder).of_unfinished_run()
+        check_disk_space(self.folder, found.disk_bytes, otherwise, kept)
         return found
 
     def run(self, callbacks: Callbacks, planned: Plan | None, settings: dict) -> Trained:
@@ -123,8 +128,11 @@ class Job:
             )
 
     def _write_result(self, trained: Trained) -> None:
-        adapter_file.save(self.output, trained.adapter, trained.info)
         files = RunFolder(self.folder)
+        try:
+            adapter_file.save(self.output, trained.adapter, trained.info)
+        except adapter_file.AdapterFileError as error:
+            raise JobError(f"{error} The same training {files.next_run()}.") from error
         files.save_text("report.txt", self.report(trained))
         files.clear()
 
@@ -140,7 +148,7 @@ class Job:
 
     def report(self, trained: Trained) -> str:
         """A page about the finished run, for people. The result comes first: a node may show 60 characters of it."""
-        training, measured = trained.info.training, trained.evaluation
+        training = trained.info.training
         gaps = training.get("gap_closed", {}).values()
         lines = [
             f"Gap closed {sum(gaps) / len(gaps):.0%}, {self.output.name}." if gaps else f"Saved {self.output.name}.",
@@ -157,11 +165,11 @@ class Job:
                 f"Gap closed on prompts that were not trained with ({training['held_out_prompts']}): {closed} "
                 f"(step {training['best_step']}, the best)."
             )
-        if measured is not None:
+        if trained.by_sigma:
             lines.append("By noise level, when last measured:")
-            for omega, pairs in measured.by_sigma.items():
+            for omega, pairs in trained.by_sigma.items():
                 levels = "  ".join(f"{sigma:.2f}: {value:.0%}" for sigma, value in pairs)
-                lines.append(f"  cfg {omega:g}  {levels}")
+                lines.append(f"  cfg {omega}  {levels}")
         return "".join(f"{one_line(line)}\n" for line in lines)
 
 
@@ -182,8 +190,11 @@ def _toml_value(value: Any) -> str:
     return _SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f"))
 
 
-def check_disk_space(folder: Path, needed: int, otherwise: str) -> None:
-    """Raises `JobError` where the disk of `folder` has less than `needed` bytes free."""
+def check_disk_space(folder: Path, needed: int, otherwise: str, kept: Sequence[Path] = ()) -> None:
+    """Raises `JobError` where the disk of `folder` has less than `needed` bytes free, of which the files `kept` by the
+    same run, stopped before, take a part already.
+    """
+    needed -= sum(file.stat().st_size for file in kept if file.is_file())
     place = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -204,17 +215,29 @@ def check_output(output: Path, beside: Callable[[Path], Sequence[Path]] = lambda
     check_writable(output, *beside(output))
 
 
-def check_replaceable(output: Path) -> None:
-    """Raises `JobError` where there is a file that is no adapter: a checkpoint, say, that a config file names."""
-    if not output.exists():
-        return
+def is_adapter(path: Path) -> bool:
+    """Whether it is an adapter file, as far as its description tells."""
     try:
-        adapter_file.read_info(output)
-    except adapter_file.AdapterFileError as error:
+        adapter_file.read_info(path)
+    except adapter_file.AdapterFileError:
+        return False
+    return True
+
+
+def check_replaceable(output: Path, is_own: Callable[[Path], bool] = is_adapter, what: str = "adapter") -> None:
+    """Raises `JobError` where there is a file that `is_own` doesn't know as `what`: a checkpoint, say, that a config
+    file names."""
+    if output.exists() and not is_own(output):
         raise JobError(
-            f"{output} is there already and no adapter that a new one could replace: choose another output, or delete "
+            f"{output} is there already and no {what} that a new one could replace: choose another output, or delete "
             "it first."
-        ) from error
+        )
+
+
+def check_is_other_file(output: Path, source: Path) -> None:
+    """Raises `JobError` where the output is the file to read, by whatever path or link."""
+    if output.exists() and source.exists() and output.samefile(source):
+        raise JobError(f"The output {output} is the file that is to be read: choose another output.")
 
 
 def check_writable(*files: Path) -> None:

@@ -143,6 +143,9 @@ class Model(Protocol):
     base: BaseInfo
     base_patches: dict[str, Any]
 
+    def made_of(self) -> dict[str, str]:
+        """What training depends on besides the base's own weights, each by a short name: LoRAs, the other expert."""
+
     @property
     def denoiser(self) -> Denoiser: ...
 

@@ -12,6 +12,10 @@ _MARGINS = (80, 40, 30, 60)  # left, top, right, bottom of its plotting area
 _INK, _GRID, _FAINT = "#222222", "#dddddd", "#b7cbe8"
 _LINES = ("#1f5fbf", "#c2571a", "#2f8f4e", "#8250b0", "#a08000")
 _TICKS = 5
+_OF_LOSS = {
+    "balanced": "AGD training: share of the guidance gap still open",
+    "plain": "AGD training: mean squared error to the teacher",
+}
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -80,12 +84,10 @@ class Diagram:
             x -= self.draw.textlength(name, font=self.font) + 16
 
 
-def loss_plot(
-    losses: Sequence[float], title: str = "AGD training: share of the guidance gap still open"
-) -> Image.Image:
-    """Loss by iteration: every value faint, the running mean strong. The axis starts at 0."""
+def loss_plot(losses: Sequence[float], loss: str = "balanced") -> Image.Image:
+    """Loss by iteration: every value faint, the running mean strong. The axis starts at 0. `loss`: which of LOSSES."""
     highest = max(*sorted(losses)[: max(1, int(len(losses) * 0.99))], 1e-12) if losses else 1.0
-    diagram = Diagram(title, 1, len(losses), 0.0, highest)
+    diagram = Diagram(_OF_LOSS[loss], 1, len(losses), 0.0, highest)
     diagram.curve(list(enumerate(losses, 1)), _FAINT, width=1)
     diagram.curve(list(enumerate(smooth(losses, max(1, len(losses) // 40)), 1)), _LINES[0])
     return diagram.image
@@ -103,10 +105,10 @@ def gap_plot(history: Sequence[Measurement], last: int) -> Image.Image:
     return diagram.image
 
 
-def training_plot(losses: Sequence[float], history: Sequence[Measurement]) -> Image.Image:
-    """Loss, and below it gap closed, where that was measured."""
+def training_plot(losses: Sequence[float], history: Sequence[Measurement], loss: str = "balanced") -> Image.Image:
+    """Loss, which is `loss` of LOSSES, and below it gap closed, where that was measured."""
     measured = [each for each in history if each.gap_closed]
-    return stacked([loss_plot(losses), *([gap_plot(measured, len(losses))] if measured else [])])
+    return stacked([loss_plot(losses, loss), *([gap_plot(measured, len(losses))] if measured else [])])
 
 
 def stacked(images: Sequence[Image.Image], *, sideways: bool = False) -> Image.Image:

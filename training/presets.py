@@ -75,6 +75,15 @@ def check_chosen(chosen: dict) -> TrainConfig:
     return config
 
 
+def check_for_two_experts(config: TrainConfig) -> None:
+    """Raises `SettingsError` where the other expert of two would never be evaluated."""
+    if config.learns_everywhere:
+        raise SettingsError(
+            "There is an other expert, but the model is trained at all noise levels, so that the other one has none: "
+            "choose high noise or low noise under noise levels (--sigma-from or --sigma-to), or leave the other out."
+        )
+
+
 def check_kind(kind: str, chosen: dict) -> None:
     """Raises `SettingsError` naming the settings that were chosen and that this kind of adapter doesn't have."""
     if kind in KINDS and (foreign := foreign_settings(kind, chosen)):

@@ -11,6 +11,7 @@ previews/             CFG beside AGD; training.png: loss and gap closed by itera
 holder.txt            who trains here, while one does
 """
 
+import importlib.util
 import io
 import json
 import os
@@ -23,6 +24,9 @@ from typing import Any
 
 from PIL import Image
 
+from ..agd_core import adapter_file
+from ..agd_core.adapter import Adapter
+from ..agd_core.adapter_file import AdapterFileError, AdapterInfo
 from ..agd_core.atomic import NotWritten, append_text, read_torch, remove_remains, write_bytes, write_text, write_torch
 from ..agd_core.errors import AGDError
 from ..agd_core.text import logger
@@ -48,11 +52,16 @@ def longest_files_of(output: Path) -> list[Path]:
 
 
 class RunFolder:
-    """Files are replaced whole: killed at any moment, what was written before is still there."""
+    """Files are replaced whole: killed at any moment, what was written before is still there.
+
+    A run depends on its states alone. The other files only show it: where one can't be written, on Windows because a
+    viewer has it open, say, the log says so and the run goes on.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self._board: Any = None  # TensorBoard's writer, where it is installed
+        self._not_written: set[str] = set()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -93,7 +102,7 @@ class RunFolder:
                 f"The state of step {step} could not be saved; the same training {self.next_run()}. Details: {error}"
             ) from error
         for old in self.run_states()[keep:]:
-            old.unlink()
+            _remove(old)
 
     def load_run_state(self, check: Callable[[Any], None] = lambda saved: None) -> Any:
         """The newest state that can be read, or None if there is none. Raises `RunFolderError` if all are damaged.
@@ -120,37 +129,72 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what only an unfinished run needs."""
-        for path in [*self.run_states(), self.path / "best.safetensors"]:
-            path.unlink(missing_ok=True)
+        for path in self.of_unfinished_run():
+            _remove(path)
+
+    def of_unfinished_run(self) -> list[Path]:
+        """The files that only it needs, and that are gone when it ends."""
+        return [*self.run_states(), self.path / "best.safetensors"]
+
+    @contextmanager
+    def _shown(self, name: str) -> Iterator[None]:
+        """Writes a file that only shows the run. The log tells once of each that can't be written."""
+        try:
+            yield
+        except (NotWritten, AdapterFileError) as error:
+            if name not in self._not_written:
+                log.warning("AGD: the training goes on, but for one of its files. Details: %s", error)
+            self._not_written.add(name)
 
     def start_metrics(self, step: int, measured: bool) -> None:
         """Keep only the lines up to `step`, with its measurement if it was `measured`: others will be written again."""
         path = self.path / "metrics.jsonl"
         text = path.read_text(encoding="utf-8", errors="replace") if step and path.exists() else ""
         kept = [line for line in text.splitlines() if _is_up_to(line, step, measured)]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        with self._shown(path.name):
+            write_text(path, "".join(f"{line}\n" for line in kept))
         self._board = _tensorboard(self.path / "tensorboard", step)
 
     def add_metrics(self, step: int, **values) -> None:
-        """A line of `metrics.jsonl`, and TensorBoard's scalars where it is installed. Raises `NotWritten`."""
-        append_text(self.path / "metrics.jsonl", json.dumps({"step": step, **values}) + "\n")
+        """A line of `metrics.jsonl`, and TensorBoard's scalars where it is installed."""
+        with self._shown("metrics.jsonl"):
+            append_text(self.path / "metrics.jsonl", json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
-            for name, value in _flat(values):
-                self._board.add_scalar(name, value, step)
+            try:
+                for name, value in _flat(values):
+                    self._board.add_scalar(name, value, step)
+            except Exception as error:  # its disk is full, say
+                _log_without_tensorboard(error)
+                self._board = None
 
     def save_text(self, name: str, text: str) -> None:
-        """Raises `NotWritten`."""
-        write_text(self.path / name, text)
+        with self._shown(name):
+            write_text(self.path / name, text)
 
     def save_image(self, name: str, image: Image.Image) -> None:
-        """Raises `NotWritten`."""
         data = io.BytesIO()
         image.save(data, format="PNG")
-        write_bytes(self.path / name, data.getvalue())
+        with self._shown(name):
+            write_bytes(self.path / name, data.getvalue())
+
+    def save_best(self, adapter: Adapter, info: AdapterInfo) -> None:
+        """The best adapter so far, to look at; the run's state holds it, too."""
+        with self._shown("best.safetensors"):
+            adapter_file.save(self.path / "best.safetensors", adapter, info)
 
     def close(self) -> None:
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except Exception as error:
+                _log_without_tensorboard(error)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # on Windows another program may have it open
+        log.warning("AGD: %s is of no use any more, but can't be removed (%s).", path, error.strerror)
 
 
 def _step_of(path: Path) -> int:
@@ -183,10 +227,21 @@ def _flat(values: dict, prefix: str = "") -> list[tuple[str, float]]:
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
-    """TensorBoard's writer, or None where it is not installed."""
+    """TensorBoard's writer, or None where it is not installed, or doesn't work."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
+        if importlib.util.find_spec("tensorboard") is None:
+            return None
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    except Exception as error:  # such as protobuf's TypeError where another pack has installed another version
+        _log_without_tensorboard(error)
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _log_without_tensorboard(error: Exception) -> None:
+    log.warning(
+        "AGD: TensorBoard is installed but fails, so nothing is written for it; metrics.jsonl has the same (%s).",
+        _first_line(error),
+    )

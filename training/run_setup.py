@@ -1,15 +1,15 @@
 """What a run begins with: checked settings, encoded prompts, a new adapter."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..agd_core import adapter_file
 from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo
-from ..agd_core.config import AdapterConfig
+from ..agd_core.config import AdapterConfig, BaseInfo
 from ..agd_core.mixed_precision import MixedPrecision
 from ..agd_core.seeds import seeded_generator
 from .authors import read_adapter
@@ -18,7 +18,7 @@ from .held_out import HeldOutPrompts
 from .model import Denoiser, EncodedPrompts, Model, ProgressCallback, TextEncoder, encode
 from .options import SettingsError
 from .plan import Plan
-from .recording import Recording, checksum_of
+from .recording import Recording
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,23 @@ class Start:
     file: Path
 
     @classmethod
-    def load(cls, file: Path) -> "Start":
-        return cls(*read_adapter(file), file)
+    def load(cls, file: Path, base: BaseInfo, config: TrainConfig) -> "Start":
+        """For a training of `config` on `base`. Raises `AdapterFileError` where it is of another base, and
+        `SettingsError` where the new adapter has no place for its weights.
+        """
+        start = cls(*read_adapter(file), file)
+        adapter_file.check_base(start.info, base, file)
+        with torch.device("meta"):  # of any number of tokens: that of the run's prompts isn't known yet
+            adapter = Adapter(config.adapter_config(base, start.info.config.prompt_tokens))
+        start._weights_for(adapter)
+        return start
 
     def copy_into(self, adapter: Adapter) -> None:
-        """Raises `ValueError` where that one has no place for these weights."""
+        """Raises `SettingsError` where that one has no place for these weights."""
+        adapter.load_state_dict(adapter.state_dict() | self._weights_for(adapter))
+
+    def _weights_for(self, adapter: Adapter) -> dict[str, torch.Tensor]:
+        """Those that are copied, by that one's names."""
         own, config, weights = adapter.state_dict(), adapter.config, self.weights
         if self.info.config.kind.name == "scale" and config.kind.name == "delta":
             weights = self._scale_of(config)
@@ -65,7 +77,7 @@ class Start:
                 f"{config.kind.describe()}: train the same kind and width, or start a delta adapter from a scale "
                 "adapter."
             )
-        adapter.load_state_dict(own | weights)
+        return weights
 
     def _scale_of(self, config: AdapterConfig) -> dict[str, torch.Tensor]:
         """A scale adapter's weights as the scale of a delta adapter, which may work in fewer of the layers."""
@@ -88,17 +100,6 @@ def check_settings(denoiser: Denoiser, config: TrainConfig, recording: Recording
         raise ValueError(
             "A recording has the teacher's steps only, none of the adapter's: train from one with on_policy 0."
         )
-
-
-def run_identity(model: Model, prompts: Sequence[str], config: TrainConfig, options: RunOptions) -> dict:
-    """What must be equal for a saved run state to be this run's, as JSON data."""
-    texts = {"prompts": prompts, "negative": options.negative, "measured": options.held_out or ()}
-    identity = config.result_settings() | {name: list(lines) for name, lines in texts.items()}
-    identity |= {"base": model.base.fingerprint, "patches": model.base_patches}
-    identity |= {"recording": options.recording.checksum() if options.recording else ""}
-    if options.start is not None:
-        identity |= {"start": f"{options.start.name}, {checksum_of(options.start)[:12]}"}
-    return json.loads(json.dumps(identity))
 
 
 def split_prompts(prompts: Sequence[str], config: TrainConfig) -> tuple[list[str], list[str]]:

@@ -1,7 +1,6 @@
 """All that changes while training: one object, which is saved and restored as a whole."""
 
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,28 +10,17 @@ import torch
 from ..agd_core.adapter import Adapter
 from ..agd_core.errors import AGDError
 from ..agd_core.older_formats import rename_weights
-from ..agd_core.text import logger
-from .config import TrainConfig
 from .distributed import Ranks
 from .finite import non_finite
 from .gap import Measurement
-from .older_settings import without_other_kinds
 from .pool import BatchSource
 
-log = logger(__name__)
-
-_VERSION, _READABLE = 3, (2, 3)  # in version 2 weights have the names of adapter files of format 1
+_VERSION, READABLE = 3, (2, 3)  # in version 2 weights have the names of adapter files of format 1
 
 
 _KEYS = {"identity", "step", "evaluations", "seconds", "losses", "history", "best", "adapter", "average", "optimiser"}
 _KEYS |= {"common", "lanes", "loss_scale"}
 _LISTED = 4  # offenders named in one error
-# How a run computes: it may go on with others, which is what the errors of what isn't finite advise.
-_MAY_CHANGE = ("learning_rate", "precision")
-
-
-class DifferentRun(AGDError, ValueError):
-    """A saved run state belongs to a run with other settings, or of another version."""
 
 
 class DamagedState(AGDError, ValueError):
@@ -52,6 +40,7 @@ class Best:
 class RunState:
     """`average`: the moving average of the adapter's weights, which is what is measured and saved as the adapter.
 
+    `by_sigma`: of the last measurement, `Evaluation.sigmas`; `shown`: the step of the last preview.
     `evaluations`: of the base, in rows. `loss_scale`: what the loss is multiplied by in the backward pass.
     `resumable`: whether this is the state after a complete iteration, from which the run goes on unchanged; not saved.
     """
@@ -66,6 +55,8 @@ class RunState:
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     history: list[Measurement] = field(default_factory=list)
+    by_sigma: dict[str, list[list[float]]] = field(default_factory=dict)
+    shown: int = 0
     best: Best | None = None
     resumable: bool = False
 
@@ -99,6 +90,8 @@ class RunState:
             "seconds": self.seconds,
             "losses": self.losses,
             "history": [asdict(measured) for measured in self.history],
+            "by_sigma": self.by_sigma,
+            "shown": self.shown,
             "best": vars(self.best) if self.best else None,
             "adapter": self.adapter.state_dict(),
             "average": self.average.state_dict(),
@@ -115,7 +108,7 @@ class RunState:
         """
         try:
             own = {name: value[rows.start : rows.stop] for name, value in saved["lanes"].items()}
-            saved = {**_renamed(saved), "lanes": own}
+            saved = {"by_sigma": {}, "shown": saved["step"], **_renamed(saved), "lanes": own}
             wrong = [*_unlike(self._template(saved), saved, ""), *_no_tensors(own)]
             if wrong:
                 raise ValueError(f"of another type or shape: {', '.join(wrong[:_LISTED])}")
@@ -130,6 +123,7 @@ class RunState:
         if (self.loss_scale == 1) == (saved["loss_scale"] == 1):  # else the run goes on in another precision
             self.loss_scale = saved["loss_scale"]
         self.history = [Measurement(**measured) for measured in saved["history"]]
+        self.by_sigma, self.shown = saved["by_sigma"], saved["shown"]
         self.best = Best(**saved["best"]) if saved["best"] else None
         self.adapter.load_state_dict(saved["adapter"])
         self.average.load_state_dict(saved["average"])
@@ -148,6 +142,8 @@ class RunState:
             "loss_scale": 1.0,
             "losses": [0.0] * saved["step"],
             "history": [_like_measurement(measured) for measured in saved["history"]],
+            "by_sigma": {name: [[0.0, 0.0]] * len(pairs) for name, pairs in saved["by_sigma"].items()},
+            "shown": 0,
             "best": vars(Best(0.0, 0, weights)) if saved["history"] else None,
             "adapter": weights,
             "average": weights,
@@ -196,7 +192,7 @@ def check_saved(saved: Any) -> None:
     """
     if not isinstance(saved, dict) or not isinstance(saved.get("version"), int):
         raise ValueError("it is no state of a training")
-    if saved["version"] not in _READABLE:
+    if saved["version"] not in READABLE:
         return  # `check_same_run` refuses it
     if missing := sorted(_KEYS - saved.keys()):
         raise ValueError(f"it has no {', '.join(missing)}")
@@ -211,40 +207,3 @@ def non_finite_parts(saved: dict[str, Any]) -> Iterator[str]:
     for name, value in saved.items():
         if name != "history":
             yield from non_finite(value, name)
-
-
-def check_same_run(saved: dict[str, Any], identity: dict, folder: object) -> None:
-    """Raises `DifferentRun` if the run state that was saved in `folder` is another run's, or another version's.
-
-    Settings that there were none of then had what is the default now.
-    """
-    if saved["version"] not in _READABLE:
-        readable = " and ".join(map(str, _READABLE))
-        raise DifferentRun(
-            "A training of this name was begun with another version of AGD: use that one to go on with it, or delete "
-            f"its folder to start anew. Details: the states in {folder} are of version {saved['version']}, this AGD "
-            f"reads {readable}."
-        )
-    then = without_other_kinds(saved["identity"])
-    then = TrainConfig(kind=then.get("kind", TrainConfig.kind)).result_settings() | then
-    changed = differences(then, identity)
-    if any(name not in _MAY_CHANGE for name in changed):
-        raise DifferentRun(
-            "A training of this name was begun with other settings: use those to go on with it, or delete its folder "
-            f"to start anew. Details: {folder} ({'; '.join(changed.values())})."
-        )
-    if changed:
-        log.warning("AGD: the training in %s goes on with another setting (%s).", folder, "; ".join(changed.values()))
-
-
-def differences(then: dict, now: dict) -> dict[str, str]:
-    """What changed between two runs, by name, a phrase each: "batch: 4 then, 8 now"."""
-
-    def short(value: Any) -> str:
-        return f"{len(value)} lines" if isinstance(value, list) and len(json.dumps(value)) > 60 else f"{value!r:.60}"
-
-    phrases = {}
-    for key in sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key)):
-        old, new = short(then.get(key)), short(now.get(key))
-        phrases[key] = f"{key}: {old} then, {new} now" if old != new else f"{key}: others now"
-    return phrases

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..agd_core import adapter_file
 from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo
 from ..agd_core.text import logger
@@ -27,6 +26,7 @@ from .plot import training_plot
 from .pool import BatchSource, TrajectoryPool
 from .progress import Progress, TimeLeft
 from .run_folder import RunFolder, RunFolderError
+from .run_identity import check_same_run, run_identity
 from .run_setup import (
     RunOptions,
     RunPrompts,
@@ -35,9 +35,8 @@ from .run_setup import (
     check_settings,
     describe_adapter,
     new_adapter,
-    run_identity,
 )
-from .run_state import Best, DamagedState, RunState, check_same_run, check_saved, non_finite_parts
+from .run_state import Best, DamagedState, RunState, check_saved, non_finite_parts
 from .training_step import RECENT, TrainingStep, initial_loss_scale
 
 log = logger(__name__)
@@ -72,16 +71,21 @@ class Callbacks:
 
 @dataclass
 class Trained:
-    """A finished adapter on the CPU, the best that was measured or else the last, and what its file should say."""
+    """A finished adapter on the CPU, the best that was measured or else the last, and what its file should say.
+
+    `evaluation`: the last measurement, None if an earlier session of the run made it; `by_sigma`: its gap closed by
+    omega and noise level, in any case.
+    """
 
     adapter: Adapter
     info: AdapterInfo
     losses: list[float] = field(default_factory=list)
     history: list[Measurement] = field(default_factory=list)
     evaluation: Evaluation | None = None
+    by_sigma: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def plot(self) -> Image.Image:
-        return training_plot(self.losses, self.history)
+        return training_plot(self.losses, self.history, self.info.training["config"]["loss"])
 
 
 @dataclass
@@ -99,6 +103,7 @@ class _Run:
     step: TrainingStep
     held_out: HeldOutEvaluation
     evaluation: Evaluation | None = None
+    saved_at: int | None = None  # the step of the newest saved state
     stopped: BaseException | None = None  # what a caller raised in a phase, of several ranks
 
 
@@ -129,26 +134,30 @@ def train(
     which the same folder can be trained into again.
     """
     # What can be refused is, before any evaluation.
-    ranks, start = Ranks(), Start.load(options.start) if options.start is not None else None
+    ranks = Ranks()
     rows = ranks.rows(config.batch)
+    start = Start.load(options.start, model.base, config) if options.start is not None else None
     check_settings(model.denoiser, config, options.recording)
+    texts = RunTexts.split(prompts, config, options)
     identity = run_identity(model, prompts, config, options)
     files = RunFolder(options.folder) if options.folder is not None else None
     with files.held() if files is not None and ranks.first else nullcontext():
         saved = _saved_state(files, identity)
         if ranks.first:
             callbacks.on_start()
-        begun = _Begun(ranks, rows, start, identity, files, saved, RunTexts.split(prompts, config, options))
+        begun = _Begun(ranks, rows, start, identity, files, saved, texts)
         try:
             trained = _trained(model, config, callbacks, options, begun)
+            if ranks.first:
+                callbacks.on_end(trained)
         except Diverged as error:
             raise _with_remedy(error, begun, config.learning_rate) from error
         except BaseException:
             if files is not None and ranks.first:
                 log.info("AGD: the training stopped; the same one %s (%s).", files.next_run(), files.path)
             raise
-        if ranks.first:
-            callbacks.on_end(trained)
+        if files is not None and ranks.first:
+            files.save_image("training.png", trained.plot())
     return trained
 
 
@@ -164,7 +173,6 @@ def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: R
         model.denoiser.check_adapter(adapter_config)
         adapter = new_adapter(adapter_config, config.seed, encoded.unconditional, model.denoiser.device)
         if begun.start is not None:
-            adapter_file.check_base(begun.start.info, model.base, begun.start.file)
             begun.start.copy_into(adapter)
         both = BothPredictions(model.denoiser, model.memory, layout.teacher_rows)
         if options.recording is not None:
@@ -181,10 +189,12 @@ def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: R
         try:
             if saved is not None:
                 _go_on(state, saved, rows, files)
+                run.saved_at = state.step
             if files is not None and ranks.first:
                 files.start_metrics(state.step, state.is_measured)
             state.resumable = saved is not None  # before the first iteration there is nothing to go on from
             _train_loop(run)
+            _save_end(run)
         except Diverged:
             raise  # from a state that leads nowhere
         except BaseException:  # ComfyUI's interrupt and KeyboardInterrupt among them
@@ -196,10 +206,7 @@ def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: R
     if state.best is not None:
         adapter.load_state_dict(state.best.weights)
     info = replace(info, training=_summary(run, texts))
-    trained = Trained(adapter, info, state.losses, state.history, run.evaluation)
-    if files is not None and ranks.first:
-        files.save_image("training.png", trained.plot())
-    return trained
+    return Trained(adapter, info, state.losses, state.history, run.evaluation, state.by_sigma)
 
 
 def _saved_state(files: RunFolder | None, identity: dict) -> dict[str, Any] | None:
@@ -234,7 +241,7 @@ def _with_remedy(error: Diverged, begun: _Begun, learning_rate: float) -> Diverg
 def _train_loop(run: _Run) -> None:
     """The loop. Each iteration ends complete: a run that stops there goes on to the same result."""
     state, config, callbacks = run.state, run.config, run.callbacks
-    clock, first_step, seconds_before = time.monotonic(), state.step, state.seconds
+    clock, seconds_before = time.monotonic(), state.seconds
     _of_phase(run, "train")(state.step, config.iterations)
     while True:
         iterations = callbacks.iterations(state.step, config.iterations)
@@ -242,8 +249,9 @@ def _train_loop(run: _Run) -> None:
         ended = state.step >= iterations
         if _at_interval(state.step, config.evaluate_every, ended) and not state.is_measured:
             _measure(run)
-        if config.preview_every and _at_interval(state.step, config.preview_every, ended) and state.step > first_step:
+        if config.preview_every and _at_interval(state.step, config.preview_every, ended) and state.shown < state.step:
             _show(run)
+            state.shown = state.step
         if ended or _out_of_patience(state, config.patience):
             return
         run.step(state, iterations, _of_phase(run, "rollout"))
@@ -305,13 +313,23 @@ def _save(run: _Run, plotted: bool = False) -> None:
     """Save the run's state, of all ranks, in its folder, if it has one."""
     if run.files is None:
         return
-    saved = run.state.state_dict(run.identity, run.ranks)
+    saved, run.saved_at = run.state.state_dict(run.identity, run.ranks), run.state.step
     if saved is not None:
         if wrong := next(non_finite_parts(saved), None):
             raise Diverged(f"{wrong} of step {run.state.step} holds NaN or infinity", run.state.step)
         run.files.save_run_state(run.state.step, saved, run.config.keep_states)
         if plotted:
-            run.files.save_image("training.png", training_plot(run.state.losses, run.state.history))
+            run.files.save_image("training.png", training_plot(run.state.losses, run.state.history, run.config.loss))
+
+
+def _save_end(run: _Run) -> None:
+    """Save the state after the last iteration: where writing the adapter fails, the run goes on from there."""
+    if run.saved_at == run.state.step:
+        return
+    try:
+        _save(run)
+    except RunFolderError as error:  # the adapter may find a place all the same
+        log.warning("AGD: %s", error)
 
 
 def _of_phase(run: _Run, phase: str) -> ProgressCallback:
@@ -345,10 +363,11 @@ def _measure(run: _Run) -> None:
         state.best = Best(score, state.step, weights)
         if files is not None:
             info = replace(run.info, training={"step": state.step, **found})
-            adapter_file.save(files.path / "best.safetensors", state.average, info)
+            files.save_best(state.average, info)
     if run.evaluation is not None:
+        state.by_sigma = run.evaluation.sigmas()
         if files is not None:
-            files.add_metrics(state.step, score=score, **found, by_sigma=run.evaluation.sigmas())
+            files.add_metrics(state.step, score=score, **found, by_sigma=state.by_sigma)
         run.callbacks.on_evaluation(state.step, run.evaluation)
 
 

@@ -23,7 +23,8 @@ from comfyui_agd.training.plan import DoesNotFit
 from comfyui_agd.training.prompts import PromptError
 from comfyui_agd.training.recording import RecordingError
 from comfyui_agd.training.run_folder import RunFolderError
-from comfyui_agd.training.run_state import DamagedState, DifferentRun
+from comfyui_agd.training.run_identity import DifferentRun
+from comfyui_agd.training.run_state import DamagedState
 
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = {

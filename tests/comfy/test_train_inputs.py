@@ -7,6 +7,7 @@ import pytest
 from comfyui_agd.agd_core.comfyui import folders
 from comfyui_agd.agd_core.config import BaseInfo
 from comfyui_agd.agd_core.kinds import KINDS
+from comfyui_agd.nodes.train import _prepared
 from comfyui_agd.nodes.train_settings import AGDTrainSettings, TrainSettings
 from comfyui_agd.tests.support.small import TIME_CHANNELS, small_layers
 from comfyui_agd.training.config import settings_of_kind
@@ -74,6 +75,12 @@ def test_what_is_chosen_reaches_the_run(inputs):
     expected |= {"omega_max": 9.0, "sigma_to": 0.875}
     assert {name: chosen.chosen.get(name) for name in expected} == expected
     assert chosen.start == "mine.safetensors"
+
+
+def test_an_other_expert_without_noise_levels_of_its_own_is_refused(inputs):
+    chosen = settings(shown(inputs) | {"other_expert": object()})
+    with pytest.raises(SettingsError, match="There is an other expert, but the model is trained at all noise levels"):
+        _prepared(None, None, None, chosen, "normal", 0.0)
 
 
 def test_one_size_can_be_chosen(inputs, sdxl):

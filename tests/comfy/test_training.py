@@ -136,6 +136,18 @@ def test_training_works_under_inference_mode_as_nodes_run(toy):
     assert not any(value.is_inference() for value in trained.adapter.state_dict().values())
 
 
+def test_a_checkpoint_without_text_encoder_is_told_what_to_load(base, model):
+    """ComfyUI's loader gives None for CLIP then."""
+    told = "This checkpoint has no text encoder: load the model's own with CLIPLoader"
+    with pytest.raises(ValueError, match=told):
+        train(ComfyModel(base, None), PROMPTS, CONFIG)
+    with pytest.raises(ValueError, match=told):
+        ComfyModel(base, None).text_encoder.length("a star")
+    model.text_encoder.release()
+    with pytest.raises(ValueError, match="has released its text encoder"):
+        model.text_encoder.length("a star")
+
+
 def test_the_base_samples_the_same_pictures_after_training(base, model, toy_prompts):
     before = ksampler(base, toy_prompts)
     train(model, PROMPTS, CONFIG)

@@ -60,6 +60,7 @@ class AnalyticModel:
 
     most_rows: int = 1000
     base_patches: dict = field(default_factory=dict)
+    loras: str = ""
     base: BaseInfo = field(default_factory=lambda: BaseInfo("Analytic", "EPS", small_layers(), {}, "abc"))
     device, computes_in, is_flow = torch.device("cpu"), torch.float32, False
 
@@ -75,6 +76,9 @@ class AnalyticModel:
         return self
 
     text_encoder = memory = denoiser
+
+    def made_of(self) -> dict[str, str]:
+        return {"loras": self.loras}
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         return CHANNELS, height // 8, width // 8

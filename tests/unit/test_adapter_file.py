@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,16 @@ def test_other_tools_find_modelspec_fields(file):
     assert metadata["modelspec.architecture"] == "small/agd-adapter"
     assert metadata["modelspec.prediction_type"] == "epsilon"
     assert metadata["modelspec.title"] == "adapter"
+
+
+def test_a_loaded_adapter_does_not_keep_its_file_mapped(file):
+    """Windows replaces no mapped file: a training could not take the place of the adapter that it began from."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux tells which files are mapped")
+    loaded = adapter_file.load_weights(file)
+    assert str(file) not in maps.read_text()
+    assert loaded[1]
 
 
 def test_missing_file(tmp_path):

@@ -184,6 +184,7 @@ def test_bad_settings_are_refused_before_anything_is_loaded(capsys):
     fails(capsys, "aspect ratio 'wide' is not like 3:2", *BASE, "--aspect-ratios", "wide")
     fails(capsys, "rescale_phi is 2.0, but must be from 0 to 1", *BASE, "--teacher", "rescale", "--rescale-phi", "2")
     fails(capsys, "goes from noise level 3.0 to 2.0, but must rise", *BASE, *INTERVAL)
+    fails(capsys, "choose high noise or low noise under noise levels", *BASE, "--other-expert", "low.safetensors")
     fails(capsys, "must be a file that ends in .safetensors", *BASE[:-1], "a.ckpt")
     fails(capsys, "Give the adapter file to write", *BASE[:-2])
     fails(capsys, "--negative or --negatives, not both", *BASE, "--negative", "blurry", "--negatives", "built-in")

@@ -10,7 +10,7 @@ from comfyui_agd.agd_core.guidance import GuidanceRule
 from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.training.config import TrainConfig
 from comfyui_agd.training.pool import draw_omega
-from comfyui_agd.training.run_state import DifferentRun, check_same_run
+from comfyui_agd.training.run_identity import DifferentRun, check_same_run
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import torch
 
 from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, Stopped, assert_same, stop_after
 from comfyui_agd.training.run_folder import RunFolder, RunFolderError
+from comfyui_agd.training.run_identity import DifferentRun
 from comfyui_agd.training.run_setup import RunOptions
-from comfyui_agd.training.run_state import DifferentRun
 from comfyui_agd.training.trainer import train
 
 SHORT = replace(CONFIG, iterations=6, save_every=2, held_out=1, evaluate_every=3, steps_max=4, reuse=2)

@@ -1,8 +1,12 @@
 """An adapter as a LoRA file: its names, its weights, what can't be one. Loaders are in tests/comfy/test_low_rank.py."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
@@ -49,6 +53,28 @@ def test_the_command_writes_what_lora_tools_read(file, tmp_path, capsys):
         assert len(list(opened.keys())) == 60
     assert cli.main(["export", str(file), str(output), "--omega", "20"]) == 0
     assert "It was trained for guidance 1 to 12 only." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+@pytest.mark.parametrize("there", ["checkpoint", "another LoRA", "no tensors"])
+def test_a_file_of_something_else_is_not_written_over(file, tmp_path, capsys, command, there):
+    output, weights = tmp_path / "there.safetensors", {"model.x": torch.zeros(2)}
+    content = {"checkpoint": save(weights), "another LoRA": save(weights, {"ss_network_dim": "4"}), "no tensors": b"?"}
+    output.write_bytes(content[there])
+    given = [command, str(file), str(output), *(["--omega", "5"] if command == "export" else [])]
+    assert cli.main(given) == 1
+    assert f"{output} is there already and no " in capsys.readouterr().err
+    assert output.read_bytes() == content[there]
+
+
+def test_an_adapter_is_not_written_over_by_its_lora(file, tmp_path, capsys):
+    before, link = file.read_bytes(), tmp_path / "link.safetensors"
+    link.symlink_to(file)
+    other = Path(shutil.copy(file, tmp_path / "other.safetensors"))
+    for output, told in ((file, "to be read"), (link, "to be read"), (other, "is there already and no LoRA of agd")):
+        assert cli.main(["export", str(file), str(output), "--omega", "5"]) == 1
+        assert told in capsys.readouterr().err
+        assert output.read_bytes() == before
 
 
 @pytest.mark.parametrize(

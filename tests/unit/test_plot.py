@@ -1,10 +1,16 @@
 """Plots and previews of any run, short, measured or not."""
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
+from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel
+from comfyui_agd.training.config import LOSSES
 from comfyui_agd.training.gap import Measurement
-from comfyui_agd.training.plot import Grid, contact_sheet, loss_plot, preview, smooth, stacked, training_plot
+from comfyui_agd.training.plot import Diagram, Grid, contact_sheet, loss_plot, preview, smooth, stacked, training_plot
+from comfyui_agd.training.run_setup import RunOptions
+from comfyui_agd.training.trainer import train
 
 
 def measured(step: int, closed: float) -> Measurement:
@@ -32,6 +38,26 @@ def test_any_losses_can_be_plotted(losses):
 def test_what_was_measured_is_plotted_below_the_loss(history, plots):
     image = training_plot([1.0] * 10, history)
     assert image.size == (800, 400 * plots)
+
+
+def test_the_title_says_which_loss_it_is(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Diagram, "__init__", titled(Diagram.__init__, titles))
+    for loss in LOSSES:
+        train(
+            AnalyticModel(), PROMPTS, replace(CONFIG, loss=loss, held_out=0), options=RunOptions(folder=tmp_path / loss)
+        )
+    balanced, plain = "share of the guidance gap still open", "mean squared error to the teacher"
+    # While it trains, twice, and at its end.
+    assert titles == 3 * [f"AGD training: {balanced}"] + 3 * [f"AGD training: {plain}"]
+
+
+def titled(init, titles: list[str]):
+    def watched(self, title, *args, **kwargs):
+        titles.append(title)
+        init(self, title, *args, **kwargs)
+
+    return watched
 
 
 def test_a_curve_is_drawn():

@@ -19,8 +19,8 @@ from comfyui_agd.training.options import SettingsError
 from comfyui_agd.training.pool import TrajectoryPool
 from comfyui_agd.training.progress import Progress
 from comfyui_agd.training.recording import Recording, RecordingError, size_in_bytes
+from comfyui_agd.training.run_identity import DifferentRun
 from comfyui_agd.training.run_setup import RunOptions
-from comfyui_agd.training.run_state import DifferentRun
 from comfyui_agd.training.trainer import Callbacks, train
 
 

@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import random
+import re
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.atomic import NotWritten, replacing, write_text
 from comfyui_agd.agd_core.config import BaseInfo
-from comfyui_agd.agd_core.errors import AGDError
 from comfyui_agd.tests.support.small import info_for, small_layers
 from comfyui_agd.training.run_folder import RunFolder, RunFolderError, folder_of
 
@@ -159,20 +160,24 @@ def test_a_write_that_ends_half_way_keeps_the_older_state(folder, small_files):
     assert list(folder.path.glob(".*.part")) == []
 
 
-def test_everything_else_that_a_run_writes_says_the_same_of_a_full_disk(folder, small_files, adapter_and_info):
+def test_of_everything_else_that_a_run_writes_the_log_says_so_once(folder, small_files, adapter_and_info, caplog):
     noise = Image.frombytes("RGB", (512, 512), random.Random(0).randbytes(3 * 512 * 512))
     writes = {
         "report.txt": lambda path: folder.save_text(path.name, "x" * 200_000),
         "previews/step.png": lambda path: folder.save_image("previews/step.png", noise),
         "metrics.jsonl": lambda path: folder.add_metrics(1, text="x" * 200_000),
-        "best.safetensors": lambda path: adapter_file.save(path, *adapter_and_info),
+        "best.safetensors": lambda path: folder.save_best(*adapter_and_info),
     }
     for name, write in writes.items():
         path = folder.path / name
-        with pytest.raises(
-            AGDError, match=rf"{name} could not be written \(.*\): it takes [\d,]+ bytes, and [\d,]+ are free"
-        ):
-            write(path)
+        caplog.clear()
+        write(path)
+        write(path)
+        (record,) = caplog.records
+        told = (
+            rf"one of its files\. Details: .*{name} could not be written \(.*\): it takes [\d,]+ bytes, and [\d,]+ are"
+        )
+        assert re.search(told, record.message)
         assert name == "metrics.jsonl" or not path.exists()
     assert list(folder.path.rglob("*.part")) == []
 
@@ -214,6 +219,58 @@ def test_lines_of_metrics_that_are_not_ours_are_dropped(folder, line):
     (folder.path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n' + line.encode("latin1") + b"\n")
     folder.start_metrics(2, measured=True)
     assert lines(folder) == [{"step": 1, "loss": 1.0}]
+
+
+class FailingBoard:
+    """TensorBoard's writer, whose methods of these names fail."""
+
+    def __init__(self, *names: str):
+        self.names, self.called = names, []
+
+    def __getattr__(self, name: str):
+        def call(*args):
+            self.called.append(name)
+            if name in self.names:
+                raise OSError("No space left on device")
+
+        return call
+
+
+def test_a_tensorboard_that_can_not_be_imported_stops_no_run(folder, monkeypatch, caplog):
+    """Protobuf of another version raises TypeError, not ImportError."""
+
+    class Broken:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            return ModuleSpec(name, Broken) if name == "tensorboard" else None
+
+        @staticmethod
+        def create_module(spec):
+            return None
+
+        @staticmethod
+        def exec_module(module):
+            raise TypeError("Descriptors cannot be created directly.\nIf this call came from a _pb2.py file, ...")
+
+    monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard" or "torch.utils.tens" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    folder.start_metrics(0, measured=False)
+    folder.add_metrics(1, loss=1.0)
+    assert lines(folder) == [{"step": 1, "loss": 1.0}]
+    assert "TensorBoard is installed but fails" in caplog.text
+    assert "(Descriptors cannot be created directly.)" in caplog.text
+
+
+@pytest.mark.parametrize("fails", ["add_scalar", "close"])
+def test_a_tensorboard_that_fails_later_stops_no_run(folder, caplog, fails):
+    folder._board = board = FailingBoard(fails)
+    for step in (1, 2):
+        folder.add_metrics(step, loss=1.0)
+    folder.close()
+    assert board.called == {"add_scalar": ["add_scalar"], "close": ["add_scalar", "add_scalar", "close"]}[fails]
+    assert lines(folder) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}]
+    assert caplog.text.count("TensorBoard is installed but fails") == 1
 
 
 def test_a_finished_run_keeps_its_records_but_no_states(folder):

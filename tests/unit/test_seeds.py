@@ -20,8 +20,8 @@ from comfyui_agd.tests.support.small import info_for
 from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, assess
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.recording import Recording
+from comfyui_agd.training.run_identity import DifferentRun
 from comfyui_agd.training.run_setup import RunOptions
-from comfyui_agd.training.run_state import DifferentRun
 from comfyui_agd.training.trainer import Callbacks, train
 
 LARGE = (19_000_000_000_017, 2**53 + 5, 2**63 + 7, LARGEST_SEED - 1, LARGEST_SEED)

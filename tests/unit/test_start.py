@@ -15,8 +15,8 @@ from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, S
 from comfyui_agd.tests.support.small import config_for, info_for, small_layer
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.presets import settings_for
+from comfyui_agd.training.run_identity import DifferentRun, run_identity
 from comfyui_agd.training.run_setup import RunOptions, Start
-from comfyui_agd.training.run_state import DifferentRun
 from comfyui_agd.training.trainer import Callbacks, train
 
 SHORT = replace(CONFIG, iterations=2, evaluate_every=0)
@@ -81,6 +81,21 @@ def test_one_of_another_base_is_refused(save, tmp_path):
         begun(file, kind="delta")
 
 
+@pytest.mark.parametrize("other", ["base", "width"])
+def test_what_can_not_be_the_start_is_refused_before_any_prompt_is_encoded(save, tmp_path, monkeypatch, other):
+    """Encoding thousands of prompts takes minutes, and so does counting what the training takes."""
+    info, adapter = adapter_file.load(save(kind="delta"))
+    base = BaseInfo("Other", "V_PREDICTION", info.base.layers) if other == "base" else info.base
+    start = adapter_file.save(tmp_path / "other.safetensors", adapter, replace(info, base=base))
+    config = replace(SHORT, kind="delta", hidden=8 if other == "base" else 12)
+    job = Job(AnalyticModel(), PROMPTS, config, tmp_path / "a.safetensors", start=start)
+    monkeypatch.setattr(AnalyticModel, "encode", lambda *_: pytest.fail("a prompt was encoded"))
+    for refused in (job.plan, lambda: job.run(Callbacks(), None, {})):
+        with pytest.raises(ValueError, match=r"was made for Other|can't be the start of one of kind delta, hidden 12"):
+            refused()
+    assert not job.folder.exists()
+
+
 def test_a_run_that_was_stopped_goes_on_from_its_state_and_not_from_the_start_again(save, tmp_path):
     start, config = save(kind="scale"), replace(CONFIG, kind="delta")
     whole = train(AnalyticModel(), PROMPTS, config, options=RunOptions(negative=NEGATIVE, start=start))
@@ -95,6 +110,23 @@ def test_a_run_that_was_stopped_goes_on_from_its_state_and_not_from_the_start_ag
         train(AnalyticModel(), PROMPTS, config, options=RunOptions(start=start, **how))
     start.write_bytes(kept)
     assert_same(train(AnalyticModel(), PROMPTS, config, options=RunOptions(start=start, **how)), whole)
+
+
+def test_a_run_of_the_paper_authors_code_is_named_by_the_checkpoint_that_is_taken(tmp_path):
+    """As everywhere else, a folder stands for its newest checkpoint."""
+
+    def start() -> str:
+        return run_identity(AnalyticModel(), PROMPTS, SHORT, RunOptions(start=tmp_path / "theirs"))["start"]
+
+    (tmp_path / "theirs" / "checkpoints").mkdir(parents=True)
+    for name in ("0000500.pt", "0005000.pt"):
+        (tmp_path / "theirs" / "checkpoints" / name).write_text(name)
+    before = start()
+    assert before.startswith("theirs, ")
+    (tmp_path / "theirs" / "checkpoints" / "0000500.pt").write_text("another")
+    assert start() == before
+    (tmp_path / "theirs" / "checkpoints" / "0005000.pt").write_text("another")
+    assert start() != before
 
 
 def test_the_runs_config_begins_from_there_again(save, tmp_path):

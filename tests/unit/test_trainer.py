@@ -37,8 +37,9 @@ from comfyui_agd.training.learning_rate import learning_rate
 from comfyui_agd.training.plot import preview
 from comfyui_agd.training.progress import PHASES
 from comfyui_agd.training.run_folder import RunFolder, RunFolderError
+from comfyui_agd.training.run_identity import DifferentRun, differences
 from comfyui_agd.training.run_setup import RunOptions, split_prompts
-from comfyui_agd.training.run_state import DifferentRun, RunState, differences
+from comfyui_agd.training.run_state import RunState
 from comfyui_agd.training.solvers import solver_step
 from comfyui_agd.training.trainer import Callbacks, train
 
@@ -212,7 +213,7 @@ def test_a_run_with_other_prompts_or_another_base_is_refused(folder):
         train(AnalyticModel(), PROMPTS[::-1], CONFIG, options=RunOptions(folder=folder))
     with pytest.raises(DifferentRun, match=r"negative: \[''\] then, \['a blot'\] now"):
         train(AnalyticModel(), PROMPTS, CONFIG, options=RunOptions(negative=["a blot"], folder=folder))
-    with pytest.raises(DifferentRun, match=r"patches: {} then, {'patched_weights': 3} now"):
+    with pytest.raises(DifferentRun, match=r"with other LoRAs or .*patches: {} then, {'patched_weights': 3} now"):
         train(AnalyticModel(base_patches={"patched_weights": 3}), PROMPTS, CONFIG, options=RunOptions(folder=folder))
 
 
@@ -242,15 +243,17 @@ def test_a_run_that_was_saved_with_the_names_of_format_1_goes_on_to_the_same_res
     assert_same(train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder)), whole)
 
 
-def test_a_run_that_was_saved_before_there_were_some_settings_goes_on(folder, whole):
+def test_a_run_that_was_saved_before_there_were_some_settings_goes_on(folder, whole, caplog):
     with pytest.raises(Stopped):
         train(AnalyticModel(), PROMPTS, VARIED, stop_after(7), options=RunOptions(folder=folder))
     file = max(folder.glob("state-*"))
     saved = torch.load(file, weights_only=True)
-    for name in ("vector", "frames", "sigma_from", "sigma_to"):
+    for name in ("vector", "frames", "sigma_from", "sigma_to", "loras", "prediction", "noise_levels", "encoded_prompt"):
         del saved["identity"][name]
+    del saved["by_sigma"], saved["shown"]
     torch.save(saved, file)
     assert_same(train(AnalyticModel(), PROMPTS, VARIED, options=RunOptions(folder=folder)), whole)
+    assert "didn't note the LoRAs' strengths, the noise schedule and the text encoder" in caplog.text
     with pytest.raises(DifferentRun, match=r"sigma_from: 0.0 then, 0.5 now"):
         train(AnalyticModel(), PROMPTS, replace(VARIED, sigma_from=0.5), options=RunOptions(folder=folder))
 
@@ -289,6 +292,17 @@ def test_differences_are_short():
     now = {"batch": 8, "prompts": ["b" * 80], "seed": 0, "reuse": 1}
     phrases = ["batch: 4 then, 8 now", "prompts: others now", "reuse: None then, 1 now"]
     assert list(differences(then, now).values()) == phrases
+
+
+def test_what_another_device_computes_with_other_rounding_is_no_difference():
+    levels, tokens = [14.6, 3.1, 0.03], [0.5, -2.0, 800.0, 1.0]
+    then = {"noise_levels": levels, "encoded_prompt": tokens}
+    rounded = {"noise_levels": [level * (1 + 1e-5) for level in levels], "encoded_prompt": [v * 1.02 for v in tokens]}
+    assert differences(then, rounded) == {}
+    others = {"noise_levels": [level * 1.01 for level in levels], "encoded_prompt": [0.6, -1.5, 800.0, 1.5]}
+    assert [*differences(then, others)] == ["encoded_prompt", "noise_levels"]
+    assert [*differences(then | {"prompts": ["a"]}, others | {"prompts": ["b"]})] == ["noise_levels", "prompts"]
+    assert [*differences({"noise_levels": "damaged"}, {"noise_levels": levels})] == ["noise_levels"]
 
 
 # -- What comes out

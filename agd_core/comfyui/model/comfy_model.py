@@ -13,6 +13,7 @@ from ..compiled_parts import with_original_parts
 from .denoiser import ComfyDenoiser
 from .experts import TwoExperts
 from .memory import ComfyMemory
+from .patches_digest import patches_digest
 from .previews import picture_of
 from .text_encoder import ComfyTextEncoder
 
@@ -44,6 +45,18 @@ class ComfyModel:
             self.denoiser = TwoExperts(self._model, with_original_parts(other).clone(), is_own, autocast, frames)
         self.text_encoder = ComfyTextEncoder(clip, self._model)
         self.memory = ComfyMemory(self._model, self.denoiser)
+
+    def made_of(self) -> dict[str, str]:
+        """What training depends on besides the base's own weights, each by a short name.
+
+        `loras`: those and other patches, on the model, the other expert and the text encoder; `other_expert`.
+        """
+        patches, found = [self._model.patches, self.text_encoder.patches], {}
+        if isinstance(self.denoiser, TwoExperts):
+            other = self.denoiser.other.model
+            patches.append(other.patches)
+            found["other_expert"] = fingerprint(other.model)
+        return found | {"loras": patches_digest(*patches)}
 
     def picture(self, latent: torch.Tensor) -> Image.Image:
         """A latent (1, c, h, w) as the sampler leaves it, as a picture: decoded, or approximated without a VAE."""

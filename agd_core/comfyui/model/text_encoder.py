@@ -30,8 +30,15 @@ class ComfyTextEncoder:
     """Implements `training.model.TextEncoder`."""
 
     def __init__(self, clip: Any, model: comfy.model_patcher.ModelPatcher):
-        """`model`: the base that the prompts are for."""
-        self._clip, self._model = clip, model
+        """`clip`: None, as ComfyUI loads a checkpoint without one, raises `ValueError` at the first prompt. `model`:
+        the base that the prompts are for.
+        """
+        self._clip, self._model, self._released = clip, model, False
+
+    @property
+    def patches(self) -> dict[str, Any]:
+        """LoRAs on the text encoder, as ComfyUI's patcher has them."""
+        return getattr(getattr(self._clip, "patcher", None), "patches", {})
 
     def encode(self, prompts: Sequence[str], kind: str = "positive") -> list[EncodedPrompt]:
         """Prompts for pictures of any size; `kind` is "positive" or "negative"."""
@@ -54,8 +61,13 @@ class ComfyTextEncoder:
 
     def _tokens(self, prompt: str) -> dict[str, list]:
         """By text encoder, chunks of tokens."""
-        if self._clip is None:
+        if self._released:
             raise ValueError("This model has released its text encoder; make another one for another run.")
+        if self._clip is None:
+            raise ValueError(
+                "This checkpoint has no text encoder: load the model's own with CLIPLoader or DualCLIPLoader, and "
+                "connect that to clip."
+            )
         return self._clip.tokenize(prompt)
 
     @functools.cached_property
@@ -74,7 +86,7 @@ class ComfyTextEncoder:
 
     def release(self) -> None:
         """No prompts will be encoded any more: the text encoder leaves the device, and memory if it is ours alone."""
-        self._clip = None
+        self._clip, self._released = None, True
         gc.collect()
         device = self._model.load_device
         if device.type != "cpu":
