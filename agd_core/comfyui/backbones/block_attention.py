@@ -152,6 +152,23 @@ class AttentionCall:
         return self.attend(q, k, v, self.heads, **kwargs)
 
 
+@dataclass
+class AttentionCount:
+    """Which of a block's attentions a call belongs to, counted from 0.
+
+    LTX-Video computes the attention of guiding frames to the image apart from the others': calls of a part of the
+    queries, with all keys, one after the other, are one attention.
+    """
+
+    number: int = -1
+    keys: int = 0
+
+    def of(self, call: AttentionCall) -> int:
+        is_another_part = call.keys == self.keys and call.queries < call.keys
+        self.number, self.keys = self.number + (not is_another_part), call.keys
+        return self.number
+
+
 def _attending(before: Callable | None, function: Callable) -> Callable:
     if before is None:
         return function
@@ -187,24 +204,24 @@ class KeepingAttention:
     before: Callable | None
     place: Place
     tokens: Callable[[], int]
-    calls: int = 0
+    count: AttentionCount = field(default_factory=AttentionCount)
     longest: int = 0
     found: list[tuple[bool, KeysValues]] = field(default_factory=list)
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
         call, m = AttentionCall(_attending(self.before, function), q, k, v, heads, args, kwargs), self.tokens()
+        self.count.of(call)
         if self.place.joint and call.queries == call.keys > max(m, self.longest):
             self.longest, self.found = call.keys, [(True, self._of_prompt(call, m))]
         elif not self.place.joint and call.keys == m:
             self.found.append((call.queries != m, self._of_prompt(call, m)))
-        self.calls += 1
         return call.run()
 
     def _of_prompt(self, call: AttentionCall, m: int) -> KeysValues:
         image, prompt = self.place.split(call.keys, m) if self.place.joint else (slice(0, 1), slice(0, m))
         mask = call.mask(slice(image.start, image.start + 1), prompt)
         keys, values = (_part(each, call.axis, prompt).clone() for each in (call.k, call.v))
-        return KeysValues(keys, values, mask, self.calls)
+        return KeysValues(keys, values, mask, self.count.number)
 
     def keys_values(self) -> KeysValues | None:
         """None where no attention looks at the prompt."""
@@ -261,7 +278,7 @@ class GuidedAttention:
     all: GuidedAttentions
     name: str
     before: Callable | None
-    calls: int = 0
+    count: AttentionCount = field(default_factory=AttentionCount)
 
     def again(self) -> "GuidedAttention":
         """For another run of the block."""
@@ -269,8 +286,7 @@ class GuidedAttention:
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
         call = AttentionCall(_attending(self.before, function), q, k, v, heads, args, kwargs)
-        number = self.calls
-        self.calls += 1
+        number = self.count.of(call)
         kept, place = prompt_keys_values(self.all.prompts, self.name, len(q), call.axis), self.all.place
         if number != kept.call:
             return call.run()
