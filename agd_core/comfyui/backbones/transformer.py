@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from .block_attention import (
     block_run,
     overridden_attention,
     overridden_unhooked,
+    token_grid,
     with_override,
 )
 from .compiled_network import compiled
@@ -139,7 +141,7 @@ class Transformer(Backbone):
                     hooks.enter_context(self._added_to_vector(prepared))
                 if step.guides_attention:
                     prompts = step.positives(kwargs["transformer_options"].get("uuids") or [])
-                    guided = GuidedAttentions(self._place(), step.active, prepared, prompts)
+                    guided = GuidedAttentions(self._place(), step.active, prepared, prompts, self._grid())
                     hooks.enter_context(self._overridden(guided, step))
                     kwargs = with_override(kwargs, guided)
                 return args, kwargs
@@ -172,6 +174,11 @@ class Transformer(Backbone):
     def _place(self) -> Place:
         joint, own_blocks = self.row.attention == "joint", bool(self.row.sites)  # of the prompt, before the image's
         return Place(joint, self.row.prompt_last, changes=joint or own_blocks)
+
+    def _grid(self) -> Callable[..., tuple[int, ...] | None]:
+        """The `TokenGrid` of these networks. Z-Image's fill their tokens up."""
+        multiple = getattr(self.network, "pad_tokens_multiple", None) or 1
+        return partial(token_grid, patch=self.row.patch, multiple=multiple)
 
     def _blocks_with_prompt(self) -> dict[str, nn.Module]:
         return {name: block for (name, _), block in self._listed(self._lists_with_prompt()).items()}
