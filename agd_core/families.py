@@ -30,7 +30,7 @@ class Family:
     where it doesn't ask ComfyUI's `optimized_attention_override`. `sites`: those of `blocks` where it does, by default
     all. `prompt_at`: where the prompt's tokens are seen as they come to the attentions, [b, ..., tokens, width]: the
     output of a module, or of "path:argument" an argument that a module gets, by position or by keyword. `prompt_last`:
-    joint: its keys come after the image's.
+    joint: its keys come after the image's. `patch`: an image token is of so many latent pixels each way.
 
     Of the blocks' linear layers, those (or what contains them) that low-rank changes are not for: `left_out`, where
     the rows of a batch are put together otherwise, and `unread`, of a list's last block, what no one looks at any more.
@@ -58,6 +58,7 @@ class Family:
     sites: tuple[str, ...] = ()
     prompt_at: str = ""
     prompt_last: bool = False
+    patch: int = 2
 
 
 _transformer = partial(Family, layout="transformer", side=1024, aspect_ratios=True)
@@ -101,6 +102,7 @@ _ltx = partial(
     prompt_layer="caption_projection.linear_1",
     time_embedding="adaln_single.emb",
     timestep_scale=1000.0,
+    patch=1,
 )
 _cosmos = partial(
     _cross,
@@ -167,7 +169,7 @@ FAMILIES = (
     _flux("Flux", "Flux"),
     _flux("FluxSchnell", "Flux without guidance"),
     _flux("Chroma", "Chroma", time_embedding="distilled_guidance_layer"),
-    _flux("Flux2", "FLUX.2"),
+    _flux("Flux2", "FLUX.2", patch=1),
     _next_dit("Lumina2", "Lumina 2"),
     _next_dit("ZImage", "Z-Image"),
     _joint(
@@ -182,7 +184,7 @@ FAMILIES = (
         unread=("txt_mlp", "attn.add_q_proj", "attn.to_add_out"),
     ),
     _hunyuan_video("HunyuanVideo", "HunyuanVideo"),
-    _hunyuan_video("HunyuanVideo15", "HunyuanVideo 1.5"),
+    _hunyuan_video("HunyuanVideo15", "HunyuanVideo 1.5", patch=1),
     _wan("WAN21_T2V", "Wan 2.1 / 2.2 text to video", side=640),
     _wan("WAN21_I2V", "Wan 2.1 / 2.2 image to video", side=640),
     _wan("WAN22_T2V", "Wan 2.2 5B", side=960),
@@ -246,6 +248,7 @@ FAMILIES = (
         attention_module="self_attention",
         prompt_at="text_proj",
         prompt_last=True,
+        patch=1,
     ),
     _joint(
         "Krea2",
@@ -267,6 +270,7 @@ FAMILIES = (
         timestep_scale=1000.0,
         prompt_at="transformer_blocks.0:encoder_hidden_states",
         prompt_last=True,
+        patch=1,
         unread=("txt_mlp", "attn.to_add_out"),
     ),
 )

@@ -54,9 +54,26 @@ class Prompt:
         return self.means[device]
 
 
+# What networks call the mask (r, m) of a prompt's tokens, Hunyuan-DiT by another name, and how many tokens count.
+_MASKS, _COUNT = ("attention_mask", "text_embedding_mask"), "num_tokens"
+
+
 def token_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
-    """(r, m), which of a prompt's tokens count, if its condition says so: by another name in Hunyuan-DiT."""
-    return next((arguments[key] for key in ("attention_mask", "text_embedding_mask") if key in arguments), None)
+    """(r, m), which of a prompt's tokens count, if its condition says so."""
+    return next((arguments[key] for key in _MASKS if key in arguments), None)
+
+
+def with_tokens(arguments: dict[str, Any], context: torch.Tensor) -> dict[str, Any]:
+    """A prompt's arguments with other tokens (r, m, d), all of which count.
+
+    Some networks don't run without being told so. A mask that is not of the tokens, such as Flux Redux's, is left out.
+    """
+    masks = {key: arguments[key] for key in _MASKS if key in arguments}
+    tokens = arguments["c_crossattn"].shape[:2]
+    ones = {key: mask.new_ones(context.shape[:2]) for key, mask in masks.items() if mask.shape == tokens}
+    count = {_COUNT: context.shape[1]} if _COUNT in arguments else {}
+    others = {key: value for key, value in arguments.items() if key not in masks}
+    return {**others, **ones, **count, "c_crossattn": context}
 
 
 def mean_token(context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -163,9 +163,26 @@ def test_prompts_of_several_conditions_are_repeated_to_one_length():
     assert torch.equal(found.values, -found.keys)
 
 
-@pytest.mark.parametrize(("tokens", "grid"), [(64, (8, 8)), (16, (4, 4)), (4, (2, 2)), (20, None)])
-def test_image_tokens_lie_as_patches_do(tokens, grid):
-    assert token_grid(tokens, 8, 8) == grid
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "grid"),
+    [
+        (16, (8, 8), (4, 4)),
+        (20, (7, 9), (4, 5)),
+        (32, (2, 8, 8), (2, 4, 4)),
+        (64, (4, 8, 8), (4, 4, 4)),
+        (64, (8, 8), None),  # a picture and three to edit
+        (48, (2, 8, 8), None),  # a frame beside the video's
+        (20, (8, 8), None),
+        (16, (256,), None),  # packed
+    ],
+)
+def test_image_tokens_lie_as_patches_do(tokens, sizes, grid):
+    assert token_grid(tokens, torch.Size(sizes), patch=2) == grid
+
+
+def test_image_tokens_that_are_filled_up_begin_with_the_pictures():
+    assert token_grid(32, torch.Size((8, 8)), patch=2, multiple=32) == (4, 4)
+    assert token_grid(64, torch.Size((8, 8)), patch=2, multiple=32) is None
 
 
 def test_the_difference_of_prompts_is_in_units_of_their_own_channels():

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ from ..prompt import KeysValues, Prompt
 from .module_hooks import hooked_before
 from .split_attention import can_split, joined, look
 from .unhooked_attention import HookedForward, hooked
+
+if TYPE_CHECKING:
+    from ..sampling.negatives import TokenGrid
 
 OVERRIDE = "optimized_attention_override"
 _OPTIONAL = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
@@ -121,6 +124,13 @@ class AttentionCall:
         sharing = self.heads // tokens.shape[1]  # heads may share keys and values
         return tokens if sharing == 1 else tokens.repeat_interleave(sharing, dim=1)
 
+    def goes_on(self, keys: int) -> bool:
+        """Whether it is another part of the same attention as the call before, to so many keys.
+
+        LTX-Video computes the attention of guiding frames apart from the others': each has a part of the queries.
+        """
+        return self.keys == keys and self.queries < keys
+
     def run(self) -> torch.Tensor:
         return self.attend(self.q, self.k, self.v, self.heads, **self.kwargs)
 
@@ -187,24 +197,25 @@ class KeepingAttention:
     before: Callable | None
     place: Place
     tokens: Callable[[], int]
-    calls: int = 0
+    number: int = -1  # of the attention that the last call was of
+    keys: int = 0
     longest: int = 0
     found: list[tuple[bool, KeysValues]] = field(default_factory=list)
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
         call, m = AttentionCall(_attending(self.before, function), q, k, v, heads, args, kwargs), self.tokens()
+        self.number, self.keys = self.number + (not call.goes_on(self.keys)), call.keys
         if self.place.joint and call.queries == call.keys > max(m, self.longest):
             self.longest, self.found = call.keys, [(True, self._of_prompt(call, m))]
         elif not self.place.joint and call.keys == m:
             self.found.append((call.queries != m, self._of_prompt(call, m)))
-        self.calls += 1
         return call.run()
 
     def _of_prompt(self, call: AttentionCall, m: int) -> KeysValues:
         image, prompt = self.place.split(call.keys, m) if self.place.joint else (slice(0, 1), slice(0, m))
         mask = call.mask(slice(image.start, image.start + 1), prompt)
         keys, values = (_part(each, call.axis, prompt).clone() for each in (call.k, call.v))
-        return KeysValues(keys, values, mask, self.calls)
+        return KeysValues(keys, values, mask, self.number)
 
     def keys_values(self) -> KeysValues | None:
         """None where no attention looks at the prompt."""
@@ -243,12 +254,14 @@ def _repeated(kept: KeysValues, length: int, axis: int) -> KeysValues:
 
 @dataclass(frozen=True)
 class GuidedAttentions:
-    """The override of each block's run in an evaluation. `prompts`: the positive ones, in the order of the rows."""
+    """The override of each block's run in an evaluation. `prompts`: the positive ones, in the order of the rows;
+    `grid`: how the image's tokens lie."""
 
     place: Place
     active: tuple[ActiveAdapter, ...]
     prepared: list[tuple[Adapter, Prepared]]
     prompts: list[Prompt]
+    grid: "TokenGrid"
 
     def __call__(self, name: str, before: Callable | None) -> "GuidedAttention":
         return GuidedAttention(self, name, before)
@@ -261,7 +274,8 @@ class GuidedAttention:
     all: GuidedAttentions
     name: str
     before: Callable | None
-    calls: int = 0
+    number: int = -1  # of the attention that the last call was of
+    keys: int = 0
 
     def again(self) -> "GuidedAttention":
         """For another run of the block."""
@@ -269,10 +283,9 @@ class GuidedAttention:
 
     def __call__(self, function, q, k, v, heads, *args, **kwargs):
         call = AttentionCall(_attending(self.before, function), q, k, v, heads, args, kwargs)
-        number = self.calls
-        self.calls += 1
+        self.number, self.keys = self.number + (not call.goes_on(self.keys)), call.keys
         kept, place = prompt_keys_values(self.all.prompts, self.name, len(q), call.axis), self.all.place
-        if number != kept.call:
+        if self.number != kept.call:
             return call.run()
         if place.joint and self.before in (None, fused) and can_split(q, call.head_channels):
             return self._guided(call, SplitLooks(call, place, kept), kept)
@@ -286,7 +299,7 @@ class GuidedAttention:
                 parts = []
                 for each in active.negatives:
                     difference = towards - looks.at(each.negative.keys_values_at(self.name, len(call.q)))
-                    parts.append(each.weigh(difference, token_grid))
+                    parts.append(each.weigh(difference, self.all.grid))
                 own = adapter.add_inside_attention(self.name, own, sum(parts[1:], parts[0]), h, shared)
         if own.shape[1] != call.queries:
             before, after = looks.attended[:, : looks.queries.start], looks.attended[:, looks.queries.stop :]
@@ -370,13 +383,16 @@ class SplitLooks:
         return joined(self.of_image, of_prompt).transpose(1, 2).flatten(2)
 
 
-def token_grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
-    """How a picture's image tokens lie in latents of that size, for patches of 1, 2 or 4. None: they don't."""
-    for patch in (1, 2, 4):
-        grid = math.ceil(height / patch), math.ceil(width / patch)
-        if grid[0] * grid[1] == tokens:
-            return grid
-    return None
+def token_grid(tokens: int, sizes: torch.Size, patch: int, multiple: int = 1) -> tuple[int, ...] | None:
+    """How image tokens, of patches x patch latent pixels, lie in latents of those `sizes`, (h, w) or (t, h, w).
+
+    `multiple`: to one of that they are filled up. None: they don't, and may be more pictures than this one.
+    """
+    if len(sizes) < 2:
+        return None  # several latents that ComfyUI has packed into one
+    *times, height, width = sizes
+    grid = (*times, math.ceil(height / patch), math.ceil(width / patch))
+    return grid if math.ceil(math.prod(grid) / multiple) * multiple == tokens else None
 
 
 def block_run(options: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from .block_attention import (
     block_run,
     overridden_attention,
     overridden_unhooked,
+    token_grid,
     with_override,
 )
 from .compiled_network import compiled
@@ -139,7 +141,7 @@ class Transformer(Backbone):
                     hooks.enter_context(self._added_to_vector(prepared))
                 if step.guides_attention:
                     prompts = step.positives(kwargs["transformer_options"].get("uuids") or [])
-                    guided = GuidedAttentions(self._place(), step.active, prepared, prompts)
+                    guided = GuidedAttentions(self._place(), step.active, prepared, prompts, self._grid())
                     hooks.enter_context(self._overridden(guided, step))
                     kwargs = with_override(kwargs, guided)
                 return args, kwargs
@@ -173,6 +175,11 @@ class Transformer(Backbone):
         joint, own_blocks = self.row.attention == "joint", bool(self.row.sites)  # of the prompt, before the image's
         return Place(joint, self.row.prompt_last, changes=joint or own_blocks)
 
+    def _grid(self) -> Callable[..., tuple[int, ...] | None]:
+        """The `TokenGrid` of these networks. Z-Image's fill their tokens up."""
+        multiple = getattr(self.network, "pad_tokens_multiple", None) or 1
+        return partial(token_grid, patch=self.row.patch, multiple=multiple)
+
     def _blocks_with_prompt(self) -> dict[str, nn.Module]:
         return {name: block for (name, _), block in self._listed(self._lists_with_prompt()).items()}
 
@@ -194,7 +201,8 @@ class Transformer(Backbone):
     def keys_values(
         self, model: Any, arguments: dict[str, Any], x: torch.Tensor, step: GuidedStep
     ) -> Iterator[tuple[str, KeysValues]]:
-        """From an evaluation of the base on a strip of noise, with the step's changes of linear layers."""
+        """From an evaluation of the base on a strip of noise, with the step's changes of linear layers and nothing but
+        the prompt: pictures to edit, guiding frames or a camera's path are no part of it."""
         strip, sigma = _strip(x, self.row.least_sides), model.model_sampling.sigma_max
         rows = len(arguments["c_crossattn"])
         noise = torch.randn(1, *strip.of(x).shape[1:], generator=torch.Generator().manual_seed(_SEED))
@@ -210,7 +218,7 @@ class Transformer(Backbone):
         def keeping(name: str, before: Callable | None) -> KeepingAttention:
             return kept.setdefault(name, KeepingAttention(before, self._place(), lambda: tokens.count))
 
-        given = {key: strip.of(value) for key, value in arguments.items() if not _are_pictures(value)}
+        given = strip.arguments(arguments)
         given["transformer_options"] = {"sigmas": sigmas}
         with self._alone(step, rows), tokens, self._overridden(keeping, step):
             model._apply_model(start, sigmas, **with_override(given, keeping))
@@ -327,19 +335,31 @@ class _Strip:
 
     axes: tuple[tuple[int, int], ...]
 
-    def of(self, value: Any) -> Any:
-        """Of anything that has the latents' axes as its last ones; what hasn't stays as it is."""
-        sizes = [size for size, _ in self.axes]
-        if not isinstance(value, torch.Tensor) or list(value.shape[2:]) != sizes:
-            return value
-        for axis, (_, kept) in enumerate(self.axes, start=2):
+    def of(self, value: torch.Tensor) -> torch.Tensor:
+        """Of what has the latents' axes as its last ones."""
+        for axis, (_, kept) in enumerate(self.axes, start=-len(self.axes)):
             value = value.narrow(axis, 0, kept)
         return value
 
+    def arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those of `apply_model` for the part: what lies as the latents do is cut as well, and whatever else there is
+        of pictures is left out, for both prompts alike. What networks can't run without, lies as the latents do."""
+        width = arguments["c_crossattn"].shape[-1]
+        cut = {key: self.of(value) for key, value in arguments.items() if self._fits(value)}
+        others = {key: value for key, value in arguments.items() if not (key in cut or _is_of_pictures(value, width))}
+        return {**others, **cut}
 
-def _are_pictures(value: Any) -> bool:
-    """Whether an argument is a list of latents beside the one that is denoised, such as those to be edited."""
-    return isinstance(value, list) and any(isinstance(each, torch.Tensor) for each in value)
+    def _fits(self, value: Any) -> bool:
+        sizes = [size for size, _ in self.axes]
+        return isinstance(value, torch.Tensor) and list(value.shape[2:])[-len(sizes) :] == sizes
+
+
+def _is_of_pictures(value: Any, width: int) -> bool:
+    """Whether an argument is latents, masks, places, ... of a picture, or a list of those. Tokens are (b, m, width), or
+    of several layers of a text encoder (b, layers, m, width)."""
+    if isinstance(value, list):
+        return any(isinstance(each, torch.Tensor) for each in value)
+    return isinstance(value, torch.Tensor) and value.ndim > 3 and value.shape[-1] != width
 
 
 def _strip(x: torch.Tensor, least_sides: int) -> _Strip:

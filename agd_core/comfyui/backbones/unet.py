@@ -208,11 +208,12 @@ def _base_attention(q, k, v, extra_options, *, heads: int, precision):
     )
 
 
-def token_grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
-    """How a layer's image tokens lie in the picture; `height`, `width`: of the latents. None: they don't."""
+def token_grid(tokens: int, sizes: torch.Size) -> tuple[int, ...] | None:
+    """How a layer's image tokens lie in latents of those `sizes`, (h, w). None: they don't."""
+    height, width = sizes
     while height * width > tokens:  # the levels, each half of the one before
         height, width = math.ceil(height / 2), math.ceil(width / 2)
-    return (height, width) if height * width in (1, tokens) else None
+    return (height, width) if height * width == tokens else None
 
 
 def guided_attention(q, k, v, extra_options, *, name: str, attend: Callable):

@@ -80,6 +80,12 @@ def negative_has_no_effect(unconditional: str) -> str:
     return f"The adapter ignores the negative prompt: it has learned guidance away from the {unconditional}."
 
 
+NEGATIVES_UNPLACED = (
+    "Masks of negatives are ignored: each counts everywhere. The model's image tokens are not those "
+    "of the picture alone, because of pictures to edit, guiding frames or another node."
+)
+
+
 def strengths_add_up(adapters: int) -> str:
     return (
         f"Too much guidance: that of {adapters} adapters adds up. Give them strengths that sum up to 1, or parts of "

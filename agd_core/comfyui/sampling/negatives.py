@@ -5,7 +5,7 @@ values: rows, areas, masks, strengths and ranges by ComfyUI's own rules.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,9 @@ from ...layers import fit_rows
 from ..prompt import Prompt
 from .conditions import crop, weight_of
 
-# (tokens, height, width of the latents) -> height and width of the grid of those image tokens, None if they are none.
-TokenGrid = Callable[[int, int, int], tuple[int, int] | None]
+# (image tokens, sizes of the latents: (h, w) or (t, h, w)) -> sizes of the grid that those tokens are, or the first of
+# them where the network has added some to their end; None if they are no grid of the latents.
+TokenGrid = Callable[[int, torch.Size], tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -23,22 +24,35 @@ class WeightedNegative:
     """A negative and how much it counts among all: everywhere alone where `weight` is None.
 
     `weight`: (b, 1, h, w) of the latents, with a time axis of video's, or (1, 1, 1, 1). Over all negatives they sum up
-    to 1, and to 0 in places that none of them is for.
+    to 1, and to 0 in places that none of them is for. `unplaced` gets an entry where those can't be found among the
+    tokens of an evaluation, so that the negative counts everywhere alike.
     """
 
     negative: Prompt
     weight: torch.Tensor | None = None
+    unplaced: list[tuple[int, ...]] = field(default_factory=list, compare=False)
 
     def weigh(self, difference: torch.Tensor, token_grid: TokenGrid) -> torch.Tensor:
         """Its part of the difference (rows, n, w) between the attention to the prompt and to this negative."""
         if self.weight is None:
             return difference
-        rows, tokens = difference.shape[:2]
-        weight = self.weight.float().mean(dim=2) if self.weight.ndim == 5 else self.weight.float()  # of all frames
-        grid = token_grid(tokens, *weight.shape[-2:])
-        # Where another node has changed the tokens, a place in the picture can't be found among them.
-        weight = F.adaptive_avg_pool2d(weight, grid if grid is not None else 1)
-        return fit_rows(weight.flatten(2).transpose(1, 2), rows).to(difference) * difference
+        weight = self._by_token(difference.shape[1], token_grid)
+        return fit_rows(weight, len(difference)).to(difference) * difference
+
+    def _by_token(self, tokens: int, token_grid: TokenGrid) -> torch.Tensor:
+        """(b, tokens, 1), or (b, 1, 1) where it is the same everywhere."""
+        assert self.weight is not None
+        weight = self.weight.float()
+        everywhere = weight.flatten(2).mean(dim=2, keepdim=True)
+        if weight.shape[2:].numel() == 1:
+            return everywhere
+        grid = token_grid(tokens, weight.shape[2:])
+        if grid is None:
+            self.unplaced.append((tokens, *weight.shape[2:]))
+            return everywhere
+        pool: Callable[..., torch.Tensor] = F.adaptive_avg_pool2d if len(grid) == 2 else F.adaptive_avg_pool3d
+        placed = pool(weight, grid).flatten(2).transpose(1, 2)
+        return torch.cat([placed, everywhere.expand(-1, tokens - placed.shape[1], -1)], dim=1)
 
     def share(self, rows: int) -> torch.Tensor:
         """(rows, 1): how much it counts in the picture as a whole."""
@@ -52,8 +66,9 @@ class WeightedNegative:
             return self
         weight = torch.cat([crop(self.weight, area) for area in areas])
         if weight.shape[-2:] != shape[-2:]:  # another node has cut the latents into tiles, say
+            self.unplaced.append(tuple(shape[2:]))
             weight = weight.flatten(2).mean(dim=2)[..., None, None]
-        return WeightedNegative(self.negative, weight)
+        return replace(self, weight=weight)
 
 
 def relative_weights(

@@ -8,7 +8,7 @@ import comfy.utils
 import torch
 
 from ..guided_step import GuidedStep
-from ..prompt import Prompt
+from ..prompt import Prompt, with_tokens
 from ..prompt_keys_values import compute_keys_values, depend_on_linears
 from .cond_batch import CondBatch
 from .conditions import is_active_at, tokens_of, with_text
@@ -52,9 +52,9 @@ class PromptCache:
         """The unconditional (m, d) that an adapter was trained with, for a workflow without a negative."""
         key = (id(context), None, 1, _linears_of(batch, step))
         if key not in self.prompts:
-            others = _arguments_of(batch.conds[0][0], 1) if batch.conds[0] else {}
-            others.pop("attention_mask", None)  # of the positive's tokens
-            prompt = Prompt({**others, "c_crossattn": context[None]})
+            # What else there is, is the positive's.
+            tokens, positive = context[None], _arguments_of(batch.conds[0][0], 1) if batch.conds[0] else None
+            prompt = Prompt(with_tokens(positive, tokens) if positive else {"c_crossattn": tokens})
             _apply_hooks(None, batch)
             compute_keys_values(prompt, batch.model, batch.x, step)
             self.prompts[key] = context, prompt

@@ -47,6 +47,8 @@ class StepWarnings:
         """Keep the first one, for later a step cache may leave out what there is to see; `size`: of latents, (h, w)."""
         if not self.seen_first:
             self.seen_first, self.waiting = True, _FirstStep(adapters, size, step)
+        else:
+            self._check_places(step)
 
     def send_waiting(self) -> None:
         first, self.waiting = self.waiting, None
@@ -58,6 +60,7 @@ class StepWarnings:
             self._check_negative(pair)
         self._check_strengths(first.adapters)
         self._check_layers(first.step)
+        self._check_places(first.step)
 
     def _check_omegas(self, adapters: list[AdapterAtOmega]) -> None:
         for applied, omega in adapters:
@@ -85,6 +88,10 @@ class StepWarnings:
         missing = set(step.layer_names()) - set(step.visited)
         if missing and step.at_attention:
             self.notify(messages.layers_skipped(len(missing), len(step.layer_names())))
+
+    def _check_places(self, step: GuidedStep) -> None:
+        if any(negative.unplaced for active in step.active for negative in active.negatives):
+            self.notify(messages.NEGATIVES_UNPLACED)
 
 
 def _has_other_negative(guider: CFGGuider, trained: torch.Tensor) -> bool:
