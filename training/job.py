@@ -89,7 +89,9 @@ class Job:
         progress(0, 1)  # loading the text encoder may take a while
         prompts = ExamplePrompts.of(self.model.text_encoder, self.prompts or [""], self.negatives)
         memory = round(self.config.memory * 1e9) or self.model.memory.available()
-        found = plan(self.model, self.config, memory, prompts, ranks=Ranks().count, progress=progress)
+        # Nothing that was recorded is kept to come again.
+        config = self.config if self.recording is None else dataclasses.replace(self.config, reuse=1)
+        found = plan(self.model, config, memory, prompts, ranks=Ranks().count, progress=progress)
         if self.recording is not None:
             found = dataclasses.replace(found, teacher_evaluations=0, seconds=None)
         check_disk_space(self.folder, found.disk_bytes, "keep fewer saves of the run (keep_states)")

@@ -179,3 +179,27 @@ def test_the_gap_of_a_new_adapter_is_open(model):
         result = evaluate(model.denoiser, Adapter(of_kind("low_rank", CONFIG).adapter_config(model.base, 16)), states)
     assert result.gap_closed[3.0] == pytest.approx(0.0, abs=1e-4)
     assert [sigma for sigma, _ in result.by_sigma[3.0]] == model.denoiser.sigmas("normal", 3)[:3].tolist()
+
+
+class LargeClip:
+    """As HiDream's: hidden states of a language model beside the tokens, here as parts of larger tensors."""
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens):
+        states = torch.ones(2, 3, 5, TinyUNet.unet_config["context_dim"])
+        return [[states[:1, 0], {"pooled_output": torch.ones(1, 8), "conditioning_llama3": states[1:], "ids": [7]}]]
+
+
+def test_all_of_an_encoded_prompt_waits_in_the_dtype_that_the_model_computes_in(monkeypatch):
+    base = tiny(TinyUNet())
+    monkeypatch.setattr(base.model, "get_dtype_inference", lambda: torch.bfloat16)
+    encoder = ComfyModel(base, LargeClip()).text_encoder
+    (prompt,) = encoder.encode(["a fox"])
+    kept = {name: value for name, value in prompt.cond.items() if isinstance(value, torch.Tensor)}
+    assert {name: value.dtype for name, value in kept.items()} == dict.fromkeys(
+        ("cross_attn", "pooled_output", "conditioning_llama3"), torch.bfloat16
+    )
+    assert sum(value.untyped_storage().nbytes() for value in kept.values()) == encoder.bytes_of(prompt)
+    assert prompt.cond["ids"] == [7]

@@ -47,6 +47,10 @@ class ComfyMemory:
         movable = sum(model.loaded_size() for model in loaded_models() if model.load_device == self.device)
         return comfy.model_management.get_free_memory(self.device) + movable
 
+    def system_available(self) -> int:
+        """The bytes of system memory that are free."""
+        return psutil.virtual_memory().available
+
     def base_bytes(self) -> int:
         """What the base's weights take."""
         return self._model.model_size()
