@@ -19,7 +19,7 @@ from .config import TrainConfig
 from .distributed import Ranks
 from .finite import Diverged
 from .gap import Evaluation, Measurement
-from .held_out import HeldOutEvaluation
+from .held_out import HeldOutEvaluation, check_measurable
 from .memory import BothPredictions
 from .model import Model, ProgressCallback
 from .plan import StepLayout
@@ -132,13 +132,15 @@ def train(
     ranks, start = Ranks(), Start.load(options.start) if options.start is not None else None
     rows = ranks.rows(config.batch)
     check_settings(model.denoiser, config, options.recording)
+    texts = RunTexts.split(prompts, config, options)
+    check_measurable(model.denoiser, config, texts.held_out, texts.negative)
     identity = run_identity(model, prompts, config, options)
     files = RunFolder(options.folder) if options.folder is not None else None
     with files.held() if files is not None and ranks.first else nullcontext():
         saved = _saved_state(files, identity)
         if ranks.first:
             callbacks.on_start()
-        begun = _Begun(ranks, rows, start, identity, files, saved, RunTexts.split(prompts, config, options))
+        begun = _Begun(ranks, rows, start, identity, files, saved, texts)
         try:
             trained = _trained(model, config, callbacks, options, begun)
         except Diverged as error:
