@@ -22,7 +22,7 @@ from ..agd_core.text import one_line, printable
 from . import authors
 from . import prompts as prompt_sources
 from .arguments import ExportSettings, PromptSettings, RecordSettings, UsageError, given, given_values, parse
-from .assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
+from .assess import AssessConfig, Candidate, PromptTexts, assess, learnt_by
 from .base_source import BaseSource
 from .config import TrainConfig
 from .distributed import Ranks
@@ -255,9 +255,12 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     loaded = source.load(with_vae=args.picture is not None)
     name, bar = str(args.adapter), ProgressBar()
-    model = ComfyModel(loaded.model, loaded.clip, vae=loaded.vae)
+    frames = 1 if from_file is None else learnt_by(from_file[0]).frames
+    model = ComfyModel(loaded.model, loaded.clip, frames=frames, vae=loaded.vae)
     info, weights = from_file or attention_guidance(model.base)
-    sampler = ComfySampler(loaded.model, info, weights, source=name, rule=rule_of(info))
+    learnt = learnt_by(info)
+    levels = learnt.sigma_from, learnt.sigma_to
+    sampler = ComfySampler(loaded.model, info, weights, source=name, rule=learnt.rule, noise_levels=levels)
     try:
         with bar.stopped_by_signals():
             found = assess(model, sampler, Candidate(info, weights, name), prompts, config, bar)

@@ -12,7 +12,7 @@ import torch
 from ..agd_core.adapter import Adapter
 from ..agd_core.errors import AGDError
 from .config import TrainConfig
-from .model import Cost, DeviceMemory, Model, ProgressCallback, Prompt, TextEncoder, no_progress
+from .model import Cost, DeviceMemory, Model, ProgressCallback, Prompt, Shape, TextEncoder, no_progress
 from .pool import kept_dtype
 from .presets import QUALITIES
 
@@ -333,6 +333,24 @@ def _with_base_on_device(
     return None
 
 
+def rows_that_fit(
+    model: Model, shape: Shape, prompt: Prompt, rows: int, memory: int | None, beside: int = 0
+) -> tuple[int, int]:
+    """For evaluations without gradients of latents of `shape`: as many of `rows` at once as fit beside the whole base
+    into `memory` bytes, or else one; and the bytes to leave free for them, as `session` takes them.
+
+    `beside`: bytes that are needed besides. None is no limit.
+    """
+    if memory is None:
+        return rows, 0
+    base = model.memory.base_bytes()
+    for count in _halvings(rows):
+        needed = math.ceil((model.memory.trace_base(shape, count, prompt).peak_bytes + beside) / (1 - SAFETY))
+        if base + needed <= memory:
+            return count, needed
+    return 1, needed + model.memory.largest_block_bytes()
+
+
 def _smallest(costs: _Costs, batch: int) -> tuple[int, bool, int]:
     """The layout that takes least: micro_batch, checkpointing and the bytes it needs on the device."""
     micro_batch, checkpointing = list(_micro_batches(costs.config, batch))[-1]
@@ -382,22 +400,22 @@ def _kept_batches(costs: _Costs, ranks: int) -> int:
     Raises `DoesNotFit` where these have no place.
     """
     prompts, memory = costs.prompts, int(costs.memory.system_available() * _OF_SYSTEM)
-    check_system_memory(prompts, memory, ranks)
+    check_system_memory(prompts, costs.memory, ranks)
     # Of several ranks the first gathers what all have, to save it.
     copies = 1 if ranks == 1 else 2
     free = memory - prompts.system_bytes * ranks
     return next((n for n in _halvings(costs.config.reuse_from) if _bytes_to_reuse(costs, n) * copies <= free), 1)
 
 
-def check_system_memory(prompts: ExamplePrompts, memory: int, ranks: int = 1) -> None:
-    """Raises `DoesNotFit` where the encoded prompts, of each of `ranks`, have no place in so many bytes."""
-    needed = prompts.system_bytes * ranks
-    if needed > memory:
-        fit = int((prompts.count + prompts.negatives) * memory / needed)
+def check_system_memory(prompts: ExamplePrompts, memory: DeviceMemory, ranks: int = 1) -> None:
+    """Raises `DoesNotFit` where system memory has no place for the encoded prompts, of each of `ranks`."""
+    needed, free = prompts.system_bytes * ranks, memory.system_available() * _OF_SYSTEM
+    if needed > free:
+        fit = int((prompts.count + prompts.negatives) * free / needed)
         # Those that are made from few prompts are about as many.
         fewer = max(fit - prompts.negatives, fit // 2, 1)
         raise DoesNotFit(
-            f"The encoded prompts take {_gigabytes(needed)} of system memory, and {_gigabytes(memory)} is free for "
+            f"The encoded prompts take {_gigabytes(needed)} of system memory, and {_gigabytes(free)} is free for "
             f"them; it would fit with {fewer:,} prompts in place of {prompts.count:,} (made prompts in AGD Train "
             "Settings, --prompt-count, or fewer lines)."
         )
