@@ -157,8 +157,8 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
     from ..agd_core.comfyui.model.comfy_model import ComfyModel
 
     loaded = source.load()
-    other = None if loaded.other_expert is None else (loaded.other_expert, early.learns_at)
     early = early if recording is None else recording.config(early)
+    other = None if loaded.other_expert is None else (loaded.other_expert, early.learns_at)
     how: dict[str, Any] = {"autocast": early.autocast, "frames": early.frames}
     model = ComfyModel(loaded.model, loaded.clip, **how, vae=loaded.vae, other_expert=other)
     config = settings_for(model.base, chosen, args.quality)

@@ -241,7 +241,9 @@ class TrajectoryPool:
             )
             for i, is_started in enumerate(started)
         ]
-        visited = [{name: per_row[f"seen{i}.{name}"] for name in _SAVED} for i in range(int(shared["seen"]))]
+        # Earlier versions' recordings have some, which are of no use there.
+        count = int(shared["seen"]) if self.config.reuse > 1 else 0
+        visited = [{name: per_row[f"seen{i}.{name}"] for name in _SAVED} for i in range(count)]
         self.visited = [Batch.from_tensors(tensors, self.config.rule) for tensors in visited]
 
     def _choose(self, count: int) -> int:
