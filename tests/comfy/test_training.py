@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import comfy.model_management as mm
 import pytest
 import torch
 
@@ -203,3 +204,21 @@ def test_all_of_an_encoded_prompt_waits_in_the_dtype_that_the_model_computes_in(
     )
     assert sum(value.untyped_storage().nbytes() for value in kept.values()) == encoder.bytes_of(prompt)
     assert prompt.cond["ids"] == [7]
+
+
+@pytest.mark.parametrize("release", ["this", "older"])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17.1 GB)"), True),
+        (getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_out_of_memory_is_told_on_every_device(model, monkeypatch, error, expected, release):
+    if release == "older":
+        monkeypatch.delattr(mm, "is_oom", raising=False)
+    assert model.memory.is_out_of_memory(error) == expected
