@@ -11,7 +11,7 @@ from ..agd_core.guidance import GapErrors, GuidanceRule, gap_errors, mean_cosine
 from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
 from .estimate import share_closed_of
-from .finite import base_prediction
+from .finite import base_prediction, check_target
 from .model import Denoiser, ProgressCallback, Prompt, Shape, no_progress
 from .solvers import solver_step
 
@@ -93,6 +93,7 @@ def follow_teacher(
                 sigma, sigma_next = sigmas[i].expand(rows), sigmas[i + 1].expand(rows)
                 cond, uncond = (base_prediction(denoiser, x, sigma, each) for each in (prompts, unwanted))
                 target = trajectories.rule(x, sigma, cond, uncond, torch.full((rows,), float(omega)))
+                check_target(target, trajectories.rule.name, omega)
                 if i in kept:
                     states.append(TrajectoryState(x, cond, target, sigmas[i].item(), omega, prompts, unwanted))
                 x = solver_step(x, target, sigma, sigma_next)

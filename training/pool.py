@@ -21,6 +21,7 @@ import torch
 from ..agd_core.guidance import GuidanceRule, per_row
 from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
+from .finite import check_target
 from .model import Denoiser, EncodedPrompts, ProgressCallback, Prompt, Shape, no_progress
 from .solvers import Ancestral, SecondOrder, solver_step
 
@@ -321,7 +322,11 @@ class TrajectoryPool:
         return Batch(x, sigma, omega, positive, negative, cond, uncond, rule=self.config.rule)
 
     def _step(self, column: Column, rows: torch.Tensor, batch: Batch, denoised: torch.Tensor) -> None:
-        """One solver step towards `denoised`, on the CPU; finished trajectories start anew."""
+        """One solver step towards `denoised`, on the CPU; finished trajectories start anew.
+
+        Raises `TargetNotFinite`: the base would be blamed for what it predicts from there.
+        """
+        check_target(batch.target, self.config.teacher, self.config.omega_max)
         solvers = [self.config.solvers[i] for i in column.numbers["solver"][rows].tolist()]
         noise = torch.stack([torch.randn(column.x.shape[1:], generator=self.generators[row]) for row in rows.tolist()])
         second = torch.tensor([name == "dpmpp_2m" for name in solvers]) & (column.numbers["position"][rows] > 0)

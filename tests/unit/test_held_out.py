@@ -7,7 +7,8 @@ import torch
 
 from comfyui_agd.agd_core.guidance import RULES, GuidanceRule
 from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel
-from comfyui_agd.training.gap import Trajectories, omegas_of
+from comfyui_agd.training.finite import TargetNotFinite
+from comfyui_agd.training.gap import Trajectories, follow_teacher, omegas_of
 from comfyui_agd.training.run_setup import RunOptions
 from comfyui_agd.training.trainer import train
 
@@ -64,3 +65,9 @@ def test_nothing_is_measured_without_guidance(most):
 
 def test_the_usual_guidance_scales_are_measured():
     assert omegas_of(CONFIG) == [2.3, 5.2, 12.0]
+
+
+def test_guidance_that_is_no_number_while_measuring_is_not_the_bases_fault():
+    model, trajectories = AnalyticModel(), Trajectories((2, 8, 8), [float("inf")], steps=4)
+    with pytest.raises(TargetNotFinite, match=r"^The teacher's guidance \(cfg\) is NaN or infinite"):
+        follow_teacher(model, model.encode(["a fox"]), model.encode([""]), trajectories)

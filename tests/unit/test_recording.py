@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from comfyui_agd.agd_core.guidance import RULES, cfg
+from comfyui_agd.agd_core.guidance import RULES, GuidanceRule, cfg
 from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, Stopped, assert_same, stop_after, weights
 from comfyui_agd.tests.support.damaged import damaged_description
 from comfyui_agd.tests.unit.test_pool import pool_of
 from comfyui_agd.training import recording as module
+from comfyui_agd.training.finite import TargetNotFinite
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.options import SettingsError
 from comfyui_agd.training.plan import DoesNotFit
@@ -410,3 +411,17 @@ def test_prompts_that_system_memory_has_no_place_for_are_not_recorded(tmp_path, 
     monkeypatch.setattr(AnalyticModel, "system_available", lambda model: 1000)
     with pytest.raises(DoesNotFit, match="The encoded prompts take"):
         make(tmp_path / "recording")
+
+
+@pytest.mark.parametrize("most", [0, 40])
+def test_guidance_that_is_no_number_is_not_the_bases_fault(tmp_path, monkeypatch, most):
+    """At first, where trajectories are brought to their phases, or after so many evaluations of the teacher."""
+    asked, real = [], GuidanceRule.__call__
+
+    def overflowing(rule, x, *rest):
+        asked.append(rule)
+        return real(rule, x, *rest) + (torch.inf if len(asked) > most else 0)
+
+    monkeypatch.setattr(GuidanceRule, "__call__", overflowing)
+    with pytest.raises(TargetNotFinite, match=r"^The teacher's guidance \(cfg\) is NaN or infinite, though"):
+        make(tmp_path / "recording", batches=100)
