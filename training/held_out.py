@@ -82,7 +82,7 @@ class HeldOutEvaluation:
         self.model, self.config, self.prompts, self.both = model, config, prompts, both
         self.shape = model.denoiser.latent_shape(*config.buckets()[0])
         self._states: list[TrajectoryState] = []
-        self._guided: torch.Tensor | None = None
+        self._guided: Image.Image | None = None
 
     def measure(self, adapter: Adapter, of_phase: Callable[[str], ProgressCallback]) -> Evaluation:
         """Gap closed per omega and sigma."""
@@ -104,9 +104,8 @@ class HeldOutEvaluation:
         what = self.model.denoiser, self.prompts.shown, self.prompts.unconditional, settings
         progress, by_teacher = of_phase("preview"), 0 if self._guided is not None else 2 * settings.steps
         total = by_teacher + settings.steps
-        if self._guided is None:
-            self._guided = sample(*what, None, part_of(progress, 0, total))
-        own = sample(*what, adapter, part_of(progress, by_teacher, total))
+        if self._guided is None:  # decoded once: a VAE may take the base's place on the device
+            self._guided = self.model.picture(sample(*what, None, part_of(progress, 0, total)))
+        own = self.model.picture(sample(*what, adapter, part_of(progress, by_teacher, total)))
         teacher = config.teacher.replace("_", " ").upper()
-        latents = {f"{teacher} {omega:g}": self._guided, f"AGD {omega:g}, step {step}": own}
-        return preview({name: self.model.picture(latent) for name, latent in latents.items()})
+        return preview({f"{teacher} {omega:g}": self._guided, f"AGD {omega:g}, step {step}": own})
