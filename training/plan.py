@@ -439,11 +439,12 @@ def plan(
     """
     tracing, batch = _TracingProgress(progress, once=memory is None), max(1, config.batch // ranks)
     costs = _Costs(model, config, prompts, tracing, once=memory is None)
+    kept_batches = _kept_batches(costs, ranks)  # before any tracing, for it may refuse
     layout = _choose(costs, memory, batch)
     if layout is None:
         raise DoesNotFit(_refusal(costs, memory or 0, batch))
     teacher, student = evaluations(config)
-    parameters, kept_batches = costs.parameters, _kept_batches(costs, ranks)
+    parameters = costs.parameters
     kept = _bytes_to_reuse(costs, kept_batches)
     state = parameters * _BYTES_IN_STATE + kept
     found = Plan(

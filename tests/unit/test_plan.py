@@ -308,13 +308,15 @@ def test_what_all_prompts_take_is_told_by_two_of_them():
 def test_prompts_that_system_memory_has_no_place_for_are_refused_with_how_many_it_has(model):
     prompts = ExamplePrompts(1, 1, count=2000, negatives=400, system_bytes=int(24 * GB))
     model.system = 15.0
+    model.traced.clear()
     with pytest.raises(
         DoesNotFit, match=r"take 24\.0 GB of system memory, and 13\.5 GB is free .* with 950 prompts in"
     ):
         plan(model, CONFIG, None, prompts)
+    assert model.traced == []
     assert plan(model, CONFIG, None, replace(prompts, count=950, system_bytes=int(13.5 * GB))).kept_batches
     with pytest.raises(DoesNotFit, match=r"48\.0 GB"):
-        plan(model, CONFIG, None, replace(prompts), ranks=2)
+        plan(model, CONFIG, None, prompts, ranks=2)
 
 
 REUSED = replace(CONFIG, iterations=4000, reuse=4, reuse_from=256, width=2048, height=2048)
