@@ -51,7 +51,7 @@ class BasePatches(TypedDict, total=False):
 
 
 class TeacherSettings(TypedDict, total=False):
-    """The guidance that was learnt, of the training's settings, which are all there. See `GuidanceRule`."""
+    """The guidance that was learnt and where, of the training's settings, which are all there. See `GuidanceRule`."""
 
     teacher: Annotated[str, OneOf(RULES)]
     interval_sigma_min: _Positive
@@ -59,6 +59,9 @@ class TeacherSettings(TypedDict, total=False):
     rescale_phi: Annotated[float, Between(0, 1)]
     apg_eta: Annotated[float, Between(0, 1)]
     apg_threshold: _Positive
+    sigma_from: _Positive
+    sigma_to: _Positive
+    frames: Annotated[int, Between(1, 1024)]
 
 
 class TrainingSummary(TypedDict, total=False):

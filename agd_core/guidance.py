@@ -102,6 +102,11 @@ class GuidanceRule:
             return cfg_zero(x, cond, uncond, omega)
         return cfg(cond, uncond, omega)
 
+    def guides_at(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Whether there is guidance at these noise levels: (b,) each."""
+        inside = (sigma > self.sigma_min) & (sigma <= self.sigma_max)
+        return inside if self.name == "interval" else torch.ones_like(inside)
+
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """<a, b> of each row: (b, ...) -> (b,), fp32."""

@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 from ..agd_core.comfyui.model.comfy_model import ComfyModel
 from ..agd_core.comfyui.model.sampler import ComfySampler
 from ..training import prompts as prompt_sources
-from ..training.assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
+from ..training.assess import AssessConfig, Candidate, PromptTexts, assess, learnt_by
 from .common import AdapterType, adapter_fingerprint, adapter_names, named_adapter, number_input, show_on_node
 from .progress import NodeProgress
 
@@ -105,10 +105,13 @@ class AGDEvaluate(io.ComfyNode):
         unwanted = prompt_sources.draw_each(prompt_sources.prompts_of(negative, "negative"), seed) or [""]
         candidate = Candidate(*(adapter or named_adapter(adapter_name, model)))
         info, weights, source = candidate.info, candidate.weights, candidate.source
-        sampler = ComfySampler(model, info, weights, source=source, rule=rule_of(info))
+        learnt = learnt_by(info)
+        levels = learnt.sigma_from, learnt.sigma_to
+        sampler = ComfySampler(model, info, weights, source=source, rule=learnt.rule, noise_levels=levels)
+        base = ComfyModel(model, clip, frames=learnt.frames, vae=vae)
         display, node_id = NodeProgress(cls.hidden.unique_id), cls.hidden.unique_id
         prompt_texts = PromptTexts(texts, unwanted)
-        found = assess(ComfyModel(model, clip, vae=vae), sampler, candidate, prompt_texts, config, display)
+        found = assess(base, sampler, candidate, prompt_texts, config, display)
         show_on_node(node_id, found.report())
         picture = torch.from_numpy(np.asarray(found.picture, dtype=np.float32) / 255)[None]
         return io.NodeOutput(found.report(), picture, found.gap_closed)

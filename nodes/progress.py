@@ -15,6 +15,9 @@ from .common import show_on_node
 log = logger(__name__)
 
 _SECONDS_BETWEEN_MESSAGES = 0.2  # a hundred a second would slow the browser down
+# Each carries the last preview, which ComfyUI writes as an image file and sends while it does nothing else.
+_SECONDS_BETWEEN_PICTURES = 1.0
+_LARGEST_PICTURE = 1024  # pixels
 
 
 class NodeProgress:
@@ -40,13 +43,15 @@ class NodeProgress:
             self._trained = progress
         now = time.monotonic()
         # What a phase begins with may take minutes, so that its first report isn't left out.
-        if progress.phase not in self._begun or now - self._shown >= _SECONDS_BETWEEN_MESSAGES:
+        between = _SECONDS_BETWEEN_MESSAGES if self._preview is None else _SECONDS_BETWEEN_PICTURES
+        if progress.phase not in self._begun or now - self._shown >= between:
             self._begun.add(progress.phase)
             self._shown = now
             self._show(progress)
 
     def show_preview(self, step: int, image: Image.Image) -> None:
-        self._preview = image
+        self._preview = image.convert("RGB")
+        self._preview.thumbnail((_LARGEST_PICTURE, _LARGEST_PICTURE))
         if self._progress is not None:
             self._show(self._progress)
 
@@ -64,7 +69,7 @@ class NodeProgress:
     def _show(self, progress: Progress) -> None:
         self._progress = progress
         # Without its picture a message would take an earlier one off the node.
-        picture = ("PNG", self._preview, None) if self._preview is not None else None
+        picture = ("JPEG", self._preview, None) if self._preview is not None else None
         bar = comfy.utils.ProgressBar(progress.total, node_id=self.node_id)
         bar.update_absolute(progress.step, progress.total, picture)
         lines = [progress.describe(), *self.plan] if "train" in self._begun else [*self.plan, progress.describe()]

@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 
 from ..agd_core.adapter import Adapter
 from ..agd_core.adapter_file import AdapterInfo, check_base
-from ..agd_core.guidance import GapErrors, GuidanceRule, square_norm
+from ..agd_core.guidance import GapErrors, square_norm
 from ..agd_core.mixed_precision import MixedPrecision
 from ..agd_core.seeds import LARGEST_SEED, seeded_generator
 from .assessment_report import METHODS, Assessment, Cost, OmegaResult, SigmaResult, Transfer
@@ -23,6 +23,7 @@ from .gap import Trajectories, TrajectoryState, errors_by_omega, follow_teacher,
 from .memory import retry_on_oom
 from .model import Model, ProgressCallback, Prompt, Shape, encode
 from .options import Settings, option
+from .plan import rows_that_fit
 from .plot import contact_sheet
 from .presets import settings_for
 from .progress import Progress
@@ -34,7 +35,10 @@ _ROWS = 4  # evaluated at once, if they fit
 _WARM_UP = 2  # steps by every method before any is timed
 _EVALUATIONS = {"unguided": 1, "guided": 2, "agd": 1}  # of a step by each of `METHODS`, about
 _SHOWN = 6  # images of each method in the picture
-_RULE = ("teacher", "interval_sigma_min", "interval_sigma_max", "rescale_phi", "apg_eta", "apg_threshold")
+_LEARNT = (
+    *("teacher", "interval_sigma_min", "interval_sigma_max", "rescale_phi", "apg_eta", "apg_threshold"),
+    *("sigma_from", "sigma_to", "frames"),
+)
 
 
 class Sampler(Protocol):
@@ -86,13 +90,15 @@ class AssessConfig(Settings):
                 yield f"{name} is {getattr(self, name)}, but must be {_SMALLEST_SIDE} or more"
 
 
-def rule_of(info: AdapterInfo) -> GuidanceRule:
-    """The guidance that an adapter learnt: what its file says, or plain CFG. Raises `ValueError` for none such."""
+def learnt_by(info: AdapterInfo) -> TrainConfig:
+    """What an adapter learnt, by its file: the teacher's rule, the noise levels, the frames of a video; or else plain
+    CFG everywhere, of one frame. The other settings are the usual ones. Raises `ValueError` for none such.
+    """
     settings = info.training.get("config", {})
     try:
-        return TrainConfig(**{name: settings[name] for name in _RULE if name in settings}).rule
+        return TrainConfig(**{name: settings[name] for name in _LEARNT if name in settings})
     except ValueError as error:
-        raise ValueError(f"The adapter's file says of a teacher that there can't be: {error}") from error
+        raise ValueError(f"The adapter's file says of a training that there can't be: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,11 @@ def assess(
     check_base(info, model.base, candidate.source)
     texts = prompts.pairs(config.count)
     trajectories = _trajectories(model, info, config)
+    if not trajectories.can_measure(model.denoiser):
+        raise ValueError(
+            f"None of {config.steps} sampling steps is at a noise level that the adapter learnt to guide at"
+            f"{_noise_levels(info)}: evaluate with more steps."
+        )
     lists = [("positive", [text for text, _ in texts]), ("negative", [text for _, text in texts])]
     positive, negative = encode(model.text_encoder, lists, of_phase("encode"))
     pairs = list(zip(positive, negative, strict=True))
@@ -157,6 +168,7 @@ def assess(
         prompts=len({text for text, _ in texts}),
         steps=config.steps,
         latent=trajectories.shape[-2:],
+        frames=learnt_by(info).frames,
         by_omega={omega: found.with_distance(samples.distance(omega)) for omega, found in measured.items()},
         costs=samples.costs(),
         speedup=samples.speedup(),
@@ -167,14 +179,26 @@ def assess(
 
 
 def _trajectories(model: Model, info: AdapterInfo, config: AssessConfig) -> Trajectories:
+    learnt = learnt_by(info)
     return Trajectories(
         _shape(model, info, config),
         _omegas(info, config),
-        rule=rule_of(info),
+        rule=learnt.rule,
         steps=config.steps,
-        keep=min(_KEPT_STEPS, config.steps),
+        keep=min(_KEPT_STEPS, config.steps) if learnt.learns_everywhere else None,
         seed=config.seed,
+        where=learnt.learns_at,
     )
+
+
+def _noise_levels(info: AdapterInfo) -> str:
+    """Those of its training, such as ", from 0.875 up"; "" where it was of all."""
+    learnt = learnt_by(info)
+    if learnt.learns_everywhere:
+        return ""
+    if not learnt.sigma_to:
+        return f", from {learnt.sigma_from:g} up"
+    return f", below {learnt.sigma_to:g}" + (f" and from {learnt.sigma_from:g} up" if learnt.sigma_from else "")
 
 
 def _shape(model: Model, info: AdapterInfo, config: AssessConfig) -> Shape:
@@ -231,7 +255,11 @@ def _measure_gaps(
         states = follow_teacher(denoiser, positive, negative, trajectories, rows, of_phase("teacher"))
         return states, predict(denoiser, adapter.to(denoiser.device), states, of_phase("measure"))
 
-    with denoiser.session():
+    # The adapter is evaluated, too: its weights, and what it computes with, which is less than them.
+    prompt = max((each for pair in prompts for each in pair), key=model.text_encoder.bytes_of)
+    beside = 2 * sum(parameter.nbytes for parameter in adapter.parameters())
+    rows, reserve = rows_that_fit(model, trajectories.shape, prompt, rows, model.memory.available(), beside)
+    with denoiser.session(memory=reserve):
         (states, students), _ = retry_on_oom(model.memory, "the evaluation", measure, rows)
     return {omega: _gap_of(levels) for omega, levels in errors_by_omega(states, students).items()}
 
@@ -342,6 +370,20 @@ def _between(points: Sequence[tuple[float, Estimate]], omega: float) -> Estimate
 
 
 def _notes(model: Model, info: AdapterInfo) -> list[str]:
+    return [*_note_of_noise_levels(info), *_note_of_patches(model, info)]
+
+
+def _note_of_noise_levels(info: AdapterInfo) -> list[str]:
+    levels = _noise_levels(info)
+    if not levels:
+        return []
+    return [
+        f"The adapter learnt a part of the noise levels{levels}: gap closed is measured there alone, and the samples "
+        "have this model's own CFG elsewhere. Of two experts, this one takes the other's steps, too."
+    ]
+
+
+def _note_of_patches(model: Model, info: AdapterInfo) -> list[str]:
     then, now = (
         patches.get("patched_weights", 0) for patches in (info.training.get("base_patches", {}), model.base_patches)
     )

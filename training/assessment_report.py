@@ -132,8 +132,8 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Assessment:
-    """All that was measured. `teacher`: the guidance that the adapter learnt; `latent`: (height, width); `speedup`: how
-    many times as fast as the teacher the adapter is."""
+    """All that was measured. `teacher`: the guidance that the adapter learnt; `latent`: (height, width), `frames`: of
+    a video's; `speedup`: how many times as fast as the teacher the adapter is."""
 
     adapter: str
     base: str
@@ -142,6 +142,7 @@ class Assessment:
     prompts: int
     steps: int
     latent: tuple[int, ...]
+    frames: int
     by_omega: dict[float, OmegaResult]
     costs: dict[str, Cost]
     speedup: Estimate
@@ -162,7 +163,8 @@ class Assessment:
         lines = [
             f"Gap closed {self.transfer.gap_closed}; {self.speedup.text(2)} times as fast as {self.teacher}.",
             f"Adapter {self.adapter} on {self.base}{weights}.",
-            f"{self.images} images of {self.prompts} prompts, latents of {width}x{height}, {self.steps} Euler steps; "
+            f"{self.images} images of {self.prompts} prompts, latents of {width}x{height}"
+            f"{f' and {self.frames} frames' if self.frames > 1 else ''}, {self.steps} Euler steps; "
             "± is the standard error over images.",
             "",
         ]

@@ -22,7 +22,7 @@ from ..agd_core.text import one_line, printable
 from . import authors
 from . import prompts as prompt_sources
 from .arguments import ExportSettings, PromptSettings, RecordSettings, UsageError, given, given_values, parse
-from .assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
+from .assess import AssessConfig, Candidate, PromptTexts, assess, learnt_by
 from .base_source import BaseSource
 from .config import TrainConfig
 from .distributed import Ranks
@@ -159,8 +159,8 @@ def _job(args: argparse.Namespace, output: Path, recording: Recording | None = N
     from ..agd_core.comfyui.model.comfy_model import ComfyModel
 
     loaded = source.load()
-    other = None if loaded.other_expert is None else (loaded.other_expert, early.learns_at)
     early = early if recording is None else recording.config(early)
+    other = None if loaded.other_expert is None else (loaded.other_expert, early.learns_at)
     how: dict[str, Any] = {"autocast": early.autocast, "frames": early.frames}
     model = ComfyModel(loaded.model, loaded.clip, **how, vae=loaded.vae, other_expert=other)
     config = settings_for(model.base, chosen, args.quality)
@@ -257,9 +257,12 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     loaded = source.load(with_vae=args.picture is not None)
     name, bar = str(args.adapter), ProgressBar()
-    model = ComfyModel(loaded.model, loaded.clip, vae=loaded.vae)
+    frames = 1 if from_file is None else learnt_by(from_file[0]).frames
+    model = ComfyModel(loaded.model, loaded.clip, frames=frames, vae=loaded.vae)
     info, weights = from_file or attention_guidance(model.base)
-    sampler = ComfySampler(loaded.model, info, weights, source=name, rule=rule_of(info))
+    learnt = learnt_by(info)
+    levels = learnt.sigma_from, learnt.sigma_to
+    sampler = ComfySampler(loaded.model, info, weights, source=name, rule=learnt.rule, noise_levels=levels)
     try:
         with bar.stopped_by_signals():
             found = assess(model, sampler, Candidate(info, weights, name), prompts, config, bar)

@@ -20,6 +20,15 @@ class TargetNotFinite(AGDError, ArithmeticError):
     """What the teacher makes of the base's predictions is NaN or infinite."""
 
 
+def check_target(target: torch.Tensor, teacher: str, omega_max: float, at: str = "") -> None:
+    """`target`: what `teacher` makes of finite predictions, (b, c, h, w). Raises `TargetNotFinite`."""
+    if not target.isfinite().all():
+        raise TargetNotFinite(
+            f"The teacher's guidance ({teacher}) is NaN or infinite{at}, though the model's own predictions are not: "
+            f"choose another teacher, or a largest guidance scale (omega_max) below {omega_max:g}."
+        )
+
+
 class Diverged(AGDError, FloatingPointError):
     """The adapter in training is beyond recovery. `step`: the last one that was taken."""
 

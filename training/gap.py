@@ -1,7 +1,7 @@
 """How much of the gap an adapter closes at given states: on prompts and noise that no training saw."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from ..agd_core.guidance import GapErrors, GuidanceRule, gap_errors, mean_cosine
 from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
 from .estimate import share_closed_of
-from .finite import base_prediction
+from .finite import base_prediction, check_target
 from .model import Denoiser, ProgressCallback, Prompt, Shape, no_progress
 from .solvers import solver_step
 
@@ -35,7 +35,7 @@ class TrajectoryState:
 class Trajectories:
     """Which of the teacher's trajectories are followed: by Euler's method, one for each prompt and omega.
 
-    `keep` of the steps, evenly spread, are kept (default: all).
+    `keep` of the steps, evenly spread, are kept (default: all): of these the ones `where` the noise levels are learnt.
     """
 
     shape: Shape
@@ -45,9 +45,18 @@ class Trajectories:
     keep: int | None = None
     scheduler: str = "normal"
     seed: int = 1
+    where: Callable[[torch.Tensor], torch.Tensor] = torch.ones_like  # sigma (n,) -> whether it is learnt (n,)
 
-    def kept_steps(self) -> set[int]:
-        return set(torch.linspace(0, self.steps - 1, self.keep or self.steps).round().int().tolist())
+    def kept_steps(self, sigmas: torch.Tensor) -> set[int]:
+        """`sigmas`: (steps + 1,) noise levels."""
+        spread = torch.linspace(0, self.steps - 1, self.keep or self.steps).round().int().tolist()
+        return {step for step in spread if self.where(sigmas[step])}
+
+    def can_measure(self, denoiser: Denoiser) -> bool:
+        """Whether the rule guides at any of the kept steps."""
+        sigmas = denoiser.sigmas(self.scheduler, self.steps)
+        kept = sigmas[sorted(self.kept_steps(sigmas))]
+        return bool(self.rule.guides_at(kept).any())
 
     def noise(self, prompts: range) -> torch.Tensor:
         """(b, c, h, w). A generator per prompt: it doesn't depend on how many rows are evaluated at once."""
@@ -72,7 +81,8 @@ def follow_teacher(
     Raises `BaseNotFinite`.
     """
     states, done, total = [], 0, len(trajectories.omegas) * len(positive) * trajectories.steps
-    sigmas, kept = denoiser.sigmas(trajectories.scheduler, trajectories.steps), trajectories.kept_steps()
+    sigmas = denoiser.sigmas(trajectories.scheduler, trajectories.steps)
+    kept = trajectories.kept_steps(sigmas)
     progress(done, total)
     for omega in trajectories.omegas:
         for first in range(0, len(positive), batch):
@@ -83,6 +93,7 @@ def follow_teacher(
                 sigma, sigma_next = sigmas[i].expand(rows), sigmas[i + 1].expand(rows)
                 cond, uncond = (base_prediction(denoiser, x, sigma, each) for each in (prompts, unwanted))
                 target = trajectories.rule(x, sigma, cond, uncond, torch.full((rows,), float(omega)))
+                check_target(target, trajectories.rule.name, omega)
                 if i in kept:
                     states.append(TrajectoryState(x, cond, target, sigmas[i].item(), omega, prompts, unwanted))
                 x = solver_step(x, target, sigma, sigma_next)
@@ -204,6 +215,10 @@ def _error_of_gap(levels: Iterable[GapErrors]) -> float | None:
 
 
 def omegas_of(config: TrainConfig) -> list[float]:
-    """The guidance scales to measure at: two between the smallest and the largest, evenly in log omega, and that."""
+    """The guidance scales to measure at: two between the smallest and the largest, evenly in log omega, and that.
+
+    At 1 there is no guidance to measure.
+    """
     low, high = math.log(max(1.0, config.omega_min)), math.log(config.omega_max)
-    return sorted({round(math.exp(low + (high - low) * i / 3), 1) for i in (1, 2)} | {config.omega_max})
+    between = {round(math.exp(low + (high - low) * i / 3), 1) for i in (1, 2)}
+    return sorted({omega for omega in between if omega > 1} | {config.omega_max})

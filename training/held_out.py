@@ -1,7 +1,8 @@
 """The adapter on prompts that are not trained with: how much of the gap it closes, and a picture."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,10 +19,12 @@ from .gap import (
     omegas_of,
 )
 from .memory import BothPredictions
-from .model import Model, ProgressCallback, Prompt, part_of
+from .model import Denoiser, Model, ProgressCallback, Prompt, part_of
 from .plot import preview
 
-_KEPT_STEPS = 8  # of the held-out trajectories' twenty: to measure at
+# The held-out trajectories' steps, and how many of these are measured at (None: all that are learnt): the first of
+# these by which anything can be measured.
+_STEPS = ((20, 8), (20, None), (40, None), (80, None))
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,39 @@ class HeldOutPrompts:
     unconditional: Prompt
 
     def negative_of_measured(self) -> list[Prompt]:
-        """One each, evenly spread over the negatives of the training."""
-        count = len(self.measured)
-        return [self.negative[i * len(self.negative) // count] for i in range(count)]
+        return _spread(self.negative, len(self.measured))
+
+
+def _spread(negative: Sequence[Any], count: int) -> list[Any]:
+    """So many of the negatives of the training, evenly spread over them."""
+    return [negative[i * len(negative) // count] for i in range(count)]
+
+
+def check_measurable(denoiser: Denoiser, config: TrainConfig, held_out: Sequence[str], negative: Sequence[str]) -> None:
+    """Raises `ValueError` where a measurement on these prompts would have nothing to measure."""
+    if not held_out:
+        return
+    if list(held_out) == _spread(negative, len(held_out)):
+        raise ValueError(
+            "Guidance would change nothing of what is measured: the prompts that are kept out of training equal their "
+            "negative prompts. Choose other negative prompts."
+        )
+    _to_measure(denoiser, config)
+
+
+def _to_measure(denoiser: Denoiser, config: TrainConfig) -> Trajectories:
+    """The held-out trajectories of such a training. Raises `ValueError`."""
+    shape, where = denoiser.latent_shape(*config.buckets()[0]), config.learns_at
+    for steps, keep in _STEPS:
+        keep = keep if config.learns_everywhere else None
+        found = Trajectories(shape, omegas_of(config), rule=config.rule, steps=steps, keep=keep, where=where)
+        if found.can_measure(denoiser):
+            return found
+    raise ValueError(
+        f"The training couldn't be measured: no step of a sampling run, of {_STEPS[-1][0]} steps even, is at a noise "
+        "level that is both learnt and guided. Choose a wider range of noise levels (sigma_from, sigma_to) or a wider "
+        "interval of guidance (interval_sigma_min, interval_sigma_max)."
+    )
 
 
 class HeldOutEvaluation:
@@ -49,7 +82,7 @@ class HeldOutEvaluation:
         self.model, self.config, self.prompts, self.both = model, config, prompts, both
         self.shape = model.denoiser.latent_shape(*config.buckets()[0])
         self._states: list[TrajectoryState] = []
-        self._guided: torch.Tensor | None = None
+        self._guided: Image.Image | None = None
 
     def measure(self, adapter: Adapter, of_phase: Callable[[str], ProgressCallback]) -> Evaluation:
         """Gap closed per omega and sigma."""
@@ -58,12 +91,9 @@ class HeldOutEvaluation:
         return evaluate(self.model.denoiser, adapter, self._states, of_phase("measure"))
 
     def _follow_teacher(self, progress: ProgressCallback) -> list[TrajectoryState]:
-        prompts, config = self.prompts, self.config
-        keep = _KEPT_STEPS if config.learns_everywhere else None
-        trajectories = Trajectories(self.shape, omegas_of(config), rule=config.rule, keep=keep)
-        rows, negative = max(1, self.both.rows // 2), prompts.negative_of_measured()
-        states = follow_teacher(self.model.denoiser, prompts.measured, negative, trajectories, rows, progress)
-        return [state for state in states if config.learns_at(torch.tensor(state.sigma))]
+        rows, negative = max(1, self.both.rows // 2), self.prompts.negative_of_measured()
+        trajectories = _to_measure(self.model.denoiser, self.config)
+        return follow_teacher(self.model.denoiser, self.prompts.measured, negative, trajectories, rows, progress)
 
     @torch.no_grad()
     def show(self, adapter: Adapter, step: int, of_phase: Callable[[str], ProgressCallback]) -> Image.Image:
@@ -74,9 +104,8 @@ class HeldOutEvaluation:
         what = self.model.denoiser, self.prompts.shown, self.prompts.unconditional, settings
         progress, by_teacher = of_phase("preview"), 0 if self._guided is not None else 2 * settings.steps
         total = by_teacher + settings.steps
-        if self._guided is None:
-            self._guided = sample(*what, None, part_of(progress, 0, total))
-        own = sample(*what, adapter, part_of(progress, by_teacher, total))
+        if self._guided is None:  # decoded once: a VAE may take the base's place on the device
+            self._guided = self.model.picture(sample(*what, None, part_of(progress, 0, total)))
+        own = self.model.picture(sample(*what, adapter, part_of(progress, by_teacher, total)))
         teacher = config.teacher.replace("_", " ").upper()
-        latents = {f"{teacher} {omega:g}": self._guided, f"AGD {omega:g}, step {step}": own}
-        return preview({name: self.model.picture(latent) for name, latent in latents.items()})
+        return preview({f"{teacher} {omega:g}": self._guided, f"AGD {omega:g}, step {step}": own})

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from .config import TrainConfig
 from .distributed import Ranks
 from .memory import BothPredictions
 from .model import EncodedPrompts, Model, ProgressCallback, encode, no_progress
-from .plan import ExamplePrompts, Plan, plan
+from .plan import ExamplePrompts, Plan, check_system_memory, plan, rows_that_fit
 from .pool import TrajectoryPool
 from .prompts import fragments, generate_negatives
 from .recording import Recording, identity_of, record
@@ -90,8 +91,8 @@ class Job:
             Start.load(self.start, self.model.base, self.config)
         progress(0, 1)  # loading the text encoder may take a while
         prompts = ExamplePrompts.of(self.model.text_encoder, self.prompts or [""], self.negatives)
-        memory = round(self.config.memory * 1e9) or self.model.memory.available()
-        # A recording's states hold nothing to reuse: they are read again.
+        memory = self._device_memory()
+        # Nothing that was recorded is kept to come again.
         config = self.config if self.recording is None else dataclasses.replace(self.config, reuse=1)
         found = plan(self.model, config, memory, prompts, ranks=Ranks().count, progress=progress)
         if self.recording is not None:
@@ -99,6 +100,10 @@ class Job:
         otherwise, kept = "keep fewer saves of the run (keep_states)", RunFolder(self.folder).of_unfinished_run()
         check_disk_space(self.folder, found.disk_bytes, otherwise, kept)
         return found
+
+    def _device_memory(self) -> int | None:
+        """The bytes that the device has for this job; None is no limit."""
+        return round(self.config.memory * 1e9) or self.model.memory.available()
 
     def run(self, callbacks: Callbacks, planned: Plan | None, settings: dict) -> Trained:
         """Train, and write the file in place of an earlier one at the very end. The run's states are gone then.
@@ -116,12 +121,19 @@ class Job:
     def record(self, batches: int, callbacks: Callbacks) -> Recording:
         """Record so many batches of what this job's training would visit, into the folder `output`."""
         model, config, encoder = self.model, self.config, self.model.text_encoder
-        lists = [("positive", split_prompts(self.prompts, config)[0]), ("negative", self.negatives)]
+        positive = split_prompts(self.prompts, config)[0]
+        check_system_memory(ExamplePrompts.of(encoder, positive, self.negatives), model.memory)
+        lists = [("positive", positive), ("negative", self.negatives)]
         prompts = EncodedPrompts(*encode(encoder, lists, callbacks.of_phase("encode")))
         encoder.release()
         identity = identity_of(config, self.prompts, self.negatives, model.base.fingerprint)
-        with model.denoiser.session():
-            both = BothPredictions(model.denoiser, model.memory, 2 * config.batch)
+        shape = model.denoiser.latent_shape(*max(config.buckets(), key=math.prod))  # the largest
+        longest = max([*prompts.positive, *prompts.negative], key=encoder.bytes_of)
+        rows, reserve = rows_that_fit(model, shape, longest, 2 * config.batch, self._device_memory())
+        with model.denoiser.session(memory=reserve):
+            both = BothPredictions(model.denoiser, model.memory, rows)
+            # Batches that came again would only be kept: none does.
+            config = dataclasses.replace(config, reuse=1)
             pool = TrajectoryPool(model.denoiser, prompts, config, range(config.batch), both)
             return record(
                 self.output, pool, identity, batches, callbacks.of_phase("record"), callbacks.of_phase("rollout")

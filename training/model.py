@@ -86,6 +86,9 @@ class TextEncoder(Protocol):
         Raises `ValueError` for a prompt that can't be encoded.
         """
 
+    def bytes_of(self, prompt: Prompt) -> int:
+        """What an encoded prompt takes of system memory."""
+
     def release(self) -> None:
         """No prompts will be encoded any more."""
 
@@ -113,6 +116,9 @@ class DeviceMemory(Protocol):
 
     def available(self) -> int | None:
         """The bytes that training could have; None is no limit."""
+
+    def system_available(self) -> int:
+        """The bytes of system memory that are free."""
 
     def base_bytes(self) -> int: ...
 

@@ -12,7 +12,8 @@ import torch
 from ..agd_core.adapter import Adapter
 from ..agd_core.errors import AGDError
 from .config import TrainConfig
-from .model import Cost, DeviceMemory, Model, ProgressCallback, Prompt, TextEncoder, no_progress
+from .model import Cost, DeviceMemory, Model, ProgressCallback, Prompt, Shape, TextEncoder, no_progress
+from .pool import kept_dtype
 from .presets import QUALITIES
 
 # What stays unused, for the allocator cuts memory into blocks, and kernels have a workspace that no one counts.
@@ -23,10 +24,13 @@ _BYTES_ON_DEVICE = 5 * 4
 _BYTES_IN_STATE = 5 * 4
 # AdamW on all parameters together makes about two more copies of them while it computes.
 _BYTES_OF_OPTIMISER_STEP = 2 * 4
+# Of free system memory, what prompts and batches may take: the rest is for saving, and for other programs.
+_OF_SYSTEM = 0.9
 # Shares of a large matrix product's rate that trainings reach: the best and the worst case of an estimate.
 _ACHIEVED = (0.7, 0.3)
 _UNITS = (("s", 1), ("min", 60), ("h", 3600), ("d", 86400))
 _SMALLER = (0.75, 0.5, 0.375, 0.25)
+_MENTIONED = 1e9  # bytes of system memory
 _UNIT = 64  # pixels: sizes of pictures that every base takes
 # How long tracing takes beside tracing the base: 9 seconds and 1 for SDXL.
 _TO_TRACE_STUDENT, _TO_TRACE_BASE = 8, 1
@@ -44,6 +48,9 @@ class Plan:
     `base_bytes` there, the base has to leave `reserve` bytes of the device free (0: it is loaded whole). `other_bytes`,
     `other_bytes_on_device`: of a model of two experts, the weights of the one that isn't trained. `disk_bytes`:
     saved states and the adapter file. `seconds`: what the arithmetic takes at the least; None where that is unknown.
+
+    System memory holds `prompt_bytes` of encoded prompts and `kept_bytes` of the last `kept_batches`, which come again
+    with `reuse`: fewer than are `wanted_batches` where these have no place in `system_memory`, which is free.
     """
 
     adapter_parameters: int
@@ -61,6 +68,11 @@ class Plan:
     peak_bytes: int
     memory: int | None
     seconds: float | None
+    prompt_bytes: int = 0
+    kept_bytes: int = 0
+    kept_batches: int = 0
+    wanted_batches: int = 0
+    system_memory: int = 0
 
     def summary(self) -> str:
         """What it takes, in at most 60 characters: a node may show no more."""
@@ -90,7 +102,20 @@ class Plan:
             f"at once      {self.micro_batch} student, {self.teacher_rows} teacher{twice}",
             f"disk         {_gigabytes(self.disk_bytes)}",
         ]
+        if self.prompt_bytes + self.kept_bytes >= _MENTIONED or self.kept_batches < self.wanted_batches:
+            lines.insert(4, self._system_memory())
         return "\n".join(lines)
+
+    def _system_memory(self) -> str:
+        text = (
+            f"system       {_gigabytes(self.prompt_bytes + self.kept_bytes)} of the {_gigabytes(self.system_memory)} "
+            f"free in system memory, {_gigabytes(self.prompt_bytes)} of them encoded prompts"
+        )
+        if self.kept_bytes:
+            kept = min(self.kept_batches, self.wanted_batches)
+            text += f", {_gigabytes(self.kept_bytes)} the last {kept} batches, to reuse"
+            text += f" (of {self.wanted_batches}: more don't fit)" if kept < self.wanted_batches else ""
+        return text
 
 
 def _weights(title: str, on_device: int, whole: int) -> str:
@@ -146,11 +171,15 @@ class _TracingProgress:
 @dataclass(frozen=True)
 class ExamplePrompts:
     """Two of a run's prompts, encoded, to count with: memory by its `longest`, for a batch of only such ones may come;
-    time by a `usual` one, which is as long as the mean or the next shorter one, so that "at least" is true.
+    time by a `usual` one, which is as long as the mean or the next shorter one, so that "at least" is true. `count`,
+    `negatives`: how many different ones there are; `system_bytes`: what all of them take, encoded.
     """
 
     longest: Prompt
     usual: Prompt
+    count: int = 0
+    negatives: int = 0
+    system_bytes: int = 0
 
     @classmethod
     def of(cls, encoder: TextEncoder, positive: Sequence[str], negative: Sequence[str]) -> "ExamplePrompts":
@@ -160,9 +189,14 @@ class ExamplePrompts:
         mean = statistics.fmean(statistics.fmean(lengths[text] for text in texts) for texts in (positive, negative))
         usual = max((text for text in lengths if lengths[text] <= mean), key=lengths.__getitem__)
         longest = max(lengths, key=lengths.__getitem__)
-        if lengths[longest] == lengths[usual]:
-            return cls(*encoder.encode([longest]) * 2)
-        return cls(*encoder.encode([longest, usual]))
+        alike = lengths[longest] == lengths[usual]
+        encoded = encoder.encode([longest]) * 2 if alike else encoder.encode([longest, usual])
+        most, least = map(encoder.bytes_of, encoded)
+        # Bytes grow evenly with tokens. A text may be a prompt and a negative one, which are encoded apart.
+        per_token = 0.0 if alike else (most - least) / (lengths[longest] - lengths[usual])
+        each = [list(dict.fromkeys(texts)) for texts in (positive, negative)]
+        total = sum(least + per_token * (lengths[text] - lengths[usual]) for texts in each for text in texts)
+        return cls(*encoded, *map(len, each), round(total))
 
 
 class _CostByRows:
@@ -299,6 +333,24 @@ def _with_base_on_device(
     return None
 
 
+def rows_that_fit(
+    model: Model, shape: Shape, prompt: Prompt, rows: int, memory: int | None, beside: int = 0
+) -> tuple[int, int]:
+    """For evaluations without gradients of latents of `shape`: as many of `rows` at once as fit beside the whole base
+    into `memory` bytes, or else one; and the bytes to leave free for them, as `session` takes them.
+
+    `beside`: bytes that are needed besides. None is no limit.
+    """
+    if memory is None:
+        return rows, 0
+    base = model.memory.base_bytes()
+    for count in _halvings(rows):
+        needed = math.ceil((model.memory.trace_base(shape, count, prompt).peak_bytes + beside) / (1 - SAFETY))
+        if base + needed <= memory:
+            return count, needed
+    return 1, needed + model.memory.largest_block_bytes()
+
+
 def _smallest(costs: _Costs, batch: int) -> tuple[int, bool, int]:
     """The layout that takes least: micro_batch, checkpointing and the bytes it needs on the device."""
     micro_batch, checkpointing = list(_micro_batches(costs.config, batch))[-1]
@@ -335,11 +387,38 @@ def _visits(config: TrainConfig) -> int:
     return math.ceil(config.iterations / config.reuse)
 
 
-def _bytes_to_reuse(costs: _Costs) -> int:
-    """Of the visited states that a saved state holds for `reuse`: x and both predictions, in fp32."""
+def _bytes_to_reuse(costs: _Costs, batches: int) -> int:
+    """Of the last so many batches, which system memory and a saved state hold for `reuse`: x and both predictions."""
     config = costs.config
-    batches = min(config.reuse_from, _visits(config)) if config.reuse > 1 else 0
-    return batches * config.batch * 3 * math.prod(costs.shape) * 4
+    batches = min(batches, _visits(config)) if config.reuse > 1 else 0
+    return batches * config.batch * 3 * math.prod(costs.shape) * kept_dtype(costs.model.denoiser.computes_in).itemsize
+
+
+def _kept_batches(costs: _Costs, ranks: int) -> int:
+    """As many of those that the config wants as there is system memory for beside the encoded prompts.
+
+    Raises `DoesNotFit` where these have no place.
+    """
+    prompts, memory = costs.prompts, int(costs.memory.system_available() * _OF_SYSTEM)
+    check_system_memory(prompts, costs.memory, ranks)
+    # Of several ranks the first gathers what all have, to save it.
+    copies = 1 if ranks == 1 else 2
+    free = memory - prompts.system_bytes * ranks
+    return next((n for n in _halvings(costs.config.reuse_from) if _bytes_to_reuse(costs, n) * copies <= free), 1)
+
+
+def check_system_memory(prompts: ExamplePrompts, memory: DeviceMemory, ranks: int = 1) -> None:
+    """Raises `DoesNotFit` where system memory has no place for the encoded prompts, of each of `ranks`."""
+    needed, free = prompts.system_bytes * ranks, memory.system_available() * _OF_SYSTEM
+    if needed > free:
+        fit = int((prompts.count + prompts.negatives) * free / needed)
+        # Those that are made from few prompts are about as many.
+        fewer = max(fit - prompts.negatives, fit // 2, 1)
+        raise DoesNotFit(
+            f"The encoded prompts take {_gigabytes(needed)} of system memory, and {_gigabytes(free)} is free for "
+            f"them; it would fit with {fewer:,} prompts in place of {prompts.count:,} (made prompts in AGD Train "
+            "Settings, --prompt-count, or fewer lines)."
+        )
 
 
 def plan(
@@ -360,12 +439,14 @@ def plan(
     """
     tracing, batch = _TracingProgress(progress, once=memory is None), max(1, config.batch // ranks)
     costs = _Costs(model, config, prompts, tracing, once=memory is None)
+    kept_batches = _kept_batches(costs, ranks)  # before any tracing, for it may refuse
     layout = _choose(costs, memory, batch)
     if layout is None:
         raise DoesNotFit(_refusal(costs, memory or 0, batch))
     teacher, student = evaluations(config)
     parameters = costs.parameters
-    state = parameters * _BYTES_IN_STATE + _bytes_to_reuse(costs)
+    kept = _bytes_to_reuse(costs, kept_batches)
+    state = parameters * _BYTES_IN_STATE + kept
     found = Plan(
         adapter_parameters=parameters,
         teacher_evaluations=teacher,
@@ -375,6 +456,11 @@ def plan(
         other_bytes=model.memory.other_expert_bytes(),
         memory=memory,
         seconds=_seconds(costs, layout, teacher / ranks, student / ranks),
+        prompt_bytes=prompts.system_bytes * ranks,
+        kept_bytes=kept,
+        kept_batches=kept_batches,
+        wanted_batches=min(config.reuse_from, _visits(config)) if config.reuse > 1 else 0,
+        system_memory=model.memory.system_available(),
         **vars(layout),
     )
     tracing.end()

@@ -21,11 +21,23 @@ import torch
 from ..agd_core.guidance import GuidanceRule, per_row
 from ..agd_core.seeds import seeded_generator
 from .config import TrainConfig
+from .finite import check_target
 from .model import Denoiser, EncodedPrompts, ProgressCallback, Prompt, Shape, no_progress
 from .solvers import Ancestral, SecondOrder, solver_step
 
 # (x, sigma, positive, negative) -> the conditional and the unconditional prediction: `memory.BothPredictions`.
 Predict = Callable[[torch.Tensor, torch.Tensor, list[Prompt], list[Prompt]], tuple[torch.Tensor, torch.Tensor]]
+
+
+_LATENTS = ("x", "cond", "uncond")
+_SAVED = ("x", "sigma", "omega", "positive", "negative", "cond", "uncond")
+
+
+def kept_dtype(computes_in: torch.dtype) -> torch.dtype:
+    """Of the latents of batches that are kept to come again: fp32, or where the base computes in half precision, fp16,
+    as recordings are.
+    """
+    return torch.float32 if computes_in is torch.float32 else torch.float16
 
 
 @dataclass
@@ -50,9 +62,9 @@ class Batch:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Any], rule: GuidanceRule) -> "Batch":
         """One that was visited before, from its tensors by name. Raises `ValueError` where these don't fit together."""
-        numbers, latents, rows = ("positive", "negative"), ("x", "cond", "uncond"), tensors["x"].shape[:1]
+        numbers, rows = ("positive", "negative"), tensors["x"].shape[:1]
         for name, value in tensors.items():
-            shape = tensors["x"].shape if name in latents else rows
+            shape = tensors["x"].shape if name in _LATENTS else rows
             if value.shape != shape or value.is_floating_point() == (name in numbers):
                 raise ValueError(f"{name} is of another type or shape")
         return cls(**tensors, rule=rule)
@@ -151,6 +163,7 @@ class TrajectoryPool:
         self.columns = [Column.not_started(len(rows), shapes[i % len(shapes)]) for i in columns]
         self.chosen = self.columns[0]
         self.visited: list[Batch] = []  # the last batches, for `reuse`
+        self._kept_in = kept_dtype(denoiser.computes_in)
 
     def _check_range(self) -> None:
         config = self.config
@@ -169,7 +182,7 @@ class TrajectoryPool:
             return replace(self._evaluate(self.chosen, self._rows()), column=index)
         visited = self.visited[self._choose(len(self.visited))]
         omega = torch.stack([draw_omega(self.config, generator) for generator in self.generators])
-        return replace(visited, omega=omega, column=None)
+        return replace(visited, omega=omega, **{name: getattr(visited, name).float() for name in _LATENTS})
 
     def restore_generators(self) -> None:
         for generator, state in zip((self.chooser, *self.generators), self._before, strict=True):
@@ -187,9 +200,15 @@ class TrajectoryPool:
         self.columns[batch.column] = column
         if self.config.reuse > 1:
             # More than are rolled out at a time: neighbours on a trajectory are learnt by heart, as one batch would be.
-            self.visited = [*self.visited, batch][-self.config.reuse_from :]
+            self.visited = [*self.visited, self._kept(batch)][-self.config.reuse_from :]
         spent, column.evaluations = column.evaluations, 0
         return spent
+
+    def _kept(self, batch: Batch) -> Batch:
+        """As it waits in system memory, and in saved states, to come again: as precise as the base computes, and
+        without the target, which another omega changes.
+        """
+        return replace(batch, column=None, **{name: getattr(batch, name).to(self._kept_in) for name in _LATENTS})
 
     # Saved under the keys that earlier versions gave them, so that their runs and recordings go on.
 
@@ -201,12 +220,15 @@ class TrajectoryPool:
         for i, batch in enumerate(self.visited):
             rows |= {f"seen{i}.{name}": getattr(batch, name) for name in _SAVED}
         shared = {"chooser": self.chooser.get_state(), "seen": torch.tensor(len(self.visited))}
+        shared["keeps"] = torch.tensor(self.config.reuse_from)
         return shared | {"started": torch.tensor([column.started for column in self.columns])}, rows
 
     def load_state_dict(self, shared: dict[str, torch.Tensor], per_row: dict[str, torch.Tensor]) -> None:
         self.chooser.set_state(shared["chooser"])
         for generator, state in zip(self.generators, per_row["generators"], strict=True):
             generator.set_state(state.clone())  # torch crashes on a view into a larger tensor
+        # As many as fitted into memory when the run began: what comes again is drawn from them.
+        self.config = replace(self.config, reuse_from=int(shared.get("keeps", self.config.reuse_from)))
         # Earlier versions started all columns before the first iteration.
         started = shared.get("started", torch.ones(len(self.columns), dtype=torch.bool)).tolist()
         self.columns = [
@@ -220,7 +242,9 @@ class TrajectoryPool:
             )
             for i, is_started in enumerate(started)
         ]
-        visited = [{name: per_row[f"seen{i}.{name}"] for name in _SAVED} for i in range(int(shared["seen"]))]
+        # Earlier versions' recordings have some, which are of no use there.
+        count = int(shared["seen"]) if self.config.reuse > 1 else 0
+        visited = [{name: per_row[f"seen{i}.{name}"] for name in _SAVED} for i in range(count)]
         self.visited = [Batch.from_tensors(tensors, self.config.rule) for tensors in visited]
 
     def _choose(self, count: int) -> int:
@@ -298,7 +322,11 @@ class TrajectoryPool:
         return Batch(x, sigma, omega, positive, negative, cond, uncond, rule=self.config.rule)
 
     def _step(self, column: Column, rows: torch.Tensor, batch: Batch, denoised: torch.Tensor) -> None:
-        """One solver step towards `denoised`, on the CPU; finished trajectories start anew."""
+        """One solver step towards `denoised`, on the CPU; finished trajectories start anew.
+
+        Raises `TargetNotFinite`: the base would be blamed for what it predicts from there.
+        """
+        check_target(batch.target, self.config.teacher, self.config.omega_max)
         solvers = [self.config.solvers[i] for i in column.numbers["solver"][rows].tolist()]
         noise = torch.stack([torch.randn(column.x.shape[1:], generator=self.generators[row]) for row in rows.tolist()])
         second = torch.tensor([name == "dpmpp_2m" for name in solvers]) & (column.numbers["position"][rows] > 0)
@@ -315,6 +343,3 @@ class TrajectoryPool:
         column.numbers["position"][rows] += 1
         for row in rows[sigma_next == 0].tolist():
             self._start(column, row)
-
-
-_SAVED = ("x", "sigma", "omega", "positive", "negative", "cond", "uncond")

@@ -33,12 +33,14 @@ _HALVES, _EXACT = ("x", "cond", "uncond"), ("sigma", "omega", "positive", "negat
 # The settings that decide what is visited; training from a recording takes these from it.
 SETTINGS = (
     *("batch", "omega_min", "omega_max", "omega_sampling", "width", "height", "aspect_ratios", "pool", "steps_min"),
-    *("steps_max", "schedulers", "solvers", "seed", "held_out", "frames"),
+    *("steps_max", "schedulers", "solvers", "seed", "held_out", "frames", "sigma_from", "sigma_to"),
 )
+# Of these, what recordings from before there was such a setting were made with.
+_SINCE = {"frames": 1, "sigma_from": 0.0, "sigma_to": 0.0}
 # The rule that the trajectories followed. Both predictions are stored, so training may take another for its target.
 _FOLLOWED = ("teacher", "interval_sigma_min", "interval_sigma_max", "rescale_phi", "apg_eta", "apg_threshold")
-
-_RANGE = ("sigma_from", "sigma_to")
+# Of a generator's streams for a seed: those of the guidance scales of later passes begin here, one for each step.
+_OMEGAS = 1 << 24
 
 
 class RecordingError(AGDError, ValueError):
@@ -64,7 +66,8 @@ def checksum_of(path: Path) -> str:
 
 def _settings(config: TrainConfig) -> dict:
     """A range of noise levels only if there is one: recordings from before there was have none."""
-    named = SETTINGS + _FOLLOWED + (() if config.learns_everywhere else _RANGE)
+    left_out = ("sigma_from", "sigma_to") if config.learns_everywhere else ()
+    named = {*SETTINGS, *_FOLLOWED} - {*left_out}
     return {key: value for key, value in config.result_settings().items() if key in named}
 
 
@@ -114,7 +117,7 @@ class Recording:
                     f"{folder} has recording format {version!r:.20}, this version of AGD reads {_VERSION}."
                 )
             read(_Index, data, _INDEX)
-            if missing := sorted({*SETTINGS} - {"frames"} - data["identity"].keys()):
+            if missing := sorted({*SETTINGS} - _SINCE.keys() - data["identity"].keys()):
                 raise ValueError(f"its settings lack {', '.join(missing)}")
         except RecordingError:
             raise
@@ -143,7 +146,7 @@ class Recording:
 
     def config(self, config: TrainConfig) -> TrainConfig:
         """`config` with the recording's own settings in place of its."""
-        own: dict[str, Any] = {"frames": 1}  # of recordings from before there were several
+        own: dict[str, Any] = dict(_SINCE)
         for key, value in self.identity.items():
             own[key] = tuple(value) if isinstance(value, list) else value
         return replace(config, **{key: own[key] for key in SETTINGS})
@@ -309,8 +312,9 @@ class RecordedBatches:
             )
         values |= {key: values[key].float() for key in _HALVES}
         if epoch > 0:
-            generators = [seeded_generator((step << 20) + row) for row in self.rows]
-            values["omega"] = torch.stack([draw_omega(self.config, generator) for generator in generators])
+            # Of the whole batch, so that a row's doesn't depend on how many processes share it.
+            generator = seeded_generator(self.config.seed, _OMEGAS + step)
+            values["omega"] = torch.stack([draw_omega(self.config, generator) for _ in range(self.config.batch)])[own]
         return Batch.from_tensors(values, self.config.rule)
 
     def restore_generators(self) -> None:

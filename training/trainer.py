@@ -18,7 +18,7 @@ from .config import TrainConfig
 from .distributed import Ranks
 from .finite import Diverged
 from .gap import Evaluation, Measurement
-from .held_out import HeldOutEvaluation
+from .held_out import HeldOutEvaluation, check_measurable
 from .memory import BothPredictions
 from .model import Model, ProgressCallback
 from .plan import StepLayout
@@ -139,6 +139,7 @@ def train(
     start = Start.load(options.start, model.base, config) if options.start is not None else None
     check_settings(model.denoiser, config, options.recording)
     texts = RunTexts.split(prompts, config, options)
+    check_measurable(model.denoiser, config, texts.held_out, texts.negative)
     identity = run_identity(model, prompts, config, options)
     files = RunFolder(options.folder) if options.folder is not None else None
     with files.held() if files is not None and ranks.first else nullcontext():
@@ -178,7 +179,8 @@ def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: R
         if options.recording is not None:
             source: BatchSource = options.recording.source(config, rows)
         else:
-            source = TrajectoryPool(model.denoiser, encoded.training, config, rows, both)
+            kept = _kept_batches(config, options, ranks)
+            source = TrajectoryPool(model.denoiser, encoded.training, replace(config, reuse_from=kept), rows, both)
         loss_scale = initial_loss_scale(model.denoiser.computes_in)
         state = RunState.begin(adapter, source, config.learning_rate, loss_scale)
         state.evaluations = options.recording.evaluations if options.recording is not None else 0
@@ -209,6 +211,12 @@ def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: R
     return Trained(adapter, info, state.losses, state.history, run.evaluation, state.by_sigma)
 
 
+def _kept_batches(config: TrainConfig, options: RunOptions, ranks: Ranks) -> int:
+    """How many batches wait to come again: as planned, on all ranks as on the first."""
+    planned = (options.plan.kept_batches if options.plan is not None else 0) or config.reuse_from
+    return int(ranks.broadcast(torch.tensor([float(planned)], dtype=torch.float64)).item())
+
+
 def _saved_state(files: RunFolder | None, identity: dict) -> dict[str, Any] | None:
     """What to go on from. Raises `DifferentRun`."""
     saved = files.load_run_state(check_saved) if files is not None else None
@@ -219,13 +227,15 @@ def _saved_state(files: RunFolder | None, identity: dict) -> dict[str, Any] | No
 
 def _go_on(state: RunState, saved: dict[str, Any], rows: range, files: RunFolder | None) -> None:
     """Raises `RunFolderError` where that can't be gone on from."""
+    step = saved["step"]
     try:
         state.load_state_dict(saved, rows)
+        saved.clear()  # it would keep in memory, to the end, the batches of then
     except DamagedState as error:
         place = files.path if files is not None else None
         raise RunFolderError(
             "The saved state of this training is damaged or of something else: delete it to go on from an older one, "
-            f"or all states to start anew. Details: state {saved['step']} in {place} ({error})."
+            f"or all states to start anew. Details: state {step} in {place} ({error})."
         ) from error
 
 

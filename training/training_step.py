@@ -11,7 +11,7 @@ from torch import nn
 from ..agd_core.guidance import balanced_weights, gaps, weighted_error
 from .config import TrainConfig
 from .distributed import Ranks
-from .finite import Diverged, TargetNotFinite
+from .finite import Diverged, check_target
 from .learning_rate import learning_rate
 from .memory import retry_on_oom
 from .model import Denoiser, DeviceMemory, EncodedPrompts, ProgressCallback, no_progress
@@ -133,12 +133,7 @@ class TrainingStep:
     def check(self, batch: Batch, student: StudentLoss, norm: torch.Tensor, step: int) -> None:
         """`norm`: the gradient's, (). Raises `Diverged` where training can't succeed, and `TargetNotFinite`."""
         at = f"at iteration {step + 1}"
-        if not batch.target.isfinite().all():
-            raise TargetNotFinite(
-                f"The teacher's guidance ({self.config.teacher}) is NaN or infinite {at}, though the model's own "
-                f"predictions are not: choose another teacher, or a largest guidance scale (omega_max) below "
-                f"{self.config.omega_max:g}."
-            )
+        check_target(batch.target, self.config.teacher, self.config.omega_max, f" {at}")
         for name, value in (("loss", student.loss), ("gradient", norm.item())):
             if not math.isfinite(value):
                 raise Diverged(f"the {name} became {value} {at}", step)

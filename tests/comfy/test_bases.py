@@ -8,10 +8,11 @@ import torch
 
 from comfyui_agd.agd_core.adapter import Adapter
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
+from comfyui_agd.agd_core.comfyui.model.denoiser import ComfyDenoiser
 from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.agd_core.mixed_precision import MixedPrecision
 from comfyui_agd.tests.support.analytic import CONFIG as ANALYTIC
-from comfyui_agd.tests.support.analytic import PROMPTS, of_kind
+from comfyui_agd.tests.support.analytic import PROMPTS, assert_same, of_kind
 from comfyui_agd.tests.support.runtime import TinyUNet, in_dtype, ksampler, tiny
 from comfyui_agd.tests.support.small import randomised
 from comfyui_agd.training.trainer import train
@@ -109,3 +110,48 @@ def test_a_patched_base_is_as_it_was_after_training(toy, toy_prompts):
         torch.equal(ksampler(model, toy_prompts), expected)
         for model, expected in zip((patched, base), before, strict=True)
     )
+
+
+class HungryVAE:
+    """Finds too little memory to decode, for which ComfyUI moves all other models out."""
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        mm.free_memory(1e30, torch.device("cpu"))
+        return torch.zeros(1, latent.shape[-2], latent.shape[-1], 3)
+
+
+def test_a_preview_that_moves_the_base_out_changes_nothing_of_a_training(toy):
+    config = dataclasses.replace(CONFIG, iterations=4, preview_every=2)
+    plain, shown = (ComfyModel(with_patch(tiny(TinyUNet()), 2.0), toy.clip, vae=vae) for vae in (None, HungryVAE()))
+    assert_same(*(train(model, PROMPTS, config) for model in (plain, shown)))
+
+
+def test_after_a_preview_the_base_is_loaded_as_at_the_beginning(toy, card):
+    base = with_patch(tiny(TinyUNet()))
+    model, size = ComfyModel(base, toy.clip, vae=HungryVAE()), base.model_size()
+    card(2 * size, base)
+    with model.denoiser.session(memory=1000):
+        assert model.denoiser.model.loaded_size() == size
+        with torch.no_grad():
+            model.picture(torch.zeros(1, *model.denoiser.latent_shape(64, 64)))
+            assert not torch.is_grad_enabled()
+        assert torch.is_grad_enabled()
+        assert model.denoiser.model.loaded_size() == size
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_base_that_comes_back_in_part_gives_the_same_gradients(gradients, card, share, monkeypatch):
+    base = tiny(TinyUNet())
+    expected, size = gradients(base, "delta"), base.model_size()
+    student = ComfyDenoiser.student
+
+    def after_a_preview(denoiser, *args):
+        with denoiser.while_others_load():
+            mm.unload_all_models()
+            card(int(size * share) + 1000, base)
+        return student(denoiser, *args)
+
+    monkeypatch.setattr(ComfyDenoiser, "student", after_a_preview)
+    found = gradients(base, "delta", memory=1000)
+    assert base.loaded_size() <= size * share
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())

@@ -2,16 +2,20 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
-import comfy.model_management
+import comfy.model_management as mm
 import pytest
 import torch
 
 from comfyui_agd.agd_core import adapter_file
 from comfyui_agd.agd_core.comfyui.backbones import is_trained_on
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
+from comfyui_agd.agd_core.comfyui.model.memory import ComfyMemory
 from comfyui_agd.agd_core.comfyui.model.sampler import ComfySampler
+from comfyui_agd.agd_core.comfyui.sampling.schedule import percent_of
 from comfyui_agd.agd_core.guidance import GuidanceRule
+from comfyui_agd.tests.support.runtime import TinyUNet, tiny
 from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, assess
 from comfyui_agd.training.euler_sample import SampleSettings, sample
 
@@ -45,6 +49,45 @@ def test_samples_are_those_of_training(toy, save_adapter, kind, rule, monkeypatc
     assert not torch.allclose(agd, unguided, atol=0.1)
 
 
+@pytest.mark.parametrize(("levels", "rows"), [((2.0, 0.0), 8), ((0.0, 2.0), 7), ((0.0, 0.0), 5)])
+def test_an_adapter_of_some_noise_levels_guides_there_and_cfg_elsewhere(toy, save_adapter, levels, rows):
+    info, adapter = adapter_file.load(save_adapter(toy.model, kind="cross_attention"))
+    model = ComfyModel(toy.model, toy.clip)
+    sigmas = model.denoiser.sigmas("normal", STEPS)[:-1]
+    assert sorted(sigmas > 2.0) == [False] * 3 + [True] * 2
+    encode = model.text_encoder.encode
+    prompts = encode(["a red star"])[0], encode(["a large blue ring"], "negative")[0]
+    noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(3))
+    sampler = ComfySampler(toy.model, info, adapter.state_dict(), source="a", noise_levels=levels)
+    _, found = sampler("agd", noise, prompts, omega=OMEGA, steps=STEPS, progress=lambda: None)
+    assert found == rows
+
+
+@pytest.mark.parametrize("sigma", [0.2, 1.0, 5.0])
+def test_a_noise_level_is_found_in_the_schedule(toy, sigma):
+    schedule = toy.model.get_model_object("model_sampling")
+    assert float(schedule.percent_to_sigma(percent_of(schedule, sigma))) == pytest.approx(sigma, rel=1e-4)
+
+
+def test_on_a_card_that_is_too_small_a_part_of_the_model_stays_in_system_memory(toy, card, monkeypatch, save_adapter):
+    """As when ComfyUI samples, in place of all of it at once."""
+    base, loaded = tiny(TinyUNet()), []
+    info, adapter = adapter_file.load(save_adapter(base))
+    size = base.model_size()
+    card(size // 2, base)
+    monkeypatch.setattr(mm, "MIN_WEIGHT_MEMORY_RATIO", 0.0)
+    monkeypatch.setattr(ComfyMemory, "available", lambda memory: size // 2)
+    monkeypatch.setattr(ComfyMemory, "trace_base", lambda *args: SimpleNamespace(peak_bytes=size // 8))
+    model = ComfyModel(base, toy.clip)
+    denoise = model.denoiser.denoise
+    monkeypatch.setattr(model.denoiser, "denoise", lambda *args: loaded.append(base.loaded_size()) or denoise(*args))
+    sampler = ComfySampler(base, info, adapter.state_dict(), source="a")
+    config = AssessConfig(omegas=(3.0,), steps=1, count=1, width=64, height=64)
+    assess(model, sampler, Candidate(info, adapter.state_dict(), "a"), PromptTexts(["a red star"]), config)
+    assert loaded
+    assert max(loaded) <= size // 2 - size // 8
+
+
 def test_the_model_is_left_as_it_was(toy, save_adapter):
     info, adapter = adapter_file.load(save_adapter(toy.model))
     before = {name: value.clone() for name, value in toy.model.model.state_dict().items()}
@@ -65,11 +108,11 @@ def test_an_interrupt_comes_through(toy, save_adapter):
 
     def interrupt(progress):
         if progress.phase == "sample" and progress.step == 7:
-            raise comfy.model_management.InterruptProcessingException
+            raise mm.InterruptProcessingException
 
     config = AssessConfig(omegas=(3.0,), steps=2, count=1, width=64, height=64)
     candidate = Candidate(info, adapter.state_dict(), "a")
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
+    with pytest.raises(mm.InterruptProcessingException):
         assess(model, sampler, candidate, PromptTexts(["a star"]), config, interrupt)
 
 

@@ -85,6 +85,10 @@ def test_the_other_expert_has_what_the_trained_one_and_a_step_leave_and_can_be_e
         assert least <= other.loaded_size() / size <= most
         layers = [layer for layer in other.model.modules() if isinstance(layer, comfy.ops.CastWeightBiasOp)]
         assert any(layer.comfy_cast_weights for layer in layers) == (least < 1)
+        with model.denoiser.while_others_load():
+            assert other.loaded_size() == 0
+        assert least <= other.loaded_size() / size <= most
+        assert torch.equal(found, model.denoiser.denoise(x, sigma, model.text_encoder.encode([prompt])))
     assert other.loaded_size() == 0
     alone = ComfyModel(tiny_model(NAME), TinyClip(NAME))
     with alone.denoiser.session():

@@ -64,12 +64,27 @@ def test_fast_steps_flood_neither_the_browser_nor_the_log(texts, bars, caplog):
 
 
 def test_a_preview_is_shown_at_once_and_stays(texts, bars, monkeypatch):
-    monkeypatch.setattr(module, "_SECONDS_BETWEEN_MESSAGES", 0.0)
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_PICTURES", 0.0)
     display, image = NodeProgress("7"), Image.new("RGB", (8, 8))
     display(Progress("preview", 60, 60))
     display.show_preview(20, image)
     display(Progress("train", 21, 40))
-    assert bars == [(60, 60, None), (60, 60, ("PNG", image, None)), (21, 40, ("PNG", image, None))]
+    assert bars == [(60, 60, None), (60, 60, ("JPEG", image, None)), (21, 40, ("JPEG", image, None))]
+
+
+def test_messages_with_a_preview_are_few_and_small(texts, bars, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    display, image = NodeProgress("7"), Image.effect_noise((2048, 1024), 64)
+    display(Progress("train", 0, 100))
+    display.show_preview(1, image)
+    for step in range(1, 101):
+        now[0] += 0.1
+        display(Progress("train", step, 100))
+    assert len(bars) <= 2 + 10
+    assert image.size == (2048, 1024)  # the caller's own
+    for kind, shown, _ in (picture for _, _, picture in bars[1:]):
+        assert (kind, shown.size, shown.mode) == ("JPEG", (1024, 512), "RGB")
 
 
 def test_an_interrupt_gets_through_at_any_report(texts, bars):

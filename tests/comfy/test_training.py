@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import comfy.model_management as mm
 import pytest
 import torch
 
@@ -191,3 +192,45 @@ def test_the_gap_of_a_new_adapter_is_open(model):
         result = evaluate(model.denoiser, Adapter(of_kind("low_rank", CONFIG).adapter_config(model.base, 16)), states)
     assert result.gap_closed[3.0] == pytest.approx(0.0, abs=1e-4)
     assert [sigma for sigma, _ in result.by_sigma[3.0]] == model.denoiser.sigmas("normal", 3)[:3].tolist()
+
+
+class LargeClip:
+    """As HiDream's: hidden states of a language model beside the tokens, here as parts of larger tensors."""
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens):
+        states = torch.ones(2, 3, 5, TinyUNet.unet_config["context_dim"])
+        return [[states[:1, 0], {"pooled_output": torch.ones(1, 8), "conditioning_llama3": states[1:], "ids": [7]}]]
+
+
+def test_all_of_an_encoded_prompt_waits_in_the_dtype_that_the_model_computes_in(monkeypatch):
+    base = tiny(TinyUNet())
+    monkeypatch.setattr(base.model, "get_dtype_inference", lambda: torch.bfloat16)
+    encoder = ComfyModel(base, LargeClip()).text_encoder
+    (prompt,) = encoder.encode(["a fox"])
+    kept = {name: value for name, value in prompt.cond.items() if isinstance(value, torch.Tensor)}
+    assert {name: value.dtype for name, value in kept.items()} == dict.fromkeys(
+        ("cross_attn", "pooled_output", "conditioning_llama3"), torch.bfloat16
+    )
+    assert sum(value.untyped_storage().nbytes() for value in kept.values()) == encoder.bytes_of(prompt)
+    assert prompt.cond["ids"] == [7]
+
+
+@pytest.mark.parametrize("release", ["this", "older"])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17.1 GB)"), True),
+        (getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_out_of_memory_is_told_on_every_device(model, monkeypatch, error, expected, release):
+    if release == "older":
+        monkeypatch.delattr(mm, "is_oom", raising=False)
+    assert model.memory.is_out_of_memory(error) == expected

@@ -163,6 +163,15 @@ class AnalyticModel:
     def used(self) -> int:
         return 0
 
+    def available(self) -> int | None:
+        return None
+
+    def system_available(self) -> int:
+        return 10**12
+
+    def bytes_of(self, prompt: torch.Tensor) -> int:
+        return prompt.nbytes
+
 
 class Stopped(Exception):
     """What a caller raises to stop a run."""

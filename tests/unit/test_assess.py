@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from comfyui_agd.agd_core.adapter_file import AdapterFileError
 from comfyui_agd.agd_core.guidance import cfg, per_row
 from comfyui_agd.tests.support.analytic import CHANNELS, PROMPTS, AnalyticModel, Stopped
 from comfyui_agd.tests.support.small import info_for, randomised
-from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, assess, rule_of
+from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, assess, learnt_by
 from comfyui_agd.training.assessment_report import Transfer
 from comfyui_agd.training.estimate import Estimate, of_sums, ratio, ratio_of_sums
 from comfyui_agd.training.gap import Trajectories, evaluate, follow_teacher
@@ -182,7 +183,7 @@ def test_the_adapters_own_teacher_is_what_it_is_measured_against():
     training = {"config": {"teacher": "interval", "interval_sigma_min": 1.0, "interval_sigma_max": 5.0, "batch": 4}}
     model = AnalyticModel()
     info, _ = info_and_state(model, training)
-    assert (rule_of(info).name, rule_of(info).sigma_max) == ("interval", 5.0)
+    assert (learnt_by(info).rule.name, learnt_by(info).rule.sigma_max) == ("interval", 5.0)
     found = assessed(model, training=training)
     assert found.teacher == "INTERVAL"
     sigmas = [level.sigma for level in found.by_omega[3.0].by_sigma]
@@ -191,6 +192,75 @@ def test_the_adapters_own_teacher_is_what_it_is_measured_against():
     everywhere = assessed(Partly(1.0), training=training).by_omega[3.0]
     assert everywhere.gap_closed.value < 1  # what it adds outside of the interval counts against it
     assert everywhere.direction_cosine.value == pytest.approx(1)
+
+
+class AtHighNoise(Partly):
+    """Whose student follows the teacher at the noise levels that it learnt, and nowhere else."""
+
+    def student(self, adapter, x, sigma, prompts, negative, omega):
+        learnt = super().student(adapter, x, sigma, prompts, negative, omega)
+        return torch.where(per_row(sigma, x) >= 6, learnt, self.denoise(x, sigma, prompts))
+
+
+@pytest.mark.parametrize(
+    ("learnt", "said"), [({"sigma_from": 6.0}, "from 6 up"), ({"sigma_from": 6.5, "sigma_to": 9.0}, "below 9 and from")]
+)
+def test_an_adapter_of_one_of_two_experts_is_measured_at_the_noise_levels_that_it_learnt(learnt, said):
+    found = assessed(AtHighNoise(0.9), replace(SMALL, steps=20), training={"config": learnt})
+    for closeness in found.by_omega.values():
+        assert closeness.gap_closed.value == pytest.approx(0.99)
+        levels = [level.sigma for level in closeness.by_sigma]
+        assert levels == sorted(levels, reverse=True)
+        assert all(learnt["sigma_from"] <= sigma < learnt.get("sigma_to", 11) for sigma in levels)
+    assert said in found.notes[0]
+    assert said in found.report()
+
+
+def test_too_few_steps_to_come_to_what_was_learnt_are_refused_before_anything_is_evaluated():
+    model = AnalyticModel()
+    with pytest.raises(ValueError, match=r"^None of 4 sampling steps is .*, below 3 and from 2 up: evaluate with more"):
+        assessed(model, training={"config": {"sigma_from": 2.0, "sigma_to": 3.0}})
+    assert model.base_rows == []
+
+
+def test_a_video_is_measured_with_the_frames_of_its_training():
+    training = {"config": {"frames": 3}}
+    assert learnt_by(info_and_state(AnalyticModel(), training)[0]).frames == 3
+    assert "latents of 8x8 and 3 frames, " in assessed(AnalyticModel(), training=training).report()
+    assert "frames" not in assessed(AnalyticModel()).report()
+
+
+class OnACard(AnalyticModel):
+    """A base of 10 GB; an evaluation takes 1 GB for each latent."""
+
+    def __init__(self, gigabytes: float):
+        super().__init__()
+        self.card, self.sessions = gigabytes, []
+
+    def available(self) -> int:
+        return int(self.card * 1e9)
+
+    def base_bytes(self) -> int:
+        return 10 * 10**9
+
+    def largest_block_bytes(self) -> int:
+        return 10**9
+
+    def trace_base(self, shape, rows, prompt):
+        return SimpleNamespace(peak_bytes=rows * 10**9)
+
+    def session(self, **settings):
+        self.sessions.append(settings)
+        return super().session()
+
+
+@pytest.mark.parametrize(("card", "rows", "reserve"), [(24, 3, 3), (12, 1, 1), (6, 1, 2)])
+def test_on_a_card_room_is_left_for_the_evaluations(card, rows, reserve):
+    model = OnACard(card)
+    assessed(model)
+    (session,) = model.sessions
+    assert reserve * 1e9 < session["memory"] < reserve * 1.1e9
+    assert max(model.student_rows) == rows
 
 
 def test_omegas_and_sizes_are_those_of_the_training_unless_chosen():

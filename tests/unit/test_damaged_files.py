@@ -15,7 +15,7 @@ from comfyui_agd.agd_core.kinds import KINDS
 from comfyui_agd.tests.support.damaged import damaged_bytes, damaged_description, with_description
 from comfyui_agd.tests.support.older_files import BASE, as_format_2, write_format_1
 from comfyui_agd.tests.support.small import config_for
-from comfyui_agd.training.assess import rule_of
+from comfyui_agd.training.assess import learnt_by
 
 TRAINING = {
     "iterations": 3,
@@ -23,7 +23,7 @@ TRAINING = {
     "gap_closed_se": {"2": 0.03, "7.5": 0.02},
     "direction_cosine": {"2": 0.5},
     "base_patches": {"patched_weights": 2, "loras": ["a.safetensors:0.5"]},
-    "config": {"teacher": "interval", "interval_sigma_min": 0.5, "batch": 4, "solvers": ["euler"]},
+    "config": {"teacher": "interval", "interval_sigma_min": 0.5, "batch": 4, "solvers": ["euler"], "frames": 2},
 }
 
 
@@ -48,7 +48,7 @@ def use(path, base) -> None:
     adapter_file.check_base(info, base, path)
     Adapter(info.config).load_state_dict(weights)
     with contextlib.suppress(ValueError):  # of settings that can't be together
-        rule_of(info)
+        learnt_by(info)
     gaps = info.training.get("gap_closed", {})
     assert all(float(omega) > 0 and value <= 1 for omega, value in gaps.items())
     assert info.training.get("base_patches", {}).get("patched_weights", 0) >= 0

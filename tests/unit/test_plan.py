@@ -37,6 +37,8 @@ class PlainModel:
     base: BaseInfo = field(default_factory=lambda: BaseInfo("Plain", "EPS", LAYERS))
     traced: list = field(default_factory=list)
     other: float = 0.0
+    system: float = 100.0
+    computes_in: torch.dtype = torch.float32
 
     @property
     def denoiser(self):
@@ -46,6 +48,9 @@ class PlainModel:
 
     def latent_shape(self, width, height):
         return 4, height // 8, width // 8
+
+    def system_available(self):
+        return int(self.system * GB)
 
     def base_bytes(self):
         return int(2 * GB)
@@ -95,6 +100,9 @@ class Words:
     def encode(self, prompts: list[str]) -> list[int]:
         self.encoded += prompts
         return [self.length(prompt) for prompt in prompts]
+
+    def bytes_of(self, prompt: int) -> int:
+        return 10 + 100 * prompt
 
 
 @pytest.fixture
@@ -286,8 +294,56 @@ def test_the_longest_and_a_usual_one_are_found_among_prompts_and_negative_prompt
 
 def test_of_prompts_that_are_equally_long_one_is_encoded_and_traced(model):
     encoder = Words()
-    assert ExamplePrompts.of(encoder, ["a fox", "an owl"], ["too dark"]) == ExamplePrompts(3, 3)
+    assert ExamplePrompts.of(encoder, ["a fox", "an owl"], ["too dark"]) == ExamplePrompts(3, 3, 2, 1, 3 * 310)
     assert len(encoder.encoded) == 1
+
+
+def test_what_all_prompts_take_is_told_by_two_of_them():
+    positive, negative = ["a fox", "one two three four five", "a fox"], ["", "", "a fox"]
+    found = ExamplePrompts.of(Words(), positive, negative)
+    assert (found.count, found.negatives) == (2, 2)
+    assert found.system_bytes == sum(10 + 100 * words for words in (3, 6, 1, 3))
+
+
+def test_prompts_that_system_memory_has_no_place_for_are_refused_with_how_many_it_has(model):
+    prompts = ExamplePrompts(1, 1, count=2000, negatives=400, system_bytes=int(24 * GB))
+    model.system = 15.0
+    model.traced.clear()
+    with pytest.raises(
+        DoesNotFit, match=r"take 24\.0 GB of system memory, and 13\.5 GB is free .* with 950 prompts in"
+    ):
+        plan(model, CONFIG, None, prompts)
+    assert model.traced == []
+    assert plan(model, CONFIG, None, replace(prompts, count=950, system_bytes=int(13.5 * GB))).kept_batches
+    with pytest.raises(DoesNotFit, match=r"48\.0 GB"):
+        plan(model, CONFIG, None, prompts, ranks=2)
+
+
+REUSED = replace(CONFIG, iterations=4000, reuse=4, reuse_from=256, width=2048, height=2048)
+
+
+def test_fewer_batches_are_kept_to_come_again_where_system_memory_has_no_place_for_all(model):
+    each = 3 * 4 * REUSED.batch * math.prod(model.latent_shape(2048, 2048))
+    whole = plan(model, REUSED, None)
+    assert (whole.kept_batches, whole.kept_bytes) == (256, 256 * each)
+    assert "system       6.4 GB of the 100.0 GB free in system memory" in whole.describe()
+    model.system = (70 * each + 1e6) / 0.9 / GB
+    part = plan(model, REUSED, None)
+    assert (part.kept_batches, part.kept_bytes) == (64, 64 * each)
+    assert part.describe().splitlines()[4].endswith("1.6 GB the last 64 batches, to reuse (of 256: more don't fit)")
+    assert whole.disk_bytes - part.disk_bytes == 192 * each * (REUSED.keep_states + 1)
+    assert plan(model, REUSED, None, ranks=2).kept_batches == 32  # the first one gathers what both have
+    model.system = 0.0
+    assert plan(model, REUSED, None).kept_batches == 1
+
+
+def test_batches_that_come_again_take_half_where_the_base_computes_in_half_precision(model):
+    whole, model.computes_in = plan(model, REUSED, None), torch.bfloat16
+    assert plan(model, REUSED, None).kept_bytes == whole.kept_bytes / 2
+
+
+def test_system_memory_is_mentioned_where_much_of_it_is_needed(model):
+    assert "system" not in plan(model, CONFIG, None).describe()
 
 
 def test_unknown_seconds_are_not_guessed(model, monkeypatch):

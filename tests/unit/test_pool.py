@@ -352,3 +352,35 @@ def test_the_policy_is_that_share_of_the_trajectories():
     pool = pool_of(replace(CONFIG, on_policy=0.3, steps_min=1, steps_max=1), range(400))
     pool.next(0)
     assert (pool.chosen.policy < 0.3).float().mean().item() == pytest.approx(0.3, abs=0.06)
+
+
+def test_batches_wait_without_their_target_and_as_precise_as_the_base_computes(monkeypatch):
+    pool = pool_of(replace(CONFIG, reuse=2))
+    go_on(pool, 4)
+    assert {each.x.dtype for each in pool.visited} == {torch.float32}
+    assert not any("target" in vars(batch) for batch in pool.visited)
+    monkeypatch.setattr(AnalyticModel, "computes_in", torch.bfloat16)
+    half = pool_of(replace(CONFIG, reuse=2))
+    batches = go_on(half, 4)
+    for batch, kept in zip(batches[::2], half.visited, strict=True):
+        assert (batch.x.dtype, kept.x.dtype, kept.sigma.dtype) == (torch.float32, torch.float16, torch.float32)
+        torch.testing.assert_close(kept.cond.float(), batch.cond, rtol=1e-3, atol=1e-3)
+    assert batches[1].x.dtype == torch.float32
+
+
+def test_a_pool_goes_on_to_the_same_batches_in_half_precision(monkeypatch):
+    monkeypatch.setattr(AnalyticModel, "computes_in", torch.bfloat16)
+    config = replace(CONFIG, reuse=3, reuse_from=2)
+    whole, stopped, resumed = (pool_of(config) for _ in range(3))
+    expected = go_on(whole, 14)[8:]
+    go_on(stopped, 8)
+    resumed.load_state_dict(*stopped.state_dict())
+    assert_equal(expected, go_on(resumed, 6, first=8))
+
+
+def test_a_pool_goes_on_with_as_many_batches_to_reuse_as_it_began_with():
+    began, resumed = (pool_of(replace(CONFIG, reuse=2, reuse_from=count)) for count in (2, 8))
+    go_on(began, 8)
+    resumed.load_state_dict(*began.state_dict())
+    assert_equal(go_on(began, 6, first=8), go_on(resumed, 6, first=8))
+    assert len(resumed.visited) == 2

@@ -6,16 +6,20 @@ import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from comfyui_agd.agd_core.guidance import RULES, cfg
+from comfyui_agd.agd_core.guidance import RULES, GuidanceRule, cfg
 from comfyui_agd.tests.support.analytic import CONFIG, PROMPTS, AnalyticModel, Stopped, assert_same, stop_after, weights
 from comfyui_agd.tests.support.damaged import damaged_description
+from comfyui_agd.tests.unit.test_pool import pool_of
 from comfyui_agd.training import recording as module
+from comfyui_agd.training.finite import TargetNotFinite
 from comfyui_agd.training.job import Job
 from comfyui_agd.training.options import SettingsError
+from comfyui_agd.training.plan import DoesNotFit
 from comfyui_agd.training.pool import TrajectoryPool
 from comfyui_agd.training.progress import Progress
 from comfyui_agd.training.recording import Recording, RecordingError, size_in_bytes
@@ -336,3 +340,88 @@ def test_the_size_is_told_before(tmp_path, monkeypatch, ratios):
     make(tmp_path / "r", config, batches=40)
     size = sum(path.stat().st_size for path in (tmp_path / "r").iterdir())
     assert size_in_bytes(AnalyticModel(), config, 40) == pytest.approx(size, rel=0.05)
+
+
+def test_a_recording_of_some_noise_levels_is_trained_from_and_measured_at_them(tmp_path):
+    recording = make(tmp_path / "range", replace(CONFIG, sigma_from=2.0, sigma_to=8.0), batches=4)
+    config = Recording.open(recording.folder).config(CONFIG)
+    assert (config.sigma_from, config.sigma_to) == (2.0, 8.0)
+    trained = train(AnalyticModel(), PROMPTS, config, options=RunOptions(recording=recording))
+    levels = [sigma for pairs in trained.evaluation.by_sigma.values() for sigma, _ in pairs]
+    assert levels
+    assert all(2 <= sigma < 8 for sigma in levels)
+
+
+def test_a_recording_of_all_noise_levels_is_learnt_at_all(recorded):
+    assert Recording.open(recorded).config(replace(CONFIG, sigma_from=2.0)).learns_everywhere
+
+
+def test_what_is_recorded_is_not_kept_to_come_again(tmp_path):
+    """It would be written again with every shard. Nor is what an earlier version kept."""
+    sizes = []
+    for reuse in (1, 4):
+        make(tmp_path / f"{reuse}", replace(CONFIG, reuse=reuse))
+        sizes.append((tmp_path / f"{reuse}" / "pool.state").stat().st_size)
+    assert sizes[0] == sizes[1]
+    pool = pool_of(replace(CONFIG, reuse=2))
+    pool.advance(batch := pool.next(0), batch.target, 0.0)
+    again = pool_of(replace(CONFIG, reuse=1))
+    again.load_state_dict(*pool.state_dict())
+    assert again.visited == []
+
+
+def test_the_guidance_scales_of_later_passes_follow_the_seed_and_never_come_again(recorded):
+    def drawn(step: int, seed: int = 0, rows: range = range(4)) -> list[float]:
+        return Recording.open(recorded).source(replace(CONFIG, seed=seed), rows).next(step).omega.tolist()
+
+    first = CONFIG.iterations
+    assert drawn(first) == drawn(first)
+    assert len(set(drawn(first))) == 4
+    assert drawn(first, rows=range(2, 4)) == drawn(first)[2:]
+    for other in (drawn(first, seed=1), drawn(first + 4096), drawn(first + 1)):
+        assert not {*other} & {*drawn(first)}
+    assert drawn(3, seed=1) == drawn(3)  # as recorded
+
+
+def test_a_card_has_room_for_what_is_recorded(tmp_path):
+    """A base of 10 GB, and 1 GB for each latent that is evaluated at once."""
+    sessions = []
+
+    class OnACard(AnalyticModel):
+        def available(self):
+            return 15 * 10**9
+
+        def base_bytes(self):
+            return 10 * 10**9
+
+        def trace_base(self, shape, rows, prompt):
+            return SimpleNamespace(peak_bytes=rows * 10**9)
+
+        def session(self, **settings):
+            sessions.append(settings)
+            return super().session()
+
+    model = OnACard()
+    Job(model, PROMPTS, CONFIG, tmp_path / "recording", [""]).record(1, Callbacks())
+    assert 4e9 < sessions[0]["memory"] < 4.5e9
+    assert max(model.base_rows) == 4
+
+
+def test_prompts_that_system_memory_has_no_place_for_are_not_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(AnalyticModel, "system_available", lambda model: 1000)
+    with pytest.raises(DoesNotFit, match="The encoded prompts take"):
+        make(tmp_path / "recording")
+
+
+@pytest.mark.parametrize("most", [0, 40])
+def test_guidance_that_is_no_number_is_not_the_bases_fault(tmp_path, monkeypatch, most):
+    """At first, where trajectories are brought to their phases, or after so many evaluations of the teacher."""
+    asked, real = [], GuidanceRule.__call__
+
+    def overflowing(rule, x, *rest):
+        asked.append(rule)
+        return real(rule, x, *rest) + (torch.inf if len(asked) > most else 0)
+
+    monkeypatch.setattr(GuidanceRule, "__call__", overflowing)
+    with pytest.raises(TargetNotFinite, match=r"^The teacher's guidance \(cfg\) is NaN or infinite, though"):
+        make(tmp_path / "recording", batches=100)

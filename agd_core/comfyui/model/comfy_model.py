@@ -1,6 +1,7 @@
 """A ComfyUI MODEL, CLIP and VAE as the trainer sees them."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -60,4 +61,6 @@ class ComfyModel:
 
     def picture(self, latent: torch.Tensor) -> Image.Image:
         """A latent (1, c, h, w) as the sampler leaves it, as a picture: decoded, or approximated without a VAE."""
-        return picture_of(latent, self._model, self._vae)
+        # A VAE that finds too little memory makes ComfyUI move the base out.
+        with nullcontext() if self._vae is None else self.denoiser.while_others_load():
+            return picture_of(latent, self._model, self._vae)

@@ -1,7 +1,7 @@
 """A ComfyUI MODEL as the trainer sees it: noise levels, evaluations of the frozen base and of the student."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -109,6 +109,10 @@ class ComfyDenoiser:
             autocast = None
         self._autocast = autocast
         self._options: dict = {}  # transformer_options with our hooks, which do nothing without a step
+        self._session, self._session_settings = (
+            ExitStack(),
+            (False, 0, 0),
+        )  # what `_ready` has set up, and its arguments
 
     @property
     def is_flow(self) -> bool:
@@ -157,22 +161,41 @@ class ComfyDenoiser:
         """
         if self._options:
             raise RuntimeError("This base is in a session already.")
-        with torch.inference_mode(False), torch.enable_grad():
-            self._load(memory)
-            self.model.model.requires_grad_(False)  # ComfyUI itself freezes its models from 0.30 on
-            self.model.pre_run()
-            self._options = options_of(self.model)
-            twice = checkpointing or not self._is_fully_loaded()
-            try:
-                with (
-                    _without_inference_tensors(self.model.model),
-                    trainable(self.backbone),
-                    checkpointed(self.backbone) if twice else nullcontext(),
-                ):
-                    yield
-            finally:
-                self.model.cleanup()
-                self._options = {}
+        with torch.inference_mode(False), torch.enable_grad(), self._session:
+            self._session_settings = (checkpointing, memory, work)
+            self._session.enter_context(self._ready(*self._session_settings))
+            yield
+
+    @contextmanager
+    def while_others_load(self) -> Iterator[None]:
+        """Inside of a session, around whatever loads another model: ComfyUI may make room for that one by moving the
+        base out, with its LoRAs and patches off. After it the base is loaded and ready as it was when the session
+        began. Outside of a session nothing happens.
+        """
+        in_session = bool(self._options)
+        self._session.close()
+        yield
+        if in_session:
+            self._session.enter_context(self._ready(*self._session_settings))
+
+    @contextmanager
+    def _ready(self, checkpointing: bool, memory: int, work: int) -> Iterator[None]:
+        """Inside, the base is loaded and set up as `session` says."""
+        self._load(memory)
+        self.model.model.requires_grad_(False)  # ComfyUI itself freezes its models from 0.30 on
+        self.model.pre_run()
+        self._options = options_of(self.model)
+        twice = checkpointing or not self._is_fully_loaded()
+        try:
+            with (
+                _without_inference_tensors(self.model.model),
+                trainable(self.backbone),
+                checkpointed(self.backbone) if twice else nullcontext(),
+            ):
+                yield
+        finally:
+            self.model.cleanup()
+            self._options = {}
 
     def _load(self, memory: int) -> None:
         comfy.model_management.load_models_gpu(

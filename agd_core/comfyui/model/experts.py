@@ -29,10 +29,10 @@ class OtherExpert(ComfyDenoiser):
         return max(0, min(self.base_bytes(), _room(free)))
 
     @contextmanager
-    def session(self, *, checkpointing: bool = False, memory: int = 0, work: int = 0) -> Iterator[None]:
+    def _ready(self, checkpointing: bool, memory: int, work: int) -> Iterator[None]:
         """`memory`: bytes of the device to leave free."""
         try:
-            with super().session(checkpointing=checkpointing, memory=memory):
+            with super()._ready(checkpointing, memory, work):
                 yield
         finally:
             if not any(each.is_clone(self.model) for each in loaded_models()):
@@ -72,9 +72,8 @@ class TwoExperts(ComfyDenoiser):
         self.other, self.is_own = OtherExpert(other, autocast), is_own
 
     @contextmanager
-    def session(self, *, checkpointing: bool = False, memory: int = 0, work: int = 0) -> Iterator[None]:
-        own = super().session(checkpointing=checkpointing, memory=memory, work=work)
-        with own, self.other.session(memory=max(memory, work)):
+    def _ready(self, checkpointing: bool, memory: int, work: int) -> Iterator[None]:
+        with super()._ready(checkpointing, memory, work), self.other._ready(False, max(memory, work), 0):
             yield
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:

@@ -28,7 +28,10 @@ class ComfyMemory:
         self.device = denoiser.device
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        return isinstance(error, torch.cuda.OutOfMemoryError)
+        if _is_oom(error):
+            return True
+        # As devices other than CUDA's say it, and CUDA itself where another library has asked.
+        return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
 
     def free_unused(self) -> None:
         gc.collect()
@@ -46,6 +49,10 @@ class ComfyMemory:
             return None
         movable = sum(model.loaded_size() for model in loaded_models() if model.load_device == self.device)
         return comfy.model_management.get_free_memory(self.device) + movable
+
+    def system_available(self) -> int:
+        """The bytes of system memory that are free."""
+        return psutil.virtual_memory().available
 
     def base_bytes(self) -> int:
         """What the base's weights take."""
@@ -108,6 +115,12 @@ class ComfyMemory:
             _wait_for(a @ a)
             seconds, products = seconds + time.perf_counter() - start, products + 1
         return products * 2 * size**3 / seconds
+
+
+def _is_oom(error: BaseException) -> bool:
+    """By ComfyUI's own test, which clears the device's error as well; older releases have none."""
+    is_oom = getattr(comfy.model_management, "is_oom", None)
+    return isinstance(error, torch.cuda.OutOfMemoryError) if is_oom is None else is_oom(error)
 
 
 def _wait_for(result: torch.Tensor) -> None:

@@ -15,6 +15,8 @@ from ..backbones import backbone_of
 from ..counting import counted
 from ..guided_step import KEY
 from ..sampling.apply import apply_adapter
+from ..sampling.schedule import percent_of
+from ..sampling.settings import GuidanceSettings
 from .text_encoder import EncodedPrompt
 
 
@@ -45,11 +47,16 @@ class ComfySampler:
         *,
         source: str,
         rule: GuidanceRule = GuidanceRule(),
+        noise_levels: tuple[float, float] = (0.0, 0.0),
     ):
+        """`noise_levels`: the adapter guides from the first one up and below the second (0: all), elsewhere the samples
+        "agd" have CFG, too.
+        """
         if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
             raise ValueError("This model has an AGD adapter already; give it without one, to compare with its own CFG.")
         self.notes: list[str] = []
-        adapted = apply_adapter(model, info, weights, source=source, notify=self.notes.append)
+        settings = _guided_at(model, *noise_levels)
+        adapted = apply_adapter(model, info, weights, settings, source=source, notify=self.notes.append)
         teacher = model if rule.name == "cfg" else guided_by(model, rule)
         self._models = {
             "unguided": counted(model),
@@ -93,6 +100,15 @@ class ComfySampler:
         )
         latents = latent.unbind() if latent.is_nested else [latent]
         return model.model.process_latent_in(backbone.join(latents).float().cpu()), counter.total
+
+
+def _guided_at(model: comfy.model_patcher.ModelPatcher, sigma_from: float, sigma_to: float) -> GuidanceSettings:
+    """Of the steps at these noise levels."""
+    schedule = model.get_model_object("model_sampling")
+    return GuidanceSettings(
+        start_percent=percent_of(schedule, sigma_to) if sigma_to else 0.0,
+        end_percent=percent_of(schedule, sigma_from) if sigma_from else 1.0,
+    )
 
 
 def _as_samples(latents: list[torch.Tensor]) -> Any:

@@ -11,6 +11,7 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import torch
 
+from ...atomic import bytes_of
 from ..backbones import backbone_of, describe_base
 
 
@@ -24,6 +25,17 @@ class EncodedPrompt:
     cond: dict
     kind: str
     text: str = ""
+
+
+def _kept(value: Any, dtype: torch.dtype) -> Any:
+    """A part of a condition as it waits in system memory, with thousands of others: in the `dtype` that the model will
+    cast it to.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    kept = value.to("cpu", dtype if value.is_floating_point() else None)
+    # A part of a larger tensor would keep all of that one.
+    return kept.clone() if kept.untyped_storage().nbytes() > kept.nbytes else kept
 
 
 class ComfyTextEncoder:
@@ -50,10 +62,12 @@ class ComfyTextEncoder:
                 cond = comfy.sampler_helpers.convert_cond(conds)[0]
                 cond = backbone_of(self._model.model).condition_of(self._model.model, cond)
                 self._check_width(cond["cross_attn"])
-                # As the model will cast them; thousands of prompts wait in memory.
-                cond = {**cond, "cross_attn": cond["cross_attn"].to("cpu", dtype)}
-                encoded.append(EncodedPrompt(cond, kind, prompt))
+                encoded.append(EncodedPrompt({key: _kept(value, dtype) for key, value in cond.items()}, kind, prompt))
         return encoded
+
+    def bytes_of(self, prompt: EncodedPrompt) -> int:
+        """What it takes of system memory."""
+        return bytes_of(prompt.cond)
 
     def length(self, prompt: str) -> int:
         """The tokens of a prompt, padding included, of all text encoders together: a longer one is encoded longer."""

@@ -28,6 +28,15 @@ class NoiseLevels:
         self.timestep = None
 
 
+def percent_of(model_sampling: Any, sigma: float) -> float:
+    """Where in the schedule that noise level is, 0 to 1: the inverse of ComfyUI's `percent_to_sigma`, which falls."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if model_sampling.percent_to_sigma(middle) > sigma else (low, middle)
+    return high
+
+
 @dataclass(frozen=True)
 class SigmaSpan:
     """A part of the noise levels. The end is not part of it, so that of two that meet there one takes the step."""
