@@ -22,6 +22,7 @@ from comfyui_agd.tests.support.family_adapters import TinyClip, adapted, adapter
 from comfyui_agd.tests.support.runtime import CFG, STEPS, Prompts, ksampler, ksampler_advanced, rows_of
 from comfyui_agd.tests.support.small import randomised
 from comfyui_agd.tests.support.tiny_families import TINY_FAMILIES, conditioning, empty_latent, flat, tiny_model
+from comfyui_agd.training import held_out
 from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, assess
 from comfyui_agd.training.euler_sample import SampleSettings
 from comfyui_agd.training.euler_sample import sample as training_sample
@@ -227,6 +228,12 @@ def test_pictures_to_edit_stand_beside_the_image(name):
 
 
 # Training.
+
+
+@pytest.fixture(autouse=True)
+def few_measured_steps(monkeypatch):
+    """Half of these trainings' time would be their measurement's."""
+    monkeypatch.setattr(held_out, "_STEPS", ((6, 3),))
 
 
 def training(name: str, **settings):

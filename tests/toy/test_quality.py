@@ -42,6 +42,13 @@ ROW_KEYS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def less_to_compare_with(monkeypatch):
+    """Than the figures have; of CFG's steps still more than of any method."""
+    monkeypatch.setattr("comfyui_agd.examples.toy.scoring.REFERENCE_IMAGES", 256)
+    monkeypatch.setattr(experiment, "TRUE_STEPS", 21)
+
+
 @pytest.fixture(scope="module")
 def parts() -> Toy:
     return Toy.load()
@@ -221,7 +228,6 @@ def test_another_training_starts_from_other_weights_and_learns_from_other_states
 
 @pytest.mark.slow
 def test_one_command_makes_the_table_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr("comfyui_agd.examples.toy.scoring.REFERENCE_IMAGES", 256)
     few = ["--quick", "--pictures", "6", "--pairs", "2", "--iterations", "2", "--work", str(tmp_path / "work")]
     few += ["--results", str(tmp_path / "results"), "--json", str(tmp_path / "rows.json")]
     on_unet = [*few, "--base", "toy"]
@@ -290,7 +296,6 @@ def test_a_row_is_dominated_by_what_is_significantly_better_for_no_more_evaluati
 
 @pytest.mark.slow
 def test_the_ablation_trains_and_measures_what_is_asked_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(experiment, "TRUE_STEPS", 21)
     how = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "rows.json")]
     ablation.main([*how, "--base", "toy", "--only", "deep sites", "half on policy", "offset"])
     rows = {row["variant"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
@@ -309,7 +314,6 @@ def test_the_ablation_trains_and_measures_what_is_asked_for(tmp_path, capsys, mo
 
 @pytest.mark.slow
 def test_the_ablation_puts_both_bases_side_by_side(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "TRUE_STEPS", 21)
     how = ["--quick", "--iterations", "2", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
     ablation.main([*how, "--only", "the default", "without gain", "offset"])
     page = (tmp_path / "results" / "ablation-bases.md").read_text()
@@ -326,9 +330,7 @@ def test_the_ablation_puts_both_bases_side_by_side(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "adapter"), [("toy", "calibrated"), ("toy-dit", "ours")])
 def test_the_extrapolation_takes_an_adapter_to_where_it_was_not_trained(tmp_path, monkeypatch, base, adapter):
-    monkeypatch.setattr("comfyui_agd.examples.toy.scoring.REFERENCE_IMAGES", 256)
     monkeypatch.setattr(experiment, "QUICK_SIZES", dataclasses.replace(QUICK_SIZES, pictures=8))
-    monkeypatch.setattr(experiment, "TRUE_STEPS", 21)
     monkeypatch.setattr(extrapolation, "SIZES", ((64, 64), (64, 96)))
     monkeypatch.setattr(extrapolation, "SIZE_CAPTIONS", 2)
     how = ["--quick", "--base", base, "--work", str(tmp_path / "work"), "--json", str(tmp_path / "rows.json")]
