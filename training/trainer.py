@@ -22,7 +22,7 @@ from .gap import Evaluation, Measurement
 from .held_out import HeldOutEvaluation, check_measurable
 from .memory import BothPredictions
 from .model import Model, ProgressCallback
-from .plan import StepLayout
+from .plan import Plan, StepLayout
 from .plot import training_plot
 from .pool import BatchSource, TrajectoryPool
 from .progress import Progress, TimeLeft
@@ -172,7 +172,7 @@ def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: R
         if options.recording is not None:
             source: BatchSource = options.recording.source(config, rows)
         else:
-            kept = _kept_batches(config, options, ranks)
+            kept = _kept_batches(config, layout, ranks)
             source = TrajectoryPool(model.denoiser, encoded.training, replace(config, reuse_from=kept), rows, both)
         loss_scale = initial_loss_scale(model.denoiser.computes_in)
         state = RunState.begin(adapter, source, config.learning_rate, loss_scale)
@@ -205,9 +205,9 @@ def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: R
     return trained
 
 
-def _kept_batches(config: TrainConfig, options: RunOptions, ranks: Ranks) -> int:
+def _kept_batches(config: TrainConfig, layout: StepLayout | Plan, ranks: Ranks) -> int:
     """How many batches wait to come again: as planned, on all ranks as on the first."""
-    planned = (options.plan.kept_batches if options.plan is not None else 0) or config.reuse_from
+    planned = layout.kept_batches or config.reuse_from
     return int(ranks.broadcast(torch.tensor([float(planned)], dtype=torch.float64)).item())
 
 
