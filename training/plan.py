@@ -304,7 +304,10 @@ def _micro_batches(config: TrainConfig, batch: int) -> Iterator[tuple[int, bool]
 
 @dataclass(frozen=True)
 class StepLayout:
-    """How a step is evaluated: so many rows of the student and of the base at once, and as it stands in `Plan`."""
+    """How a step is evaluated: so many rows of the student and of the base at once, and as it stands in `Plan`.
+
+    `kept_batches`: 0 is as many as the config says.
+    """
 
     micro_batch: int
     teacher_rows: int
@@ -313,6 +316,7 @@ class StepLayout:
     other_bytes_on_device: int = 0
     reserve: int = 0
     peak_bytes: int = 0
+    kept_batches: int = 0
 
     @classmethod
     def of_config(cls, config: TrainConfig, rows: int) -> "StepLayout":
@@ -458,10 +462,9 @@ def plan(
         seconds=_seconds(costs, layout, teacher / ranks, student / ranks),
         prompt_bytes=prompts.system_bytes * ranks,
         kept_bytes=kept,
-        kept_batches=kept_batches,
         wanted_batches=min(config.reuse_from, _visits(config)) if config.reuse > 1 else 0,
         system_memory=model.memory.system_available(),
-        **vars(layout),
+        **vars(replace(layout, kept_batches=kept_batches)),
     )
     tracing.end()
     return found

@@ -21,7 +21,7 @@ from .gap import Evaluation, Measurement
 from .held_out import HeldOutEvaluation, check_measurable
 from .memory import BothPredictions
 from .model import Model, ProgressCallback
-from .plan import StepLayout
+from .plan import Plan, StepLayout
 from .plot import training_plot
 from .pool import BatchSource, TrajectoryPool
 from .progress import Progress, TimeLeft
@@ -179,7 +179,7 @@ def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: R
         if options.recording is not None:
             source: BatchSource = options.recording.source(config, rows)
         else:
-            kept = _kept_batches(config, options, ranks)
+            kept = _kept_batches(config, layout, ranks)
             source = TrajectoryPool(model.denoiser, encoded.training, replace(config, reuse_from=kept), rows, both)
         loss_scale = initial_loss_scale(model.denoiser.computes_in)
         state = RunState.begin(adapter, source, config.learning_rate, loss_scale)
@@ -211,9 +211,9 @@ def _trained(model: Model, config: TrainConfig, callbacks: Callbacks, options: R
     return Trained(adapter, info, state.losses, state.history, run.evaluation, state.by_sigma)
 
 
-def _kept_batches(config: TrainConfig, options: RunOptions, ranks: Ranks) -> int:
+def _kept_batches(config: TrainConfig, layout: StepLayout | Plan, ranks: Ranks) -> int:
     """How many batches wait to come again: as planned, on all ranks as on the first."""
-    planned = (options.plan.kept_batches if options.plan is not None else 0) or config.reuse_from
+    planned = layout.kept_batches or config.reuse_from
     return int(ranks.broadcast(torch.tensor([float(planned)], dtype=torch.float64)).item())
 
 
