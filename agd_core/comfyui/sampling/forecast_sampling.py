@@ -152,7 +152,7 @@ class ForecastSampling(SharedByDeepcopy):
 
     def _check_needs(self, model_options: dict) -> None:
         """Warn where the settings have no effect, or where a node needs both predictions."""
-        if _has_own_scale(self.settings) and not self.override.applied:
+        if _has_own_scale(self.settings) and self.override.replaced is None:
             self.notify(messages.scale_not_taken(name_of_guider(self.guider)))
         if not self.evaluates_both and (name := self._find_consumer(model_options)):
             self.evaluates_both = True

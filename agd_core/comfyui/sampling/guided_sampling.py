@@ -52,7 +52,8 @@ class GuidedSampling(SharedByDeepcopy):
     def __post_init__(self) -> None:
         self.unguided = self.mode.unguided_because is not None
         self.restart = PendingRestart()
-        self.scale_check = ScaleCheck(self.guider)
+        self.override = CfgOverride(self._cfg_of_step)
+        self.scale_check = ScaleCheck(self.guider, self.override)
         self.other_evaluations = OtherEvaluations(self.guider, self.sampler, self.restart)
         self.step_builder = StepBuilder(self.guider, self.mode.merged_omega is not None, self.notify)
         self.step_warnings = StepWarnings(self.guider, self.notify)
@@ -72,7 +73,7 @@ class GuidedSampling(SharedByDeepcopy):
         # Last in, so innermost: what others do to conditions, to the cfg of a step, or to both predictions is done.
         inner["wrappers"].setdefault(WrappersMP.CALC_COND_BATCH, {})[KEY] = [s.calc_cond_batch for s in ours]
         # Without a negative ComfyUI has zeros for the unconditional, with which no cfg but 1 makes sense.
-        overrides = [CfgOverride(self._cfg_of_step)] if self.guider.conds.get("negative") else []
+        overrides = [self.override] if self.guider.conds.get("negative") else []
         inner["wrappers"].setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = overrides
         kept = [KeptMemory([applied for applied, _ in self.adapters]) for _ in ours]
         inner["wrappers"].setdefault(WrappersMP.PREPARE_SAMPLING, {})[KEY] = kept
