@@ -286,9 +286,18 @@ class AfterAPair(ScaleOfItsOwn):
         return combined + 0.5 * (combined - alone)
 
 
-@pytest.mark.parametrize("kind", [InItsOwnWay, BothInItsOwnWay, InAnInterval, OnTheModelItself, AfterAPair])
-def test_a_guider_that_evaluates_in_its_own_way_gets_the_base_and_a_message_says_so(base, agd, prompts, messages, kind):
-    assert torch.equal(guided_by(kind, agd(), prompts), guided_by(kind, base, prompts))
+OWN_WAYS = [
+    (kind, scale) for kind in (InItsOwnWay, InAnInterval, OnTheModelItself, AfterAPair) for scale in (None, 3.0)
+]
+# By the loader's scale it is guided, whatever its own.
+OWN_WAYS.append((BothInItsOwnWay, None))
+
+
+@pytest.mark.parametrize(("kind", "scale"), OWN_WAYS)
+def test_a_guider_that_evaluates_in_its_own_way_gets_the_base_and_a_message_says_so(
+    base, agd, prompts, messages, kind, scale
+):
+    assert torch.equal(guided_by(kind, agd(guidance_scale=scale), prompts), guided_by(kind, base, prompts))
     assert len(messages) == 1
     assert messages[0].startswith(("The adapter is bypassed: the guider", "No speed-up: the guider"))
     assert kind.__name__ in messages[0][:60]
@@ -423,9 +432,11 @@ USES = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_a_function_that_uses_the_unconditional_prediction_gets_it(base, agd, prompts, messages, name):
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_a_function_that_uses_the_unconditional_prediction_gets_it(base, agd, prompts, messages, name, scale):
     # What it keeps of the first step it was given twice, for the sampling has started again.
-    close(ksampler(after(agd(), USES[name]()), prompts), ksampler(after(base, USES[name]()), prompts))
+    model = agd(guidance_scale=scale)
+    close(ksampler(after(model, USES[name]()), prompts), ksampler(after(base, USES[name]()), prompts))
     assert [message[:12] for message in messages] == ["No speed-up:"]
 
 
@@ -435,7 +446,7 @@ def test_a_function_that_precedes_or_replaces_the_combination_has_both(base, agd
         clone.set_model_sampler_pre_cfg_function(lambda args: [args["conds_out"][0], 0.5 * args["conds_out"][1]])
         return clone
 
-    assert torch.equal(ksampler(before(agd()), prompts), ksampler(before(base), prompts))
+    assert torch.equal(ksampler(before(agd(guidance_scale=3.0)), prompts), ksampler(before(base), prompts))
     assert len(messages) == 1
 
 

@@ -54,7 +54,7 @@ class GuidedSampling(SharedByDeepcopy):
         self.restart = PendingRestart()
         self.override = CfgOverride(self._cfg_of_step)
         self.scale_check = ScaleCheck(self.guider, self.override)
-        self.other_evaluations = OtherEvaluations(self.guider, self.sampler, self.restart)
+        self.other_evaluations = OtherEvaluations(self.guider, self.sampler, self.restart, self.override)
         self.step_builder = StepBuilder(self.guider, self.mode.merged_omega is not None, self.notify)
         self.step_warnings = StepWarnings(self.guider, self.notify)
         self.history = ForecastHistory()
@@ -73,7 +73,7 @@ class GuidedSampling(SharedByDeepcopy):
         # Last in, so innermost: what others do to conditions, to the cfg of a step, or to both predictions is done.
         inner["wrappers"].setdefault(WrappersMP.CALC_COND_BATCH, {})[KEY] = [s.calc_cond_batch for s in ours]
         # Without a negative ComfyUI has zeros for the unconditional, with which no cfg but 1 makes sense.
-        overrides = [self.override] if self.guider.conds.get("negative") else []
+        overrides = [self.override for _ in ours if self.guider.conds.get("negative")]
         inner["wrappers"].setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = overrides
         kept = [KeptMemory([applied for applied, _ in self.adapters]) for _ in ours]
         inner["wrappers"].setdefault(WrappersMP.PREPARE_SAMPLING, {})[KEY] = kept
@@ -133,6 +133,8 @@ class GuidedSampling(SharedByDeepcopy):
 
     def _cfg_of_step(self, cfg: float, timestep: torch.Tensor) -> float:
         """The cfg that ComfyUI sees in a step, so that it asks for both predictions."""
+        if self.other_evaluations.base_only:
+            return cfg
         scales = [applied.settings.guidance_scale for applied in self._adapters_at(timestep)]
         return next((scale for scale in reversed(scales) if scale is not None), cfg)
 
