@@ -12,7 +12,7 @@ from .applied_adapter import AppliedAdapter, check_adapters
 from .compile_fallback import CompileFallback
 from .conditions import copy_conditions
 from .guided_sampling import GuidedSampling
-from .merging import Evaluators, MergingHistory, evaluators_of, merged_into
+from .merging import Involved, MergingHistory, merged_into
 from .messages import Notify
 from .restarts import RestartMerged, RestartSampling, RestartUnguided, RestartWithoutForecasts, SamplingMode
 from .schedule import SigmaSpan
@@ -55,8 +55,8 @@ class AdapterGuidance(SharedByDeepcopy):
         adapters = [(applied, applied.settings.span_for(guider.model_patcher)) for applied in self.adapters]
         conds = copy_conditions(guider.conds)
         pre_cfg = list(guider.model_options.get(PRE_CFG, []))
-        evaluators = evaluators_of(guider, sampler)
-        mode = self._first_mode(guider, sampler, adapters, evaluators)
+        involved = Involved.of(guider, sampler)
+        mode = self._first_mode(guider, sampler, adapters, involved)
         while True:
             sampling = GuidedSampling(guider, sampler, adapters, mode, self.compile_fallback, self.notify)
             sampling.install(pre_cfg)
@@ -65,27 +65,28 @@ class AdapterGuidance(SharedByDeepcopy):
                     sampled = executor(noise, latent_image, sampler, *args, **kwargs)
                 sampling.finish()
             except RestartMerged:
-                self.merging.guided.add(evaluators)
+                self.merging.guided.add(involved.evaluators)
                 mode = replace(mode, merged_omega=mode.mergeable_omega)
             except RestartWithoutForecasts:
                 mode = replace(mode, evaluates_all=True)
             except RestartUnguided as restart:
                 mode = SamplingMode(unguided_because=restart.reason)
             except RestartSampling:
-                self.merging.enabled, mode = False, SamplingMode(evaluates_all=mode.evaluates_all)
+                self.merging.in_vain.add(involved)
+                mode = SamplingMode(evaluates_all=mode.evaluates_all)
             else:
                 if sampling.guided:
-                    self.merging.guided.add(evaluators)
+                    self.merging.guided.add(involved.evaluators)
                 return sampled
             guider.conds, conds = conds, copy_conditions(conds)  # ComfyUI has processed them
 
     def _first_mode(
-        self, guider: CFGGuider, sampler: Sampler, adapters: AdapterSpans, evaluators: Evaluators
+        self, guider: CFGGuider, sampler: Sampler, adapters: AdapterSpans, involved: Involved
     ) -> SamplingMode:
         if name := find_uncond_consumer(sampler, guider.model_options):
             return SamplingMode(unguided_because=messages.needs_both(name))
         if len(adapters) == 1 and adapters[0][1].is_everything:
-            return self.merging.first_mode(adapters[0][0], guider, evaluators)
+            return self.merging.first_mode(adapters[0][0], guider, involved)
         return SamplingMode()
 
     def _weights_of(self, mode: SamplingMode, guider: CFGGuider) -> AbstractContextManager:
