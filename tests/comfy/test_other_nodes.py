@@ -171,12 +171,27 @@ def test_a_default_negative_is_for_what_the_others_leave(delta, prompts, several
 # Guiders and combinations of other packs
 
 
-def sample(guider, steps: int = STEPS) -> torch.Tensor:
+def sample(guider, steps: int = STEPS, levels: int | None = None) -> torch.Tensor:
+    """`levels`: the first ones only."""
     sampling = guider.model_patcher.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)[:levels]
     euler, noise = comfy.samplers.sampler_object("euler"), custom.RandomNoise.execute(7).args[0]
     with torch.inference_mode():
         return custom.SamplerCustomAdvanced.execute(noise, guider, euler, sigmas, latent()).args[0]["samples"]
+
+
+@pytest.mark.parametrize("levels", [0, 1])
+@pytest.mark.parametrize("guided", ["adapter", "training-free"])
+@pytest.mark.parametrize(
+    "other", [lambda model: model, lambda model: nodes_model_advanced.RescaleCFG().patch(model, 0.7)[0]]
+)
+def test_a_sampling_without_steps_says_nothing(base, files, prompts, messages, levels, guided, other):
+    """SplitSigmas leaves one level where it splits at the first or the last step."""
+    tell = {"notify": messages.receive}
+    model = training_free(base, **tell) if guided == "training-free" else patched(base, files["rank"], **tell)
+    sampled = guided_by(comfy.samplers.CFGGuider, other(model), prompts, levels=levels)
+    assert torch.equal(sampled, guided_by(comfy.samplers.CFGGuider, base, prompts, levels=levels))
+    assert messages == []
 
 
 class AroundTheWrappers(comfy.samplers.CFGGuider):
@@ -213,11 +228,11 @@ class ScaleInATensor(comfy.samplers.CFGGuider):
         self.cfg = torch.tensor(cfg)
 
 
-def guided_by(kind: type, model, prompts: Prompts, cfg: float = CFG):
+def guided_by(kind: type, model, prompts: Prompts, cfg: float = CFG, levels: int | None = None):
     guider = kind(model)
     guider.set_conds(prompts.positive, prompts.negative)
     guider.set_cfg(cfg)
-    return sample(guider)
+    return sample(guider, levels=levels)
 
 
 @pytest.mark.parametrize("kind", [AroundTheWrappers, ScaleInAList, ScaleInATensor])

@@ -55,14 +55,16 @@ class _PairRequest:
 
 @dataclass
 class ForecastSampling(SharedByDeepcopy):
-    """`evaluates_both`: in every step; `request`: ComfyUI's last one; `evaluating`: inside an evaluation for it;
-    `steps`: how many could be forecast, and `evaluated`: how many of them weren't."""
+    """`has_steps`: whether there is anything to predict; `evaluates_both`: in every step; `request`: ComfyUI's last
+    one; `evaluating`: inside an evaluation for it; `steps`: how many could be forecast, and `evaluated`: how many of
+    them weren't."""
 
     guider: CFGGuider
     sampler: Sampler
     settings: GuidanceSettings
     span: SigmaSpan
     notify: Notify
+    has_steps: bool
     evaluates_both: bool
     request: _PairRequest | None = field(default=None, init=False)
     evaluating: bool = field(default=False, init=False)
@@ -135,7 +137,7 @@ class ForecastSampling(SharedByDeepcopy):
     def finish(self) -> None:
         """Warn, when it is over, of evaluations that it didn't save; or start it again."""
         self.restart.raise_if_requested()
-        if self.request is None:
+        if self.request is None and self.has_steps:
             self.notify(messages.prompts_evaluated_otherwise(name_of_guider(self.guider)))
         elif not self.evaluates_both:
             self._report_evaluations()

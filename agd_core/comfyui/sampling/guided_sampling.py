@@ -33,9 +33,10 @@ class GuidedSampling(SharedByDeepcopy):
     """Any combination of two equal predictions, by whatever scale, is that prediction, and it is one evaluation for
     any guider, a pack's own `sampling_function`, and each of the context windows.
 
-    `adapters`: each with its part of the sampling. `step`: what is being evaluated, for the hooks; `sigma`: of the step
-    in which both predictions were asked for last; `unguided`: evaluates as the base does, because of the mode or for
-    the time of one evaluation; `evaluates_base`: inside an evaluation of the base that began here.
+    `adapters`: each with its part of the sampling; `has_steps`: whether there is something to guide. `step`: what is
+    being evaluated, for the hooks; `sigma`: of the step in which both predictions were asked for last; `unguided`:
+    evaluates as the base does, because of the mode or for the time of one evaluation; `evaluates_base`: inside an
+    evaluation of the base that began here.
     """
 
     guider: CFGGuider
@@ -44,6 +45,7 @@ class GuidedSampling(SharedByDeepcopy):
     mode: SamplingMode
     compile_fallback: CompileFallback
     notify: Notify
+    has_steps: bool
     step: GuidedStep | None = field(default=None, init=False)
     sigma: torch.Tensor | None = field(default=None, init=False)
     called: bool = field(default=False, init=False)
@@ -80,7 +82,7 @@ class GuidedSampling(SharedByDeepcopy):
         inner[KEY] = self
         options[PRE_CFG] = [s.check_scale for s in ours] + pre_cfg
         unwatch_post_cfg(options)
-        if self.mode.unguided_because is not None:
+        if self.mode.unguided_because is not None and self.has_steps:
             self.notify(messages.unguided_because(self.mode.unguided_because))
 
     def finish(self) -> None:
@@ -88,7 +90,8 @@ class GuidedSampling(SharedByDeepcopy):
         self._check_combination()
         self.restart.raise_if_requested()
         self.step_warnings.send_waiting()
-        unused = self.other_evaluations.base_only or self.scale_check.unknown or not self.called
+        not_asked = self.has_steps and not self.called
+        unused = self.other_evaluations.base_only or self.scale_check.unknown or not_asked
         if not self.unguided and not self.guided and unused:
             self.notify(messages.adapters_not_used(name_of_guider(self.guider)))
 

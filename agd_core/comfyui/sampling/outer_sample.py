@@ -15,7 +15,7 @@ from .guided_sampling import GuidedSampling
 from .merging import Involved, MergingHistory, merged_into
 from .messages import Notify
 from .restarts import RestartMerged, RestartSampling, RestartUnguided, RestartWithoutForecasts, SamplingMode
-from .schedule import SigmaSpan
+from .schedule import SigmaSpan, has_steps
 from .shared_by_deepcopy import SharedByDeepcopy
 from .uncond_consumers import PRE_CFG, find_uncond_consumer
 
@@ -38,18 +38,18 @@ class AdapterGuidance(SharedByDeepcopy):
     def __post_init__(self) -> None:
         self.compile_fallback = CompileFallback(self.notify)
 
-    def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs) -> torch.Tensor:
+    def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs) -> torch.Tensor:
         guider = executor.class_obj
         given = guider.model_patcher
         guider.model_patcher = with_original_parts(given)
         if guider.model_patcher is not given:
             self.notify(messages.UNCOMPILED_FOR_REPLACED_PARTS)
         try:
-            return self._sample(executor, noise, latent_image, sampler, *args, **kwargs)
+            return self._sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
             guider.model_patcher = given
 
-    def _sample(self, executor, noise, latent_image, sampler, *args, **kwargs) -> torch.Tensor:
+    def _sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs) -> torch.Tensor:
         guider = executor.class_obj
         check_adapters(self.adapters, guider.model_patcher)
         adapters = [(applied, applied.settings.span_for(guider.model_patcher)) for applied in self.adapters]
@@ -58,11 +58,13 @@ class AdapterGuidance(SharedByDeepcopy):
         involved = Involved.of(guider, sampler)
         mode = self._first_mode(guider, sampler, adapters, involved)
         while True:
-            sampling = GuidedSampling(guider, sampler, adapters, mode, self.compile_fallback, self.notify)
+            sampling = GuidedSampling(
+                guider, sampler, adapters, mode, self.compile_fallback, self.notify, has_steps(sigmas)
+            )
             sampling.install(pre_cfg)
             try:
                 with self._weights_of(mode, guider):
-                    sampled = executor(noise, latent_image, sampler, *args, **kwargs)
+                    sampled = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
                 sampling.finish()
             except RestartMerged:
                 self.merging.guided.add(involved.evaluators)
