@@ -1,6 +1,7 @@
 """One sampling with adapters: where ComfyUI evaluates both conditions, both get the one guided prediction."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,8 @@ from . import messages
 from .applied_adapter import AppliedAdapter
 from .compile_fallback import CompileFallback
 from .cond_batch import CondBatch
-from .conditions import are_prompt_and_negative, belong_to, latent_size
+from .conditions import are_prompt_and_negative, belong_to, is_active_at, latent_size
+from .evaluated_blocks import EvaluatedBlocks, recorded_blocks
 from .forecast_history import ForecastHistory
 from .guider import CfgOverride, name_of_guider
 from .kept_memory import KeptMemory
@@ -60,12 +62,24 @@ class GuidedSampling(SharedByDeepcopy):
         self.step_builder = StepBuilder(self.guider, self.mode.merged_omega is not None, self.notify)
         self.step_warnings = StepWarnings(self.guider, self.notify)
         self.history = ForecastHistory()
+        self.blocks = EvaluatedBlocks()
         self.levels = NoiseLevels()
 
     @property
     def guided(self) -> bool:
         """Whether there was a guided prediction."""
         return self.other_evaluations.guided
+
+    def forecasts(self, adapters: Iterable[AppliedAdapter]) -> bool:
+        """Whether steps that these adapters guide may be forecast."""
+        return not self.mode.evaluates_all and any(applied.settings.forecast for applied in adapters)
+
+    def recorded_blocks(self) -> AbstractContextManager[None]:
+        """Inside, it is seen which of the model's blocks an evaluation runs, where forecasts depend on that."""
+        if self.unguided or not self.forecasts(applied for applied, _ in self.adapters):
+            return nullcontext()
+        network = self.guider.model_patcher.model.diffusion_model
+        return recorded_blocks(network, self.blocks, self.guider.model_options)
 
     def install(self, pre_cfg: list[Callable]) -> None:
         """Into the guider's options, which are this sampling's own copy; `pre_cfg`: other nodes' functions there."""
@@ -188,12 +202,22 @@ class GuidedSampling(SharedByDeepcopy):
 
     def _evaluated_or_forecast(self, batch: CondBatch, adapters: list[AppliedAdapter]) -> torch.Tensor:
         """The guided prediction of a step (b, c, h, w), of the prompt."""
-        if self.mode.evaluates_all or not any(applied.settings.forecast for applied in adapters):
+        if not self.forecasts(adapters):
             return self._guided_prediction(batch, adapters)
         omegas = tuple(self._omegas(adapters))
         (prediction,) = self.history.predictions(
-            batch, omegas, lambda: (self._guided_prediction(batch, adapters),), lambda predictions: predictions[0]
+            batch, omegas, lambda: (self._evaluate_whole(batch, adapters),), lambda predictions: predictions[0]
         )
+        return prediction
+
+    def _evaluate_whole(self, batch: CondBatch, adapters: list[AppliedAdapter]) -> torch.Tensor:
+        """The guided prediction (b, c, h, w) by all of the model's blocks."""
+        self.blocks.begin()
+        prediction = self._guided_prediction(batch, adapters)
+        active = any(is_active_at(cond, batch.timestep, batch.levels) for cond in batch.conds[0] or ())
+        if active and self.blocks.were_left_out():
+            self.notify(messages.STEP_CACHE)
+            self.restart.request(RestartWithoutForecasts)
         return prediction
 
     def _check_combination(self) -> None:

@@ -63,7 +63,7 @@ class AdapterGuidance(SharedByDeepcopy):
             )
             sampling.install(pre_cfg)
             try:
-                with self._weights_of(mode, guider):
+                with self._weights_of(mode, guider), sampling.recorded_blocks():
                     sampled = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
                 sampling.finish()
             except RestartMerged:
