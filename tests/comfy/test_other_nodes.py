@@ -10,10 +10,11 @@ import nodes
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfy_extras import nodes_context_windows, nodes_model_advanced
+from comfy_extras import nodes_context_windows, nodes_easycache, nodes_model_advanced
 from comfy_extras import nodes_custom_sampler as custom
 
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
+from comfyui_agd.agd_core.comfyui.sampling.restarts import RandomState
 from comfyui_agd.tests.support.runtime import (
     CFG,
     STEPS,
@@ -171,13 +172,13 @@ def test_a_default_negative_is_for_what_the_others_leave(delta, prompts, several
 # Guiders and combinations of other packs
 
 
-def sample(guider, steps: int = STEPS, levels: int | None = None) -> torch.Tensor:
+def sample(guider, steps: int = STEPS, levels: int | None = None, sampler=None) -> torch.Tensor:
     """`levels`: the first ones only."""
     sampling = guider.model_patcher.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)[:levels]
-    euler, noise = comfy.samplers.sampler_object("euler"), custom.RandomNoise.execute(7).args[0]
+    sampler, noise = sampler or comfy.samplers.sampler_object("euler"), custom.RandomNoise.execute(7).args[0]
     with torch.inference_mode():
-        return custom.SamplerCustomAdvanced.execute(noise, guider, euler, sigmas, latent()).args[0]["samples"]
+        return custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent()).args[0]["samples"]
 
 
 @pytest.mark.parametrize("levels", [0, 1])
@@ -192,6 +193,46 @@ def test_a_sampling_without_steps_says_nothing(base, files, prompts, messages, l
     sampled = guided_by(comfy.samplers.CFGGuider, other(model), prompts, levels=levels)
     assert torch.equal(sampled, guided_by(comfy.samplers.CFGGuider, base, prompts, levels=levels))
     assert messages == []
+
+
+def restarting(name: str, base, files, notify) -> tuple:
+    """A MODEL whose sampling starts again, once its sampler has drawn random numbers; and one that is sampled likewise
+    from the beginning."""
+    tell = {"notify": notify}
+    if name == "merged":  # the second time, it begins so
+        model = patched(base, files["rank"], **tell)
+        guided_by(comfy.samplers.CFGGuider, model, random_prompts())
+        return patched(base, files["rank"], **tell), model
+    if name == "unguided":
+        return after(patched(base, files["rank"], **tell), rescales), after(base, rescales)
+    if name == "training-free":
+        return cached(training_free(base, **tell)), cached(base)
+    return cached(patched(base, files["delta"], forecast=True, **tell)), cached(patched(base, files["delta"], **tell))
+
+
+def cached(model):
+    return nodes_easycache.EasyCacheNode.execute(model, 2.0, 0.15, 0.95, False).args[0]
+
+
+@pytest.mark.parametrize("name", ["merged", "unguided", "training-free", "forecast"])
+def test_a_sampling_that_starts_again_draws_the_same_random_numbers(base, files, prompts, messages, name):
+    churn = comfy.samplers.ksampler("euler", {"s_churn": 2.0})
+
+    def sampled(model) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(5)
+        return guided_by(comfy.samplers.CFGGuider, model, prompts, sampler=churn, steps=20), torch.rand(3)
+
+    (again, after_again), (at_once, after_at_once) = map(sampled, restarting(name, base, files, messages.receive))
+    assert torch.equal(again, at_once)
+    assert torch.equal(after_again, after_at_once)
+
+
+def test_random_numbers_of_a_device_are_restored_too(monkeypatch):
+    restored, card = [], torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: ("state of", device))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append((state, device)))
+    RandomState.of(card).restore()
+    assert restored == [(("state of", card), card)]
 
 
 class AroundTheWrappers(comfy.samplers.CFGGuider):
@@ -228,11 +269,12 @@ class ScaleInATensor(comfy.samplers.CFGGuider):
         self.cfg = torch.tensor(cfg)
 
 
-def guided_by(kind: type, model, prompts: Prompts, cfg: float = CFG, levels: int | None = None):
+def guided_by(kind: type, model, prompts: Prompts, cfg: float = CFG, **options):
+    """`options`: of `sample`."""
     guider = kind(model)
     guider.set_conds(prompts.positive, prompts.negative)
     guider.set_cfg(cfg)
-    return sample(guider, levels=levels)
+    return sample(guider, **options)
 
 
 @pytest.mark.parametrize("kind", [AroundTheWrappers, ScaleInAList, ScaleInATensor])

@@ -14,7 +14,14 @@ from .conditions import copy_conditions
 from .guided_sampling import GuidedSampling
 from .merging import Involved, MergingHistory, merged_into
 from .messages import Notify
-from .restarts import RestartMerged, RestartSampling, RestartUnguided, RestartWithoutForecasts, SamplingMode
+from .restarts import (
+    RandomState,
+    RestartMerged,
+    RestartSampling,
+    RestartUnguided,
+    RestartWithoutForecasts,
+    SamplingMode,
+)
 from .schedule import SigmaSpan, has_steps
 from .shared_by_deepcopy import SharedByDeepcopy
 from .uncond_consumers import PRE_CFG, find_uncond_consumer
@@ -54,6 +61,7 @@ class AdapterGuidance(SharedByDeepcopy):
         check_adapters(self.adapters, guider.model_patcher)
         adapters = [(applied, applied.settings.span_for(guider.model_patcher)) for applied in self.adapters]
         conds = copy_conditions(guider.conds)
+        random_state = RandomState.of(guider.model_patcher.load_device)
         pre_cfg = list(guider.model_options.get(PRE_CFG, []))
         involved = Involved.of(guider, sampler)
         mode = self._first_mode(guider, sampler, adapters, involved)
@@ -81,6 +89,7 @@ class AdapterGuidance(SharedByDeepcopy):
                     self.merging.guided.add(involved.evaluators)
                 return sampled
             guider.conds, conds = conds, copy_conditions(conds)  # ComfyUI has processed them
+            random_state.restore()
 
     def _first_mode(
         self, guider: CFGGuider, sampler: Sampler, adapters: AdapterSpans, involved: Involved

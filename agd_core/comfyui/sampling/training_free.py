@@ -16,7 +16,7 @@ from .conditions import copy_conditions
 from .evaluated_blocks import recorded_blocks
 from .forecast_sampling import ForecastSampling
 from .messages import Notify, log_warning, without_repeats
-from .restarts import RestartWithoutForecasts
+from .restarts import RandomState, RestartWithoutForecasts
 from .schedule import has_steps
 from .settings import GuidanceSettings
 from .shared_by_deepcopy import SharedByDeepcopy
@@ -42,6 +42,7 @@ class TrainingFreeGuidance(SharedByDeepcopy):
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs) -> torch.Tensor:
         guider = executor.class_obj
         model = guider.model_patcher
+        random_state = RandomState.of(model.load_device)
         span, conds = self.settings.span_for(model), copy_conditions(guider.conds)
         if other := guider.model_options.get(EVALUATES_BOTH):
             if has_steps(sigmas):
@@ -60,6 +61,7 @@ class TrainingFreeGuidance(SharedByDeepcopy):
             except RestartWithoutForecasts:
                 evaluate_both = True
                 guider.conds, conds = conds, copy_conditions(conds)  # ComfyUI has processed them
+                random_state.restore()
             else:
                 return sampled
             finally:
