@@ -497,6 +497,33 @@ def test_a_function_that_uses_the_unconditional_prediction_gets_it(base, agd, pr
     assert [message[:12] for message in messages] == ["No speed-up:"]
 
 
+class Rescaling:
+    """A node whose function is a method, or an object of its own."""
+
+    def apply(self, args):
+        return rescales(args)
+
+    class Function:
+        def __call__(self, args):
+            return rescales(args)
+
+
+def rescales_by(how: str, args):
+    return rescales(args)
+
+
+FUNCTIONS = {
+    "rescales_by": [partial(rescales_by, "half"), partial(partial(rescales_by), "half")],
+    "Rescaling": [Rescaling().apply, Rescaling.Function(), partial(Rescaling().apply), partial(Rescaling.Function())],
+}
+
+
+@pytest.mark.parametrize(("name", "function"), [(name, each) for name, own in FUNCTIONS.items() for each in own])
+def test_a_message_names_what_made_the_function(base, files, prompts, messages, name, function):
+    ksampler(after(patched(base, files["delta"], notify=messages.receive), function), prompts, steps=1)
+    assert [message.partition(".")[0] for message in messages] == [f"No speed-up: {name} needs both predictions"]
+
+
 def test_a_function_that_precedes_or_replaces_the_combination_has_both(base, agd, prompts, messages):
     def before(model):
         clone = model.clone()
