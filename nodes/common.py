@@ -164,7 +164,7 @@ def use_adapter(model, adapter: AdapterValue, node_id: str, *, guidance_scale: f
         source=adapter.source,
         notify=notify,
     )
-    if not is_trained_on(adapter.info.base, model.model):
+    if not is_trained_on(adapter.info.base, model):
         notify(
             "trained on other weights: see how it fits with AGD Evaluate. This model is another checkpoint than the "
             "adapter's own, of the same family, or the same in another precision."

@@ -7,15 +7,20 @@ from types import SimpleNamespace
 import comfy.model_management as mm
 import pytest
 import torch
+from comfy.utils import get_attr
 
 from comfyui_agd.agd_core import adapter_file
-from comfyui_agd.agd_core.comfyui.backbones import is_trained_on
+from comfyui_agd.agd_core.adapter import Adapter
+from comfyui_agd.agd_core.comfyui.backbones import backbone_of, is_trained_on
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.model.memory import ComfyMemory
 from comfyui_agd.agd_core.comfyui.model.sampler import ComfySampler
 from comfyui_agd.agd_core.comfyui.sampling.schedule import percent_of
 from comfyui_agd.agd_core.guidance import GuidanceRule
-from comfyui_agd.tests.support.runtime import TinyUNet, tiny
+from comfyui_agd.nodes import common
+from comfyui_agd.tests.support.runtime import Prompts, TinyUNet, ksampler, latent, tiny
+from comfyui_agd.tests.support.small import info_for
+from comfyui_agd.tests.support.tiny_families import conditioning, empty_latent, tiny_model
 from comfyui_agd.training.assess import AssessConfig, Candidate, PromptTexts, assess
 from comfyui_agd.training.euler_sample import SampleSettings, sample
 
@@ -118,9 +123,9 @@ def test_an_interrupt_comes_through(toy, save_adapter):
 
 def test_weights_are_told_apart(toy):
     own = ComfyModel(toy.model, toy.clip).base
-    model = toy.model.model
+    model = toy.model
     assert is_trained_on(own, model)
-    weight = model.diffusion_model.out[-1].weight
+    weight = model.model.diffusion_model.out[-1].weight
     saved = weight.detach().clone()
     try:
         with torch.no_grad():
@@ -129,3 +134,34 @@ def test_weights_are_told_apart(toy):
     finally:
         with torch.no_grad():
             weight.copy_(saved)
+
+
+def changed_at_both_ends(model):
+    """As LoRAs of some kinds change it, in its first and last layers too."""
+    changed = model.clone()
+    for name in backbone_of(model.model).first_and_last():
+        key = f"diffusion_model.{name}"
+        changed.add_patches({key: ("diff", (torch.ones_like(get_attr(model.model, key)),))}, 1.0)
+    return changed
+
+
+@pytest.mark.parametrize("family", ["unet", "sd3"])
+def test_a_checkpoint_keeps_its_fingerprint_whatever_was_sampled(prompts, toy, monkeypatch, family):
+    if family == "unet":
+        model, given, at = tiny(TinyUNet()), prompts, latent()
+    else:
+        model, at = tiny_model(family), empty_latent(family)
+        given = Prompts(conditioning(family, "a fox"), conditioning(family, "blurry"))
+    before = ComfyModel(model, toy.clip).base
+    assert before.fingerprint != ComfyModel(tiny(TinyUNet(), seed=1), toy.clip).base.fingerprint
+    said, info = [], info_for(before, hidden=8, encoder_width=8)
+    adapter = common.AdapterValue(info, Adapter(info.config).state_dict(), "file")
+    monkeypatch.setattr(common, "notices", lambda node_id: said.append)
+    changed, first = changed_at_both_ends(model), f"diffusion_model.{backbone_of(model.model).first_and_last()[0]}"
+    own = get_attr(model.model, first).clone()
+    for _ in range(2):
+        loaded = common.use_adapter(changed, adapter, "1", guidance_scale=0.0)
+        ksampler(loaded, given, at=at, steps=1)
+        assert not torch.equal(get_attr(model.model, first), own)
+        assert ComfyModel(changed, toy.clip).base == ComfyModel(model, toy.clip).base == before
+    assert not any("other weights" in message for message in said)

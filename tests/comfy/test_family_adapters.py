@@ -14,7 +14,7 @@ from comfyui_agd.agd_core.attention_guidance import attention_guidance
 from comfyui_agd.agd_core.comfyui.backbones import UnsupportedModel, block_attention
 from comfyui_agd.agd_core.comfyui.model.comfy_model import ComfyModel
 from comfyui_agd.agd_core.comfyui.model.sampler import ComfySampler
-from comfyui_agd.agd_core.comfyui.sampling import merging
+from comfyui_agd.agd_core.comfyui.sampling import merging, prompt_cache
 from comfyui_agd.agd_core.comfyui.sampling.apply import apply_adapter
 from comfyui_agd.agd_core.kinds.scale import START
 from comfyui_agd.agd_core.lora import lora
@@ -154,6 +154,21 @@ def test_pictures_of_a_batch_and_of_several_prompts_are_right(name):
     mixed = sample(name, model, Prompts(one.positive + other.positive, one.negative + other.negative))
     assert mixed.isfinite().all()
     assert apart(mixed, alone) > 1e-3
+
+
+def test_of_more_prompts_than_are_kept_otherwise_each_is_prepared_once_per_sampling(monkeypatch):
+    prepared, compute = [], prompt_cache.compute_keys_values
+
+    def watch(prompt, *args):
+        prepared.append(prompt)
+        return compute(prompt, *args)
+
+    monkeypatch.setattr(prompt_cache, "compute_keys_values", watch)
+    monkeypatch.setattr(prompt_cache, "_MAX_PROMPTS", 2)
+    positive = [cond for text in ("a fox", "a dog", "a door") for cond in conditioning("sd3", text)]
+    model = adapted("sd3", tiny_model("sd3"), start_percent=0.01)  # whose weights are the base's own
+    sample("sd3", model, Prompts(positive, conditioning("sd3", "blurry, dark")))
+    assert len(prepared) == len(positive) + 1
 
 
 # ComfyUI itself can't go on with latents that are several.

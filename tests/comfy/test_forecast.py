@@ -1,9 +1,11 @@
 """Sampling with an adapter whose steps are forecast where they can be: counts, pictures, and who else is there."""
 
+import nodes
 import pytest
 import torch
+from comfy_extras.nodes_easycache import EasyCacheNode
 
-from comfyui_agd.tests.support.runtime import ksampler, latent, patched, rows_of
+from comfyui_agd.tests.support.runtime import Prompts, ksampler, latent, patched, rows_of
 from comfyui_agd.tests.support.workflows import NODES
 
 MANY = {"steps": 20}
@@ -70,6 +72,27 @@ def test_steps_outside_the_range_are_the_bases_own(base, prompts, file):
 def test_what_another_node_evaluates_is_never_compared_with_a_forecast(base, prompts, file, name):
     expected = ksampler(NODES[name](patched(base, file)), prompts, **MANY)
     assert torch.equal(ksampler(NODES[name](patched(base, file, forecast=True)), prompts, **MANY), expected)
+
+
+@pytest.mark.parametrize("kind", ["file", "merged"])
+def test_beside_a_step_cache_nothing_is_forecast_and_it_is_said(base, prompts, request, kind):
+    file, messages = request.getfixturevalue(kind), []
+
+    def cached(**options):
+        model = patched(base, file, **options)
+        return ksampler(EasyCacheNode.execute(model, 2.0, 0.15, 0.95, False).args[0], prompts, **MANY)
+
+    assert torch.equal(cached(forecast=True, notify=messages.append), cached())
+    said = [message for message in messages if message.startswith("Nothing is forecast: ")]
+    assert len(said) == 1
+
+
+def test_prompts_for_a_part_of_the_sampling_are_no_step_cache(base, prompts, file):
+    positive = nodes.ConditioningSetTimestepRange().set_range(prompts.positive, 0.0, 0.5)[0]
+    messages = []
+    model = patched(base, file, forecast=True, notify=messages.append)
+    ksampler(model, Prompts(positive, prompts.negative), **MANY)
+    assert not any(message.startswith("Nothing is forecast: ") for message in messages)
 
 
 def evaluated_at(model, prompts) -> list[float]:

@@ -22,6 +22,7 @@ from comfyui_agd.tests.support.runtime import (
     custom_sampler,
     in_dtype,
     ksampler,
+    latent,
     patched,
     rows_of,
     since,
@@ -195,6 +196,37 @@ def test_once_it_was_in_vain_it_is_not_tried_again(base, prompts, file, patching
     first, count = ksampler(model, prompts), len(patchings)
     assert torch.equal(ksampler(model, prompts), first)
     assert len(patchings) == count > 0
+
+
+@pytest.mark.parametrize("kind", HOW)
+@pytest.mark.parametrize("changing", ["a wrapper", "a sampler"])
+def test_what_was_in_vain_in_one_sampling_is_not_given_up_in_others(base, prompts, files, hooked, kind, changing):
+    def by_itself(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        guider = model.inner_model
+        for sigma in sigmas[:-1]:
+            guider.cfg += 1
+            x = model(x, sigma * x.new_ones([len(x)]), **extra_args)
+        return x
+
+    def change():
+        if changing == "a wrapper":
+            return ksampler(scheduled(model), prompts)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
+        guider, zeros = (
+            custom.CFGGuider.execute(model, prompts.positive, prompts.negative, CFG).args[0],
+            latent()["samples"],
+        )
+        with torch.inference_mode():
+            return guider.sample(zeros + 1, zeros, comfy.samplers.KSAMPLER(by_itself), sigmas)
+
+    model = patched(base, files[kind])
+    expected = ksampler(model, prompts)
+    assert hooked == []
+    change()
+    assert hooked
+    hooked.clear()
+    assert torch.equal(ksampler(model, prompts), expected)
+    assert hooked == []
 
 
 def test_a_sampler_that_needs_both_predictions_gets_the_base(base, prompts, file):

@@ -10,10 +10,11 @@ import nodes
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfy_extras import nodes_context_windows, nodes_model_advanced
+from comfy_extras import nodes_context_windows, nodes_easycache, nodes_model_advanced
 from comfy_extras import nodes_custom_sampler as custom
 
 from comfyui_agd.agd_core.adapter_file import AdapterFileError
+from comfyui_agd.agd_core.comfyui.sampling.restarts import RandomState
 from comfyui_agd.tests.support.runtime import (
     CFG,
     STEPS,
@@ -171,12 +172,67 @@ def test_a_default_negative_is_for_what_the_others_leave(delta, prompts, several
 # Guiders and combinations of other packs
 
 
-def sample(guider, steps: int = STEPS) -> torch.Tensor:
+def sample(guider, steps: int = STEPS, levels: int | None = None, sampler=None) -> torch.Tensor:
+    """`levels`: the first ones only."""
     sampling = guider.model_patcher.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
-    euler, noise = comfy.samplers.sampler_object("euler"), custom.RandomNoise.execute(7).args[0]
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)[:levels]
+    sampler, noise = sampler or comfy.samplers.sampler_object("euler"), custom.RandomNoise.execute(7).args[0]
     with torch.inference_mode():
-        return custom.SamplerCustomAdvanced.execute(noise, guider, euler, sigmas, latent()).args[0]["samples"]
+        return custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent()).args[0]["samples"]
+
+
+@pytest.mark.parametrize("levels", [0, 1])
+@pytest.mark.parametrize("guided", ["adapter", "training-free"])
+@pytest.mark.parametrize(
+    "other", [lambda model: model, lambda model: nodes_model_advanced.RescaleCFG().patch(model, 0.7)[0]]
+)
+def test_a_sampling_without_steps_says_nothing(base, files, prompts, messages, levels, guided, other):
+    """SplitSigmas leaves one level where it splits at the first or the last step."""
+    tell = {"notify": messages.receive}
+    model = training_free(base, **tell) if guided == "training-free" else patched(base, files["rank"], **tell)
+    sampled = guided_by(comfy.samplers.CFGGuider, other(model), prompts, levels=levels)
+    assert torch.equal(sampled, guided_by(comfy.samplers.CFGGuider, base, prompts, levels=levels))
+    assert messages == []
+
+
+def restarting(name: str, base, files, notify) -> tuple:
+    """A MODEL whose sampling starts again, once its sampler has drawn random numbers; and one that is sampled likewise
+    from the beginning."""
+    tell = {"notify": notify}
+    if name == "merged":  # the second time, it begins so
+        model = patched(base, files["rank"], **tell)
+        guided_by(comfy.samplers.CFGGuider, model, random_prompts())
+        return patched(base, files["rank"], **tell), model
+    if name == "unguided":
+        return after(patched(base, files["rank"], **tell), rescales), after(base, rescales)
+    if name == "training-free":
+        return cached(training_free(base, **tell)), cached(base)
+    return cached(patched(base, files["delta"], forecast=True, **tell)), cached(patched(base, files["delta"], **tell))
+
+
+def cached(model):
+    return nodes_easycache.EasyCacheNode.execute(model, 2.0, 0.15, 0.95, False).args[0]
+
+
+@pytest.mark.parametrize("name", ["merged", "unguided", "training-free", "forecast"])
+def test_a_sampling_that_starts_again_draws_the_same_random_numbers(base, files, prompts, messages, name):
+    churn = comfy.samplers.ksampler("euler", {"s_churn": 2.0})
+
+    def sampled(model) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(5)
+        return guided_by(comfy.samplers.CFGGuider, model, prompts, sampler=churn, steps=20), torch.rand(3)
+
+    (again, after_again), (at_once, after_at_once) = map(sampled, restarting(name, base, files, messages.receive))
+    assert torch.equal(again, at_once)
+    assert torch.equal(after_again, after_at_once)
+
+
+def test_random_numbers_of_a_device_are_restored_too(monkeypatch):
+    restored, card = [], torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: ("state of", device))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append((state, device)))
+    RandomState.of(card).restore()
+    assert restored == [(("state of", card), card)]
 
 
 class AroundTheWrappers(comfy.samplers.CFGGuider):
@@ -213,11 +269,12 @@ class ScaleInATensor(comfy.samplers.CFGGuider):
         self.cfg = torch.tensor(cfg)
 
 
-def guided_by(kind: type, model, prompts: Prompts, cfg: float = CFG):
+def guided_by(kind: type, model, prompts: Prompts, cfg: float = CFG, **options):
+    """`options`: of `sample`."""
     guider = kind(model)
     guider.set_conds(prompts.positive, prompts.negative)
     guider.set_cfg(cfg)
-    return sample(guider)
+    return sample(guider, **options)
 
 
 @pytest.mark.parametrize("kind", [AroundTheWrappers, ScaleInAList, ScaleInATensor])
@@ -286,9 +343,18 @@ class AfterAPair(ScaleOfItsOwn):
         return combined + 0.5 * (combined - alone)
 
 
-@pytest.mark.parametrize("kind", [InItsOwnWay, BothInItsOwnWay, InAnInterval, OnTheModelItself, AfterAPair])
-def test_a_guider_that_evaluates_in_its_own_way_gets_the_base_and_a_message_says_so(base, agd, prompts, messages, kind):
-    assert torch.equal(guided_by(kind, agd(), prompts), guided_by(kind, base, prompts))
+OWN_WAYS = [
+    (kind, scale) for kind in (InItsOwnWay, InAnInterval, OnTheModelItself, AfterAPair) for scale in (None, 3.0)
+]
+# By the loader's scale it is guided, whatever its own.
+OWN_WAYS.append((BothInItsOwnWay, None))
+
+
+@pytest.mark.parametrize(("kind", "scale"), OWN_WAYS)
+def test_a_guider_that_evaluates_in_its_own_way_gets_the_base_and_a_message_says_so(
+    base, agd, prompts, messages, kind, scale
+):
+    assert torch.equal(guided_by(kind, agd(guidance_scale=scale), prompts), guided_by(kind, base, prompts))
     assert len(messages) == 1
     assert messages[0].startswith(("The adapter is bypassed: the guider", "No speed-up: the guider"))
     assert kind.__name__ in messages[0][:60]
@@ -423,10 +489,39 @@ USES = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_a_function_that_uses_the_unconditional_prediction_gets_it(base, agd, prompts, messages, name):
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_a_function_that_uses_the_unconditional_prediction_gets_it(base, agd, prompts, messages, name, scale):
     # What it keeps of the first step it was given twice, for the sampling has started again.
-    close(ksampler(after(agd(), USES[name]()), prompts), ksampler(after(base, USES[name]()), prompts))
+    model = agd(guidance_scale=scale)
+    close(ksampler(after(model, USES[name]()), prompts), ksampler(after(base, USES[name]()), prompts))
     assert [message[:12] for message in messages] == ["No speed-up:"]
+
+
+class Rescaling:
+    """A node whose function is a method, or an object of its own."""
+
+    def apply(self, args):
+        return rescales(args)
+
+    class Function:
+        def __call__(self, args):
+            return rescales(args)
+
+
+def rescales_by(how: str, args):
+    return rescales(args)
+
+
+FUNCTIONS = {
+    "rescales_by": [partial(rescales_by, "half"), partial(partial(rescales_by), "half")],
+    "Rescaling": [Rescaling().apply, Rescaling.Function(), partial(Rescaling().apply), partial(Rescaling.Function())],
+}
+
+
+@pytest.mark.parametrize(("name", "function"), [(name, each) for name, own in FUNCTIONS.items() for each in own])
+def test_a_message_names_what_made_the_function(base, files, prompts, messages, name, function):
+    ksampler(after(patched(base, files["delta"], notify=messages.receive), function), prompts, steps=1)
+    assert [message.partition(".")[0] for message in messages] == [f"No speed-up: {name} needs both predictions"]
 
 
 def test_a_function_that_precedes_or_replaces_the_combination_has_both(base, agd, prompts, messages):
@@ -435,7 +530,7 @@ def test_a_function_that_precedes_or_replaces_the_combination_has_both(base, agd
         clone.set_model_sampler_pre_cfg_function(lambda args: [args["conds_out"][0], 0.5 * args["conds_out"][1]])
         return clone
 
-    assert torch.equal(ksampler(before(agd()), prompts), ksampler(before(base), prompts))
+    assert torch.equal(ksampler(before(agd(guidance_scale=3.0)), prompts), ksampler(before(base), prompts))
     assert len(messages) == 1
 
 

@@ -49,6 +49,23 @@ def test_the_override_wins_over_the_samplers_cfg(base, prompts, file):
     assert torch.equal(overridden, ksampler(patched(base, file), prompts, cfg=3.0))
 
 
+@pytest.mark.parametrize("own", [1.0, 3.0])
+@pytest.mark.parametrize("follower_first", [False, True])
+@pytest.mark.parametrize("cfg", [1.0, 7.0])
+def test_of_two_loaders_the_one_without_a_scale_of_its_own_follows_the_sampler(
+    base, prompts, save_adapter, own, follower_first, cfg
+):
+    file, scales = save_adapter(base, kind="low_rank"), [None, own] if follower_first else [own, None]
+
+    def sampled(*scales):
+        model = base
+        for scale in scales:
+            model = patched(model, file, strength=0.5, guidance_scale=scale)
+        return ksampler(model, prompts, cfg=cfg)
+
+    torch.testing.assert_close(sampled(*scales), sampled(*(cfg if scale is None else scale for scale in scales)))
+
+
 def test_omega_is_the_samplers_cfg(base, prompts, file):
     model = patched(base, file)
     assert not torch.equal(ksampler(model, prompts, cfg=3.0), ksampler(model, prompts, cfg=4.0))

@@ -216,7 +216,7 @@ def test_beside_a_cache_both_are_evaluated(base, agd, prompts, messages, where):
     model = agd(skipping(base, 4)) if where == "before" else skipping(agd(), 4)
     assert ksampler(model, prompts, steps=STEPS).isfinite().all()
     assert len(messages) == 1
-    assert messages[0].startswith("No speed-up: another node, a step cache,")
+    assert messages[0].startswith("Nothing is forecast: another node, a step cache,")
 
 
 def twice(model, change):
@@ -350,4 +350,4 @@ def test_beside_easycache_the_picture_is_near_to_its_own(base, agd, prompts, mes
 
     alone = apart(ksampler(agd(), prompts, steps=20), ksampler(base, prompts, steps=20))
     assert apart(ksampler(cached(agd()), prompts, steps=20), ksampler(cached(base), prompts, steps=20)) < 2 * alone
-    assert any(message.startswith("No speed-up: another node") for message in messages)
+    assert any(message.startswith("Nothing is forecast: another node") for message in messages)

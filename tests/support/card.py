@@ -217,6 +217,7 @@ def card(*, offloaded: bool = False, trains: bool = False) -> Iterator[Card]:
             inside.enter_context(mock.patch.object(mm, name, value, create=True))  # older releases lack one
         inside.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         inside.enter_context(mock.patch.object(torch.cuda, "synchronize"))
+        inside.enter_context(mock.patch.object(torch.cuda, "get_rng_state", return_value=None))
         try:
             yield inside.enter_context(Card(trains=trains))
         finally:

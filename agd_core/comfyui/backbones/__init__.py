@@ -5,8 +5,10 @@
 
 import hashlib
 
+import comfy.utils
 import torch
 from comfy import model_sampling
+from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ...config import BaseInfo
@@ -91,14 +93,20 @@ def describe_base(model, sampling=None) -> BaseInfo:
     )
 
 
-def fingerprint(model) -> str:
-    """A short name for a `BaseModel`'s weights, from the first and the last layer."""
+def fingerprint(model: ModelPatcher) -> str:
+    """A short name for the weights of a MODEL's checkpoint, from the first and the last layer."""
     # Rounded to bf16: the same checkpoint loaded in another precision should mostly keep its name.
-    weights = backbone_of(model).first_and_last_weights()
+    weights = [_own_weight(model, f"diffusion_model.{name}") for name in backbone_of(model.model).first_and_last()]
     parts = [tensor.detach().cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes() for tensor in weights]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def is_trained_on(base: BaseInfo, model) -> bool:
-    """Whether `base` is of this `BaseModel`'s weights, as far as fingerprints tell; a base without one may be."""
+def _own_weight(model: ModelPatcher, key: str) -> torch.Tensor:
+    """The checkpoint's, whatever has been sampled last: ComfyUI leaves weights patched, and keeps the checkpoint's for
+    all clones of a MODEL."""
+    return model.backup[key].weight if key in model.backup else comfy.utils.get_attr(model.model, key)
+
+
+def is_trained_on(base: BaseInfo, model: ModelPatcher) -> bool:
+    """Whether `base` is of this MODEL's checkpoint, as far as fingerprints tell; a base without one may be."""
     return base.fingerprint in ("", fingerprint(model))

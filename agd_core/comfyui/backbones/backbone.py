@@ -159,7 +159,7 @@ class Backbone(ABC):
         """
         return sigma
 
-    def first_and_last_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights of the first and of the last layer, to tell checkpoints by."""
-        first, *_, last = self.network.parameters()
+    def first_and_last(self) -> tuple[str, str]:
+        """The names of the first and of the last layer's weights, by which checkpoints are told."""
+        (first, _), *_, (last, _) = self.network.named_parameters()
         return first, last

@@ -131,9 +131,8 @@ class UNet(Backbone):
             if name in guided:
                 yield name, KeysValues(block.attn2.to_k(context), block.attn2.to_v(context))
 
-    def first_and_last_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        network = cast(Any, self.network)
-        return network.input_blocks[0][0].weight, network.out[-1].weight
+    def first_and_last(self) -> tuple[str, str]:
+        return "input_blocks.0.0.weight", f"out.{len(cast(Any, self.network).out) - 1}.weight"
 
 
 def _layer(name: str, path: str, block: Any) -> AdapterLayer:

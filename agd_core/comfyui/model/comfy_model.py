@@ -37,7 +37,7 @@ class ComfyModel:
         """
         self._model, self._vae = with_original_parts(model).clone(), vae
         described = describe_base(model.model, model.get_model_object("model_sampling"))
-        self.base = replace(described, fingerprint=fingerprint(model.model))
+        self.base = replace(described, fingerprint=fingerprint(model))
         self.base_patches: dict[str, Any] = {"patched_weights": len(model.patches)} if model.patches else {}
         if other_expert is None:
             self.denoiser = ComfyDenoiser(self._model, autocast, frames)

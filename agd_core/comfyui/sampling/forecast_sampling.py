@@ -55,14 +55,16 @@ class _PairRequest:
 
 @dataclass
 class ForecastSampling(SharedByDeepcopy):
-    """`evaluates_both`: in every step; `request`: ComfyUI's last one; `evaluating`: inside an evaluation for it;
-    `steps`: how many could be forecast, and `evaluated`: how many of them weren't."""
+    """`has_steps`: whether there is anything to predict; `evaluates_both`: in every step; `request`: ComfyUI's last
+    one; `evaluating`: inside an evaluation for it; `steps`: how many could be forecast, and `evaluated`: how many of
+    them weren't."""
 
     guider: CFGGuider
     sampler: Sampler
     settings: GuidanceSettings
     span: SigmaSpan
     notify: Notify
+    has_steps: bool
     evaluates_both: bool
     request: _PairRequest | None = field(default=None, init=False)
     evaluating: bool = field(default=False, init=False)
@@ -135,7 +137,7 @@ class ForecastSampling(SharedByDeepcopy):
     def finish(self) -> None:
         """Warn, when it is over, of evaluations that it didn't save; or start it again."""
         self.restart.raise_if_requested()
-        if self.request is None:
+        if self.request is None and self.has_steps:
             self.notify(messages.prompts_evaluated_otherwise(name_of_guider(self.guider)))
         elif not self.evaluates_both:
             self._report_evaluations()
@@ -152,7 +154,7 @@ class ForecastSampling(SharedByDeepcopy):
 
     def _check_needs(self, model_options: dict) -> None:
         """Warn where the settings have no effect, or where a node needs both predictions."""
-        if _has_own_scale(self.settings) and not self.override.applied:
+        if _has_own_scale(self.settings) and self.override.replaced is None:
             self.notify(messages.scale_not_taken(name_of_guider(self.guider)))
         if not self.evaluates_both and (name := self._find_consumer(model_options)):
             self.evaluates_both = True

@@ -1,6 +1,7 @@
 """One sampling with adapters: where ComfyUI evaluates both conditions, both get the one guided prediction."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,8 @@ from . import messages
 from .applied_adapter import AppliedAdapter
 from .compile_fallback import CompileFallback
 from .cond_batch import CondBatch
-from .conditions import are_prompt_and_negative, belong_to, latent_size
+from .conditions import are_prompt_and_negative, belong_to, is_active_at, latent_size
+from .evaluated_blocks import EvaluatedBlocks, recorded_blocks
 from .forecast_history import ForecastHistory
 from .guider import CfgOverride, name_of_guider
 from .kept_memory import KeptMemory
@@ -33,9 +35,10 @@ class GuidedSampling(SharedByDeepcopy):
     """Any combination of two equal predictions, by whatever scale, is that prediction, and it is one evaluation for
     any guider, a pack's own `sampling_function`, and each of the context windows.
 
-    `adapters`: each with its part of the sampling. `step`: what is being evaluated, for the hooks; `sigma`: of the step
-    in which both predictions were asked for last; `unguided`: evaluates as the base does, because of the mode or for
-    the time of one evaluation; `evaluates_base`: inside an evaluation of the base that began here.
+    `adapters`: each with its part of the sampling; `has_steps`: whether there is something to guide. `step`: what is
+    being evaluated, for the hooks; `sigma`: of the step in which both predictions were asked for last; `unguided`:
+    evaluates as the base does, because of the mode or for the time of one evaluation; `evaluates_base`: inside an
+    evaluation of the base that began here.
     """
 
     guider: CFGGuider
@@ -44,6 +47,7 @@ class GuidedSampling(SharedByDeepcopy):
     mode: SamplingMode
     compile_fallback: CompileFallback
     notify: Notify
+    has_steps: bool
     step: GuidedStep | None = field(default=None, init=False)
     sigma: torch.Tensor | None = field(default=None, init=False)
     called: bool = field(default=False, init=False)
@@ -52,17 +56,30 @@ class GuidedSampling(SharedByDeepcopy):
     def __post_init__(self) -> None:
         self.unguided = self.mode.unguided_because is not None
         self.restart = PendingRestart()
-        self.scale_check = ScaleCheck(self.guider)
-        self.other_evaluations = OtherEvaluations(self.guider, self.sampler, self.restart)
+        self.override = CfgOverride(self._cfg_of_step)
+        self.scale_check = ScaleCheck(self.guider, self.override)
+        self.other_evaluations = OtherEvaluations(self.guider, self.sampler, self.restart, self.override)
         self.step_builder = StepBuilder(self.guider, self.mode.merged_omega is not None, self.notify)
         self.step_warnings = StepWarnings(self.guider, self.notify)
         self.history = ForecastHistory()
+        self.blocks = EvaluatedBlocks()
         self.levels = NoiseLevels()
 
     @property
     def guided(self) -> bool:
         """Whether there was a guided prediction."""
         return self.other_evaluations.guided
+
+    def forecasts(self, adapters: Iterable[AppliedAdapter]) -> bool:
+        """Whether steps that these adapters guide may be forecast."""
+        return not self.mode.evaluates_all and any(applied.settings.forecast for applied in adapters)
+
+    def recorded_blocks(self) -> AbstractContextManager[None]:
+        """Inside, it is seen which of the model's blocks an evaluation runs, where forecasts depend on that."""
+        if self.unguided or not self.forecasts(applied for applied, _ in self.adapters):
+            return nullcontext()
+        network = self.guider.model_patcher.model.diffusion_model
+        return recorded_blocks(network, self.blocks, self.guider.model_options)
 
     def install(self, pre_cfg: list[Callable]) -> None:
         """Into the guider's options, which are this sampling's own copy; `pre_cfg`: other nodes' functions there."""
@@ -72,14 +89,14 @@ class GuidedSampling(SharedByDeepcopy):
         # Last in, so innermost: what others do to conditions, to the cfg of a step, or to both predictions is done.
         inner["wrappers"].setdefault(WrappersMP.CALC_COND_BATCH, {})[KEY] = [s.calc_cond_batch for s in ours]
         # Without a negative ComfyUI has zeros for the unconditional, with which no cfg but 1 makes sense.
-        overrides = [CfgOverride(self._cfg_of_step)] if self.guider.conds.get("negative") else []
+        overrides = [self.override for _ in ours if self.guider.conds.get("negative")]
         inner["wrappers"].setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = overrides
         kept = [KeptMemory([applied for applied, _ in self.adapters]) for _ in ours]
         inner["wrappers"].setdefault(WrappersMP.PREPARE_SAMPLING, {})[KEY] = kept
         inner[KEY] = self
         options[PRE_CFG] = [s.check_scale for s in ours] + pre_cfg
         unwatch_post_cfg(options)
-        if self.mode.unguided_because is not None:
+        if self.mode.unguided_because is not None and self.has_steps:
             self.notify(messages.unguided_because(self.mode.unguided_because))
 
     def finish(self) -> None:
@@ -87,7 +104,8 @@ class GuidedSampling(SharedByDeepcopy):
         self._check_combination()
         self.restart.raise_if_requested()
         self.step_warnings.send_waiting()
-        unused = self.other_evaluations.base_only or self.scale_check.unknown or not self.called
+        not_asked = self.has_steps and not self.called
+        unused = self.other_evaluations.base_only or self.scale_check.unknown or not_asked
         if not self.unguided and not self.guided and unused:
             self.notify(messages.adapters_not_used(name_of_guider(self.guider)))
 
@@ -132,6 +150,8 @@ class GuidedSampling(SharedByDeepcopy):
 
     def _cfg_of_step(self, cfg: float, timestep: torch.Tensor) -> float:
         """The cfg that ComfyUI sees in a step, so that it asks for both predictions."""
+        if self.other_evaluations.base_only:
+            return cfg
         scales = [applied.settings.guidance_scale for applied in self._adapters_at(timestep)]
         return next((scale for scale in reversed(scales) if scale is not None), cfg)
 
@@ -182,12 +202,22 @@ class GuidedSampling(SharedByDeepcopy):
 
     def _evaluated_or_forecast(self, batch: CondBatch, adapters: list[AppliedAdapter]) -> torch.Tensor:
         """The guided prediction of a step (b, c, h, w), of the prompt."""
-        if self.mode.evaluates_all or not any(applied.settings.forecast for applied in adapters):
+        if not self.forecasts(adapters):
             return self._guided_prediction(batch, adapters)
         omegas = tuple(self._omegas(adapters))
         (prediction,) = self.history.predictions(
-            batch, omegas, lambda: (self._guided_prediction(batch, adapters),), lambda predictions: predictions[0]
+            batch, omegas, lambda: (self._evaluate_whole(batch, adapters),), lambda predictions: predictions[0]
         )
+        return prediction
+
+    def _evaluate_whole(self, batch: CondBatch, adapters: list[AppliedAdapter]) -> torch.Tensor:
+        """The guided prediction (b, c, h, w) by all of the model's blocks."""
+        self.blocks.begin()
+        prediction = self._guided_prediction(batch, adapters)
+        active = any(is_active_at(cond, batch.timestep, batch.levels) for cond in batch.conds[0] or ())
+        if active and self.blocks.were_left_out():
+            self.notify(messages.STEP_CACHE)
+            self.restart.request(RestartWithoutForecasts)
         return prediction
 
     def _check_combination(self) -> None:

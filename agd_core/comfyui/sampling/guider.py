@@ -34,24 +34,27 @@ def with_cfg(guider: CFGGuider, cfg: float) -> Iterator[None]:
 class CfgOverride(SharedByDeepcopy):
     """PREDICT_NOISE wrapper: each step has the cfg that `cfg_of_step(cfg, timestep)` returns.
 
-    A guider whose cfg is not one number keeps it: what it does with one is not known. `applied`: whether it is in
-    force, for a guider may go around these wrappers.
+    A guider whose cfg is not one number keeps it: what it does with one is not known. `replaced`: the guider's own cfg
+    while another is in force; None where none is, for a guider may go around these wrappers. `changed`: whether a step
+    has had another cfg than the guider's own.
     """
 
     cfg_of_step: Callable[[float, torch.Tensor], float]
-    applied: bool = False
+    replaced: float | None = None
+    changed: bool = False
 
     def __call__(self, executor, x, timestep, model_options={}, seed=None):
         guider = executor.class_obj
         cfg = as_scale(guider.cfg)
         if cfg is None:
             return executor(x, timestep, model_options, seed)
-        self.applied = True
+        own, self.replaced = self.cfg_of_step(cfg, timestep), cfg
+        self.changed = self.changed or own != cfg
         try:
-            with with_cfg(guider, self.cfg_of_step(cfg, timestep)):
+            with with_cfg(guider, own):
                 return executor(x, timestep, model_options, seed)
         finally:
-            self.applied = False
+            self.replaced = None
 
 
 def name_of_guider(guider: CFGGuider) -> str:

@@ -8,7 +8,7 @@ be known before: `GuidedSampling` restarts a sampling where it turns out otherwi
 
 import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,6 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.samplers import CFGGuider, Sampler
 from torch import nn
 
+from ..guided_step import KEY
 from .applied_adapter import AppliedAdapter
 from .guider import as_scale
 from .post_cfg_watch import post_cfg_functions
@@ -28,36 +29,53 @@ from .uncond_consumers import node_name
 # Merged into weights of fewer bits a small change would be lost in their rounding.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# What evaluates in a sampling: the guider's class, and the names of other nodes' post-CFG functions.
 Evaluators = tuple[type | str, ...]
 
 
-def evaluators_of(guider: CFGGuider, sampler: Sampler) -> Evaluators:
-    functions = post_cfg_functions(guider.model_options)
-    return type(guider), *(node_name(function, sampler) for function in functions)
+@dataclass(frozen=True)
+class Involved:
+    """What has a part in a sampling. `evaluators`: what evaluates: the guider's class, and the names of other nodes'
+    post-CFG functions; `others`: the names of the sampler's function and of other nodes' wrappers."""
+
+    evaluators: Evaluators
+    others: tuple[str, ...]
+
+    @classmethod
+    def of(cls, guider: CFGGuider, sampler: Sampler) -> "Involved":
+        functions = post_cfg_functions(guider.model_options)
+        evaluators = (type(guider), *(node_name(function, sampler) for function in functions))
+        others = (getattr(sampler, "sampler_function", sampler), *_wrappers_of_others(guider.model_options))
+        return cls(evaluators, tuple(node_name(other, None) for other in others))
+
+
+def _wrappers_of_others(model_options: dict) -> Iterator[Callable]:
+    for of_kind in model_options["transformer_options"].get("wrappers", {}).values():
+        for key, wrappers in of_kind.items():
+            yield from () if key == KEY else wrappers
 
 
 @dataclass
 class MergingHistory:
     """Which samplings of a MODEL have low-rank changes in the weights, by what earlier ones have shown.
 
-    `enabled`: no omega has changed within a sampling so far; `guided`: what has asked for guided steps, and for nothing
-    else. Its samplings have the changes from their beginning, others once they have asked for a guided step.
+    `in_vain`: what was involved where omega has changed within a sampling, or the base's own weights were needed again;
+    `guided`: what has asked for guided steps, and for nothing else. Its samplings have the changes from their
+    beginning, others once they have asked for a guided step.
     """
 
-    enabled: bool = True
+    in_vain: set[Involved] = field(default_factory=set)
     guided: set[Evaluators] = field(default_factory=set)
 
-    def first_mode(self, adapter: AppliedAdapter, guider: CFGGuider, evaluators: Evaluators) -> SamplingMode:
+    def first_mode(self, adapter: AppliedAdapter, guider: CFGGuider, involved: Involved) -> SamplingMode:
         """The mode of a sampling by the only adapter, which guides all of its steps."""
         omega = adapter.omega(as_scale(guider.cfg))
-        if not (self.enabled and adapter.lora) or omega is None or math.isclose(omega, 1.0):
+        if involved in self.in_vain or not adapter.lora or omega is None or math.isclose(omega, 1.0):
             return SamplingMode()
         if not can_merge(guider, adapter.lora):
             return SamplingMode()
-        if evaluators in self.guided:
+        if involved.evaluators in self.guided:
             return SamplingMode(mergeable_omega=omega, merged_omega=omega)
-        if len(evaluators) > 1:  # what other nodes use is seen in one sampling with the base's own weights
+        if len(involved.evaluators) > 1:  # what other nodes use is seen in one sampling with the base's own weights
             return SamplingMode()
         return SamplingMode(mergeable_omega=omega)
 

@@ -118,6 +118,13 @@ UNCOMPILED_FOR_TOO_MANY_GRAPHS = (
     "adapters as it may."
 )
 
+# Forecasts
+
+STEP_CACHE = (
+    "Nothing is forecast: another node, a step cache, is in use. It leaves out evaluations by itself, and forecasts "
+    "from what it keeps would be wrong. Use one or the other."
+)
+
 # training-free
 
 
@@ -140,12 +147,6 @@ def scale_not_taken(guider: str) -> str:
 
 def needs_both_in_every_step(name: str) -> str:
     return f"No speed-up: {name} needs both predictions each step."
-
-
-STEP_CACHE = (
-    "No speed-up: another node, a step cache, is in use. With both, every step takes two model evaluations; use one or "
-    "the other."
-)
 
 
 def compares_with_prompt(name: str) -> str:

@@ -12,11 +12,18 @@ from .applied_adapter import AppliedAdapter, check_adapters
 from .compile_fallback import CompileFallback
 from .conditions import copy_conditions
 from .guided_sampling import GuidedSampling
-from .merging import Evaluators, MergingHistory, evaluators_of, merged_into
+from .merging import Involved, MergingHistory, merged_into
 from .messages import Notify
 from .one_gpu import on_one_gpu
-from .restarts import RestartMerged, RestartSampling, RestartUnguided, RestartWithoutForecasts, SamplingMode
-from .schedule import SigmaSpan
+from .restarts import (
+    RandomState,
+    RestartMerged,
+    RestartSampling,
+    RestartUnguided,
+    RestartWithoutForecasts,
+    SamplingMode,
+)
+from .schedule import SigmaSpan, has_steps
 from .shared_by_deepcopy import SharedByDeepcopy
 from .uncond_consumers import PRE_CFG, find_uncond_consumer
 
@@ -39,7 +46,7 @@ class AdapterGuidance(SharedByDeepcopy):
     def __post_init__(self) -> None:
         self.compile_fallback = CompileFallback(self.notify)
 
-    def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs) -> torch.Tensor:
+    def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs) -> torch.Tensor:
         guider = executor.class_obj
         given = guider.model_patcher
         original = with_original_parts(given)
@@ -49,47 +56,52 @@ class AdapterGuidance(SharedByDeepcopy):
         if guider.model_patcher is not original:
             self.notify(messages.ONE_GPU)
         try:
-            return self._sample(executor, noise, latent_image, sampler, *args, **kwargs)
+            return self._sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
             guider.model_patcher = given
 
-    def _sample(self, executor, noise, latent_image, sampler, *args, **kwargs) -> torch.Tensor:
+    def _sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs) -> torch.Tensor:
         guider = executor.class_obj
         check_adapters(self.adapters, guider.model_patcher)
         adapters = [(applied, applied.settings.span_for(guider.model_patcher)) for applied in self.adapters]
         conds = copy_conditions(guider.conds)
+        random_state = RandomState.of(guider.model_patcher.load_device)
         pre_cfg = list(guider.model_options.get(PRE_CFG, []))
-        evaluators = evaluators_of(guider, sampler)
-        mode = self._first_mode(guider, sampler, adapters, evaluators)
+        involved = Involved.of(guider, sampler)
+        mode = self._first_mode(guider, sampler, adapters, involved)
         while True:
-            sampling = GuidedSampling(guider, sampler, adapters, mode, self.compile_fallback, self.notify)
+            sampling = GuidedSampling(
+                guider, sampler, adapters, mode, self.compile_fallback, self.notify, has_steps(sigmas)
+            )
             sampling.install(pre_cfg)
             try:
-                with self._weights_of(mode, guider):
-                    sampled = executor(noise, latent_image, sampler, *args, **kwargs)
+                with self._weights_of(mode, guider), sampling.recorded_blocks():
+                    sampled = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
                 sampling.finish()
             except RestartMerged:
-                self.merging.guided.add(evaluators)
+                self.merging.guided.add(involved.evaluators)
                 mode = replace(mode, merged_omega=mode.mergeable_omega)
             except RestartWithoutForecasts:
                 mode = replace(mode, evaluates_all=True)
             except RestartUnguided as restart:
                 mode = SamplingMode(unguided_because=restart.reason)
             except RestartSampling:
-                self.merging.enabled, mode = False, SamplingMode(evaluates_all=mode.evaluates_all)
+                self.merging.in_vain.add(involved)
+                mode = SamplingMode(evaluates_all=mode.evaluates_all)
             else:
                 if sampling.guided:
-                    self.merging.guided.add(evaluators)
+                    self.merging.guided.add(involved.evaluators)
                 return sampled
             guider.conds, conds = conds, copy_conditions(conds)  # ComfyUI has processed them
+            random_state.restore()
 
     def _first_mode(
-        self, guider: CFGGuider, sampler: Sampler, adapters: AdapterSpans, evaluators: Evaluators
+        self, guider: CFGGuider, sampler: Sampler, adapters: AdapterSpans, involved: Involved
     ) -> SamplingMode:
         if name := find_uncond_consumer(sampler, guider.model_options):
             return SamplingMode(unguided_because=messages.needs_both(name))
         if len(adapters) == 1 and adapters[0][1].is_everything:
-            return self.merging.first_mode(adapters[0][0], guider, evaluators)
+            return self.merging.first_mode(adapters[0][0], guider, involved)
         return SamplingMode()
 
     def _weights_of(self, mode: SamplingMode, guider: CFGGuider) -> AbstractContextManager:

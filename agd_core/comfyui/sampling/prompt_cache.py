@@ -14,7 +14,8 @@ from .cond_batch import CondBatch
 from .conditions import is_active_at, tokens_of, with_text
 from .negatives import WeightedNegative, relative_weights
 
-# Context windows cut a negative that has a row for each picture again in every window; those of a few are kept.
+# Context windows cut a negative that has a row for each picture again in every window; those of a few are kept, and in
+# any case all that a step has.
 _MAX_PROMPTS = 16
 
 
@@ -22,11 +23,12 @@ _MAX_PROMPTS = 16
 class PromptCache:
     """The prompts of one sampling, by what their keys and values depend on.
 
-    `prompts` has the tokens beside each, for their id is another's once they are gone; `have_text`: whether a
-    condition has a text, by its uuid.
+    `prompts` has the tokens beside each, for their id is another's once they are gone; `used`: those of the step, by
+    their key in `prompts`; `have_text`: whether a condition has a text, by its uuid.
     """
 
     prompts: OrderedDict[tuple, tuple[torch.Tensor, Prompt]] = field(default_factory=OrderedDict)
+    used: set[tuple] = field(default_factory=set)
     have_text: dict = field(default_factory=dict)
 
     def weighted_negatives(
@@ -58,6 +60,7 @@ class PromptCache:
             _apply_hooks(None, batch)
             compute_keys_values(prompt, batch.model, batch.x, step)
             self.prompts[key] = context, prompt
+        self._use(key, *self.prompts[key])
         return (WeightedNegative(self.prompts[key][1]),)
 
     def positives(self, batch: CondBatch, step: GuidedStep) -> dict[Any, Prompt]:
@@ -66,6 +69,17 @@ class PromptCache:
             return {}
         active = [cond for cond in batch.conds[0] or () if is_active_at(cond, batch.timestep, batch.levels)]
         return {cond["uuid"]: self._prompt(cond, batch, step) for cond in active}
+
+    def end_step(self) -> None:
+        """Called when a step has all of its prompts: forgets those that were used longest ago."""
+        while len(self.prompts) > max(_MAX_PROMPTS, len(self.used)):
+            self.prompts.popitem(last=False)
+        self.used.clear()
+
+    def _use(self, key: tuple, context: torch.Tensor, prompt: Prompt) -> None:
+        self.prompts[key] = context, prompt
+        self.prompts.move_to_end(key)
+        self.used.add(key)
 
     def _has_text(self, cond: dict) -> bool:
         # Read back from the device once: windows hand on copies, of the same uuid.
@@ -76,12 +90,10 @@ class PromptCache:
     def _prompt(self, cond: dict, batch: CondBatch, step: GuidedStep) -> Prompt:
         context, hooks, rows = tokens_of(cond), cond.get("hooks"), len(batch.x)
         key = (id(context), hooks, rows if len(context) > 1 else 1, _linears_of(batch, step))
-        _, prompt = self.prompts.pop(key, (None, None))
+        _, prompt = self.prompts.get(key, (None, None))
         if prompt is None:
             prompt = Prompt(_arguments_of(cond, rows if len(context) > 1 else 1))
-        self.prompts[key] = context, prompt
-        while len(self.prompts) > _MAX_PROMPTS:
-            self.prompts.popitem(last=False)
+        self._use(key, context, prompt)
         if prompt.lacks(step.guided_layers()) or hooks is not None:  # a hook's strength may change from step to step
             _apply_hooks(hooks, batch)
             compute_keys_values(prompt, batch.model, batch.x, step)

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,35 @@ class SamplingMode:
     mergeable_omega: float | None = None
     merged_omega: float | None = None
     evaluates_all: bool = False
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """PyTorch's own random numbers on the CPU and on a model's device, of which some samplers make their noise, as they
+    are when a sampling begins: one that starts again makes the same.
+
+    `on_device`: None where the device has none of its own.
+    """
+
+    device: torch.device
+    on_cpu: torch.Tensor
+    on_device: torch.Tensor | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> "RandomState":
+        generators = _generators_of(device)
+        return cls(device, torch.get_rng_state(), None if generators is None else generators.get_rng_state(device))
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.on_cpu)
+        if self.on_device is not None:
+            _generators_of(self.device).set_rng_state(self.on_device, self.device)
+
+
+def _generators_of(device: torch.device) -> Any:
+    """PyTorch's module with the generators of a device; None for the CPU, and for devices that it has none for."""
+    module = getattr(torch, device.type, None)
+    return module if hasattr(module, "get_rng_state") else None
 
 
 class RestartSampling(BaseException):

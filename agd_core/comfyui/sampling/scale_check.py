@@ -5,20 +5,23 @@ from typing import Any
 
 from comfy.samplers import CFGGuider
 
-from .guider import as_scale
+from .guider import CfgOverride, as_scale
 
 
 @dataclass
 class ScaleCheck:
-    """The scale is assumed to be the guider's cfg, and compared with the combination's, which ComfyUI gives to a
-    `sampler_pre_cfg_function`. If that is another, it is assumed from then on.
+    """The scale is expected to be the guider's cfg, and compared with the combination's, which ComfyUI gives to a
+    `sampler_pre_cfg_function`. If that is another, it is expected from then on.
 
-    `assumed`: for the last prediction, None where the cfg isn't one number; `unknown`: whether that was needed;
-    `observed`: the scale of a combination that wasn't the assumed one; `pending`: whether the combination of the last
-    prediction is still to come.
+    `override`: the cfg of an adapter with a scale of its own, in the guider's place; `expected`: the scale of the last
+    prediction's combination, None where the cfg isn't one number; `assumed`: the same without that override, for
+    adapters that follow the sampler's cfg; `unknown`: whether that was needed; `observed`: the scale of a combination
+    that wasn't the expected one; `pending`: whether the combination of the last prediction is still to come.
     """
 
     guider: CFGGuider
+    override: CfgOverride
+    expected: float | None = None
     assumed: float | None = None
     unknown: bool = False
     observed: float | None = None
@@ -26,15 +29,18 @@ class ScaleCheck:
 
     def assume(self, conds: list[list[dict] | None]) -> None:
         """For a prediction of these conditions."""
+        cfg = as_scale(self.guider.cfg)
         if conds[1] is None and self.guider.conds.get("negative"):
-            self.assumed = 1.0  # at which ComfyUI leaves out the other
+            self.expected = 1.0  # at which ComfyUI leaves out the other
         else:
-            self.assumed = as_scale(self.guider.cfg) if self.observed is None else self.observed
+            self.expected = cfg if self.observed is None else self.observed
+        replaced = self.override.replaced
+        self.assumed = replaced if replaced is not None and self.expected == cfg else self.expected
 
     def differs(self, cond_scale: Any) -> bool:
-        """Whether a combination is by another scale than the assumed one, which the next predictions are for then."""
+        """Whether a combination is by another scale than the expected one, which the next predictions are for then."""
         scale, pending, self.pending = as_scale(cond_scale), self.pending, False
-        if not pending or scale in (None, self.assumed):
+        if not pending or scale in (None, self.expected):
             return False
         self.observed = scale
         return True

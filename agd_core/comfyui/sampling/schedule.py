@@ -37,6 +37,11 @@ def percent_of(model_sampling: Any, sigma: float) -> float:
     return high
 
 
+def has_steps(sigmas: torch.Tensor) -> bool:
+    """Whether a sampling of these levels (n,) has any: of less than two, as SplitSigmas may leave, nothing is made."""
+    return sigmas.shape[-1] > 1
+
+
 @dataclass(frozen=True)
 class SigmaSpan:
     """A part of the noise levels. The end is not part of it, so that of two that meet there one takes the step."""

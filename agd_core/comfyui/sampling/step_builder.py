@@ -50,8 +50,10 @@ class StepBuilder:
         if any(negative.weight is not None for negative in negatives):
             areas = {cond["uuid"]: area_of(cond, batch.x, batch.timestep) for cond in batch.conds[0] or ()}
         alone = self._without_prompts(batch, adapters)
-        active = (replace(each, negatives=self._negatives_of(each, batch, negatives, alone)) for each in alone.active)
-        return GuidedStep(tuple(active), areas, prompts=self.cache.positives(batch, alone))
+        active = [replace(each, negatives=self._negatives_of(each, batch, negatives, alone)) for each in alone.active]
+        step = GuidedStep(tuple(active), areas, prompts=self.cache.positives(batch, alone))
+        self.cache.end_step()
+        return step
 
     def _works_without_negative(self, applied: AppliedAdapter) -> bool:
         if applied.info.negative_mode == "used" and not applied.info.unconditional:

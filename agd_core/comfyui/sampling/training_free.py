@@ -16,7 +16,8 @@ from .conditions import copy_conditions
 from .evaluated_blocks import recorded_blocks
 from .forecast_sampling import ForecastSampling
 from .messages import Notify, log_warning, without_repeats
-from .restarts import RestartWithoutForecasts
+from .restarts import RandomState, RestartWithoutForecasts
+from .schedule import has_steps
 from .settings import GuidanceSettings
 from .shared_by_deepcopy import SharedByDeepcopy
 from .uncond_consumers import EVALUATES_BOTH, node_name
@@ -38,24 +39,29 @@ class TrainingFreeGuidance(SharedByDeepcopy):
     settings: GuidanceSettings
     notify: Notify
 
-    def __call__(self, executor, noise, latent_image, sampler, *args, **kwargs) -> torch.Tensor:
+    def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs) -> torch.Tensor:
         guider = executor.class_obj
         model = guider.model_patcher
+        random_state = RandomState.of(model.load_device)
         span, conds = self.settings.span_for(model), copy_conditions(guider.conds)
         if other := guider.model_options.get(EVALUATES_BOTH):
-            self.notify(messages.evaluation_replaced(node_name(other, sampler)))
-            return executor(noise, latent_image, sampler, *args, **kwargs)
+            if has_steps(sigmas):
+                self.notify(messages.evaluation_replaced(node_name(other, sampler)))
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         evaluate_both = False
         while True:
-            sampling = ForecastSampling(guider, sampler, self.settings, span, self.notify, evaluate_both)
+            sampling = ForecastSampling(
+                guider, sampler, self.settings, span, self.notify, has_steps(sigmas), evaluate_both
+            )
             sampling.install()
             try:
                 with recorded_blocks(model.model.diffusion_model, sampling.blocks, guider.model_options):
-                    sampled = executor(noise, latent_image, sampler, *args, **kwargs)
+                    sampled = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
                 sampling.finish()
             except RestartWithoutForecasts:
                 evaluate_both = True
                 guider.conds, conds = conds, copy_conditions(conds)  # ComfyUI has processed them
+                random_state.restore()
             else:
                 return sampled
             finally:

@@ -4,6 +4,7 @@ Found before anything is evaluated, by what they put into the model options. `po
 show it when they use the prediction.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 
 from comfy.samplers import Sampler
@@ -41,6 +42,8 @@ def name_uncond_requester(makers: list[Callable], sampler: Sampler, model_option
 
 def node_name(function: Callable, sampler: Sampler | None) -> str:
     """The node or sampler that made `function`: RescaleCFG.patch.<locals>.rescale_cfg -> RescaleCFG."""
+    while isinstance(function, functools.partial):
+        function = function.func
     sample = getattr(sampler, "sampler_function", None)
     # Samplers share code (euler_cfg_pp is euler_ancestral_cfg_pp), so only the one in use has the name that was chosen.
     if sample is not None and getattr(function, "__module__", None) == sample.__module__:
