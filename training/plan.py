@@ -190,13 +190,13 @@ class ExamplePrompts:
         usual = max((text for text in lengths if lengths[text] <= mean), key=lengths.__getitem__)
         longest = max(lengths, key=lengths.__getitem__)
         alike = lengths[longest] == lengths[usual]
-        encoded = encoder.encode([longest]) * 2 if alike else encoder.encode([longest, usual])
-        most, least = map(encoder.bytes_of, encoded)
+        first, second = encoder.encode([longest]) * 2 if alike else encoder.encode([longest, usual])
+        most, least = encoder.bytes_of(first), encoder.bytes_of(second)
         # Bytes grow evenly with tokens. A text may be a prompt and a negative one, which are encoded apart.
         per_token = 0.0 if alike else (most - least) / (lengths[longest] - lengths[usual])
-        each = [list(dict.fromkeys(texts)) for texts in (positive, negative)]
-        total = sum(least + per_token * (lengths[text] - lengths[usual]) for texts in each for text in texts)
-        return cls(*encoded, *map(len, each), round(total))
+        prompts, negatives = (list(dict.fromkeys(texts)) for texts in (positive, negative))
+        total = sum(least + per_token * (lengths[text] - lengths[usual]) for text in prompts + negatives)
+        return cls(first, second, len(prompts), len(negatives), round(total))
 
 
 class _CostByRows:
