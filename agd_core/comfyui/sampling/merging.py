@@ -43,7 +43,7 @@ class Involved:
     @classmethod
     def of(cls, guider: CFGGuider, sampler: Sampler) -> "Involved":
         functions = post_cfg_functions(guider.model_options)
-        evaluators = (type(guider), *(node_name(function, sampler) for function in functions))
+        evaluators: Evaluators = (type(guider), *(node_name(function, sampler) for function in functions))
         others = (getattr(sampler, "sampler_function", sampler), *_wrappers_of_others(guider.model_options))
         return cls(evaluators, tuple(node_name(other, None) for other in others))
 
