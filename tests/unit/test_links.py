@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = (".", "docs", "web/docs", "examples/toy", "benchmarks/results", "benchmarks/results/paper")
+FOLDERS = (".", "docs", "web/docs", "examples/toy", "benchmarks/results")
 PAGES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 LINK = re.compile(r"!?\[[^]]*\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
