@@ -109,10 +109,8 @@ class ComfyDenoiser:
             autocast = None
         self._autocast = autocast
         self._options: dict = {}  # transformer_options with our hooks, which do nothing without a step
-        self._session, self._session_settings = (
-            ExitStack(),
-            (False, 0, 0),
-        )  # what `_ready` has set up, and its arguments
+        # What `_ready` has set up, and with which arguments.
+        self._session, self._session_settings = ExitStack(), (False, 0, 0)
 
     @property
     def is_flow(self) -> bool:
