@@ -50,7 +50,7 @@ test-browser: setup
 
 test-matrix:
 	@$(PYTHON) tools/setup.py $(MATRIX)
-	@$(BIN)/pytest -m matrix tests/comfy/compatibility
+	@$(BIN)/pytest -m matrix tests/comfy
 	@passed=; failed=; for release in $(MATRIX); do \
 	  echo "ComfyUI $$release"; \
 	  if COMFYUI_PATH=$(CURDIR)/.comfyui/ComfyUI-$$release $(PYTEST) -m "" tests/comfy tests/server; \

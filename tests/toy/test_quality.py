@@ -48,6 +48,7 @@ def less_to_compare_with(monkeypatch):
     monkeypatch.setattr(experiment, "QUICK_SIZES", dataclasses.replace(QUICK_SIZES, pictures=8))
     monkeypatch.setattr("comfyui_agd.examples.toy.scoring.REFERENCE_IMAGES", 256)
     monkeypatch.setattr(experiment, "TRUE_STEPS", 21)
+    monkeypatch.setattr(ablation, "CAPTIONS", 64)  # encoded for every training
 
 
 @pytest.fixture(scope="module")
