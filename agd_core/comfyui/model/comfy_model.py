@@ -56,7 +56,7 @@ class ComfyModel:
         if isinstance(self.denoiser, TwoExperts):
             other = self.denoiser.other.model
             patches.append(other.patches)
-            found["other_expert"] = fingerprint(other.model)
+            found["other_expert"] = fingerprint(other)
         return found | {"loras": patches_digest(*patches)}
 
     def picture(self, latent: torch.Tensor) -> Image.Image:
