@@ -16,7 +16,7 @@ from .cond_batch import CondBatch
 from .conditions import is_active_at
 from .evaluated_blocks import EvaluatedBlocks
 from .forecast_history import ForecastHistory
-from .guider import CfgOverride, as_scale, name_of_guider
+from .guider import CfgOverride, OverriddenCfg, as_scale, name_of_guider
 from .messages import Notify
 from .post_cfg_watch import PostCfgCall, post_cfg_functions, unwatch_post_cfg, watch_post_cfg
 from .restarts import PendingRestart, RestartWithoutForecasts
@@ -76,16 +76,19 @@ class ForecastSampling(SharedByDeepcopy):
         self.history = ForecastHistory()
         self.levels = NoiseLevels()
         self.blocks = EvaluatedBlocks()
-        self.override = CfgOverride(partial(_cfg_of_step, self.settings, self.span, self.levels))
+        self.overridden = OverriddenCfg()
 
     def install(self) -> None:
         """Into the guider's options, which are this sampling's own copy. Last in, so innermost, as for adapters."""
         options = self.guider.model_options
         wrappers = options["transformer_options"]["wrappers"]
-        overrides = _has_own_scale(self.settings) and self.guider.conds.get("negative")
+        overrides = []
+        if _has_own_scale(self.settings) and self.guider.conds.get("negative"):
+            cfg_of_step = partial(_cfg_of_step, self.settings, self.span, self.levels)
+            overrides = [CfgOverride(cfg_of_step, self.overridden)]
         wrappers.setdefault(WrappersMP.CALC_COND_BATCH, {})[KEY] = [self.calc_cond_batch]
         wrappers.setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [self.apply_model]
-        wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = [self.override] if overrides else []
+        wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = overrides
         options[EVALUATES_BOTH] = self.predict_both
 
     def predict_both(self, args: dict) -> list[torch.Tensor]:
@@ -154,7 +157,7 @@ class ForecastSampling(SharedByDeepcopy):
 
     def _check_needs(self, model_options: dict) -> None:
         """Warn where the settings have no effect, or where a node needs both predictions."""
-        if _has_own_scale(self.settings) and self.override.replaced is None:
+        if _has_own_scale(self.settings) and self.overridden.replaced is None:
             self.notify(messages.scale_not_taken(name_of_guider(self.guider)))
         if not self.evaluates_both and (name := self._find_consumer(model_options)):
             self.evaluates_both = True

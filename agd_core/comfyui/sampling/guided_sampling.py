@@ -16,7 +16,7 @@ from .cond_batch import CondBatch
 from .conditions import are_prompt_and_negative, belong_to, is_active_at, latent_size
 from .evaluated_blocks import EvaluatedBlocks, recorded_blocks
 from .forecast_history import ForecastHistory
-from .guider import CfgOverride, name_of_guider
+from .guider import CfgOverride, OverriddenCfg, name_of_guider
 from .kept_memory import KeptMemory
 from .messages import Notify
 from .other_evaluations import OtherEvaluations
@@ -56,9 +56,9 @@ class GuidedSampling(SharedByDeepcopy):
     def __post_init__(self) -> None:
         self.unguided = self.mode.unguided_because is not None
         self.restart = PendingRestart()
-        self.override = CfgOverride(self._cfg_of_step)
-        self.scale_check = ScaleCheck(self.guider, self.override)
-        self.other_evaluations = OtherEvaluations(self.guider, self.sampler, self.restart, self.override)
+        self.overridden = OverriddenCfg()
+        self.scale_check = ScaleCheck(self.guider, self.overridden)
+        self.other_evaluations = OtherEvaluations(self.guider, self.sampler, self.restart, self.overridden)
         self.step_builder = StepBuilder(self.guider, self.mode.merged_omega is not None, self.notify)
         self.step_warnings = StepWarnings(self.guider, self.notify)
         self.history = ForecastHistory()
@@ -89,7 +89,7 @@ class GuidedSampling(SharedByDeepcopy):
         # Last in, so innermost: what others do to conditions, to the cfg of a step, or to both predictions is done.
         inner["wrappers"].setdefault(WrappersMP.CALC_COND_BATCH, {})[KEY] = [s.calc_cond_batch for s in ours]
         # Without a negative ComfyUI has zeros for the unconditional, with which no cfg but 1 makes sense.
-        overrides = [self.override for _ in ours if self.guider.conds.get("negative")]
+        overrides = [CfgOverride(s._cfg_of_step, self.overridden) for s in ours if self.guider.conds.get("negative")]
         inner["wrappers"].setdefault(WrappersMP.PREDICT_NOISE, {})[KEY] = overrides
         kept = [KeptMemory([applied for applied, _ in self.adapters]) for _ in ours]
         inner["wrappers"].setdefault(WrappersMP.PREPARE_SAMPLING, {})[KEY] = kept

@@ -31,30 +31,39 @@ def with_cfg(guider: CFGGuider, cfg: float) -> Iterator[None]:
 
 
 @dataclass
+class OverriddenCfg:
+    """What a `CfgOverride` has done.
+
+    `replaced`: the guider's own cfg while another is in force; None where none is, for a guider may go around these
+    wrappers. `changed`: whether a step has had another cfg than the guider's own.
+    """
+
+    replaced: float | None = None
+    changed: bool = False
+
+
+@dataclass
 class CfgOverride(SharedByDeepcopy):
     """PREDICT_NOISE wrapper: each step has the cfg that `cfg_of_step(cfg, timestep)` returns.
 
-    A guider whose cfg is not one number keeps it: what it does with one is not known. `replaced`: the guider's own cfg
-    while another is in force; None where none is, for a guider may go around these wrappers. `changed`: whether a step
-    has had another cfg than the guider's own.
+    A guider whose cfg is not one number keeps it: what it does with one is not known.
     """
 
     cfg_of_step: Callable[[float, torch.Tensor], float]
-    replaced: float | None = None
-    changed: bool = False
+    done: OverriddenCfg
 
     def __call__(self, executor, x, timestep, model_options={}, seed=None):
         guider = executor.class_obj
         cfg = as_scale(guider.cfg)
         if cfg is None:
             return executor(x, timestep, model_options, seed)
-        own, self.replaced = self.cfg_of_step(cfg, timestep), cfg
-        self.changed = self.changed or own != cfg
+        own, self.done.replaced = self.cfg_of_step(cfg, timestep), cfg
+        self.done.changed = self.done.changed or own != cfg
         try:
             with with_cfg(guider, own):
                 return executor(x, timestep, model_options, seed)
         finally:
-            self.replaced = None
+            self.done.replaced = None
 
 
 def name_of_guider(guider: CFGGuider) -> str:

@@ -7,7 +7,7 @@ from typing import NoReturn
 from comfy.samplers import CFGGuider, Sampler
 
 from . import messages
-from .guider import CfgOverride, name_of_guider
+from .guider import OverriddenCfg, name_of_guider
 from .post_cfg_watch import post_cfg_functions
 from .restarts import PendingRestart, RestartUnguided
 from .uncond_consumers import node_names
@@ -19,14 +19,14 @@ class OtherEvaluations:
     once one is asked for no step is guided, and a sampling that has guided already, or has had an adapter's cfg, starts
     again unguided.
 
-    `restart`, `override`: the sampling's; `guided`: whether a step was guided; `base_only`: whether none is to be from
-    now on; `count`: other nodes' evaluations since one of their post-CFG functions returned.
+    `restart`, `overridden`: the sampling's; `guided`: whether a step was guided; `base_only`: whether none is to be
+    from now on; `count`: other nodes' evaluations since one of their post-CFG functions returned.
     """
 
     guider: CFGGuider
     sampler: Sampler
     restart: PendingRestart
-    override: CfgOverride
+    overridden: OverriddenCfg
     guided: bool = False
     base_only: bool = False
     count: int = 0
@@ -47,7 +47,7 @@ class OtherEvaluations:
 
     def _has_guidance(self) -> bool:
         """Whether the sampling so far is not what it would have been without adapters."""
-        return self.guided or self.override.changed
+        return self.guided or self.overridden.changed
 
     def restart_unguided(self, reason: str) -> NoReturn:
         self.restart.request(partial(RestartUnguided, reason))

@@ -5,7 +5,7 @@ from typing import Any
 
 from comfy.samplers import CFGGuider
 
-from .guider import CfgOverride, as_scale
+from .guider import OverriddenCfg, as_scale
 
 
 @dataclass
@@ -13,14 +13,14 @@ class ScaleCheck:
     """The scale is expected to be the guider's cfg, and compared with the combination's, which ComfyUI gives to a
     `sampler_pre_cfg_function`. If that is another, it is expected from then on.
 
-    `override`: the cfg of an adapter with a scale of its own, in the guider's place; `expected`: the scale of the last
+    `overridden`: by the cfg of an adapter with a scale of its own; `expected`: the scale of the last
     prediction's combination, None where the cfg isn't one number; `assumed`: the same without that override, for
     adapters that follow the sampler's cfg; `unknown`: whether that was needed; `observed`: the scale of a combination
     that wasn't the expected one; `pending`: whether the combination of the last prediction is still to come.
     """
 
     guider: CFGGuider
-    override: CfgOverride
+    overridden: OverriddenCfg
     expected: float | None = None
     assumed: float | None = None
     unknown: bool = False
@@ -34,7 +34,7 @@ class ScaleCheck:
             self.expected = 1.0  # at which ComfyUI leaves out the other
         else:
             self.expected = cfg if self.observed is None else self.observed
-        replaced = self.override.replaced
+        replaced = self.overridden.replaced
         self.assumed = replaced if replaced is not None and self.expected == cfg else self.expected
 
     def differs(self, cond_scale: Any) -> bool:
