@@ -140,10 +140,9 @@ class _Look(torch.autograd.Function):
         q, k, v, mask, out, log_sum = ctx.saved_tensors
         channels, n = q.shape[3], q.shape[2]
         of_log_sum = of_log_sum[:, :, :n, None].to(of_out.dtype)
-        wider = [F.pad(each, (0, _ADDED)) for each in (q, k, out)]
+        q, k, out = (F.pad(each, (0, _ADDED)) for each in (q, k, out))
         gradient = torch.cat([of_out, F.pad(of_log_sum, (0, _ADDED - 1))], dim=3)
         values = torch.cat([v, F.pad(torch.ones_like(v[..., :1]), (0, _ADDED - 1))], dim=3)
-        q, k, out = wider
         found = ctx.fused.backward(gradient, q, k, values, mask, out, log_sum, ctx.rest, ctx.scale)
         return None, *(each[..., :channels] for each in found), None, None
 

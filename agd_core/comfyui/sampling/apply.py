@@ -39,8 +39,7 @@ def apply_adapter(
         return clone
     if not is_known(model.model):
         notify(KNOWN_BY_STRUCTURE)
-    # Copied: files may be mapped.
-    lora = {k: v.clone() for k, v in low_rank_as_lora(info, weights).items()} if info.config.kind.merges else {}
+    lora = low_rank_as_lora(info, weights) if info.config.kind.merges else {}
     unconditional = weights["unconditional"].float().mean(0).cpu()
     applied = AppliedAdapter(info, managed(info, weights, model, source), settings, lora, unconditional, source)
     guidance = AdapterGuidance((*_adapters_of(clone), applied), without_repeats(notify))

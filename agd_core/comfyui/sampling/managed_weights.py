@@ -7,6 +7,7 @@ import torch
 
 from ...adapter import Adapter
 from ...adapter_file import AdapterFileError, AdapterInfo
+from ...config import AdapterConfig
 
 
 def managed(
@@ -18,9 +19,9 @@ def managed(
     naming `source` where a weight is too large for that dtype.
     """
     dtype = base.model.manual_cast_dtype or base.model.get_dtype()
-    adapter = Adapter(info.config, comfy.ops.manual_cast).requires_grad_(False)
+    adapter = _empty(info.config)
     exact = {key for key, _ in adapter.named_buffers()} - {"unconditional"}  # that is a prompt's tokens
-    # Copied: files may be mapped.
+    # Copied: the given ones may be another model's, too.
     weights = {key: t.to(t.dtype if key in exact else dtype, copy=True) for key, t in weights.items()}
     overflown = sorted(key for key, tensor in weights.items() if not tensor.isfinite().all())
     if overflown:
@@ -28,20 +29,25 @@ def managed(
             f"Weights of the adapter {source} are NaN or too large for {dtype}, in which this model computes "
             f"({', '.join(overflown[:8])}): run the model in bf16 or fp32, or train the adapter again."
         )
-    patcher = _patcher(adapter, base.load_device)
+    return _patcher(adapter, weights, base.load_device)
+
+
+def _empty(config: AdapterConfig) -> Adapter:
+    return Adapter(config, comfy.ops.manual_cast).requires_grad_(False)
+
+
+def _patcher(
+    adapter: Adapter, weights: dict[str, torch.Tensor], load_device: torch.device
+) -> comfy.model_patcher.ModelPatcher:
+    """The adapter, which gets these weights."""
+    offload_device = comfy.model_management.unet_offload_device()
+    patcher = comfy.model_patcher.CoreModelPatcher(adapter, load_device=load_device, offload_device=offload_device)
     adapter.load_state_dict(weights, assign=True)
     if hasattr(patcher, "cached_patcher_init"):  # by which newer releases copy a model for another GPU
-        patcher.cached_patcher_init = _copied, (adapter, base.load_device)
+        patcher.cached_patcher_init = _copied, (adapter, load_device)
     return patcher
 
 
 def _copied(adapter: Adapter, load_device: torch.device) -> comfy.model_patcher.ModelPatcher:
-    copied = Adapter(adapter.config, comfy.ops.manual_cast).requires_grad_(False)
     weights = {key: tensor.to("cpu", copy=True) for key, tensor in adapter.state_dict().items()}
-    copied.load_state_dict(weights, assign=True)
-    return _patcher(copied, load_device)
-
-
-def _patcher(adapter: Adapter, load_device: torch.device) -> comfy.model_patcher.ModelPatcher:
-    offload_device = comfy.model_management.unet_offload_device()
-    return comfy.model_patcher.CoreModelPatcher(adapter, load_device=load_device, offload_device=offload_device)
+    return _patcher(_empty(adapter.config), weights, load_device)
